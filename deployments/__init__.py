@@ -1,0 +1,1 @@
+"""lorauter on Ray Serve: one module a deployment, the app builder, its typed configuration."""

@@ -1,0 +1,324 @@
+"""The HTTP API: OpenAI's endpoints, routing, and errors in OpenAI's shape, over a service that does the work.
+
+Knows HTTP and JSON; knows nothing of Ray. `Service` is what `deployments.router.Router` implements.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
+from deployments.config import ApiSettings, explain, first_field
+from deployments.openai_types import ChatBody, CompletionBody, GenerationBody, RouteBody
+from lorauter.engine.types import Chunk
+from lorauter.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterUnavailable,
+    CatalogError,
+    ContextLengthExceeded,
+    InvalidRequest,
+    LorauterError,
+    Overloaded,
+    ServiceUnavailable,
+    StoreError,
+)
+from lorauter.names import RULE, is_valid_name
+from lorauter.routing.compose import AdapterWeight, RoutingDecision
+from lorauter.routing.options import RoutingOptions
+
+logger = logging.getLogger("lorauter.api")
+
+ROUTED_MODEL = "lorauter"
+BASE_MODEL = "base"
+
+# (status, type, code) of each error that may reach a client; the first class that fits counts.
+_STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
+    (ContextLengthExceeded, 400, "invalid_request_error", "context_length_exceeded"),
+    (InvalidRequest, 400, "invalid_request_error", None),
+    (AdapterNotFound, 404, "invalid_request_error", "model_not_found"),
+    (AdapterRejected, 422, "invalid_request_error", "adapter_rejected"),
+    (AdapterUnavailable, 503, "service_unavailable", "adapter_unavailable"),
+    (Overloaded, 429, "rate_limit_error", "overloaded"),
+    (StoreError, 503, "service_unavailable", "store_unavailable"),
+    (CatalogError, 503, "service_unavailable", "catalog_unavailable"),
+    (ServiceUnavailable, 503, "service_unavailable", "service_unavailable"),
+]
+
+
+class Service(Protocol):
+    """What the API needs behind it. Every method raises LorauterError."""
+
+    async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
+        """A decision for each text."""
+
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+        """`Admitted`, then the answer's chunks. Closing the iterator cancels the call."""
+
+    async def describe(self) -> CatalogDescription:
+        """The tasks and adapters there are."""
+
+    async def check_ready(self) -> None:
+        """Raise if the parts of the service do not fit together."""
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def build_api(service: Service, settings: ApiSettings) -> Starlette:
+    """The ASGI application over a service."""
+    api = _Api(service, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await service.check_ready()
+        yield
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/completions", api.completion, methods=["POST"]),
+            Route("/v1/route", api.route, methods=["POST"]),
+            Route("/v1/models", api.models),
+            Route("/v1/models/{model}", api.model),
+            Route("/v1/tasks", api.tasks),
+            Route("/healthz", api.health),
+        ],
+        exception_handlers={LorauterError: _known, HTTPException: _http, Exception: _unknown},
+        lifespan=lifespan,
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What differs between the two generating endpoints' answers."""
+
+    prefix: str
+    whole: str
+    piece: str
+    body: Callable[[str], dict[str, Any]]
+    delta: Callable[[str], dict[str, Any]]
+    first: dict[str, Any] | None
+
+
+_CHAT = _Shape(
+    "chatcmpl",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text}},
+    lambda text: {"delta": {"content": text} if text else {}},
+    {"delta": {"role": "assistant", "content": ""}},
+)
+_TEXT = _Shape(
+    "cmpl",
+    "text_completion",
+    "text_completion",
+    lambda text: {"text": text},
+    lambda text: {"text": text},
+    None,
+)
+
+
+class _Api:
+    def __init__(self, service: Service, settings: ApiSettings) -> None:
+        self._service = service
+        self._settings = settings
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._body(request, ChatBody)
+        text = body.routed_text(self._settings.route_on)
+        return await self._answer(body, text, Prompt(messages=body.turns()), _CHAT)
+
+    async def completion(self, request: Request) -> Response:
+        body = await self._body(request, CompletionBody)
+        return await self._answer(body, body.text, Prompt(text=body.text), _TEXT)
+
+    async def route(self, request: Request) -> Response:
+        body = await self._body(request, RouteBody)
+        decisions = await self._service.route(body.texts(), body)
+        data = [{"index": i, **decision.to_json()} for i, decision in enumerate(decisions)]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def models(self, _: Request) -> Response:
+        catalog = await self._service.describe()
+        rows = [_model_row(name) for name in (ROUTED_MODEL, BASE_MODEL, *catalog.adapters)]
+        return JSONResponse({"object": "list", "data": rows})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name not in (ROUTED_MODEL, BASE_MODEL) and name not in (await self._service.describe()).adapters:
+            raise AdapterNotFound("no such model; see GET /v1/models", adapter=name)
+        return JSONResponse(_model_row(name))
+
+    async def tasks(self, _: Request) -> Response:
+        catalog = await self._service.describe()
+        return JSONResponse({"object": "list", "catalog_version": catalog.version, "data": catalog.tasks})
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _body(self, request: Request, kind: type[Body]) -> Body:
+        """The request's body, no further read than the limit, validated."""
+        limit = self._settings.max_body_bytes
+        raw = bytearray()
+        async for part in request.stream():
+            raw += part
+            if len(raw) > limit:
+                raise HTTPException(413, f"the body is larger than {limit} bytes; send a smaller one")
+        try:
+            return kind.model_validate_json(bytes(raw))
+        except ValidationError as error:
+            raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
+
+    async def _decide(self, body: GenerationBody, text: str) -> RoutingDecision:
+        """The adapters for a request: by hand, by the model's name, or routed."""
+        chosen = body.lorauter.adapters
+        if chosen is not None and body.model != ROUTED_MODEL:
+            raise InvalidRequest(
+                f"lorauter.adapters goes with model {ROUTED_MODEL!r}, not {body.model!r}",
+                param="lorauter.adapters",
+            )
+        if chosen is not None:
+            if len(chosen) > self._settings.max_adapters:
+                raise InvalidRequest(
+                    f"got {len(chosen)} adapters; at most {self._settings.max_adapters} can be mixed",
+                    param="lorauter.adapters",
+                )
+        elif body.model == ROUTED_MODEL:
+            return (await self._service.route([text], body.lorauter))[0]
+        else:
+            chosen = {} if body.model == BASE_MODEL else {body.model: 1.0}
+        for name in chosen:
+            if not is_valid_name(name):
+                raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=name)
+        return RoutingDecision(
+            None, (), tuple(AdapterWeight(name, weight) for name, weight in chosen.items() if weight)
+        )
+
+    async def _answer(self, body: GenerationBody, text: str, prompt: Prompt, shape: _Shape) -> Response:
+        if not text.strip():
+            raise InvalidRequest("the text to answer is empty", param="prompt" if shape is _TEXT else "messages")
+        settings = self._settings
+        sampling = body.sampling(max_tokens=settings.default_max_tokens, temperature=settings.default_temperature)
+        decision = await self._decide(body, text)
+        adapters = tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
+        stream = self._service.generate(GenerateCall(prompt, adapters, sampling))
+        # Until the replica has admitted the request an error can still have its own status.
+        admitted = await anext(stream)
+        assert isinstance(admitted, Admitted)
+        head = {
+            "id": f"{shape.prefix}-{uuid.uuid4().hex}",
+            "object": shape.piece if body.stream else shape.whole,
+            "created": int(time.time()),
+            "model": body.model,
+        }
+        headers = {
+            "x-lorauter-tasks": ",".join(f"{task.name}={task.score:.4f}" for task in decision.tasks),
+            "x-lorauter-adapters": ",".join(f"{adapter.name}={adapter.weight:.4f}" for adapter in decision.adapters),
+        }
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            events = _events(stream, admitted, head, decision, shape, with_usage=with_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        chunks = [item async for item in stream if isinstance(item, Chunk)]
+        choice = {
+            "index": 0,
+            **shape.body("".join(chunk.text for chunk in chunks)),
+            "finish_reason": chunks[-1].finish_reason,
+            "logprobs": None,
+        }
+        usage = _usage(admitted, sum(len(chunk.token_ids) for chunk in chunks))
+        return JSONResponse(
+            {**head, "choices": [choice], "usage": usage, "lorauter": decision.to_json()}, headers=headers
+        )
+
+
+async def _events(
+    stream: AsyncGenerator[Admitted | Chunk],
+    admitted: Admitted,
+    head: dict[str, Any],
+    decision: RoutingDecision,
+    shape: _Shape,
+    *,
+    with_usage: bool,
+) -> AsyncGenerator[str]:
+    """Server-sent events: the decision with the first, then the answer as it comes, then `[DONE]`."""
+
+    def event(content: dict[str, Any]) -> str:
+        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+    def choice(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        return {"choices": [{"index": 0, **content, "finish_reason": reason, "logprobs": None}]}
+
+    tokens = 0
+    yield event({**head, **choice(shape.first or shape.delta("")), "lorauter": decision.to_json()})
+    try:
+        async for item in stream:
+            if isinstance(item, Chunk):
+                tokens += len(item.token_ids)
+                if item.text or item.finish_reason:
+                    yield event({**head, **choice(shape.delta(item.text), item.finish_reason)})
+    except Exception as error:  # noqa: BLE001 (the status is sent; the error has to go into the stream)
+        yield event(_error(error)[1])
+        return
+    if with_usage:
+        yield event({**head, "choices": [], "usage": _usage(admitted, tokens)})
+    yield "data: [DONE]\n\n"
+
+
+def _usage(admitted: Admitted, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": admitted.prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": admitted.prompt_tokens + completion_tokens,
+    }
+
+
+def _model_row(name: str) -> dict[str, Any]:
+    row = {"id": name, "object": "model", "created": 0, "owned_by": "lorauter"}
+    return row if name in (ROUTED_MODEL, BASE_MODEL) else {**row, "parent": BASE_MODEL}
+
+
+def _error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error; what is not ours is logged and told to nobody."""
+    for kind, status, type_, code in _STATUS:
+        if isinstance(error, kind):
+            param = getattr(error, "param", None)
+            return status, {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
+    logger.error("request failed", exc_info=error)
+    message = str(error) if isinstance(error, LorauterError) else "internal error; the server's log says more"
+    return 500, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
+
+
+async def _known(_: Request, error: Exception) -> Response:
+    status, body = _error(error)
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    return JSONResponse(body, status, headers)
+
+
+async def _http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, error.status_code, error.headers)
+
+
+async def _unknown(_: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    return await _known(_, error)

@@ -1,0 +1,60 @@
+"""The app builder: the deployments bound together.
+
+`serve run serve_config.yaml` calls `build` with the file's `args`.
+"""
+
+# No `from __future__ import annotations`: Serve reads the annotation, and validates `args` by it.
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.config import AppConfig
+from deployments.embedder import QueryEmbedder
+from deployments.model import LoraModel
+from deployments.retriever import TaskRetriever
+from deployments.router import Router
+from lorauter.defaults import resolve_adapters, resolve_catalog
+from lorauter.errors import ConfigError
+
+DEPLOYMENTS = ("Router", "QueryEmbedder", "TaskRetriever", "LoraModel")
+
+
+def build(config: AppConfig) -> Application:
+    """The app of a configuration; the default catalog is built first if it is named and not there."""
+    return assemble(config, {})
+
+
+def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> Application:
+    """The same with Serve options by deployment name, as `deployments:` of serve_config.yaml gives them.
+
+    Raises:
+        ConfigError: an override names an unknown deployment or option.
+    """
+    config = config.with_absolute_paths(Path.cwd())
+    config = config.model_copy(
+        update={"adapters": resolve_adapters(config.adapters), "catalog": resolve_catalog(config.catalog)}
+    )
+    if unknown := sorted(set(overrides) - set(DEPLOYMENTS)):
+        raise ConfigError(
+            f"unknown deployment {', '.join(unknown)}; there are {', '.join(DEPLOYMENTS)}",
+            setting="deployments",
+        )
+
+    def deployment(target: Any, **derived: Any) -> serve.Deployment:  # Serve's decorator is typed as the class
+        try:
+            result: serve.Deployment = target.options(**{**derived, **overrides.get(target.name, {})})
+            return result
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"deployment {target.name}: {error}", setting=f"deployments.{target.name}") from error
+
+    embedder = deployment(QueryEmbedder).bind(config.encoder)
+    retriever = deployment(TaskRetriever).bind(config.catalog, config.routing)
+    model = deployment(
+        LoraModel,
+        max_ongoing_requests=config.engine.max_batch + config.engine.max_queue,
+        max_queued_requests=config.engine.max_queue,
+    ).bind(config)
+    return deployment(Router).bind(config, embedder, retriever, model)

@@ -1,0 +1,50 @@
+"""What the deployments say to each other. Plain values, no logic and no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorauter.engine.types import SamplingParams
+from lorauter.routing.retrieve import RetrievedTask
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat (`{"role", "content"}` messages) or a plain text; one of them."""
+
+    messages: tuple[dict[str, str], ...] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """What the ingress asks of a replica: a prompt to be answered under adapters by name and weight."""
+
+    prompt: Prompt
+    adapters: tuple[tuple[str, float], ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The first thing a replica says: the request is valid, its adapters are here, and this is its prompt's size."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The nearest tasks of n queries, and the version of the catalog that they were found in."""
+
+    catalog_version: str
+    tasks: list[tuple[RetrievedTask, ...]]
+
+
+@dataclass(frozen=True)
+class CatalogDescription:
+    """What a catalog holds, for people: `tasks` as JSON objects, `adapters` by name."""
+
+    version: str
+    tasks: list[dict[str, Any]]
+    adapters: list[str]

@@ -1,0 +1,167 @@
+"""The typed configuration of the Serve app: every setting, its default and its bounds.
+
+How many replicas a deployment has, how it scales, and which CPUs and GPUs a replica gets is Ray Serve's own
+configuration (`deployments:` in serve_config.yaml), not this one's.
+"""
+
+# No `from __future__ import annotations` here or in app.py: Serve would pass the builder a raw dict.
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from lorauter.defaults import DEFAULT
+from lorauter.errors import ConfigError
+from lorauter.routing.options import RoutingConfig
+
+Positive = Annotated[int, Field(ge=1)]
+_NAMED, _LISTED = 5, 1000  # wrong fields that a message names; that are listed at all
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSettings(_Settings):
+    """The engine of each `LoraModel` replica.
+
+    Attributes:
+        max_batch: sequences that run at once.
+        max_model_len: positions of a sequence, prompt and answer together; the model's own limit bounds it.
+        max_queue: requests that may wait in a replica; more are answered with 429.
+        prefill_tokens: prompt tokens processed in one step at most.
+        max_rank: the largest adapter rank served.
+        adapter_bytes: bytes of adapters on the device at most.
+        host_bytes: bytes of adapters in a replica's host memory at most.
+        device: "auto" (a GPU if the replica has one), "cpu", "cuda".
+        dtype: "auto" is bfloat16 where the device computes in it, else float32.
+        threads: CPU threads of a replica; null takes all CPUs of the machine.
+    """
+
+    max_batch: Positive = 16
+    max_model_len: Annotated[int, Field(ge=2)] = 2048
+    max_queue: Positive = 64
+    prefill_tokens: Positive = 512
+    max_rank: Positive = 128
+    adapter_bytes: Positive = 1 << 30
+    host_bytes: Positive = 4 << 30
+    device: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    threads: Positive | None = None
+
+
+class CacheSettings(_Settings):
+    """The adapter cache on each node's disk.
+
+    Attributes:
+        directory: its folder; "default" is `adapters` in LORAUTER_HOME.
+        disk_bytes: bytes of adapters to keep at most.
+        revalidate_s: seconds for which an adapter's version is trusted before the store is asked again.
+        downloads: adapters downloaded at the same time.
+    """
+
+    directory: str = "default"
+    disk_bytes: Positive = 20 << 30
+    revalidate_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
+    downloads: Annotated[int, Field(ge=1, le=64)] = 8
+
+
+class ApiSettings(_Settings):
+    """The HTTP API.
+
+    Attributes:
+        route_on: the text of a chat that is routed: its last user message, or the whole conversation.
+        default_max_tokens: answers' bound where a request gives none.
+        default_temperature: where a request gives none; 0 answers with the likeliest tokens.
+        max_body_bytes: larger requests are answered with 413.
+        max_adapters: adapters a request may mix by hand at most.
+    """
+
+    route_on: Literal["last_user_message", "conversation"] = "last_user_message"
+    default_max_tokens: Positive = 256
+    default_temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    max_body_bytes: Positive = 1 << 20
+    max_adapters: Annotated[int, Field(ge=1, le=1024)] = 64
+
+
+class AppConfig(_Settings):
+    """The `args` of the Serve app.
+
+    Attributes:
+        base_model: "default" (SmolLM2-135M-Instruct), a Hugging Face id, or a folder.
+        base_model_aliases: further names that adapters may give as their base model.
+        encoder: "default" (all-MiniLM-L6-v2), a Hugging Face id, or a folder.
+        adapters: the adapter store: "default" (the example pool), `s3://bucket/prefix`, or a folder.
+        catalog: "default" (the example tasks), `s3://bucket/prefix`, or a folder.
+    """
+
+    base_model: str = "default"
+    base_model_aliases: tuple[str, ...] = ()
+    encoder: str = "default"
+    adapters: str = "default"
+    catalog: str = "default"
+    routing: RoutingConfig = RoutingConfig()
+    engine: EngineSettings = EngineSettings()
+    cache: CacheSettings = CacheSettings()
+    api: ApiSettings = ApiSettings()
+
+    @classmethod
+    def parse(cls, args: dict[str, Any]) -> "AppConfig":
+        """Validate raw settings. Raises ConfigError with a line for each setting that is wrong, by its name."""
+        try:
+            return cls.model_validate(args)
+        except ValidationError as error:
+            raise ConfigError(explain(error, "setting")) from error
+
+    def with_absolute_paths(self, root: Path) -> "AppConfig":
+        """The same configuration with relative folders resolved against `root`, so that any process finds them.
+
+        A name that is no folder below `root` (a URI, "default", a Hugging Face id) stays as it is.
+        """
+        resolved = {
+            key: str((root / value).resolve())
+            for key in ("base_model", "encoder", "adapters", "catalog")
+            if (value := getattr(self, key)) != DEFAULT
+            and "://" not in value
+            and (value.startswith(".") or (root / value).is_dir())
+        }
+        return self.model_copy(update=resolved)
+
+
+def explain(error: ValidationError, noun: str) -> str:
+    """A validation error in one line, naming each field; of what was given, short plain values alone are repeated."""
+    items = _items(error)
+    problems = []
+    for item in items[:_NAMED]:
+        name = _name(item) or "the whole"
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown {noun} {name}")
+        else:
+            whole = not item["loc"] or item["type"] == "missing"  # the input is then all that was given, prompt and all
+            problems.append(f"{noun} {name}: {item['msg']}{'' if whole else _given(item['input'])}")
+    if more := error.error_count() - len(problems):
+        problems.append(f"{more} more {noun}s are wrong" if problems else f"{more} {noun}s are wrong")
+    return "; ".join(problems)
+
+
+def first_field(error: ValidationError) -> str | None:
+    """The name of the first field that is wrong, unless it is the whole."""
+    items = _items(error)
+    return (_name(items[0]) or None) if items else None
+
+
+def _items(error: ValidationError) -> list[ErrorDetails]:
+    # A large body can be wrong in hundreds of thousands of places, and to list them would take seconds.
+    return error.errors(include_url=False) if error.error_count() <= _LISTED else []
+
+
+def _name(item: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    return name if len(name) <= 100 else name[:97] + "..."
+
+
+def _given(value: object) -> str:
+    given = "" if isinstance(value, dict | list | tuple) else json.dumps(value, default=repr)
+    return f" (got {given})" if 0 < len(given) < 80 else ""

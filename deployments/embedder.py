@@ -1,0 +1,48 @@
+"""QueryEmbedder: texts in, embeddings out; requests that arrive together are embedded together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import numpy as np
+from ray import serve
+
+from lorauter.defaults import load_encoder
+from lorauter.encoder import Embeddings
+
+
+@serve.deployment(
+    max_ongoing_requests=256,
+    ray_actor_options={"num_cpus": 0.3},
+    health_check_period_s=5,
+    graceful_shutdown_timeout_s=10,
+)
+class QueryEmbedder:
+    """Holds the sentence encoder.
+
+    Args:
+        encoder: folder, Hugging Face id, or "default".
+    """
+
+    def __init__(self, encoder: str) -> None:
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to the actor's CPUs
+        self._encoder = load_encoder(encoder)
+        self._encoder.encode(["warm-up"])
+
+    async def embed(self, texts: list[str]) -> Embeddings:
+        """(n, d) float32 unit rows for n texts."""
+        result: Embeddings = await self._embed_batch(texts)
+        return result
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
+    async def _embed_batch(self, requests: list[list[str]]) -> list[Embeddings]:
+        vectors = await asyncio.to_thread(self._encoder.encode, [text for texts in requests for text in texts])
+        ends = np.cumsum([len(texts) for texts in requests])
+        return np.split(vectors, ends[:-1])
+
+    async def name(self) -> str:
+        """What the encoder is called."""
+        return self._encoder.name

@@ -1,0 +1,117 @@
+"""A replica's host-memory tier: adapters parsed and checked, least recently used out first.
+
+Asks the node's cache for files and turns them into weights; knows nothing of stores or devices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from lorauter.adapters import LocalAdapter, LoraWeights
+from lorauter.errors import AdapterRejected
+
+_Key = tuple[str, str]
+
+
+class AdapterFiles(Protocol):
+    """Where the files come from: the node's cache."""
+
+    async def fetch(self, names: list[str]) -> list[LocalAdapter]:
+        """Local copies of the current versions."""
+
+    async def discard(self, name: str, version: str) -> None:
+        """Forget a copy that turned out to be unusable."""
+
+
+class HostAdapters:
+    """Adapters in memory.
+
+    Args:
+        files: the node's cache.
+        check: raises AdapterRejected for an adapter that the engine cannot serve.
+        budget_bytes: bytes of weights to keep at most; what requests hold counts no longer once it is dropped.
+        revalidate_s: for how long an adapter's version is trusted before the node's cache is asked again.
+    """
+
+    def __init__(
+        self,
+        files: AdapterFiles,
+        check: Callable[[LoraWeights], None],
+        *,
+        budget_bytes: int,
+        revalidate_s: float,
+    ) -> None:
+        self._files = files
+        self._check = check
+        self._budget = budget_bytes
+        self._revalidate_s = revalidate_s
+        self._current: dict[str, tuple[_Key, float]] = {}
+        self._loaded: OrderedDict[_Key, LoraWeights] = OrderedDict()
+        self._refused: dict[_Key, AdapterRejected] = {}
+        self._loading: dict[_Key, asyncio.Task[LoraWeights]] = {}
+
+    async def get(self, names: Sequence[str]) -> list[LoraWeights]:
+        """The current versions of the adapters.
+
+        Raises:
+            AdapterNotFound, AdapterRejected, AdapterUnavailable.
+        """
+        now = time.monotonic()
+        stale = [name for name in dict.fromkeys(names) if self._fresh(name, now) is None]
+        for local in await self._files.fetch(stale) if stale else []:
+            await self._admit(local)
+            self._current[local.name] = (local.name, local.version), now
+        found = []
+        for name in names:
+            weights = self._fresh(name, now)
+            if weights is None:  # dropped for another of this request's adapters: the budget is too small for both
+                [local] = await self._files.fetch([name])
+                weights = await self._admit(local)
+            found.append(weights)
+        return found
+
+    def _fresh(self, name: str, now: float) -> LoraWeights | None:
+        key, since = self._current.get(name, (None, 0.0))
+        if key is None or now - since > self._revalidate_s or key not in self._loaded:
+            return None
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+    async def _admit(self, local: LocalAdapter) -> LoraWeights:
+        """The weights behind a local copy, parsed once however many requests wait for it."""
+        key = local.name, local.version
+        if key in self._refused:
+            raise self._refused[key]
+        if key in self._loaded:
+            return self._loaded[key]
+        if key not in self._loading:
+            self._loading[key] = asyncio.create_task(self._load(local))
+            self._loading[key].add_done_callback(lambda _: self._loading.pop(key, None))
+        return await asyncio.shield(self._loading[key])
+
+    async def _load(self, local: LocalAdapter) -> LoraWeights:
+        try:
+            weights = await self._read(local)
+        except AdapterRejected:
+            # Evicted or damaged on the disk meanwhile? A fresh copy of the store's decides.
+            await self._files.discard(local.name, local.version)
+            [local] = await self._files.fetch([local.name])
+            try:
+                weights = await self._read(local)
+            except AdapterRejected as error:
+                self._refused[local.name, local.version] = error
+                raise
+        self._loaded[weights.key] = weights
+        total = sum(loaded.nbytes for loaded in self._loaded.values())
+        while total > self._budget and len(self._loaded) > 1:
+            total -= self._loaded.popitem(last=False)[1].nbytes
+        return weights
+
+    async def _read(self, local: LocalAdapter) -> LoraWeights:
+        weights = await asyncio.to_thread(LoraWeights.load, local.path, name=local.name, version=local.version)
+        self._check(weights)
+        return weights

@@ -1,0 +1,150 @@
+"""Starts the whole service in the foreground, from serve_config.yaml, and stops all that it started.
+
+What `serve run serve_config.yaml` does, plus: the file is checked for unknown keys (Serve ignores them), the
+defaults are made ready with their progress shown, and Ctrl-C leaves nothing behind.
+"""
+
+import io
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from pydantic import BaseModel
+from ray import serve
+from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+from deployments.adapter_cache import CacheSpec, running_caches
+from deployments.app import assemble
+from deployments.config import AppConfig
+from lorauter.defaults import resolve_adapters, resolve_catalog, resolve_encoder, resolve_model
+from lorauter.errors import ConfigError
+
+APP_NAME = "lorauter"
+Phase = Callable[[str], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class ServeFile:
+    """What serve_config.yaml says: the app's settings, Serve options by deployment, and where HTTP listens."""
+
+    config: AppConfig
+    overrides: Mapping[str, Mapping[str, Any]]
+    host: str
+    port: int
+
+    @classmethod
+    def read(cls, path: Path) -> "ServeFile":
+        """Read and check the file. Raises ConfigError, naming what is wrong."""
+        try:
+            data = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        _known(data, ServeDeploySchema, str(path))
+        applications = data.get("applications") or []
+        if len(applications) != 1:
+            raise ConfigError(f"{path} has {len(applications)} applications; needed is one", setting="applications")
+        application = applications[0]
+        _known(application, ServeApplicationSchema, "applications[0]")
+        http = data.get("http_options") or {}
+        _known(http, HTTPOptionsSchema, "http_options")
+        overrides = {}
+        for i, row in enumerate(application.get("deployments") or []):
+            _known(row, DeploymentSchema, f"deployments[{i}]")
+            overrides[str(row.get("name"))] = {key: value for key, value in row.items() if key != "name"}
+        return cls(
+            AppConfig.parse(application.get("args") or {}),
+            overrides,
+            str(http.get("host", "127.0.0.1")),
+            int(http.get("port", 8000)),
+        )
+
+
+def _known(data: object, schema: type[BaseModel], where: str) -> None:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be a mapping, got {type(data).__name__}", setting=where)
+    if unknown := sorted(set(map(str, data)) - set(schema.model_fields)):
+        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}", setting=unknown[0])
+
+
+def serve_forever(
+    file: ServeFile, *, address: str | None, phase: Phase, notify: Callable[[str], None], ready: Callable[[str], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        file: what to serve.
+        address: a running Ray cluster's address; None starts a local one, and stops it in the end.
+        phase: wraps each step that may take long, given what it is.
+        notify: is told what is prepared.
+        ready: is told the URL once requests are answered.
+
+    Raises:
+        ConfigError: a setting is wrong, or the port is taken.
+        LorauterError: the defaults cannot be made ready.
+    """
+    _check_port(file.host, file.port)
+    with phase("preparing the model, the encoder and the catalog"):
+        resolve_model(file.config.base_model, notify)
+        resolve_encoder(file.config.encoder, notify)
+        resolve_catalog(file.config.catalog, notify)
+    stop = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        with phase("starting Ray"):
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        with phase("starting the deployments"):
+            app = assemble(file.config, file.overrides)
+            serve.start(http_options={"host": file.host, "port": file.port}, logging_config={"log_level": "WARNING"})
+            try:
+                handle = serve.run(app, name=APP_NAME, blocking=False)
+            except RuntimeError as error:
+                raise ConfigError(f"the app did not start: {_deepest(error)}") from error
+        del handle
+        ready(f"http://{file.host}:{file.port}")
+        while not stop.wait(0.5):
+            pass
+    finally:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        with phase("stopping"):
+            _shut_down(file.config)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _shut_down(config: AppConfig) -> None:
+    if not ray.is_initialized():
+        return
+    config = config.with_absolute_paths(Path.cwd())
+    with redirect_stdout(io.StringIO()):  # Ray reports the actors that we end here as failures
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        for cache in running_caches(CacheSpec(resolve_adapters(config.adapters), config.cache)):
+            ray.kill(cache)
+        ray.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port} ({error}); choose another --port", setting="port"
+            ) from error
+
+
+def _deepest(error: BaseException) -> str:
+    """The last line that says something in Serve's report of a failed deployment."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

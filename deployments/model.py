@@ -1,0 +1,84 @@
+"""LoraModel: the replicas that hold the base model and answer under mixtures of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from ray import serve
+
+from deployments.adapter_cache import CacheSpec, NodeCache
+from deployments.calls import Admitted, GenerateCall
+from deployments.config import AppConfig
+from deployments.host_adapters import HostAdapters
+from lorauter.defaults import base_model_aliases, resolve_model
+from lorauter.engine import Chunk, EngineConfig, GenerationRequest, load_engine
+from lorauter.errors import InvalidRequest
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 1}, health_check_period_s=5, graceful_shutdown_timeout_s=60)
+class LoraModel:
+    """One replica: an engine, and its tiers of adapters.
+
+    Args:
+        config: the app's configuration.
+    """
+
+    def __init__(self, config: AppConfig) -> None:
+        settings = config.engine
+        self._engine = load_engine(
+            resolve_model(config.base_model),
+            EngineConfig(
+                max_batch=settings.max_batch,
+                max_model_len=settings.max_model_len,
+                max_queue=settings.max_queue,
+                prefill_tokens=settings.prefill_tokens,
+                max_rank=settings.max_rank,
+                adapter_bytes=settings.adapter_bytes,
+            ),
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
+        )
+        self._adapters = HostAdapters(
+            NodeCache(CacheSpec(config.adapters, config.cache)),
+            lambda weights: self._engine.slots.check([weights]),
+            budget_bytes=settings.host_bytes,
+            revalidate_s=config.cache.revalidate_s,
+        )
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+        """Answer a call; closing the stream cancels it.
+
+        Raises (before anything is yielded, unless the engine fails later):
+            InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded.
+        """
+        codec = self._engine.codec
+        prompt = codec.chat(call.prompt.messages) if call.prompt.text is None else codec.plain(call.prompt.text)
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        names = [name for name, _ in call.adapters]
+        weights = await self._adapters.get(names)
+        request = GenerationRequest(
+            prompt,
+            tuple((w, share) for w, (_, share) in zip(weights, call.adapters, strict=True)),
+            call.sampling,
+        )
+        stream = self._engine.stream(request)
+        try:
+            admitted = False
+            async for chunk in stream:
+                if not admitted:
+                    admitted = True
+                    yield Admitted(len(prompt))
+                yield chunk
+        finally:
+            await stream.aclose()
+
+    def check_health(self) -> None:
+        """Serve's health check."""
+        self._engine.check_health()
+
+    def __del__(self) -> None:
+        if engine := getattr(self, "_engine", None):
+            engine.close()

@@ -1,0 +1,178 @@
+"""The adapters in an object store: list, push, describe and download them, each verified.
+
+Layout below the store's root, for an adapter that `push` put there:
+
+    <name>/adapter.json                            the manifest: version, files with size and SHA-256
+    <name>/<version>/adapter_config.json           content-addressed, never changed
+    <name>/<version>/adapter_model.safetensors
+
+The manifest is written last, so a reader sees the old version or the new one, whole. A plain PEFT folder
+(`<name>/adapter_config.json` beside `<name>/adapter_model.safetensors`, no manifest) is read as well; its
+version then comes from the store's own tags, and sizes are all that can be verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorauter.adapters.store import ObjectStore
+from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
+from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, ObjectNotFound, StoreError
+from lorauter.names import RESERVED, RULE, is_valid_name
+
+MANIFEST_FILE = "adapter.json"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Where a file of an adapter lies in the store, and what it must be. Unknown hashes are None."""
+
+    key: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class AdapterManifest:
+    """One version of one adapter in a store. `base_model` and `rank` are informational."""
+
+    name: str
+    version: str
+    files: Mapping[str, StoredFile]
+    base_model: str = ""
+    rank: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest file's content."""
+        return {**vars(self), "files": {name: vars(file) for name, file in self.files.items()}}
+
+    @classmethod
+    def from_json(cls, data: Any, *, name: str) -> AdapterManifest:
+        """Read a manifest of the adapter `name`. Raises AdapterRejected if it is malformed."""
+        try:
+            files = {
+                file: StoredFile(str(row["key"]), int(row["size"]), row["sha256"] and str(row["sha256"]))
+                for file in _FILES
+                for row in [data["files"][file]]
+            }
+            version = data["version"]
+            if data["name"] != name or not re.fullmatch(r"[0-9a-f]{8,64}", version):
+                raise ValueError("name or version is not as expected")
+            return cls(name, version, files, str(data.get("base_model", "")), data.get("rank"))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise AdapterRejected(f"its {MANIFEST_FILE} is malformed: {error!r}", adapter=name) from error
+
+
+class AdapterRepository:
+    """The adapters of one store."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def names(self) -> list[str]:
+        """Names of the adapters, sorted. Raises StoreError."""
+        return [name for name in self.store.children() if is_valid_name(name)]
+
+    def manifest(self, name: str) -> AdapterManifest:
+        """The current version of an adapter.
+
+        Raises:
+            AdapterNotFound, AdapterRejected (malformed), AdapterUnavailable (the store fails).
+        """
+        if not is_valid_name(name):
+            raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=name)
+        try:
+            try:
+                raw = self.store.read(f"{name}/{MANIFEST_FILE}")
+            except ObjectNotFound:
+                return self._plain_manifest(name)
+            return AdapterManifest.from_json(json.loads(raw), name=name)
+        except ObjectNotFound as error:
+            raise AdapterNotFound(f"not found in {self.store.uri}", adapter=name) from error
+        except StoreError as error:
+            raise AdapterUnavailable(f"the store cannot be read: {error}", adapter=name) from error
+        except (ValueError, RecursionError) as error:
+            raise AdapterRejected(f"its {MANIFEST_FILE} is no JSON: {error}", adapter=name) from error
+
+    def _plain_manifest(self, name: str) -> AdapterManifest:
+        tags = {file: self.store.fingerprint(f"{name}/{file}") for file in _FILES}
+        version = hashlib.sha256(json.dumps(tags).encode()).hexdigest()[:16]
+        files = {file: StoredFile(f"{name}/{file}", size, None) for file, (size, _) in tags.items()}
+        return AdapterManifest(name, version, files)
+
+    def download(self, manifest: AdapterManifest, target: Path) -> None:
+        """Copy an adapter's files into the folder `target` and verify each by size and hash.
+
+        Raises:
+            AdapterUnavailable: the store fails, or a file is not what the manifest says (truncated, damaged,
+                or replaced meanwhile). Nothing in `target` may then be used.
+        """
+        for name, file in manifest.files.items():
+            path = target / name
+            try:
+                self.store.download(file.key, path)
+                size, digest = path.stat().st_size, file.sha256 and sha256_of(path)
+            except (StoreError, OSError) as error:
+                raise AdapterUnavailable(f"{name} cannot be downloaded: {error}", adapter=manifest.name) from error
+            if (size, digest) != (file.size, file.sha256):
+                raise AdapterUnavailable(
+                    f"{name} in {self.store.uri} is damaged: got {size} bytes with SHA-256 {digest}, needed "
+                    f"{file.size} bytes with {file.sha256}; push the adapter again",
+                    adapter=manifest.name,
+                )
+
+    def push(self, folder: Path) -> AdapterManifest:
+        """Validate a PEFT folder and publish it under the folder's name; an unchanged one is not sent again.
+
+        Raises:
+            AdapterRejected: it is no adapter that could be served, or its name is not allowed.
+            StoreError: the store fails.
+        """
+        name = folder.name
+        if not is_valid_name(name) or name.lower() in RESERVED:
+            raise AdapterRejected(f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}", adapter=name)
+        digests = {file: sha256_of(folder / file) for file in _FILES if (folder / file).is_file()}
+        version = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+        weights = LoraWeights.load(folder, name=name, version=version)
+        files = {
+            file: StoredFile(f"{name}/{version}/{file}", (folder / file).stat().st_size, digests[file])
+            for file in _FILES
+        }
+        manifest = AdapterManifest(name, version, files, weights.base_model, weights.rank)
+        content = json.dumps(manifest.to_json(), indent=1, sort_keys=True).encode()
+        try:
+            intact = all(self.store.fingerprint(stored.key)[0] == stored.size for stored in files.values())
+            if intact and self.store.read(f"{name}/{MANIFEST_FILE}") == content:
+                return manifest
+        except ObjectNotFound:
+            pass
+        for file, stored in files.items():
+            self.store.write(stored.key, folder / file)
+        self.store.write(f"{name}/{MANIFEST_FILE}", content)
+        return manifest
+
+
+def adapter_folders(directory: Path) -> Iterator[Path]:
+    """The PEFT folders in a directory (or the directory itself, if it is one), by name."""
+    if (directory / CONFIG_FILE).is_file():
+        yield directory
+    elif directory.is_dir():
+        yield from sorted(p for p in directory.iterdir() if (p / CONFIG_FILE).is_file())
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,132 @@
+"""S3-compatible storage through boto3.
+
+Endpoint, region and credentials come from where AWS tools take them (`AWS_ENDPOINT_URL_S3`,
+`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_DEFAULT_REGION`, profiles, instance roles), never from a lorauter
+file. `AWS_REQUEST_CHECKSUM_CALCULATION` and `AWS_RESPONSE_CHECKSUM_VALIDATION` set to `when_required` serve
+stores that break on botocore's default checksums. Knows nothing of what the objects hold.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+
+from lorauter.errors import ConfigError, ObjectNotFound, StoreError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_CONCURRENCY = 8
+_client: S3Client | None = None
+_client_pid = 0
+_client_lock = threading.Lock()
+
+
+def _shared_client() -> S3Client:
+    """One client a process: clients are thread-safe, sessions are not, and a fork must not share sockets."""
+    global _client, _client_pid
+    with _client_lock:
+        if _client is None or _client_pid != os.getpid():
+            _client_pid = os.getpid()
+            _client = boto3.session.Session().client(
+                "s3",
+                region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None,
+                config=Config(
+                    retries={"mode": "standard", "total_max_attempts": 2},
+                    max_pool_connections=4 * _CONCURRENCY,
+                    connect_timeout=5,
+                    read_timeout=30,
+                    tcp_keepalive=True,
+                ),
+            )
+        return _client
+
+
+class S3Store:
+    """The objects under one prefix of one bucket."""
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+    @classmethod
+    def from_uri(cls, uri: str) -> S3Store:
+        """Of `s3://bucket/prefix`. Raises ConfigError where no bucket is named."""
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise ConfigError(f"{uri!r} names no bucket; use s3://bucket/prefix")
+        return cls(bucket, prefix)
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        uri = f"s3://{self._bucket}/{self._prefix}{key}"
+        try:
+            yield
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+            code = error.response.get("Error", {}).get("Code", "")
+            if code in ("NoSuchKey", "NoSuchBucket") or status == 404:
+                raise ObjectNotFound(uri) from error
+            kind = StoreUnavailable if status >= 500 or status in (408, 429) else StoreError
+            raise kind(str(error), uri=uri) from error
+        except (BotoCoreError, Boto3Error, HTTPClientError, IncompleteReadError) as error:
+            raise StoreUnavailable(str(error), uri=uri) from error
+
+    def children(self, prefix: str = "") -> list[str]:
+        base = self._prefix + (f"{prefix}/" if prefix else "")
+        with self._errors(prefix):
+            pages = (
+                _shared_client()
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=self._bucket, Prefix=base, Delimiter="/")
+            )
+            return sorted(
+                entry["Prefix"].removeprefix(base).rstrip("/")
+                for page in pages
+                for entry in page.get("CommonPrefixes", [])
+            )
+
+    def fingerprint(self, key: str) -> tuple[int, str]:
+        with self._errors(key):
+            head = _shared_client().head_object(Bucket=self._bucket, Key=self._prefix + key)
+        return head["ContentLength"], head["ETag"].strip('"')
+
+    def read(self, key: str) -> bytes:
+        with self._errors(key):
+            body: bytes = _shared_client().get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read()
+            return body
+
+    def download(self, key: str, target: Path) -> None:
+        with self._errors(key):
+            _shared_client().download_file(
+                self._bucket,
+                self._prefix + key,
+                str(target),
+                Config=TransferConfig(max_concurrency=_CONCURRENCY),
+            )
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        with self._errors(key):
+            if isinstance(content, bytes):
+                _shared_client().put_object(Bucket=self._bucket, Key=self._prefix + key, Body=content)
+            else:
+                with content.open("rb") as file:  # not upload_file, which hides the status of what went wrong
+                    _shared_client().upload_fileobj(file, self._bucket, self._prefix + key)
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            _shared_client().delete_object(Bucket=self._bucket, Key=self._prefix + key)

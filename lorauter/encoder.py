@@ -1,0 +1,78 @@
+"""The sentence-encoder seam: texts in, unit vectors out.
+
+`SentenceEncoder` wraps sentence-transformers; `HashingEncoder` is the fake, and needs no model. Neither knows
+what the texts are for.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorauter.errors import ConfigError
+
+Embeddings = NDArray[np.float32]
+
+
+class Encoder(Protocol):
+    """Turns texts into vectors whose inner product is their similarity."""
+
+    @property
+    def name(self) -> str:
+        """What the encoder is called, for messages and records."""
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        """Embed n texts: an (n, d) float32 array with rows of unit length."""
+
+
+class SentenceEncoder:
+    """A sentence-transformers model, by folder or Hugging Face id.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+
+    def __init__(self, model: str, *, device: str | None = None) -> None:
+        from sentence_transformers import SentenceTransformer  # seconds to import
+
+        try:
+            self._model = SentenceTransformer(model, device=device)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"encoder {model!r} cannot be loaded: {error}", setting="encoder") from error
+        self.name = model.rstrip("/").rsplit("/", 1)[-1]
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        vectors = self._model.encode(
+            list(texts),
+            batch_size=64,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+class HashingEncoder:
+    """The fake: a bag of hashed words. Texts that share words are similar; nothing is learned."""
+
+    def __init__(self, dimension: int = 256) -> None:
+        self.name = f"hashing-{dimension}"
+        self._dimension = dimension
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        vectors = np.zeros((len(texts), self._dimension), np.float32)
+        for row, text in zip(vectors, texts, strict=True):
+            for word in re.findall(r"\w+", text.lower()) or [""]:
+                row[zlib.crc32(word.encode()) % self._dimension] += 1
+        return normalised(vectors)
+
+
+def normalised(vectors: Embeddings) -> Embeddings:
+    """Rows scaled to unit length; a zero row stays zero."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)

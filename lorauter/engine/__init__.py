@@ -1,0 +1,17 @@
+"""The multi-LoRA engine. Needs torch, transformers and safetensors, and nothing heavier."""
+
+from lorauter.engine.engine import EngineConfig, MultiLoraEngine
+from lorauter.engine.load import load_engine
+from lorauter.engine.types import Chunk, Completion, EchoEngine, Engine, GenerationRequest, SamplingParams
+
+__all__ = [
+    "Chunk",
+    "Completion",
+    "EchoEngine",
+    "Engine",
+    "EngineConfig",
+    "GenerationRequest",
+    "MultiLoraEngine",
+    "SamplingParams",
+    "load_engine",
+]

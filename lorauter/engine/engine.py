@@ -1,0 +1,396 @@
+"""The engine: continuous batching of requests that each carry their own mixture of adapters.
+
+One thread owns the model. Each step it drops what was cancelled, admits what fits, runs one packed batch (one
+token for every decoding row, and prompt pieces up to a budget, so that a long prompt does not stall the rest),
+samples, and hands out text. Knows nothing of HTTP, Ray, or where adapters come from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import random
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lorauter.engine.kv_cache import KVCache
+from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
+from lorauter.engine.sampling import sample
+from lorauter.engine.slots import AdapterSlots, LoraBatch, Mixture
+from lorauter.engine.text import TextCodec, TextStream
+from lorauter.engine.types import Chunk, Completion, FinishReason, GenerationRequest
+from lorauter.errors import ConfigError, ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
+
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's sizes.
+
+    Attributes:
+        max_batch: sequences that run at once.
+        max_model_len: positions a sequence may take, prompt and answer together; the model's own limit bounds it.
+        max_queue: requests that may wait, beside those that run.
+        prefill_tokens: prompt tokens processed in one step at most.
+        max_rank: the largest adapter rank served.
+        adapter_bytes: bytes of adapters resident on the device at most.
+    """
+
+    max_batch: int = 16
+    max_model_len: int = 2048
+    max_queue: int = 256
+    prefill_tokens: int = 512
+    max_rank: int = 128
+    adapter_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"engine.{name} is {value}; it must be at least 1", setting=f"engine.{name}")
+
+
+Sink = Callable[[Chunk | BaseException], object]
+
+
+@dataclass(eq=False)
+class _Sequence:
+    request: GenerationRequest
+    sink: Sink
+    text: TextStream
+    random: random.Random
+    tokens: list[int]
+    limit: int  # length at which the sequence is full
+    cached: int = 0  # positions whose keys and values are in the cache
+    sound: bool = False  # these are known to be finite, as the latest logits are
+    cancelled: bool = False
+    mixture: Mixture = field(default=())
+
+    @property
+    def decoding(self) -> bool:
+        return self.cached == len(self.tokens) - 1 and len(self.tokens) > len(self.request.prompt)
+
+
+class MultiLoraEngine:
+    """Serves one base model with any mixture of adapters for every request.
+
+    Args:
+        model: the base model.
+        codec: its tokenizer.
+        config: sizes.
+    """
+
+    def __init__(self, model: Decoder, codec: TextCodec, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self.codec = codec
+        self.max_model_len = min(self.config.max_model_len, model.max_positions)
+        self._model = model
+        self._cache = KVCache(
+            layers=model.shape.layers,
+            rows=self.config.max_batch,
+            kv_heads=model.kv_heads,
+            length=self.max_model_len,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.slots = AdapterSlots(
+            model.shape,
+            budget_bytes=self.config.adapter_bytes,
+            max_rank=self.config.max_rank,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._waiting: deque[_Sequence] = deque()
+        self._rows: list[_Sequence] = []  # decoding rows first; the index is the cache row
+        self._lora: LoraBatch | None = None  # the mixtures of `_rows`
+        self._rows_changed = False
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="lorauter-engine", daemon=True)
+        self._thread.start()
+
+    # --- the callers' side
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk]:
+        """See `Engine.stream`. Chunks that are ready together come as one."""
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
+        sequence = self._submit(request, lambda item: loop.call_soon_threadsafe(ready.put_nowait, item))
+        try:
+            while True:
+                items = [await ready.get()]
+                while not ready.empty():
+                    items.append(ready.get_nowait())
+                chunks = [item for item in items if isinstance(item, Chunk)]
+                if chunks:
+                    yield Chunk(
+                        "".join(chunk.text for chunk in chunks),
+                        tuple(token for chunk in chunks for token in chunk.token_ids),
+                        chunks[-1].finish_reason,
+                    )
+                    if chunks[-1].finish_reason is not None:
+                        return
+                for item in items:
+                    if isinstance(item, BaseException):
+                        raise item
+        finally:
+            self._cancel(sequence)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """See `Engine.generate`. The first request that fails ends the call, and cancels the others."""
+        ready: queue.SimpleQueue[tuple[int, Chunk | BaseException]] = queue.SimpleQueue()
+        chunks: list[list[Chunk]] = [[] for _ in requests]
+        sequences: list[_Sequence] = []
+        unfinished = 0
+        remaining = deque(enumerate(requests))
+        try:
+            while remaining or unfinished:
+                while remaining and unfinished < self.config.max_batch + self.config.max_queue:
+                    i, request = remaining.popleft()
+                    sequences.append(
+                        self._submit(request, lambda item, i=i: ready.put((i, item)), wait=True)  # type: ignore[misc]
+                    )
+                    unfinished += 1
+                i, item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                chunks[i].append(item)
+                unfinished -= item.finish_reason is not None
+        finally:
+            for sequence in sequences:
+                self._cancel(sequence)
+        return [Completion.of(pieces) for pieces in chunks]
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        return len(self._rows), len(self._waiting)
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if the engine's thread is gone."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
+
+    def close(self) -> None:
+        """Stop after the current step; what still runs or waits fails."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._thread.join()
+
+    def _submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> _Sequence:
+        prompt = len(request.prompt)
+        if prompt >= self.max_model_len:
+            raise ContextLengthExceeded(prompt, self.max_model_len)
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self._model.vocabulary:
+            raise InvalidRequest(
+                f"the prompt's token ids are from {min(request.prompt)} to {max(request.prompt)}, but the model's "
+                f"are from 0 to {self._model.vocabulary - 1}",
+                param="prompt",
+            )
+        self.slots.check([weights for weights, _ in request.adapters])
+        sampling = request.sampling
+        sequence = _Sequence(
+            request,
+            sink,
+            self.codec.stream(sampling.stop),
+            random.Random(sampling.seed),
+            list(request.prompt),
+            limit=min(self.max_model_len, prompt + sampling.max_tokens),
+            mixture=tuple((weights.key, weight) for weights, weight in request.adapters),
+        )
+        with self._wake:
+            if wait:
+                self._wake.wait_for(lambda: self._closed or not self._full)
+            if self._closed:
+                raise LorauterError("the engine is closed")
+            if self._full:
+                raise Overloaded(
+                    f"{len(self._rows)} requests run and {len(self._waiting)} wait, and no more may; try again later",
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+            self._waiting.append(sequence)
+            self._wake.notify_all()
+        return sequence
+
+    @property
+    def _full(self) -> bool:
+        """Whether as many requests are here as may run and wait together."""
+        return len(self._rows) + len(self._waiting) >= self.config.max_batch + self.config.max_queue
+
+    def _cancel(self, sequence: _Sequence) -> None:
+        """Let a sequence go at the next step; of no effect on one that has ended."""
+        sequence.cancelled = True
+
+    # --- the thread's side
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                try:
+                    self._drop_cancelled()
+                    self._admit()
+                    if self._rows:
+                        self._step()
+                except Exception as error:  # noqa: BLE001 (one bad step must not end the service)
+                    for sequence in self._rows:
+                        self._deliver(sequence, error)
+                    for row in reversed(range(len(self._rows))):
+                        self._remove(row)
+        finally:  # also when the device is beyond use: nobody may be left waiting
+            with self._wake:
+                self._closed = True
+                self._wake.notify_all()
+            for sequence in [*self._rows, *self._waiting]:
+                self._deliver(sequence, LorauterError("the engine was closed"))
+
+    def _wait(self) -> bool:
+        """Wait for work; False once the engine is closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._waiting or self._rows)
+            return not self._closed
+
+    def _drop_cancelled(self) -> None:
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row].cancelled:
+                self._remove(row)
+        with self._wake:
+            if any(sequence.cancelled for sequence in self._waiting):
+                self._waiting = deque(sequence for sequence in self._waiting if not sequence.cancelled)
+                self._wake.notify_all()
+
+    def _admit(self) -> None:
+        """Move waiting requests to rows, first come first served, while there is a row and room for adapters."""
+        while self._waiting and len(self._rows) < self.config.max_batch:
+            sequence = self._waiting[0]
+            try:
+                if not self.slots.acquire([weights for weights, _ in sequence.request.adapters]):
+                    return
+                self._rows.append(sequence)
+                self._rows_changed = True
+            except Exception as error:  # noqa: BLE001 (out of device memory, say: this request's trouble alone)
+                self._rows_changed = True  # the columns of other adapters may have moved before it failed
+                self._deliver(sequence, error)
+            with self._wake:
+                self._waiting.popleft()
+                self._wake.notify_all()
+
+    def _step(self) -> None:
+        if self._rows_changed:
+            self._lora = self.slots.batch([sequence.mixture for sequence in self._rows])
+            self._rows_changed = False
+        decoding = sum(sequence.decoding for sequence in self._rows)
+        spans = self._plan_prefill(decoding)
+        batch, sampled = self._pack(decoding, spans)
+        logits = self._model.forward(batch, self._cache)
+        for span in spans:
+            self._rows[span.row].cached += span.length
+        for sequence in self._rows[:decoding]:
+            sequence.cached += 1
+        self._advance(sampled, logits)
+
+    def _plan_prefill(self, decoding: int) -> list[PrefillSpan]:
+        spans, budget = [], self.config.prefill_tokens
+        for row, sequence in enumerate(self._rows[decoding:], start=decoding):
+            length = min(budget, len(sequence.tokens) - sequence.cached)
+            if not length:
+                break
+            spans.append(PrefillSpan(row, sequence.cached, length))
+            budget -= length
+        return spans
+
+    def _pack(self, decoding: int, spans: Sequence[PrefillSpan]) -> tuple[StepBatch, list[int]]:
+        """The step's batch, and the rows that its logits belong to."""
+        tokens = [sequence.tokens[-1] for sequence in self._rows[:decoding]]
+        positions = [len(sequence.tokens) - 1 for sequence in self._rows[:decoding]]
+        rows, sampled, outputs = list(range(decoding)), list(range(decoding)), list(range(decoding))
+        for span in spans:
+            sequence, end = self._rows[span.row], span.start + span.length
+            tokens += sequence.tokens[span.start : end]
+            positions += range(span.start, end)
+            rows += [span.row] * span.length
+            if end == len(sequence.tokens):
+                sampled.append(span.row)
+                outputs.append(len(tokens) - 1)
+        device = self._model.device
+
+        def ids(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        lora = self._lora.select(ids(rows)) if self._lora is not None else None
+        return StepBatch(ids(tokens), ids(positions), decoding, spans, ids(outputs), lora), sampled
+
+    def _advance(self, rows: Sequence[int], logits: torch.Tensor) -> None:
+        """Sample a token for each row, hand out its text, and remove the rows that have ended."""
+        if not rows:
+            return
+        sequences = [self._rows[row] for row in rows]
+        finite = logits.isfinite().all(dim=-1)
+        tokens = sample(
+            logits.nan_to_num(),
+            [sequence.request.sampling.temperature for sequence in sequences],
+            [sequence.request.sampling.top_p for sequence in sequences],
+            [sequence.random.random() for sequence in sequences],
+        )
+        ended = []
+        for row, token, sound in zip(rows, tokens.tolist(), finite.tolist(), strict=True):
+            self._rows[row].sound = sound
+            if not sound:
+                names = [weights.name for weights, _ in self._rows[row].request.adapters]
+                error = LorauterError(f"the model's output is not finite under the adapters {names}")
+                self._rows[row].tokens.append(token)
+                self._deliver(self._rows[row], error)
+            if not sound or self._take(self._rows[row], token):
+                ended.append(row)
+        for row in sorted(ended, reverse=True):
+            self._remove(row)
+
+    def _take(self, sequence: _Sequence, token: int) -> bool:
+        """Append a token and deliver its text; True if the sequence has ended."""
+        sampling = sequence.request.sampling
+        sequence.tokens.append(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token in self.codec.eos_ids and not sampling.ignore_eos:
+            reason = "stop"
+        else:
+            text, stopped = sequence.text.push(token)
+            if stopped:
+                reason = "stop"
+            elif len(sequence.tokens) >= sequence.limit:
+                reason = "length"
+        if reason is not None:
+            text += sequence.text.flush()
+        self._deliver(sequence, Chunk(text, (token,), reason))
+        return reason is not None
+
+    def _remove(self, row: int) -> None:
+        """Free a row, keeping the rows dense and the decoding ones first."""
+        if not self._rows[row].sound:
+            self._cache.clear(row, len(self._rows[row].tokens))
+        self.slots.release([key for key, _ in self._rows[row].mixture])
+        decoding = sum(sequence.decoding for sequence in self._rows)
+        if row < decoding:
+            self._move(decoding - 1, row)
+            row = decoding - 1
+        self._move(len(self._rows) - 1, row)
+        self._rows_changed = True
+        with self._wake:
+            self._rows.pop()
+            self._wake.notify_all()
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            self._cache.move(source, target, self._rows[source].cached)
+            self._rows[target] = self._rows[source]
+
+    def _deliver(self, sequence: _Sequence, item: Chunk | BaseException) -> None:
+        try:
+            sequence.sink(item)
+        except RuntimeError:  # the event loop that waited is gone
+            sequence.cancelled = True

@@ -1,0 +1,71 @@
+"""Loads an engine from a transformers model folder or id. Knows where weights come from, not how they run."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorauter.engine.engine import EngineConfig, MultiLoraEngine
+from lorauter.engine.model import Decoder
+from lorauter.engine.text import TextCodec
+from lorauter.errors import ConfigError
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def load_engine(
+    model: str,
+    config: EngineConfig | None = None,
+    *,
+    device: str = "auto",
+    dtype: DType = "auto",
+    threads: int | None = None,
+    aliases: Sequence[str] = (),
+) -> MultiLoraEngine:
+    """Load a model and its tokenizer, and start an engine on it.
+
+    Args:
+        model: a folder, or a Hugging Face id.
+        config: sizes.
+        device: "auto" is the GPU if there is one, else the CPU.
+        dtype: "auto" is bfloat16 where the device computes in it, else float32.
+        threads: CPU threads; None takes one for each CPU that the process may use, whatever OMP_NUM_THREADS says
+            (Ray sets it to 1).
+        aliases: further names that adapters may give as their base model.
+
+    Raises:
+        ConfigError: the model cannot be loaded or is not served.
+    """
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if place.type == "cpu":
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    kind = _best_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
+        source.to(place).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"base model {model!r} cannot be loaded: {error}", setting="base_model") from error
+    decoder = Decoder(source, names=(model, *aliases))
+    codec = TextCodec(tokenizer, eos_ids=_eos_ids(source.generation_config))
+    del source
+    gc.collect()
+    return MultiLoraEngine(decoder, codec, config)
+
+
+def _best_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    features = torch.cpu.get_capabilities()
+    native = features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def _eos_ids(config: Any) -> list[int]:
+    ids = getattr(config, "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

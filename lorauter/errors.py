@@ -1,0 +1,136 @@
+"""The one exception hierarchy.
+
+Every error says what it got, what it needed and what to do, and carries the facts as fields. The classes
+know nothing of HTTP: `deployments.api` maps them to status codes. They survive pickling with their fields,
+because they cross process boundaries.
+
+    LorauterError
+    ├── InvalidRequest          the caller's input is wrong
+    │   └── ContextLengthExceeded
+    ├── ConfigError             a setting is wrong
+    ├── TaskError               a task file is wrong
+    ├── CatalogError            a catalog is missing, damaged or does not fit
+    ├── StoreError
+    │   ├── ObjectNotFound
+    │   └── StoreUnavailable
+    ├── AdapterError
+    │   ├── AdapterNotFound
+    │   ├── AdapterRejected     the adapter can never be served as it is
+    │   └── AdapterUnavailable  the adapter cannot be had just now
+    ├── ServiceUnavailable      a part of the running service is down
+    └── Overloaded              a queue is full; try again later
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _rebuild(cls: type[LorauterError], args: tuple[Any, ...], state: dict[str, Any]) -> LorauterError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class LorauterError(Exception):
+    """Base of every error that lorauter raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class InvalidRequest(LorauterError):
+    """The caller's input is wrong; `param` names the field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt has more tokens than the model's context holds."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int) -> None:
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens, but the context holds {max_tokens} and one is needed "
+            "for the answer; shorten the prompt",
+            param="messages",
+        )
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+
+
+class ConfigError(LorauterError):
+    """A setting is missing, unknown or out of range; `setting` names it."""
+
+    def __init__(self, message: str, *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+class TaskError(LorauterError):
+    """A task or a task file does not have the documented shape; `source` says which one."""
+
+    def __init__(self, message: str, *, source: str) -> None:
+        super().__init__(f"{source}: {message}")
+        self.source = source
+
+
+class CatalogError(LorauterError):
+    """A catalog is missing, damaged, or does not fit the encoder or base model in use."""
+
+    def __init__(self, message: str, *, uri: str) -> None:
+        super().__init__(f"catalog {uri}: {message}")
+        self.uri = uri
+
+
+class StoreError(LorauterError):
+    """An object store refused or failed."""
+
+    def __init__(self, message: str, *, uri: str) -> None:
+        super().__init__(f"{uri}: {message}")
+        self.uri = uri
+
+
+class ObjectNotFound(StoreError):
+    """The object does not exist."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__("no such object", uri=uri)
+
+
+class StoreUnavailable(StoreError):
+    """The store did not answer, or answered with a fault of its own, after the configured retries."""
+
+
+class AdapterError(LorauterError):
+    """Something is wrong with one adapter; `adapter` names it."""
+
+    def __init__(self, message: str, *, adapter: str) -> None:
+        super().__init__(f"adapter {adapter!r}: {message}")
+        self.adapter = adapter
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of this name is in the store."""
+
+
+class AdapterRejected(AdapterError):
+    """The adapter is corrupt, of another base model, or uses something the engine does not serve."""
+
+
+class AdapterUnavailable(AdapterError):
+    """The adapter exists, but cannot be fetched or placed at the moment."""
+
+
+class ServiceUnavailable(LorauterError):
+    """A part of the running service is down; its replacement is on the way."""
+
+
+class Overloaded(LorauterError):
+    """A bounded queue is full; the work was not taken. Try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

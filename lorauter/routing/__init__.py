@@ -1,0 +1,19 @@
+"""Routing: from a query to a weighted mixture of adapters."""
+
+from lorauter.routing.compose import AdapterWeight, RoutingDecision, TaskScore, compose
+from lorauter.routing.options import RoutingConfig, RoutingOptions
+from lorauter.routing.retrieve import RetrievedTask, Retriever
+from lorauter.routing.router import Router, check_text
+
+__all__ = [
+    "AdapterWeight",
+    "RetrievedTask",
+    "Retriever",
+    "Router",
+    "RoutingConfig",
+    "RoutingDecision",
+    "RoutingOptions",
+    "TaskScore",
+    "check_text",
+    "compose",
+]

@@ -1,0 +1,86 @@
+"""The router in one process: embed, retrieve, compose.
+
+`deployments` runs the same three steps as separate services. Knows nothing of engines or adapters' weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorauter.catalog.catalog import Catalog
+from lorauter.encoder import Encoder
+from lorauter.errors import InvalidRequest
+from lorauter.routing.compose import RoutingDecision, compose
+from lorauter.routing.options import RoutingConfig, RoutingOptions
+from lorauter.routing.retrieve import Retriever
+from lorauter.tasks import is_encodable
+
+
+class Router:
+    """Decides which adapters answer a query.
+
+    Raises:
+        CatalogError: the encoder is not the one that the catalog was built with.
+    """
+
+    def __init__(self, catalog: Catalog, encoder: Encoder, config: RoutingConfig | None = None) -> None:
+        catalog.check_encoder(encoder)
+        self.config = config or RoutingConfig()
+        self.catalog = catalog
+        self._encoder = encoder
+        self._retriever = Retriever(catalog, self.config)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, encoder: Encoder | str = "default", config: RoutingConfig | None = None
+    ) -> Router:
+        """Load the current catalog of a folder or `s3://` URI.
+
+        Args:
+            path: the catalog.
+            encoder: an encoder, or a folder or Hugging Face id of one; "default" is the one that lorauter ships.
+            config: routing settings.
+
+        Raises:
+            CatalogError, StoreUnavailable, ConfigError.
+        """
+        if isinstance(encoder, str):
+            from lorauter.defaults import load_encoder
+
+            encoder = load_encoder(encoder)
+        return cls(Catalog.load(path), encoder, config)
+
+    def route(
+        self, texts: Sequence[str], options: RoutingOptions | Sequence[RoutingOptions] | None = None
+    ) -> list[RoutingDecision]:
+        """Decide for n texts, with the same options for all or n of them.
+
+        Raises:
+            InvalidRequest: a text is empty, or there are not as many options as texts.
+        """
+        if isinstance(texts, str):
+            raise InvalidRequest("route takes a list of texts; got one string", param="input")
+        if options is None or isinstance(options, RoutingOptions):
+            options = [options or RoutingOptions()] * len(texts)
+        if len(options) != len(texts):
+            raise InvalidRequest(f"got {len(options)} options for {len(texts)} texts", param="options")
+        for i, text in enumerate(texts):
+            check_text(text, param=f"input[{i}]")
+        if not texts:
+            return []
+        retrieved = self._retriever.retrieve(self._encoder.encode(texts), options)
+        return [
+            compose(tasks, option, self.config, catalog_version=self.catalog.version)
+            for tasks, option in zip(retrieved, options, strict=True)
+        ]
+
+
+def check_text(text: object, *, param: str) -> None:
+    """Raise InvalidRequest unless `text` is something that can be routed."""
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{param} must be a string, got {type(text).__name__}", param=param)
+    if not text.strip():
+        raise InvalidRequest(f"{param} is empty; give a text to route", param=param)
+    if not is_encodable(text):
+        raise InvalidRequest(f"{param} holds half a character (a lone surrogate)", param=param)

@@ -1,0 +1,436 @@
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lorauter.adapters.disk_cache import AdapterDiskCache
+from lorauter.adapters.repository import AdapterRepository
+from lorauter.adapters.store import DirectoryStore, MemoryStore
+from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
+from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, LorauterError, StoreUnavailable
+
+NAMES = ("a", "b", "c", "d", "e", "f")
+
+
+class Store(MemoryStore):
+    """The fake, with a hand on its downloads: `before_download` runs first, in the downloading thread."""
+
+    before_download = staticmethod(lambda key: None)
+
+    def download(self, key: str, target: Path) -> None:
+        self.before_download(key)
+        super().download(key, target)
+
+
+@pytest.fixture
+def store(tmp_path, make_adapter) -> Store:
+    """Holds the adapters a to f, all of the same size."""
+    store = Store()
+    for name in NAMES:
+        AdapterRepository(store).push(make_adapter(tmp_path / "pushed", name))
+    return store
+
+
+@pytest.fixture
+def one(store) -> int:
+    """The size of one adapter in bytes."""
+    return AdapterRepository(store).manifest("a").size
+
+
+@pytest.fixture
+def replace(store, tmp_path, make_adapter):
+    """Pushes another version of an adapter, of the same size; returns that version."""
+    return lambda name, alpha=7: (
+        AdapterRepository(store).push(make_adapter(tmp_path / f"new{alpha}", name, lora_alpha=alpha)).version
+    )
+
+
+@pytest.fixture
+def make_cache(store, tmp_path):
+    """Makes caches over one folder, as one process after the other would."""
+    caches = []
+
+    def make(**settings) -> AdapterDiskCache:
+        settings = {"budget_bytes": 10**9, "revalidate_s": 60, "backoff_s": 0.001, **settings}
+        caches.append(AdapterDiskCache(AdapterRepository(store), tmp_path / "cache", **settings))
+        return caches[-1]
+
+    yield make
+    for cache in caches:
+        cache.close()
+
+
+def on_disk(cache_root: Path) -> set[str]:
+    """Every file below a cache's folder, `name/version/file` shortened to `name/file`."""
+    return {f"{p.relative_to(cache_root).parts[0]}/{p.name}" for p in cache_root.rglob("*") if p.is_file()}
+
+
+def whole(*names: str) -> set[str]:
+    return {f"{name}/{file}" for name in names for file in (CONFIG_FILE, WEIGHTS_FILE, "entry.json")}
+
+
+def names(cache: AdapterDiskCache) -> list[str]:
+    return [name for name, _ in cache.resident()]
+
+
+def test_an_adapter_is_downloaded_once_and_can_be_loaded(store, make_cache, tmp_path, one) -> None:
+    cache = make_cache()
+    first, second = cache.fetch("a"), cache.fetch("a")
+    assert first == second
+    assert (first.name, first.version) == ("a", AdapterRepository(store).manifest("a").version)
+    LoraWeights.load(first.path, name=first.name, version=first.version)
+    assert on_disk(tmp_path / "cache") == whole("a")
+    counters = cache.counters
+    assert (counters.hits, counters.downloads, counters.downloaded_bytes) == (1, 1, one)
+    assert counters.download_seconds > 0
+    assert (cache.size_bytes, cache.resident()) == (one, [("a", first.version)])
+
+
+@pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
+def test_twenty_threads_that_ask_at_once_cause_one_download(store, make_cache, down) -> None:
+    asked, tried = threading.Barrier(20, timeout=10), []
+
+    def slowly(key: str) -> None:
+        tried.append(key)
+        time.sleep(0.1)
+        if down:
+            raise StoreUnavailable("down", uri="memory://")
+
+    store.before_download = slowly
+    cache = make_cache(attempts=1)
+
+    def ask(_: int) -> object:
+        asked.wait()
+        try:
+            return cache.fetch("a")
+        except AdapterUnavailable as error:
+            return error
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = set(pool.map(ask, range(20)))
+    assert len(answers) == 1
+    assert len(tried) == len(set(tried)) == (1 if down else 2)
+
+
+def test_different_adapters_are_downloaded_side_by_side(store, make_cache) -> None:
+    together = threading.Barrier(2, timeout=10)
+    store.before_download = lambda key: together.wait() if key.endswith(WEIGHTS_FILE) else None
+    with ThreadPoolExecutor(2) as pool:
+        assert {local.name for local in pool.map(make_cache().fetch, ["a", "b"])} == {"a", "b"}
+
+
+def test_the_least_recently_used_leaves_first(make_cache, tmp_path, one) -> None:
+    cache = make_cache(budget_bytes=3 * one)
+    for name in ("a", "b", "c", "a", "d"):
+        cache.fetch(name)
+    assert names(cache) == ["c", "a", "d"]
+    assert on_disk(tmp_path / "cache") == whole("a", "c", "d")
+    assert (cache.size_bytes, cache.counters.evictions) == (3 * one, 1)
+    cache.fetch("b")
+    assert names(cache) == ["a", "d", "b"]
+
+
+def test_a_large_adapter_takes_the_room_of_several(store, make_cache, tmp_path, make_adapter, one) -> None:
+    large = AdapterRepository(store).push(make_adapter(tmp_path / "large", "large", rank=8)).size
+    assert one < large < 2 * one
+    cache = make_cache(budget_bytes=3 * one)
+    for name in ("a", "b", "c", "large"):
+        cache.fetch(name)
+    assert (names(cache), cache.size_bytes) == (["c", "large"], one + large)
+
+
+def test_the_budget_holds_when_all_come_at_once(store, make_cache, tmp_path, one) -> None:
+    store.before_download = lambda key: time.sleep(0.02)
+    cache = make_cache(budget_bytes=2 * one)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(cache.fetch, NAMES))
+    assert cache.size_bytes == 2 * one
+    assert on_disk(tmp_path / "cache") == whole(*names(cache))
+
+
+def test_an_adapter_larger_than_the_budget_is_unavailable_and_evicts_nothing(make_cache, one) -> None:
+    cache = make_cache(budget_bytes=one)
+    cache.fetch("a")
+    tight = make_cache(budget_bytes=one - 1)
+    with pytest.raises(AdapterUnavailable, match=r"raise cache\.disk_bytes"):
+        tight.fetch("b")
+    with pytest.raises(AdapterUnavailable, match=f"has {one} bytes, but the disk cache holds {one - 1}"):
+        tight.fetch("a")
+
+
+@pytest.mark.parametrize(("failures", "attempts"), [(0, 1), (1, 3), (2, 3)])
+def test_a_failing_download_is_tried_again(store, make_cache, tmp_path, failures, attempts) -> None:
+    left = [None] * failures
+
+    def fail(key: str) -> None:
+        if left:
+            left.pop()
+            raise StoreUnavailable("hiccup", uri="memory://")
+
+    store.before_download = fail
+    cache = make_cache(attempts=attempts)
+    assert cache.fetch("a").path.is_dir()
+    assert cache.counters.retries == failures
+    assert on_disk(tmp_path / "cache") == whole("a")
+
+
+def test_after_the_last_attempt_the_adapter_is_unavailable_until_the_store_is_back(store, make_cache, tmp_path):
+    store.down = True
+    cache = make_cache(attempts=3)
+    with pytest.raises(AdapterUnavailable, match="down") as caught:
+        cache.fetch("a")
+    assert (caught.value.adapter, cache.counters.retries) == ("a", 2)
+    assert on_disk(tmp_path / "cache") == set()
+    store.down = False
+    assert cache.fetch("a").name == "a"
+
+
+def test_the_pauses_between_attempts_double(store, make_cache) -> None:
+    store.down = True
+    started = time.monotonic()
+    with pytest.raises(AdapterUnavailable):
+        make_cache(attempts=4, backoff_s=0.02).fetch("a")
+    assert 0.02 + 0.04 + 0.08 <= time.monotonic() - started < 2
+
+
+def test_failed_downloads_give_their_room_back(store, make_cache, one) -> None:
+    cache = make_cache(budget_bytes=2 * one, attempts=1)
+    cache.fetch("a")
+    store.before_download = lambda key: (_ for _ in ()).throw(StoreUnavailable("x", uri="memory://"))
+    for _ in range(5):
+        with pytest.raises(AdapterUnavailable):
+            cache.fetch("b")
+    del store.before_download
+    for name in ("b", "a"):
+        cache.fetch(name)
+    assert (sorted(names(cache)), cache.counters.evictions) == (["a", "b"], 0)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[:-1], lambda c: bytes([c[0] ^ 1]) + c[1:]], ids=["truncated", "a bit flipped"]
+)
+def test_a_damaged_object_never_becomes_an_entry(store, make_cache, tmp_path, damage) -> None:
+    key = AdapterRepository(store).manifest("a").files[WEIGHTS_FILE].key
+    sound = store.objects[key]
+    store.objects[key] = damage(sound)
+    cache = make_cache()
+    with pytest.raises(AdapterUnavailable, match="is damaged"):
+        cache.fetch("a")
+    assert (on_disk(tmp_path / "cache"), cache.resident(), cache.size_bytes) == (set(), [], 0)
+    store.objects[key] = sound
+    assert cache.fetch("a").path.is_dir()
+
+
+def test_what_is_replaced_during_the_download_is_read_again(tmp_path, make_adapter) -> None:
+    class Replaced(DirectoryStore):
+        """A plain folder that somebody overwrites while it is first downloaded."""
+
+        replaced = False
+
+        def download(self, key: str, target: Path) -> None:
+            if not self.replaced:
+                self.replaced = True
+                make_adapter(self.root, "sst2", rank=5)
+            super().download(key, target)
+
+    make_adapter(tmp_path / "root", "sst2", rank=2)
+    repository = AdapterRepository(Replaced(tmp_path / "root"))
+    cache = AdapterDiskCache(repository, tmp_path / "cache", budget_bytes=10**9, backoff_s=0.001)
+    local = cache.fetch("sst2")
+    cache.close()
+    assert local.version == repository.manifest("sst2").version
+    assert LoraWeights.load(local.path, name="sst2", version=local.version).rank == 5
+
+
+@pytest.mark.parametrize("name", ["none", "..", "../a", "a/b", "", ".incoming"])
+def test_an_unknown_name_is_not_found_and_leaves_nothing(make_cache, tmp_path, name) -> None:
+    with pytest.raises(AdapterNotFound):
+        make_cache().fetch(name)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".incoming"]
+
+
+def test_a_malformed_manifest_is_rejected_at_once(store, make_cache) -> None:
+    store.objects["a/adapter.json"] = b"{}"
+    cache = make_cache()
+    with pytest.raises(AdapterRejected):
+        cache.fetch("a")
+    assert cache.counters.retries == 0
+
+
+def test_while_the_store_is_down_what_is_on_disk_is_served(store, make_cache) -> None:
+    cache = make_cache(revalidate_s=0)
+    local = cache.fetch("a")
+    store.down = True
+    assert cache.fetch("a") == local
+    assert cache.counters.retries == 0
+    with pytest.raises(AdapterUnavailable):
+        cache.fetch("b")
+
+
+def test_while_the_store_is_down_the_newest_version_is_served(store, make_cache, replace) -> None:
+    cache = make_cache(revalidate_s=0)
+    cache.fetch("a")
+    new = replace("a")
+    assert cache.fetch("a").version == new
+    store.down = True
+    assert cache.fetch("a").version == new
+
+
+def test_a_store_that_goes_down_between_manifest_and_download_leaves_the_old_version(store, make_cache, replace):
+    cache = make_cache(revalidate_s=0)
+    old = cache.fetch("a")
+    replace("a")
+
+    def go_down(key: str) -> None:
+        store.down = True
+
+    store.before_download = go_down
+    assert cache.fetch("a") == old
+
+
+def test_a_replaced_adapter_is_picked_up_after_the_manifest_has_aged(store, make_cache, replace) -> None:
+    cache = make_cache(revalidate_s=0.3)
+    old = cache.fetch("a")
+    new = replace("a")
+    asked = len(store.reads)
+    assert cache.fetch("a") == old
+    assert len(store.reads) == asked, "a fresh manifest is trusted"
+    time.sleep(0.3)
+    assert cache.fetch("a").version == new
+    assert old.path.is_dir(), "whoever got the old version may still open it"
+
+
+def test_a_removed_adapter_is_not_found_after_the_manifest_has_aged(store, make_cache) -> None:
+    cache = make_cache(revalidate_s=0)
+    cache.fetch("a")
+    store.objects = {}
+    with pytest.raises(AdapterNotFound):
+        cache.fetch("a")
+
+
+def test_a_discarded_entry_is_downloaded_anew(make_cache, tmp_path) -> None:
+    cache = make_cache()
+    local = cache.fetch("a")
+    (local.path / WEIGHTS_FILE).write_bytes(b"?" * (local.path / WEIGHTS_FILE).stat().st_size)
+    cache.discard("a", "another version")
+    assert cache.resident() == [("a", local.version)]
+    cache.discard("a", local.version)
+    cache.discard("a", local.version)
+    assert (cache.resident(), on_disk(tmp_path / "cache")) == ([], set())
+    again = cache.fetch("a")
+    assert again == local
+    LoraWeights.load(again.path, name="a", version=again.version)
+    assert cache.counters.downloads == 2
+
+
+@pytest.mark.parametrize(
+    "vandalise",
+    [
+        lambda path: shutil.rmtree(path.parents[1]),
+        lambda path: shutil.rmtree(path),
+        lambda path: [file.unlink() for file in path.iterdir()],
+        lambda path: (path / WEIGHTS_FILE).unlink(),
+        lambda path: os.truncate(path / WEIGHTS_FILE, 5),
+    ],
+    ids=["cache", "entry", "all files", "one file", "truncated"],
+)
+def test_what_is_emptied_behind_its_back_is_downloaded_anew(make_cache, tmp_path, vandalise) -> None:
+    cache = make_cache()
+    vandalise(cache.fetch("a").path)
+    again = cache.fetch("a")
+    LoraWeights.load(again.path, name="a", version=again.version)
+    assert on_disk(tmp_path / "cache") == whole("a")
+    assert (cache.counters.downloads, cache.counters.hits, cache.counters.retries) == (2, 0, 0)
+
+
+def test_a_restart_takes_over_the_disk_with_its_order_of_use(store, make_cache, one) -> None:
+    first = make_cache()
+    paths = {name: first.fetch(name).path for name in ("a", "b", "c")}
+    for age, name in enumerate(("b", "c", "a")):
+        os.utime(paths[name], (time.time() - age, time.time() - age))
+    store.down = True
+    second = make_cache(budget_bytes=3 * one)
+    assert names(second) == ["a", "c", "b"]
+    assert second.size_bytes == 3 * one
+    assert second.fetch("c").path == paths["c"]
+    store.down = False
+    second.fetch("d")
+    assert names(second) == ["b", "c", "d"]
+
+
+def test_use_is_remembered_over_a_restart(make_cache) -> None:
+    first = make_cache()
+    for name in ("a", "b"):
+        os.utime(first.fetch(name).path, (0, 0))
+    first.fetch("a")
+    assert names(make_cache()) == ["b", "a"]
+
+
+def test_a_restart_with_a_smaller_budget_keeps_to_it(make_cache, tmp_path, one) -> None:
+    first = make_cache()
+    for age, name in enumerate(("b", "c", "a")):
+        os.utime(first.fetch(name).path, (1000 - age, 1000 - age))
+    second = make_cache(budget_bytes=one)
+    assert (names(second), on_disk(tmp_path / "cache")) == (["b"], whole("b"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / WEIGHTS_FILE).unlink(),
+        lambda path: (path / CONFIG_FILE).unlink(),
+        lambda path: (path / "entry.json").unlink(),
+        lambda path: (path / "entry.json").write_text("{"),
+        lambda path: (path / "entry.json").write_text("{}"),
+        lambda path: os.truncate(path / WEIGHTS_FILE, 5),
+        lambda path: (path / CONFIG_FILE).write_bytes((path / CONFIG_FILE).read_bytes() + b" "),
+        lambda path: path.rename(path.with_name("0123456789abcdef")),
+        lambda path: path.parent.rename(path.parent.with_name("b")),
+        lambda path: (shutil.rmtree(path), path.touch()),
+    ],
+    ids=[
+        "no weights",
+        "no configuration",
+        "no entry file",
+        "broken entry file",
+        "empty entry file",
+        "truncated",
+        "too long",
+        "another version",
+        "another name",
+        "a file",
+    ],
+)
+def test_a_restart_drops_what_is_not_whole(make_cache, tmp_path, damage) -> None:
+    path = make_cache().fetch("a").path
+    damage(path)
+    cache = make_cache()
+    assert (cache.resident(), cache.size_bytes, on_disk(tmp_path / "cache")) == ([], 0, set())
+    LoraWeights.load(cache.fetch("a").path, name="a", version="x")
+    assert on_disk(tmp_path / "cache") == whole("a")
+
+
+def test_a_restart_clears_what_was_on_its_way(make_cache, tmp_path) -> None:
+    half = tmp_path / "cache" / ".incoming" / "tmpabc" / "adapter"
+    half.mkdir(parents=True)
+    (half / WEIGHTS_FILE).write_bytes(b"half")
+    cache = make_cache()
+    assert (cache.resident(), on_disk(tmp_path / "cache")) == ([], set())
+
+
+def test_a_folder_that_cannot_be_used_is_said_to_be(store, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LorauterError, match="cannot be used"):
+        AdapterDiskCache(AdapterRepository(store), tmp_path / "file", budget_bytes=1)
+
+
+def test_a_disk_that_fails_makes_the_adapter_unavailable(make_cache, tmp_path) -> None:
+    cache = make_cache()
+    (tmp_path / "cache" / "a").touch()
+    with pytest.raises(AdapterUnavailable, match="the disk cache failed"):
+        cache.fetch("a")
+    assert cache.fetch("b").path.is_dir()

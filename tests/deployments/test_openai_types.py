@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.openai_types import ChatBody, CompletionBody, RouteBody
+from lorauter.engine.types import SamplingParams
+from lorauter.errors import InvalidRequest
+
+DEFAULTS: dict[str, Any] = {"max_tokens": 99, "temperature": 0.3}
+
+
+def chat(**options: Any) -> ChatBody:
+    return ChatBody.model_validate_json(
+        json.dumps({"model": "lorauter", "messages": [{"role": "user", "content": "hi"}], **options})
+    )
+
+
+def completion(**options: Any) -> CompletionBody:
+    return CompletionBody.model_validate_json(json.dumps({"model": "lorauter", "prompt": "hi", **options}))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, SamplingParams(max_tokens=99, temperature=0.3)),
+        ({"max_tokens": None, "temperature": None, "top_p": None, "stop": None, "seed": None, "n": None}, ...),
+        ({"max_tokens": 5, "temperature": 0}, SamplingParams(max_tokens=5, temperature=0.0)),
+        ({"temperature": 2, "top_p": 1}, SamplingParams(max_tokens=99, temperature=2.0, top_p=1.0)),
+        ({"stop": "end", "seed": -1}, SamplingParams(max_tokens=99, temperature=0.3, stop=("end",), seed=-1)),
+        ({"stop": ["a", "b"]}, SamplingParams(max_tokens=99, temperature=0.3, stop=("a", "b"))),
+        ({"stop": []}, ...),
+    ],
+)
+def test_sampling_is_what_was_asked_for_and_defaults_otherwise(options: dict[str, Any], expected: Any) -> None:
+    default = SamplingParams(max_tokens=99, temperature=0.3)
+    for make in (chat, completion):
+        assert make(**options).sampling(**DEFAULTS) == (default if expected is ... else expected)
+
+
+def test_a_chats_newer_bound_goes_before_the_older() -> None:
+    assert chat(max_completion_tokens=3, max_tokens=7).sampling(**DEFAULTS).max_tokens == 3
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["fine", ""]])
+def test_an_empty_stop_is_refused(stop: Any) -> None:
+    with pytest.raises(InvalidRequest, match="stop"):
+        chat(stop=stop).sampling(**DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me", "metadata": {"a": "b"}},
+        {"presence_penalty": -0.0, "logprobs": None, "lorauter": {}},
+        {"stream_options": {"include_usage": True, "include_obfuscation": False}},
+    ],
+)
+def test_options_at_their_neutral_value_are_taken(options: dict[str, Any]) -> None:
+    chat(**options, logprobs=False) if "logprobs" not in options else chat(**options)
+    completion(**options, echo=False, best_of=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"tools": []}, "tools"),
+        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"model": None}, "model"),
+        ({"stream": 1}, "stream"),
+        ({"stream": "true"}, "stream"),
+        ({"stream_options": {"usage": True}}, "usage"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [5]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"seed": 0.5}, "seed"),
+        ({"presence_penalty": 0.1}, "presence_penalty"),
+        ({"frequency_penalty": "0"}, "frequency_penalty"),
+        ({"logprobs": True}, "logprobs"),
+        ({"lorauter": {"top_k": 0}}, "top_k"),
+        ({"lorauter": {"top_k": "3"}}, "top_k"),
+        ({"lorauter": {"temperature": 0}}, "temperature"),
+        ({"lorauter": {"exclude_tasks": "sst2"}}, "exclude_tasks"),
+        ({"lorauter": {"adapters": ["sst2"]}}, "adapters"),
+        ({"lorauter": {"adapters": {"sst2": "1"}}}, "sst2"),
+        ({"lorauter": {"adapters": {"sst2": True}}}, "sst2"),
+        ({"lorauter": {"exclude": []}}, "exclude"),
+    ],
+)
+def test_anything_else_is_refused_by_its_field(options: dict[str, Any], field: str) -> None:
+    for make in (chat, completion):
+        with pytest.raises(ValidationError) as caught:
+            make(**options)
+        assert all(field in error["loc"] for error in caught.value.errors())
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "hi",
+        [{"role": "user"}],
+        [{"content": "hi"}],
+        [{"role": "tool", "content": "hi"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+        [{"role": "user", "content": "hi", "tool_calls": []}],
+    ],
+)
+def test_messages_that_are_none(messages: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        chat(messages=messages)
+    assert all(error["loc"][0] == "messages" for error in caught.value.errors())
+
+
+def test_messages_become_turns_and_a_text_to_route() -> None:
+    body = chat(
+        messages=[
+            {"role": "developer", "content": "Be short."},
+            {"role": "user", "content": "first"},
+            {"role": "assistant", "content": "so", "name": "me"},
+            {"role": "user", "content": [{"type": "text", "text": "sec"}, {"type": "text", "text": "ond"}]},
+            {"role": "assistant", "content": "Well,"},
+        ]
+    )
+    assert [turn["role"] for turn in body.turns()] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn["content"] for turn in body.turns()] == ["Be short.", "first", "so", "second", "Well,"]
+    assert body.routed_text("last_user_message") == "second"
+    assert body.routed_text("conversation") == "Be short.\nfirst\nso\nsecond\nWell,"
+
+
+def test_a_chat_without_a_user_has_no_text_to_route() -> None:
+    body = chat(messages=[{"role": "system", "content": "Be short."}])
+    with pytest.raises(InvalidRequest, match="user"):
+        body.routed_text("last_user_message")
+
+
+def test_a_prompt_is_one_text() -> None:
+    assert completion(prompt="a").text == completion(prompt=["a"]).text == "a"
+    for prompt in ([], ["a", "b"], [1, 2], 5, None):
+        with pytest.raises(ValidationError):
+            completion(prompt=prompt)
+
+
+def test_route_takes_a_text_or_texts_with_options_beside() -> None:
+    body = RouteBody.model_validate_json('{"input": "a", "top_k": 2, "exclude_tasks": ["x"], "allow_adapters": []}')
+    assert (body.texts(), body.top_k, body.exclude_tasks, body.allow_adapters) == (["a"], 2, {"x"}, frozenset())
+    assert RouteBody.model_validate_json('{"input": ["a", "b"]}').texts() == ["a", "b"]
+    with pytest.raises(InvalidRequest, match="input"):
+        RouteBody.model_validate_json('{"input": []}').texts()
+    for wrong in ("{}", '{"input": 5}', '{"input": [5]}', '{"input": "a", "adapters": {"b": 1}}', '{"text": "a"}'):
+        with pytest.raises(ValidationError):
+            RouteBody.model_validate_json(wrong)

@@ -1,0 +1,378 @@
+"""Tiny random models, real PEFT adapters for them, a byte tokenizer, and a decoder that only counts."""
+
+import copy
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from lorauter.adapters.weights import LoraWeights, ModelShape
+from lorauter.engine import EngineConfig, MultiLoraEngine
+from lorauter.engine.kv_cache import KVCache
+from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
+from lorauter.engine.slots import AdapterSlots
+from lorauter.engine.text import TextCodec
+
+SPECIAL = ("<eos>", "<end>", "<start>")  # ids 256, 257 and 258, after one id for each byte
+VOCABULARY = 256 + len(SPECIAL)
+CHAT = "{% for m in messages %}<start>{{ m.role }}:{{ m.content }}<end>{% endfor %}<start>assistant:"
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 96,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+BASES = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama-yarn-bias": ("Llama", {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {}),
+}
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+ADAPTERS = {
+    "attention": {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION},
+    "mlp-rslora": {"r": 8, "lora_alpha": 4, "target_modules": MLP, "use_rslora": True},
+    "patterns": {
+        "r": 5,
+        "lora_alpha": 5,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "rank_pattern": {"q_proj": 2, "model.layers.1.mlp.down_proj": 6},
+        "alpha_pattern": {"model.layers.0.self_attn.v_proj": 9, r"layers\.[12]\..*\.q_proj": 1},
+    },
+    "one-layer": {"r": 3, "lora_alpha": 3, "target_modules": ATTENTION + MLP, "layers_to_transform": [1]},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models are far too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _time_limit() -> Iterator[None]:
+    """A request that is never answered is a failure, not a hang."""
+
+    def fail(*_) -> None:
+        raise TimeoutError("the test hangs")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a byte, the byte's value its id; then the special tokens."""
+    backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=SPECIAL[0],
+        additional_special_tokens=list(SPECIAL[1:]),
+        chat_template=CHAT,
+    )
+
+
+@pytest.fixture(scope="session")
+def codec(tokenizer) -> TextCodec:
+    return TextCodec(tokenizer)
+
+
+# --- models and adapters, with transformers and PEFT as the references
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """PEFT uses names that transformers has deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@dataclass
+class Pool:
+    """Base models, adapters, and what transformers and PEFT make of them."""
+
+    folder: Path
+    adapters: dict[str, LoraWeights] = field(default_factory=dict)
+    _bases: dict[str, transformers.PreTrainedModel] = field(default_factory=dict)
+    _merged: dict[object, transformers.PreTrainedModel] = field(default_factory=dict)
+
+    def base(self, kind: str) -> transformers.PreTrainedModel:
+        if kind not in self._bases:
+            name, extra = BASES[kind]
+            config = getattr(transformers, f"{name}Config")(**SIZES, **extra)
+            torch.manual_seed(len(kind))
+            model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+            for key, parameter in model.named_parameters():
+                # Large enough that position, attention, biases and norms all show in the logits.
+                centre, spread = (1, 0.3) if "norm" in key else (0, 0.15)
+                torch.nn.init.normal_(parameter, centre, spread)
+            self._bases[kind] = model
+        return self._bases[kind]
+
+    def decoder(self, kind: str) -> Decoder:
+        return Decoder(self.base(kind), names=("tiny",))
+
+    def add(self, name: str, **config) -> LoraWeights:
+        """Make an adapter with PEFT, save it, and read it back."""
+        torch.manual_seed(len(self.adapters))
+        with _old_names():
+            model = get_peft_model(copy.deepcopy(self.base("llama")), LoraConfig(task_type="CAUSAL_LM", **config))
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, 0, 0.15)
+        model.peft_config["default"].base_model_name_or_path = "hub/Tiny"
+        model.save_pretrained(self.folder / name, save_embedding_layers=False)
+        self.adapters[name] = LoraWeights.load(self.folder / name, name=name, version="1")
+        return self.adapters[name]
+
+    def peft(self, kind: str, *names: str) -> PeftModel:
+        """The base model with adapters loaded by PEFT, the first one active."""
+        with _old_names():
+            model = PeftModel.from_pretrained(copy.deepcopy(self.base(kind)), self.folder / names[0], names[0])
+        for name in names[1:]:
+            model.load_adapter(self.folder / name, name)
+        return model.eval()
+
+    def merged(self, kind: str, mixture: tuple[tuple[str, float], ...] = ()) -> transformers.PreTrainedModel:
+        """The base model with W + sum_k w_k s_k B_k A_k in place of W, the s_k B_k A_k as PEFT computes them."""
+        if (kind, mixture) not in self._merged:
+            model = copy.deepcopy(self.base(kind))
+            for name, weight in mixture:
+                for key, module in self.peft(kind, name).get_base_model().named_modules():
+                    if isinstance(module, LoraLayer):
+                        with torch.no_grad():
+                            model.get_submodule(key).weight += weight * module.get_delta_weight(name)
+            self._merged[kind, mixture] = model
+        return self._merged[kind, mixture]
+
+    def mix(self, mixture: tuple[tuple[str, float], ...]) -> tuple[tuple[LoraWeights, float], ...]:
+        return tuple((self.adapters[name], weight) for name, weight in mixture)
+
+    def continued(self, kind: str, prompt, tokens: int, mixture: tuple[tuple[str, float], ...] = ()):
+        """The greedy continuation by transformers' `generate`."""
+        ids = self.merged(kind, mixture).generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=tokens, do_sample=False
+        )
+        return tuple(ids[0, len(prompt) :].tolist())
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory) -> Pool:
+    pool = Pool(tmp_path_factory.mktemp("adapters"))
+    for name, config in ADAPTERS.items():
+        pool.add(name, **config)
+    return pool
+
+
+# --- a decoder driven step by step
+
+
+@dataclass
+class Forced:
+    """A sequence whose every token is given."""
+
+    tokens: list[int]
+    prompt: int  # how many of them are prefilled
+    adapters: tuple[tuple[LoraWeights, float], ...] = ()
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def mixture(self):
+        return tuple((weights.key, weight) for weights, weight in self.adapters)
+
+    @property
+    def decoding(self) -> bool:
+        return len(self.logits) >= self.prompt
+
+
+@pytest.fixture(scope="session")
+def forced():
+    """Forced sequences, made from a seed: `forced(n, ...)`."""
+
+    def make(lengths, adapters=None, seed=0) -> list[Forced]:
+        draw = torch.Generator().manual_seed(seed)
+        adapters = adapters or [()] * len(lengths)
+        return [
+            Forced(torch.randint(VOCABULARY, (length,), generator=draw).tolist(), prompt, mixture)
+            for (prompt, length), mixture in zip(lengths, adapters, strict=True)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_forced():
+    """Run forced sequences packed together; returns the logits (length, vocabulary) of each.
+
+    One joins every other step, prompts go through in pieces of `piece` tokens, and a sequence that has ended
+    leaves its cache row to the ones behind it.
+    """
+
+    def run(decoder: Decoder, sequences: list[Forced], *, slots: AdapterSlots | None = None, piece: int = 5):
+        cache = KVCache(
+            layers=decoder.shape.layers,
+            rows=len(sequences),
+            kv_heads=decoder.kv_heads,
+            length=decoder.max_positions,
+            head_dim=decoder.head_dim,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+        waiting, rows, step = deque(sequences), [], 0
+        while waiting or rows:
+            if waiting and step % 2 == 0:
+                rows.append(waiting.popleft())
+                assert slots is None or slots.acquire([weights for weights, _ in rows[-1].adapters])
+            step += 1
+            decoding, budget, spans = sum(row.decoding for row in rows), piece, []
+            for i, row in enumerate(rows[decoding:], start=decoding):
+                if length := min(budget, row.prompt - len(row.logits)):
+                    spans.append(PrefillSpan(i, len(row.logits), length))
+                    budget -= length
+            places = [(i, len(rows[i].logits)) for i in range(decoding)]
+            places += [(span.row, span.start + j) for span in spans for j in range(span.length)]
+            owners, positions = torch.tensor(places).T
+            lora = slots.batch([row.mixture for row in rows]) if slots is not None else None
+            batch = StepBatch(
+                torch.tensor([rows[i].tokens[position] for i, position in places]),
+                positions,
+                decoding,
+                spans,
+                torch.arange(len(places)),
+                lora.select(owners) if lora is not None else None,
+            )
+            for (i, _), logits in zip(places, decoder.forward(batch, cache), strict=True):
+                rows[i].logits.append(logits)
+            for i in reversed(range(len(rows))):
+                if len(rows[i].logits) == len(rows[i].tokens):
+                    if slots is not None:
+                        slots.release([key for key, _ in rows[i].mixture])
+                    for j in range(i + 1, len(rows)):
+                        cache.move(j, j - 1, len(rows[j].logits))
+                    del rows[i]
+        return [torch.stack(sequence.logits) for sequence in sequences]
+
+    return run
+
+
+# --- engines
+
+
+class CountingDecoder:
+    """The fake decoder: after token t comes t + 1, and "a" after "z", so that "x" is continued as "yzabc...".
+
+    After "!" the logits are NaN, "?" makes the step raise, and "~" ends the engine's thread.
+    """
+
+    shape = ModelShape(("tiny",), 1, {"q_proj": (4, 4)})
+    kv_heads = head_dim = 1
+    max_positions = 1 << 20
+    vocabulary = VOCABULARY
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int]] = []  # decoding rows and prompt tokens
+
+    def forward(self, batch: StepBatch, cache: KVCache) -> torch.Tensor:
+        self.steps.append((batch.decoding, sum(span.length for span in batch.spans)))
+        last = batch.tokens[batch.outputs]
+        if (last == ord("?")).any():
+            raise RuntimeError("forward failed")
+        if (last == ord("~")).any():
+            raise SystemExit
+        logits = torch.zeros(len(last), VOCABULARY)
+        logits[torch.arange(len(last)), torch.where(last == ord("z"), ord("a"), last + 1)] = 9
+        logits[last == ord("!")] = torch.nan
+        return logits
+
+
+class PacedDecoder:
+    """A decoder whose every step waits for a permit."""
+
+    def __init__(self, decoder) -> None:
+        self._decoder = decoder
+        self.permits = threading.Semaphore(0)
+        self.taken = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._decoder, name)
+
+    def forward(self, batch: StepBatch, cache: KVCache) -> torch.Tensor:
+        self.permits.acquire()
+        self.taken += 1
+        return self._decoder.forward(batch, cache)
+
+
+@pytest.fixture
+def start(codec) -> Iterator[Callable[..., MultiLoraEngine]]:
+    """Start an engine; closed at the end."""
+    started = []
+
+    def make(decoder, codec=codec, **config) -> MultiLoraEngine:
+        engine = MultiLoraEngine(decoder, codec, EngineConfig(**{"max_batch": 4, "adapter_bytes": 1 << 20} | config))
+        started.append((engine, decoder))
+        return engine
+
+    yield make
+    for engine, decoder in started:
+        if isinstance(decoder, PacedDecoder):
+            decoder.permits.release(1000)
+        engine.close()
+
+
+@pytest.fixture
+def counting() -> CountingDecoder:
+    return CountingDecoder()
+
+
+@pytest.fixture(scope="session")
+def paced() -> Callable[..., PacedDecoder]:
+    return PacedDecoder
+
+
+@pytest.fixture(scope="session")
+def made():
+    """An adapter made by hand, of given ranks: `made(shape, "name", q_proj=2)`."""
+
+    def make(shape: ModelShape, name: str, *, base: str = "", layers: Sequence[int] = (), **ranks: int) -> LoraWeights:
+        draw = torch.Generator().manual_seed(sum(name.encode()))
+        tensors = {}
+        for layer in layers or range(shape.layers):
+            for target, rank in ranks.items():
+                inputs, outputs = shape.linears[target]
+                a, b = (torch.randn(size, generator=draw) for size in ((rank, inputs), (outputs, rank)))
+                tensors[layer, target] = a, b
+        return LoraWeights(name, "1", base, tensors)
+
+    return make

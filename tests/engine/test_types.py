@@ -1,0 +1,63 @@
+import asyncio
+import math
+
+import pytest
+
+from lorauter.engine import Chunk, Completion, EchoEngine, EngineConfig, GenerationRequest, SamplingParams
+from lorauter.errors import ConfigError, InvalidRequest
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("stop", ("a", "")),
+    ],
+)
+def test_sampling_params_out_of_range_are_refused(param, value):
+    with pytest.raises(InvalidRequest, match=param) as caught:
+        SamplingParams(**{param: value})
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_a_weight_must_be_finite(pool, weight):
+    with pytest.raises(InvalidRequest, match="'patterns'") as caught:
+        GenerationRequest((1,), ((pool.adapters["patterns"], weight),))
+    assert caught.value.param == "adapters"
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(InvalidRequest, match="empty") as caught:
+        GenerationRequest(())
+    assert caught.value.param == "prompt"
+
+
+def test_sizes_must_be_positive():
+    with pytest.raises(ConfigError, match=r"engine\.max_batch is 0") as caught:
+        EngineConfig(max_batch=0)
+    assert caught.value.setting == "engine.max_batch"
+
+
+def test_a_completion_joins_its_chunks():
+    chunks = [Chunk("a", (1,)), Chunk("", (2, 3)), Chunk("b", (4,), "stop")]
+    assert Completion.of(chunks) == Completion("ab", (1, 2, 3, 4), "stop")
+
+
+def test_the_echo_streams_what_it_generates():
+    engine = EchoEngine()
+    request = GenerationRequest((5, 6, 7), sampling=SamplingParams(max_tokens=2))
+
+    async def streamed():
+        return [chunk async for chunk in engine.stream(request)]
+
+    assert engine.generate([request]) == [Completion("5 6 ", (5, 6), "length")]
+    assert Completion.of(asyncio.run(streamed())) == Completion("5 6 ", (5, 6), "length")
+    engine.check_health()
+    engine.close()

@@ -1,0 +1,133 @@
+"""One Ray cluster, one S3 server and one model for the whole session, with the example pool in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+
+from deployments.adapter_cache import CacheSpec, running_caches
+from deployments.app import assemble
+from deployments.config import AppConfig
+from lorauter.tasks import read_task
+
+ROOT = Path(__file__).resolve().parents[2]
+CLI = Path(sys.executable).parent / "lorauter"
+BUCKET = "lorauter-test"
+
+
+@dataclass(frozen=True)
+class Service:
+    """The running service as its tests see it."""
+
+    url: str
+    config: AppConfig
+    store: Path  # the folder behind the S3 prefix of the adapters
+    disk: Path  # the folder of the node's adapter cache
+
+    @property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120)
+
+    @property
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
+
+    @property
+    def cache(self) -> Any:
+        """The handle of the node's AdapterCache actor."""
+        [actor] = running_caches(CacheSpec(self.config.adapters, self.config.cache))
+        return actor
+
+    def ask(self, model: str, text: str = "Is the sky blue?", **options: Any) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **options}
+        with self.http as client:
+            return client.post("/v1/chat/completions", json=body)
+
+    def ask_together(self, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
+        """Send chats at the same moment."""
+
+        async def send() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=self.url, timeout=120) as client:
+                return await asyncio.gather(*[client.post("/v1/chat/completions", json=body) for body in bodies])
+
+        return asyncio.run(send())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def cli(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the console script to its end."""
+    return subprocess.run(
+        [str(CLI), *map(str, args)], capture_output=True, text=True, timeout=300, env={**os.environ, **env}, cwd=ROOT
+    )
+
+
+@pytest.fixture(scope="session")
+def service(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    work = tmp_path_factory.mktemp("service")
+    uri = s3_server.bucket(BUCKET)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**s3_server.env, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+            patch.setenv(name, value)
+        pushed = cli("adapters", "push", "examples/adapters", "--to", f"{uri}/adapters")
+        assert pushed.returncode == 0, pushed.stderr
+        built = cli(
+            *("catalog", "build", "--tasks", "examples/tasks"),
+            *("--adapters", f"{uri}/adapters", "--out", f"{uri}/catalog"),
+        )
+        assert built.returncode == 0, built.stderr
+        config = AppConfig.parse(
+            {
+                "adapters": f"{uri}/adapters",
+                "catalog": f"{uri}/catalog",
+                "engine": {"max_batch": 8, "max_model_len": 1024, "max_queue": 16, "max_rank": 32},
+                "cache": {"directory": str(work / "disk"), "revalidate_s": 0.5},
+                "api": {"max_body_bytes": 100_000},
+            }
+        )
+        port = _free_port()
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+        serve.run(assemble(config, {}), name="lorauter")
+        yield Service(
+            f"http://127.0.0.1:{port}", config, s3_server.root / BUCKET / "adapters", work / "disk" / "cache-0"
+        )
+        serve.shutdown()
+        ray.shutdown()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def examples() -> Any:
+    """`examples(task)`: its test examples."""
+    return lambda task: read_task(ROOT / "examples" / "tasks" / f"{task}.json").test
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback that nothing listens on."""
+    return _free_port()

@@ -1,0 +1,202 @@
+"""Adapters from a real S3 server: pulled once, kept, verified, refused, and missed when the store is away."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file, save
+
+from lorauter.adapters import open_store
+
+pytestmark = pytest.mark.integration
+
+MESSAGE = [{"role": "user", "content": "Is the sky blue?"}]
+
+
+def stats(service: Any) -> dict[str, Any]:
+    result: dict[str, Any] = ray.get(service.cache.stats.remote())
+    return result
+
+
+def wait_until(condition: Any, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def copy(service: Any, root: Path) -> Iterator[Any]:
+    """`copy(name, change)`: a plain PEFT folder in the store, made of sst2 with its config or tensors changed."""
+    store = open_store(service.config.adapters)
+    source = root / "examples" / "adapters" / "sst2"
+    made = set()
+
+    def make(name: str, change: Any = lambda config, tensors: None) -> str:
+        config = json.loads((source / "adapter_config.json").read_bytes())
+        tensors = load_file(source / "adapter_model.safetensors")
+        change(config, tensors)
+        store.write(f"{name}/adapter_config.json", json.dumps(config).encode())
+        store.write(f"{name}/adapter_model.safetensors", save(tensors))
+        made.add(name)
+        return name
+
+    yield make
+    for name in made:
+        store.delete(f"{name}/adapter_config.json")
+        store.delete(f"{name}/adapter_model.safetensors")
+
+
+def test_twenty_first_requests_make_one_download(service: Any) -> None:
+    before = stats(service)
+    assert not any(name == "mrpc" for name, _ in before["resident"])
+    body = {"model": "mrpc", "messages": MESSAGE, "max_tokens": 2}
+    answers = service.ask_together([body] * 20)
+    direct = ray.get([service.cache.fetch.remote(["mrpc"]) for _ in range(20)])
+    assert [answer.status_code for answer in answers] == [200] * 20
+    assert len({local.path for [local] in direct}) == 1
+    assert stats(service)["downloads"] == before["downloads"] + 1
+
+
+@pytest.mark.parametrize("how", ["process killed", "actor killed", "actor killed for good"])
+def test_a_killed_cache_comes_back_and_reuses_its_disk(service: Any, copy: Any, how: str) -> None:
+    assert service.ask("rte").status_code == 200
+    actor = service.cache
+    before = stats(service)
+    if how == "process killed":
+        os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+    else:
+        ray.kill(actor, no_restart=how.endswith("good"))
+    name = copy(f"after-{how.replace(' ', '-')}")  # needs the cache, which no memory can stand in for
+    assert service.ask(name).status_code == 200
+    assert service.ask("rte").status_code == 200
+    after = stats(service)
+    assert {name for name, _ in before["resident"]} < {name for name, _ in after["resident"]}
+    assert after["downloads"] == 1  # counted anew since the restart: the new adapter alone
+
+
+def test_a_truncated_object_is_detected_retried_and_reported(service: Any) -> None:
+    [stored] = (service.store / "boolq").glob("*/adapter_model.safetensors")
+    content = stored.read_bytes()
+    before = stats(service)
+    stored.write_bytes(content[: len(content) // 2])
+    try:
+        response = service.ask("boolq")
+    finally:
+        stored.write_bytes(content)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "adapter_unavailable"
+    assert "boolq" in response.json()["error"]["message"]
+    assert stats(service)["retries"] >= before["retries"] + 2
+    assert not any(name == "boolq" for name, _ in stats(service)["resident"])
+    assert service.ask("boolq").status_code == 200
+
+
+def test_flipped_bits_are_detected(service: Any) -> None:
+    [stored] = (service.store / "evalution").glob("*/adapter_model.safetensors")
+    content = stored.read_bytes()
+    stored.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        response = service.ask("evalution")
+    finally:
+        stored.write_bytes(content)
+    assert response.status_code == 503
+    assert "damaged" in response.json()["error"]["message"]
+
+
+def test_a_store_that_is_down(service: Any, s3_server: Any) -> None:
+    assert service.ask("agnews").status_code == 200
+    s3_server.stop()
+    try:
+        time.sleep(1)  # past revalidate_s: the cache has to ask, and fails
+        cached = service.ask("agnews")
+        started = time.monotonic()
+        missing = service.ask("odd_man_out")
+        seconds = time.monotonic() - started
+        base = service.ask("base")
+    finally:
+        s3_server.start()
+    assert cached.status_code == 200
+    assert base.status_code == 200
+    assert missing.status_code == 503
+    assert "odd_man_out" in missing.json()["error"]["message"]
+    assert seconds < 20
+    assert service.ask("odd_man_out").status_code == 200
+
+
+def nan(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+def rank(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["r"] = 64
+    for key, tensor in tensors.items():
+        tensors[key] = torch.cat([tensor] * 8, dim=0 if ".lora_A." in key else 1).contiguous()
+
+
+def shape(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if ".lora_A." in key:
+            tensors[key] = tensor[:, :-8].contiguous()
+
+
+def target(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for key in list(tensors):
+        tensors[key.replace("v_proj", "other_proj")] = tensors.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        pytest.param(nan, "NaN", id="nan"),
+        pytest.param(rank, "rank 64", id="rank"),
+        pytest.param(shape, "568", id="shape"),
+        pytest.param(target, "other_proj", id="target"),
+        pytest.param(lambda c, _: c.update(use_dora=True), "use_dora", id="dora"),
+        pytest.param(lambda c, _: c.update(base_model_name_or_path="meta/Llama-2-7b"), "Llama-2-7b", id="base"),
+    ],
+)
+def test_a_bad_adapter_is_refused_by_name_and_harms_nobody(service: Any, copy: Any, change: Any, cause: str) -> None:
+    name = copy(f"bad-{cause.replace(' ', '-')}", change)
+    for _ in range(2):
+        response = service.ask(name)
+        assert response.status_code == 422
+        assert name in response.json()["error"]["message"]
+        assert cause in response.json()["error"]["message"]
+    assert service.ask("sst2").status_code == 200
+
+
+def test_a_corrupt_file_without_a_hash_is_refused(service: Any, copy: Any) -> None:
+    name = copy("corrupt")
+    open_store(service.config.adapters).write(f"{name}/adapter_model.safetensors", b"\xff" * 1000)
+    response = service.ask(name)
+    assert response.status_code == 422
+    assert name in response.json()["error"]["message"]
+
+
+def test_a_damaged_copy_on_the_disk_is_fetched_again(service: Any, copy: Any) -> None:
+    name = copy("damaged-on-disk")
+    [[local]] = ray.get([service.cache.fetch.remote([name])])
+    path = local.path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert service.ask(name).status_code == 200
+
+
+def test_a_replaced_adapter_is_served_anew(service: Any, copy: Any) -> None:
+    name = copy("replaced")
+    text = "Short movie review: dreadful. Did the critic think positively or negatively of the movie?"
+    first = service.ask(name, text).json()["choices"]
+
+    copy(name, lambda _, tensors: tensors.update({key: tensor * 0 for key, tensor in tensors.items()}))
+    base = service.ask("base", text).json()["choices"]
+    assert first != base
+    wait_until(lambda: service.ask(name, text).json()["choices"] == base)

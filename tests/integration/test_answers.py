@@ -1,0 +1,161 @@
+"""The main job over HTTP, on the real model: queries in, answers under the right adapters out."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from lorauter.catalog import Catalog
+
+pytestmark = pytest.mark.integration
+
+
+def test_real_questions_are_routed_and_answered(service: Any, examples: Any) -> None:
+    questions = [(task, e) for task, n in (("dbpedia", 4), ("tomqa", 3), ("agnews", 3)) for e in examples(task)[:n]]
+    answers = service.ask_together(
+        [
+            {"model": "lorauter", "messages": [{"role": "user", "content": e.input}], "temperature": 0}
+            for _, e in questions
+        ]
+    )
+    right = 0
+    for (task, example), response in zip(questions, answers, strict=True):
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        assert answer["lorauter"]["tasks"][0]["name"] == task
+        assert answer["lorauter"]["adapters"][0]["name"] == task
+        assert sum(a["weight"] for a in answer["lorauter"]["adapters"]) == pytest.approx(1)
+        assert response.headers["x-lorauter-tasks"].startswith(f"{task}=")
+        assert response.headers["x-lorauter-adapters"].startswith(f"{task}=")
+        given = answer["choices"][0]["message"]["content"]
+        right += given.strip().lower().rstrip(".") == example.target.strip().lower().rstrip(".")
+    assert right >= 8
+
+
+def test_openai_client(service: Any, examples: Any) -> None:
+    client = service.openai
+    example = examples("dbpedia")[0]
+    messages = [{"role": "system", "content": "Answer."}, {"role": "user", "content": example.input}]
+    whole = client.chat.completions.create(model="dbpedia", messages=messages, seed=1)
+    pieces = list(
+        client.chat.completions.create(
+            model="dbpedia", messages=messages, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == whole.choices[0].message.content != ""
+    assert pieces[-1].usage == whole.usage
+    assert whole.usage.prompt_tokens > 10
+    assert pieces[0].lorauter["adapters"] == [{"name": "dbpedia", "weight": 1.0}]
+    plain = client.completions.create(model="base", prompt="The capital of France is", max_tokens=4)
+    assert plain.choices[0].finish_reason == "length"
+    assert plain.usage.completion_tokens == 4
+    models = {model.id: model for model in client.models.list()}
+    assert {"lorauter", "base", "sst2", "tomqa"} <= set(models)
+    assert models["sst2"].parent == "base"
+    with pytest.raises(openai.NotFoundError, match="nowhere"):
+        client.chat.completions.create(model="nowhere", messages=messages)
+
+
+def test_sampling_stop_and_limits(service: Any) -> None:
+    def text(**options: Any) -> tuple[str, str]:
+        choice = service.ask("base", "Count from one to ten in words.", **options).json()["choices"][0]
+        return choice["message"]["content"], choice["finish_reason"]
+
+    greedy, reason = text(max_tokens=24)
+    assert reason == "length"
+    assert text(max_tokens=24) == (greedy, reason)
+    assert text(max_tokens=24, temperature=1.5, seed=7) == text(max_tokens=24, temperature=1.5, seed=7)
+    word = greedy.split()[3]
+    assert text(max_tokens=24, stop=[word]) == (greedy[: greedy.index(word)], "stop")
+
+
+def test_context_length(service: Any) -> None:
+    response = service.ask("base", "word " * 3000)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_routing_without_answers(service: Any, examples: Any) -> None:
+    text = examples("sst2")[0].input
+    with service.http as client:
+        plain = client.post("/v1/route", json={"input": [text, text]}).json()["data"]
+        changed = client.post(
+            "/v1/route",
+            json={"input": text, "top_k": 2, "exclude_tasks": ["sst2"], "exclude_adapters": ["sentiment140"]},
+        ).json()["data"][0]
+        tasks = client.get("/v1/tasks").json()
+    assert plain[0]["adapters"] == plain[1]["adapters"]
+    assert plain[0]["adapters"][0]["name"] == "sst2"
+    assert changed["tasks"][0]["name"] == "sentiment140"
+    assert len(changed["adapters"]) == 2
+    assert not {"sst2", "sentiment140"} & {adapter["name"] for adapter in changed["adapters"]}
+    catalog = Catalog.load(service.config.catalog)
+    assert tasks["catalog_version"] == plain[0]["catalog_version"] == catalog.version
+    assert len(tasks["data"]) == 12
+
+
+def test_adapters_by_hand(service: Any, examples: Any) -> None:
+    example = examples("dbpedia")[1]
+    mixed = service.ask("lorauter", example.input, lorauter={"adapters": {"dbpedia": 0.9, "tomqa": 0.1}})
+    assert mixed.json()["lorauter"]["adapters"] == [
+        {"name": "dbpedia", "weight": 0.9},
+        {"name": "tomqa", "weight": 0.1},
+    ]
+    nothing = service.ask("lorauter", example.input, lorauter={"adapters": {"dbpedia": 0}})
+    base = service.ask("base", example.input)
+    assert nothing.json()["choices"] == base.json()["choices"]
+
+
+def test_requests_are_not_serialised(service: Any) -> None:
+    body = {"model": "base", "messages": [{"role": "user", "content": "Tell me a long story."}], "max_tokens": 48}
+    service.ask_together([body])
+    started = time.perf_counter()
+    service.ask_together([body])
+    one = time.perf_counter() - started
+    started = time.perf_counter()
+    answers = service.ask_together([body] * 6)
+    six = time.perf_counter() - started
+    assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
+    assert six < 4 * one
+
+
+def test_a_client_that_leaves_frees_its_place(service: Any) -> None:
+    """Eight rows run at once: sixteen abandoned endless answers would hold up whoever comes after them."""
+    body = {"model": "base", "messages": [{"role": "user", "content": "Story!"}], "max_tokens": 900, "stream": True}
+    for _ in range(16):
+        with service.http as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert next(response.iter_lines()).startswith("data: ")
+    started = time.perf_counter()
+    assert service.ask("base").status_code == 200
+    assert time.perf_counter() - started < 10
+
+
+def test_full_queues_answer_429(service: Any) -> None:
+    body = {"model": "base", "messages": [{"role": "user", "content": "Story!"}], "max_tokens": 40}
+    answers = service.ask_together([body] * 80)
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert {answer.status_code for answer in refused} == {429}, refused[0].text
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+    assert {answer.json()["error"]["type"] for answer in refused} == {"rate_limit_error"}
+
+
+def test_body_limit_and_bad_bodies(service: Any) -> None:
+    with service.http as client:
+        large = client.post("/v1/chat/completions", content=b"x" * 200_000)
+        broken = client.post("/v1/chat/completions", content=b"{")
+    assert large.status_code == 413
+    assert broken.status_code == 400
+    for response in (large, broken):
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_streamed_error_shape(service: Any) -> None:
+    response: httpx.Response = service.ask("nowhere", stream=True)
+    assert response.status_code == 404
+    assert json.loads(response.text)["error"]["code"] == "model_not_found"

@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+
+from lorauter.encoder import HashingEncoder, SentenceEncoder, normalised
+from lorauter.errors import ConfigError
+
+
+def test_the_fake_gives_unit_rows_of_its_dimension() -> None:
+    vectors = HashingEncoder(32).encode(["one two", "", "!?", "one one two"])
+    assert (vectors.shape, vectors.dtype) == ((4, 32), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    assert HashingEncoder(32).encode([]).shape == (0, 32)
+
+
+def test_the_fake_finds_texts_that_share_words_similar() -> None:
+    one, same, near, far = HashingEncoder().encode(["A good film", "film good a!", "a bad film", "tax law"])
+    assert one @ same == pytest.approx(1)
+    assert one @ near == pytest.approx(2 / 3)
+    assert one @ far == 0
+
+
+def test_encoders_of_different_size_have_different_names() -> None:
+    assert HashingEncoder(32).name != HashingEncoder(64).name
+
+
+def test_normalised_keeps_a_zero_row() -> None:
+    rows = normalised(np.array([[3, 4], [0, 0]], np.float32))
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [0, 0]])
+
+
+def test_an_encoder_that_is_not_there_is_a_config_error(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="cannot be loaded") as caught:
+        SentenceEncoder(str(tmp_path))
+    assert caught.value.setting == "encoder"
