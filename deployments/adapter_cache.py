@@ -46,7 +46,7 @@ class AdapterCacheActor:
 
     def __init__(self, spec: CacheSpec) -> None:
         settings = spec.settings
-        base = home() / "adapters" if settings.directory == "default" else Path(settings.directory)
+        base = home() / "adapters" if settings.directory == "default" else Path(settings.directory).expanduser()
         root, self._root_lock = _claim(base)
         self._cache = AdapterDiskCache(
             AdapterRepository(open_store(spec.adapters)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -20,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
 from deployments.config import ApiSettings, explain, first_field
@@ -161,7 +163,7 @@ class _Api:
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in (ROUTED_MODEL, BASE_MODEL) and name not in (await self._service.describe()).adapters:
-            raise AdapterNotFound("no such model; see GET /v1/models", adapter=name)
+            raise AdapterNotFound("no such model; see GET /v1/models", adapter=_short(name))
         return JSONResponse(_model_row(name))
 
     async def tasks(self, _: Request) -> Response:
@@ -189,7 +191,7 @@ class _Api:
         chosen = body.lorauter.adapters
         if chosen is not None and body.model != ROUTED_MODEL:
             raise InvalidRequest(
-                f"lorauter.adapters goes with model {ROUTED_MODEL!r}, not {body.model!r}",
+                f"lorauter.adapters goes with model {ROUTED_MODEL!r} alone",
                 param="lorauter.adapters",
             )
         if chosen is not None:
@@ -204,7 +206,7 @@ class _Api:
             chosen = {} if body.model == BASE_MODEL else {body.model: 1.0}
         for name in chosen:
             if not is_valid_name(name):
-                raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=name)
+                raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=_short(name))
         return RoutingDecision(
             None, (), tuple(AdapterWeight(name, weight) for name, weight in chosen.items() if weight)
         )
@@ -233,7 +235,7 @@ class _Api:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = _events(stream, admitted, head, decision, shape, with_usage=with_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return _EventStream(events, stream, headers)
         chunks = [item async for item in stream if isinstance(item, Chunk)]
         choice = {
             "index": 0,
@@ -245,6 +247,22 @@ class _Api:
         return JSONResponse(
             {**head, "choices": [choice], "usage": usage, "lorauter": decision.to_json()}, headers=headers
         )
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events. However the response ends, the service's stream is closed, and with it the call."""
+
+    def __init__(
+        self, events: AsyncGenerator[str], source: AsyncGenerator[Admitted | Chunk], headers: dict[str, str]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._source.aclose()
 
 
 async def _events(
@@ -288,6 +306,11 @@ def _usage(admitted: Admitted, completion_tokens: int) -> dict[str, int]:
     }
 
 
+def _short(name: str) -> str:
+    """A name fit for a message, whatever the client called a name."""
+    return name if len(name) <= 128 else name[:125] + "..."
+
+
 def _model_row(name: str) -> dict[str, Any]:
     row = {"id": name, "object": "model", "created": 0, "owned_by": "lorauter"}
     return row if name in (ROUTED_MODEL, BASE_MODEL) else {**row, "parent": BASE_MODEL}
@@ -308,7 +331,7 @@ async def _known(_: Request, error: Exception) -> Response:
     status, body = _error(error)
     headers = {}
     if isinstance(error, Overloaded):
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return JSONResponse(body, status, headers)
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, explain
 from deployments.embedder import QueryEmbedder
 from deployments.model import LoraModel
 from deployments.retriever import TaskRetriever
@@ -48,7 +49,8 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
             result: serve.Deployment = target.options(**{**derived, **overrides.get(target.name, {})})
             return result
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"deployment {target.name}: {error}", setting=f"deployments.{target.name}") from error
+            cause = explain(error, "option") if isinstance(error, ValidationError) else error
+            raise ConfigError(f"deployment {target.name}: {cause}", setting=f"deployments.{target.name}") from error
 
     embedder = deployment(QueryEmbedder).bind(config.encoder)
     retriever = deployment(TaskRetriever).bind(config.catalog, config.routing)

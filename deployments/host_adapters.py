@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lorauter.adapters import LocalAdapter, LoraWeights
-from lorauter.errors import AdapterRejected
+from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 _Key = tuple[str, str]
 
@@ -62,7 +62,7 @@ class HostAdapters:
         """
         now = time.monotonic()
         stale = [name for name in dict.fromkeys(names) if self._fresh(name, now) is None]
-        for local in await self._files.fetch(stale) if stale else []:
+        for local in await self._fetch(stale, now) if stale else []:
             await self._admit(local)
             self._current[local.name] = (local.name, local.version), now
         found = []
@@ -73,6 +73,17 @@ class HostAdapters:
                 weights = await self._admit(local)
             found.append(weights)
         return found
+
+    async def _fetch(self, names: list[str], now: float) -> list[LocalAdapter]:
+        """Local copies; none, and what is in memory goes on, if the node's cache is down and all of it is here."""
+        try:
+            return await self._files.fetch(names)
+        except AdapterUnavailable:
+            known = {name: self._current[name][0] for name in names if name in self._current}
+            if len(known) < len(names) or not all(key in self._loaded for key in known.values()):
+                raise
+            self._current.update({name: (key, now) for name, key in known.items()})
+            return []
 
     def _fresh(self, name: str, now: float) -> LoraWeights | None:
         key, since = self._current.get(name, (None, 0.0))
@@ -85,7 +96,7 @@ class HostAdapters:
         """The weights behind a local copy, parsed once however many requests wait for it."""
         key = local.name, local.version
         if key in self._refused:
-            raise self._refused[key]
+            raise self._refused[key].with_traceback(None)  # or each raise adds its frames, and holds what they hold
         if key in self._loaded:
             return self._loaded[key]
         if key not in self._loading:

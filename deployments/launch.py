@@ -18,13 +18,14 @@ from typing import Any
 
 import ray
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.app import assemble
-from deployments.config import AppConfig
+from deployments.config import AppConfig, explain
 from lorauter.defaults import resolve_adapters, resolve_catalog, resolve_encoder, resolve_model
 from lorauter.errors import ConfigError
 
@@ -45,26 +46,36 @@ class ServeFile:
     def read(cls, path: Path) -> "ServeFile":
         """Read and check the file. Raises ConfigError, naming what is wrong."""
         try:
-            data = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            data = yaml.safe_load(path.read_bytes())
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         _known(data, ServeDeploySchema, str(path))
-        applications = data.get("applications") or []
-        if len(applications) != 1:
-            raise ConfigError(f"{path} has {len(applications)} applications; needed is one", setting="applications")
-        application = applications[0]
+        try:
+            schema = ServeDeploySchema.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {explain(error, 'setting')}") from error
+        except (AttributeError, TypeError) as error:  # Serve's own checks take a row for a mapping
+            raise ConfigError(f"{path} is not what Serve reads: {error}") from error
+        if len(schema.applications) != 1:
+            raise ConfigError(
+                f"{path} has {len(schema.applications)} applications; needed is one", setting="applications"
+            )
+        [application] = data["applications"]
         _known(application, ServeApplicationSchema, "applications[0]")
-        http = data.get("http_options") or {}
+        http = data.get("http_options", {})
         _known(http, HTTPOptionsSchema, "http_options")
+        if not 1 <= schema.http_options.port <= 65535:
+            raise ConfigError("http_options.port must be between 1 and 65535", setting="http_options.port")
         overrides = {}
-        for i, row in enumerate(application.get("deployments") or []):
+        for i, row in enumerate(application.get("deployments", [])):
             _known(row, DeploymentSchema, f"deployments[{i}]")
-            overrides[str(row.get("name"))] = {key: value for key, value in row.items() if key != "name"}
+            _known(row.get("autoscaling_config") or {}, AutoscalingConfig, f"deployments[{i}].autoscaling_config")
+            overrides[row["name"]] = {key: value for key, value in row.items() if key != "name"}
         return cls(
-            AppConfig.parse(application.get("args") or {}),
+            AppConfig.parse(application.get("args", {})),
             overrides,
-            str(http.get("host", "127.0.0.1")),
-            int(http.get("port", 8000)),
+            http.get("host", "127.0.0.1"),  # Serve's own default listens to everybody
+            schema.http_options.port,
         )
 
 

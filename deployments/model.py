@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 from ray import serve
 
 from deployments.adapter_cache import CacheSpec, NodeCache
-from deployments.calls import Admitted, GenerateCall
+from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.config import AppConfig
 from deployments.host_adapters import HostAdapters
 from lorauter.defaults import base_model_aliases, resolve_model
@@ -53,8 +54,7 @@ class LoraModel:
         Raises (before anything is yielded, unless the engine fails later):
             InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded.
         """
-        codec = self._engine.codec
-        prompt = codec.chat(call.prompt.messages) if call.prompt.text is None else codec.plain(call.prompt.text)
+        prompt = await asyncio.to_thread(self._encode, call.prompt)  # a long text takes its time
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         names = [name for name, _ in call.adapters]
@@ -74,6 +74,10 @@ class LoraModel:
                 yield chunk
         finally:
             await stream.aclose()
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        codec = self._engine.codec
+        return codec.chat(prompt.messages) if prompt.text is None else codec.plain(prompt.text)
 
     def check_health(self) -> None:
         """Serve's health check."""

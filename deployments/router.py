@@ -103,6 +103,7 @@ class Router:
 
     async def check_ready(self) -> None:
         """Raise unless the encoder in use is the catalog's own."""
+        await self._find_caches()
         embeddings = await self._embedder.embed.remote([PROBE_TEXT])
         await self._retriever.check_probe.remote(embeddings[0], await self._embedder.name.remote())
 

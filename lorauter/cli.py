@@ -9,8 +9,9 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ def main() -> None:
     try:
         app()
     except LorauterError as error:
-        _console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        _console.print(f"error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -64,6 +65,7 @@ def _notify(what: str) -> None:
 def push(
     directory: Annotated[Path, typer.Argument(help="A PEFT adapter's folder, or a folder of such folders.")],
     to: Annotated[str, typer.Option(help="The store: s3://bucket/prefix or a folder.")],
+    force: Annotated[bool, typer.Option("--force", help="Send again what the store seems to have.")] = False,
 ) -> None:
     """Validate adapters and publish them in a store, each under its folder's name."""
     from lorauter.adapters import AdapterRepository, adapter_folders, open_store
@@ -75,7 +77,7 @@ def push(
     refused = 0
     for folder in folders:
         try:
-            manifest = repository.push(folder.absolute())
+            manifest = repository.push(folder.absolute(), force=force)
             typer.echo(f"{manifest.name}\t{manifest.version}\t{manifest.size} bytes")
         except AdapterError as error:
             refused += 1
@@ -134,7 +136,7 @@ def build(
 def _read_mapping(path: Path) -> dict[str, list[str]]:
     try:
         data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"mapping {path} cannot be read: {error}", setting="mapping") from error
     mapping = {}
     for task, names in data.items() if isinstance(data, dict) else [("", None)]:
@@ -173,7 +175,7 @@ def route(
     try:
         with (
             _phase(f"routing {input}"),
-            input.open(encoding="utf-8") as source,
+            input.open("rb") as source,
             partial.open("w", encoding="utf-8") as out,
         ):
             rows = _read_rows(source, input, RoutingOptions)
@@ -188,12 +190,15 @@ def route(
     except OSError as error:
         raise ConfigError(f"cannot route {input} to {output}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
     _console.print(f"routed {count} rows to {output}", markup=False)
 
 
-def _read_rows(source: Iterator[str], path: Path, options: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+def _read_rows(source: Iterable[bytes], path: Path, options: Any) -> Iterator[tuple[dict[str, Any], Any]]:
     """Rows with their routing options. Raises InvalidRequest, naming the line."""
+    from lorauter.tasks import is_encodable
+
     for number, line in enumerate(source, start=1):
         if not line.strip():
             continue
@@ -201,6 +206,8 @@ def _read_rows(source: Iterator[str], path: Path, options: Any) -> Iterator[tupl
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("input"), str) or not row["input"].strip():
                 raise ValueError('a row is a JSON object with a non-empty string "input"')
+            if not is_encodable(json.dumps(row, ensure_ascii=False)):
+                raise ValueError("it holds half a character (a lone surrogate); mend the text")
             own = {key: row[key] for key in options.model_fields if row.get(key) is not None}
             yield row, options.model_validate_json(json.dumps(own))
         except ValidationError as error:
@@ -251,19 +258,24 @@ def chat(
     }
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"url {url!r} must begin with http:// or https://", setting="url")
-    request = urllib.request.Request(  # noqa: S310 (the scheme is checked above)
-        f"{url.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
     try:
-        with urllib.request.urlopen(request) as response:  # noqa: S310
-            _print_routing(response.headers)
-            for line in response:
-                _print_event(line.decode().strip())
+        request = urllib.request.Request(  # noqa: S310 (the scheme is checked above)
+            f"{url.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        response = urllib.request.urlopen(request)  # noqa: S310
     except urllib.error.HTTPError as error:
-        raise LorauterError(_message(error.read()) or f"the server answered {error.code}") from error
-    except OSError as error:
+        with error:
+            raise LorauterError(_message(error.read()) or f"the server answered {error.code}") from error
+    except (OSError, HTTPException, ValueError) as error:
         raise LorauterError(f"no server answers at {url} ({error}); start one with 'lorauter serve'") from error
-    typer.echo()
+    with response:
+        _print_routing(response.headers)
+        try:
+            _print_answer(response)
+        except (OSError, HTTPException) as error:
+            raise LorauterError(f"the answer broke off: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LorauterError(f"{url} answers, but not what lorauter does: {error!r}") from error
 
 
 def _print_routing(headers: Any) -> None:
@@ -272,14 +284,21 @@ def _print_routing(headers: Any) -> None:
         _console.print(f"{name}: {value}", style="dim", markup=False, soft_wrap=True)
 
 
-def _print_event(line: str) -> None:
-    if not line.startswith("data: {"):
-        return
-    event = json.loads(line.removeprefix("data: "))
-    if "error" in event:
-        raise LorauterError(event["error"]["message"])
-    for choice in event["choices"]:
-        typer.echo(choice["delta"].get("content", ""), nl=False)
+def _print_answer(lines: Iterable[bytes]) -> None:
+    """Print server-sent events' texts as they come, up to `[DONE]`."""
+    for line in lines:
+        field, _, data = line.decode().strip().partition(": ")
+        if field != "data":
+            continue
+        if data == "[DONE]":
+            typer.echo()
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise LorauterError(event["error"]["message"])
+        for choice in event["choices"]:
+            typer.echo(choice["delta"].get("content", ""), nl=False)
+    raise LorauterError("the answer broke off: the server closed the connection")
 
 
 def _message(raw: bytes) -> str | None:

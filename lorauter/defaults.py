@@ -100,15 +100,18 @@ def _examples(part: str) -> Path:
 
 
 def _once(folder: Path, make: Callable[[Path, Notify], None], notify: Notify) -> Path:
-    """Make a folder unless it is there; whole or not at all, and by one process at a time."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock"):
-            if not folder.is_dir():
-                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
-                    target = Path(making) / folder.name
-                    make(target, notify)
-                    target.rename(folder)
+    """Make a folder unless it is there; whole or not at all, and by one process at a time. Raises ConfigError."""
+    try:
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.parent / f".{folder.name}.lock"):
+                if not folder.is_dir():
+                    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
+                        target = Path(making) / folder.name
+                        make(target, notify)
+                        target.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error}; LORAUTER_HOME names another place") from error
     return folder
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository
-from lorauter.errors import AdapterNotFound, AdapterUnavailable, LorauterError
+from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, LorauterError
 
 _ENTRY_FILE = "entry.json"
 _INCOMING = ".incoming"
@@ -90,6 +90,7 @@ class AdapterDiskCache:
         self._manifests: dict[str, tuple[AdapterManifest, float]] = {}
         self._in_flight: dict[str, Future[LocalAdapter]] = {}
         self._reserved = 0
+        self._store_down_until = 0.0
         self._workers = ThreadPoolExecutor(downloads, thread_name_prefix="adapter-download")
         self.counters = CacheCounters()
         self._recover()
@@ -117,17 +118,28 @@ class AdapterDiskCache:
         return self.submit(name).result()
 
     def submit(self, name: str) -> Future[LocalAdapter]:
-        """`fetch` as a future, which all who ask for the same adapter meanwhile share: do not cancel it."""
+        """`fetch` as a future, which all who ask for the same adapter meanwhile share: do not cancel it.
+
+        What is on disk and lately validated is there at once, and waits for no download.
+        """
+        with self._lock:
+            known = self._trusted(name)
+        local = self._on_disk(known) if known is not None else None
+        if local is not None:
+            hit: Future[LocalAdapter] = Future()
+            hit.set_result(local)
+            return hit
         with self._lock:
             flight = self._in_flight.get(name)
-            if flight is None:
+            if flight is None or flight.done():  # waiters wake before callbacks run: a done one may still be here
                 flight = self._in_flight[name] = self._workers.submit(self._fetch, name)
-                flight.add_done_callback(lambda _: self._land(name))
+                flight.add_done_callback(lambda done: self._land(name, done))
         return flight
 
-    def _land(self, name: str) -> None:
+    def _land(self, name: str, flight: Future[LocalAdapter]) -> None:
         with self._lock:
-            self._in_flight.pop(name, None)
+            if self._in_flight.get(name) is flight:
+                del self._in_flight[name]
 
     def close(self) -> None:
         """Wait for the downloads under way and start no more."""
@@ -159,9 +171,12 @@ class AdapterDiskCache:
 
     def _current_manifest(self, name: str) -> AdapterManifest:
         with self._lock:
-            known = self._manifests.get(name)
-        if known is not None and time.monotonic() - known[1] < self._revalidate_s:
-            return known[0]
+            known = self._trusted(name)
+            store_is_down = time.monotonic() < self._store_down_until
+        if known is None and store_is_down:  # one adapter has waited for it: the others on disk need not
+            known = self._newest_on_disk(name)
+        if known is not None:
+            return known
         try:
             manifest = self._repository.manifest(name)
         except AdapterNotFound:
@@ -169,6 +184,7 @@ class AdapterDiskCache:
                 self._manifests.pop(name, None)
             raise
         except AdapterUnavailable:
+            self._store_down_until = time.monotonic() + self._revalidate_s
             newest = self._newest_on_disk(name)
             if newest is None:
                 raise
@@ -176,6 +192,11 @@ class AdapterDiskCache:
         with self._lock:
             self._manifests[name] = manifest, time.monotonic()
         return manifest
+
+    def _trusted(self, name: str) -> AdapterManifest | None:
+        """The manifest that the store gave lately, if it did."""
+        manifest, since = self._manifests.get(name, (None, 0.0))
+        return manifest if time.monotonic() - since < self._revalidate_s else None
 
     def _newest_on_disk(self, name: str) -> AdapterManifest | None:
         with self._lock:
@@ -199,7 +220,7 @@ class AdapterDiskCache:
 
     def _download(self, manifest: AdapterManifest) -> LocalAdapter:
         if manifest.size > self._budget:
-            raise AdapterUnavailable(
+            raise AdapterRejected(
                 f"has {manifest.size} bytes, but the disk cache holds {self._budget}; raise cache.disk_bytes",
                 adapter=manifest.name,
             )

@@ -83,7 +83,7 @@ class AdapterRepository:
 
     def names(self) -> list[str]:
         """Names of the adapters, sorted. Raises StoreError."""
-        return [name for name in self.store.children() if is_valid_name(name)]
+        return [name for name in self.store.children() if _may_be_called(name)]
 
     def manifest(self, name: str) -> AdapterManifest:
         """The current version of an adapter.
@@ -91,7 +91,7 @@ class AdapterRepository:
         Raises:
             AdapterNotFound, AdapterRejected (malformed), AdapterUnavailable (the store fails).
         """
-        if not is_valid_name(name):
+        if not _may_be_called(name):
             raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=name)
         try:
             try:
@@ -129,19 +129,21 @@ class AdapterRepository:
             if (size, digest) != (file.size, file.sha256):
                 raise AdapterUnavailable(
                     f"{name} in {self.store.uri} is damaged: got {size} bytes with SHA-256 {digest}, needed "
-                    f"{file.size} bytes with {file.sha256}; push the adapter again",
+                    f"{file.size} bytes with {file.sha256}; push the adapter again with --force",
                     adapter=manifest.name,
                 )
 
-    def push(self, folder: Path) -> AdapterManifest:
-        """Validate a PEFT folder and publish it under the folder's name; an unchanged one is not sent again.
+    def push(self, folder: Path, *, force: bool = False) -> AdapterManifest:
+        """Validate a PEFT folder and publish it under the folder's name.
+
+        What the store has already, by manifest and sizes, is sent again only with `force`.
 
         Raises:
             AdapterRejected: it is no adapter that could be served, or its name is not allowed.
             StoreError: the store fails.
         """
         name = folder.name
-        if not is_valid_name(name) or name.lower() in RESERVED:
+        if not _may_be_called(name):
             raise AdapterRejected(f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}", adapter=name)
         digests = {file: sha256_of(folder / file) for file in _FILES if (folder / file).is_file()}
         version = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
@@ -154,7 +156,7 @@ class AdapterRepository:
         content = json.dumps(manifest.to_json(), indent=1, sort_keys=True).encode()
         try:
             intact = all(self.store.fingerprint(stored.key)[0] == stored.size for stored in files.values())
-            if intact and self.store.read(f"{name}/{MANIFEST_FILE}") == content:
+            if not force and intact and self.store.read(f"{name}/{MANIFEST_FILE}") == content:
                 return manifest
         except ObjectNotFound:
             pass
@@ -162,6 +164,10 @@ class AdapterRepository:
             self.store.write(stored.key, folder / file)
         self.store.write(f"{name}/{MANIFEST_FILE}", content)
         return manifest
+
+
+def _may_be_called(name: str) -> bool:
+    return is_valid_name(name) and name.lower() not in RESERVED
 
 
 def adapter_folders(directory: Path) -> Iterator[Path]:

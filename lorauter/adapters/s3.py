@@ -37,18 +37,19 @@ def _shared_client() -> S3Client:
     global _client, _client_pid
     with _client_lock:
         if _client is None or _client_pid != os.getpid():
-            _client_pid = os.getpid()
-            _client = boto3.session.Session().client(
-                "s3",
-                region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None,
-                config=Config(
-                    retries={"mode": "standard", "total_max_attempts": 2},
-                    max_pool_connections=4 * _CONCURRENCY,
-                    connect_timeout=5,
-                    read_timeout=30,
-                    tcp_keepalive=True,
-                ),
+            config = Config(
+                retries={"mode": "standard", "total_max_attempts": 2},  # callers retry, and reread what changed
+                max_pool_connections=4 * _CONCURRENCY,
+                connect_timeout=3,
+                read_timeout=10,
+                tcp_keepalive=True,
             )
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
+            try:
+                _client = boto3.session.Session().client("s3", region_name=region, config=config)
+            except (BotoCoreError, ValueError) as error:
+                raise ConfigError(f"the AWS settings of the environment are wrong: {error}") from error
+            _client_pid = os.getpid()
         return _client
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +49,7 @@ class DirectoryStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._digests: dict[tuple[str, int, int], str] = {}
+        self._digests: dict[tuple[str, int, int, int], str] = {}
 
     @property
     def uri(self) -> str:
@@ -80,9 +79,7 @@ class DirectoryStore:
     def fingerprint(self, key: str) -> tuple[int, str]:
         with self._at(key) as path:
             status = path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise FileNotFoundError
-            known = key, status.st_size, status.st_mtime_ns
+            known = key, status.st_size, status.st_mtime_ns, status.st_ino
             if known not in self._digests:
                 with path.open("rb") as file:
                     self._digests[known] = hashlib.file_digest(file, "sha256").hexdigest()

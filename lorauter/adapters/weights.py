@@ -27,7 +27,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TENSOR = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<target>\w+_proj))"
+    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn\.(?=[qkvo]_)|mlp\.(?=gate_|up_|down_))(?P<target>\w+))"
     r"\.lora_(?P<side>[AB])\.weight"
 )
 # Settings that change nothing at inference, or that `_scaling` and the shapes of the tensors already cover.

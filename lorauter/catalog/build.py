@@ -8,6 +8,7 @@ catalogs are stored or queried.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository
 from lorauter.catalog.catalog import PROBE_TEXT, Catalog, CatalogTask, RankedAdapter
 from lorauter.encoder import Encoder, normalised
-from lorauter.errors import ConfigError
+from lorauter.errors import AdapterNotFound, ConfigError
 from lorauter.tasks import Task
 
 
@@ -44,7 +45,7 @@ def build_catalog(
     twice = {task.name for task, following in pairwise(tasks) if task.name == following.name}
     if twice:
         raise ConfigError(f"more than one task is called {', '.join(sorted(twice))}")
-    manifests = {name: repository.manifest(name) for name in repository.names()} if repository else {}
+    manifests = _manifests(repository) if repository else {}
     assigned = _assign(tasks, manifests, mapping or {})
     embeddings = encoder.encode([example.input for task in tasks for example in task.validation] + [PROBE_TEXT])
     examples, probe = embeddings[:-1], embeddings[-1]
@@ -60,6 +61,14 @@ def build_catalog(
         encoder=encoder.name,
         base_model=", ".join(base_models),
     )
+
+
+def _manifests(repository: AdapterRepository) -> dict[str, AdapterManifest]:
+    found = {}
+    for name in repository.names():
+        with suppress(AdapterNotFound):  # some other folder in the store
+            found[name] = repository.manifest(name)
+    return found
 
 
 def _assign(

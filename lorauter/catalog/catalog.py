@@ -59,7 +59,7 @@ class CatalogTask:
         return self.task.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Catalog:
     """Tasks with their representations and adapters.
 

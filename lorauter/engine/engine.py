@@ -267,17 +267,18 @@ class MultiLoraEngine:
     def _admit(self) -> None:
         """Move waiting requests to rows, first come first served, while there is a row and room for adapters."""
         while self._waiting and len(self._rows) < self.config.max_batch:
-            sequence = self._waiting[0]
+            sequence, admitted = self._waiting[0], False
             try:
-                if not self.slots.acquire([weights for weights, _ in sequence.request.adapters]):
+                admitted = self.slots.acquire([weights for weights, _ in sequence.request.adapters])
+                if not admitted:
                     return
-                self._rows.append(sequence)
-                self._rows_changed = True
             except Exception as error:  # noqa: BLE001 (out of device memory, say: this request's trouble alone)
-                self._rows_changed = True  # the columns of other adapters may have moved before it failed
                 self._deliver(sequence, error)
+            self._rows_changed = True  # even if it failed: columns of other adapters may have moved before
             with self._wake:
                 self._waiting.popleft()
+                if admitted:
+                    self._rows.append(sequence)
                 self._wake.notify_all()
 
     def _step(self) -> None:

@@ -14,7 +14,7 @@ from lorauter.errors import InvalidRequest
 
 
 class TextCodec:
-    """Encodes prompts and decodes answers.
+    """Encodes prompts and decodes answers, from any thread.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -29,7 +29,7 @@ class TextCodec:
 
     def plain(self, text: str) -> tuple[int, ...]:
         """Ids of a plain prompt, with whatever the tokenizer puts before one."""
-        return tuple(self._tokenizer(text)["input_ids"])
+        return tuple(self.backend.encode(text).ids)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Ids of a chat of `{"role", "content"}`, up to where the assistant's answer begins.
@@ -40,12 +40,12 @@ class TextCodec:
         if not self._tokenizer.chat_template:
             raise InvalidRequest("the base model has no chat template; use /v1/completions", param="messages")
         try:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
             )
         except Exception as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
-        return tuple(ids)
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
     def stream(self, stop: Sequence[str] = ()) -> TextStream:
         """A decoder for one answer."""

@@ -63,7 +63,8 @@ def compose(
     """Weigh the best adapters of the nearest tasks.
 
     The `top_k` nearest tasks that have an adapter lend their best one, with weights softmax(score / temperature)
-    (LORAUTER, arXiv 2601.21795, section 3.3). An adapter that serves several of them gets their weights' sum.
+    (LORAUTER, arXiv 2601.21795, section 3.3). An adapter that serves several of them gets their weights' sum; one
+    whose weight underflows to 0 is left out.
     """
     lending = [task for task in retrieved if task.adapters][: options.top_k or config.top_k]
     weights: dict[str, float] = {}
@@ -76,5 +77,5 @@ def compose(
     return RoutingDecision(
         catalog_version,
         tuple(TaskScore(task.name, task.score) for task in retrieved[: config.num_tasks]),
-        tuple(AdapterWeight(name, weight) for name, weight in sorted(weights.items(), key=lambda item: -item[1])),
+        tuple(AdapterWeight(n, w) for n, w in sorted(weights.items(), key=lambda item: -item[1]) if w),
     )

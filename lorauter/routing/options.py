@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 TopK = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[FiniteFloat, Field(gt=0, le=100)]
+Names = Annotated[frozenset[str], Field(strict=False)]  # any collection of strings will do
 
 
 class RoutingConfig(BaseModel):
@@ -42,9 +43,9 @@ class RoutingOptions(BaseModel):
 
     top_k: TopK | None = None
     temperature: Temperature | None = None
-    exclude_tasks: frozenset[str] = frozenset()
-    exclude_adapters: frozenset[str] = frozenset()
-    allow_adapters: frozenset[str] | None = None
+    exclude_tasks: Names = frozenset()
+    exclude_adapters: Names = frozenset()
+    allow_adapters: Names | None = None
 
     def allows(self, adapter: str) -> bool:
         """Whether an adapter may be used."""

@@ -123,6 +123,24 @@ def test_different_adapters_are_downloaded_side_by_side(store, make_cache) -> No
         assert {local.name for local in pool.map(make_cache().fetch, ["a", "b"])} == {"a", "b"}
 
 
+def test_no_more_downloads_run_at_once_than_allowed(store, make_cache) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def count(key: str) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+
+    store.before_download = count
+    cache = make_cache(downloads=2)
+    assert {future.result().name for future in [cache.submit(name) for name in NAMES]} == set(NAMES)
+    assert most == 2
+
+
 def test_the_least_recently_used_leaves_first(make_cache, tmp_path, one) -> None:
     cache = make_cache(budget_bytes=3 * one)
     for name in ("a", "b", "c", "a", "d"):
@@ -152,13 +170,13 @@ def test_the_budget_holds_when_all_come_at_once(store, make_cache, tmp_path, one
     assert on_disk(tmp_path / "cache") == whole(*names(cache))
 
 
-def test_an_adapter_larger_than_the_budget_is_unavailable_and_evicts_nothing(make_cache, one) -> None:
+def test_an_adapter_larger_than_the_budget_is_refused_and_evicts_nothing(make_cache, one) -> None:
     cache = make_cache(budget_bytes=one)
     cache.fetch("a")
     tight = make_cache(budget_bytes=one - 1)
-    with pytest.raises(AdapterUnavailable, match=r"raise cache\.disk_bytes"):
+    with pytest.raises(AdapterRejected, match=r"raise cache\.disk_bytes"):
         tight.fetch("b")
-    with pytest.raises(AdapterUnavailable, match=f"has {one} bytes, but the disk cache holds {one - 1}"):
+    with pytest.raises(AdapterRejected, match=f"has {one} bytes, but the disk cache holds {one - 1}"):
         tight.fetch("a")
 
 
@@ -434,3 +452,35 @@ def test_a_disk_that_fails_makes_the_adapter_unavailable(make_cache, tmp_path) -
     with pytest.raises(AdapterUnavailable, match="the disk cache failed"):
         cache.fetch("a")
     assert cache.fetch("b").path.is_dir()
+
+
+def test_what_is_on_disk_waits_for_no_download(store, make_cache) -> None:
+    cache = make_cache(downloads=1)
+    cache.fetch("a")
+    slow, go = threading.Event(), threading.Event()
+    store.before_download = lambda key: (slow.set(), go.wait(10))
+    flight = cache.submit("b")
+    slow.wait(10)
+    try:
+        assert cache.submit("a").done()
+    finally:
+        go.set()
+    assert flight.result().name == "b"
+
+
+def test_a_store_that_does_not_answer_is_waited_for_once(store, make_cache) -> None:
+    make_cache().fetch("a")
+    make_cache().fetch("b")
+    cache = make_cache(revalidate_s=60, attempts=1)
+    asked = []
+
+    class Hanging(AdapterRepository):
+        def manifest(self, name):
+            asked.append(name)
+            raise AdapterUnavailable("no answer", adapter=name)
+
+    cache._repository = Hanging(store)
+    assert {cache.fetch(name).name for name in "abab"} == {"a", "b"}
+    assert asked == ["a"]
+    with pytest.raises(AdapterUnavailable, match="no answer"):
+        cache.fetch("c")

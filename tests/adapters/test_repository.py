@@ -116,11 +116,14 @@ def test_what_could_not_be_served_is_not_pushed(memory, tmp_path, make_adapter, 
 
 
 @pytest.mark.parametrize("name", [*PATH_LIKE, "none"])
-def test_a_name_that_is_not_there_is_not_found_wherever_it_points(tmp_path, make_adapter, name) -> None:
-    make_adapter(tmp_path, "a/b")
-    make_adapter(tmp_path / "root", "sst2")
-    with pytest.raises(AdapterNotFound):
-        AdapterRepository(DirectoryStore(tmp_path / "root")).manifest(name)
+def test_a_name_that_is_not_allowed_is_not_found_whatever_it_points_at(memory, pushed, name) -> None:
+    if name != "none":
+        memory.objects[f"{name}/{MANIFEST_FILE}"] = memory.objects[f"sst2/{MANIFEST_FILE}"].replace(
+            b'"name": "sst2"', f'"name": {json.dumps(name)}'.encode()
+        )
+    with pytest.raises(AdapterNotFound) as caught:
+        pushed.manifest(name)
+    assert caught.value.adapter == name
 
 
 def test_only_allowed_names_are_listed(tmp_path, make_adapter) -> None:
@@ -141,6 +144,8 @@ def test_a_plain_folder_is_an_adapter_too(tmp_path, make_adapter) -> None:
     assert (tmp_path / "target" / WEIGHTS_FILE).read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
     make_adapter(tmp_path / "root", "sst2", rank=3)
     assert repository.manifest("sst2").version != first.version
+    with pytest.raises(AdapterUnavailable, match="is damaged"):
+        repository.download(first, tmp_path / "target")
 
 
 @pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
@@ -259,3 +264,23 @@ def test_adapter_folders_are_found_by_their_configuration(tmp_path, make_adapter
     assert list(adapter_folders(tmp_path)) == sorted(folders)
     assert list(adapter_folders(folders[0])) == [folders[0]]
     assert list(adapter_folders(tmp_path / "none")) == []
+
+
+def test_a_forced_push_mends_damage_that_leaves_the_size(memory, pushed, tmp_path, make_adapter) -> None:
+    folder = make_adapter(tmp_path / "pushed", "sst2")
+    key = pushed.manifest("sst2").files[WEIGHTS_FILE].key
+    whole = memory.objects[key]
+    memory.objects[key] = whole[:-1] + bytes([whole[-1] ^ 1])
+    pushed.push(folder)
+    assert memory.objects[key] != whole
+    pushed.push(folder, force=True)
+    assert memory.objects[key] == whole
+
+
+@pytest.mark.parametrize("name", ["base", "lorauter", "Base"])
+def test_a_plain_folder_with_a_reserved_name_is_no_adapter(tmp_path, make_adapter, name) -> None:
+    make_adapter(tmp_path, name)
+    repository = AdapterRepository(DirectoryStore(tmp_path))
+    assert repository.names() == []
+    with pytest.raises(AdapterNotFound):
+        repository.manifest(name)

@@ -22,11 +22,10 @@ def test_an_object_is_written_read_copied_and_replaced(store, tmp_path) -> None:
 
 def test_the_tag_follows_the_content(store) -> None:
     tags = []
-    for name, content in {"a/x": b"one", "b/x": b"two", "c/x": b"one"}.items():
-        store.write(name, content)
-        tags.append(store.fingerprint(name)[1])
-    assert tags[0] == store.fingerprint("a/x")[1]
-    assert tags[0] != tags[1]
+    for content in (b"one", b"two", b"one"):
+        store.write("a/x", content)
+        tags.append(store.fingerprint("a/x")[1])
+    assert tags[0] == tags[2] != tags[1]
 
 
 @pytest.mark.parametrize("missing", ["sst2/none", "none/none", "sst2", "sst2/0a1b", KEY + "x"])

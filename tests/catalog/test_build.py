@@ -96,3 +96,8 @@ def test_a_repository_that_cannot_be_read_stops_the_build(tasks, repository) -> 
     repository.store.down = True
     with pytest.raises(StoreUnavailable):
         build_catalog(tasks, ENCODER, repository=repository)
+
+
+def test_other_folders_in_the_store_are_passed_over(tasks, repository) -> None:
+    repository.store.write("notes/readme.txt", b"not an adapter")
+    assert sorted(build_catalog(tasks, ENCODER, repository=repository).adapters) == ["spare", "sst2", "wic"]

@@ -323,14 +323,14 @@ class PacedDecoder:
     def __init__(self, decoder) -> None:
         self._decoder = decoder
         self.permits = threading.Semaphore(0)
-        self.taken = 0
+        self.arrived = 0  # steps that have begun, the last of which may still be waiting
 
     def __getattr__(self, name: str):
         return getattr(self._decoder, name)
 
     def forward(self, batch: StepBatch, cache: KVCache) -> torch.Tensor:
+        self.arrived += 1
         self.permits.acquire()
-        self.taken += 1
         return self._decoder.forward(batch, cache)
 
 

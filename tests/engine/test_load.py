@@ -36,23 +36,14 @@ def test_a_folder_becomes_an_engine(pool, folder, made):
         engine.close()
 
 
-def test_settings_reach_the_engine(folder, made):
-    engine = load_engine(
-        str(folder), EngineConfig(max_model_len=50), device="cpu", dtype="bfloat16", threads=2, aliases=["hub/other"]
-    )
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+def test_settings_reach_the_engine(pool, folder, made, dtype):
+    config = EngineConfig(max_model_len=50)
+    engine = load_engine(str(folder), config, dtype=dtype, threads=2, aliases=["hub/other"])
     try:
         assert torch.get_num_threads() == 2
         assert engine.max_model_len == 50
-        assert len(engine.generate([GenerationRequest((5,), sampling=SamplingParams(4))])[0].token_ids) == 4
-        engine.slots.check([])
-    finally:
-        engine.close()
-
-
-@pytest.mark.parametrize("dtype", ["auto", "float16"])
-def test_other_dtypes_run(folder, dtype):
-    engine = load_engine(str(folder), dtype=dtype, threads=1)
-    try:
+        engine.slots.check([made(pool.decoder("llama").shape, "a", base="other", q_proj=1)])
         (answer,) = engine.generate([GenerationRequest((5,), sampling=SamplingParams(4, ignore_eos=True))])
         assert len(answer.token_ids) == 4
     finally:

@@ -29,6 +29,7 @@ def pushed(stream, tokens):
         ("SSTOP", ("STOP",), "S", True),
         ("STOP", ("STOP",), "", True),
         ("abcdef", ("xyz", "de", "cdef"), "abc", True),  # "de" is whole first
+        ("abcdef", ("de", "cde"), "ab", True),
         ("a\n\nb", ("\n\n", "."), "a", True),
         (ODD, ("海 🦙",), "naïve 上", True),
         (ODD, ("🦙🏾",), ODD, False),

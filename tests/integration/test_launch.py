@@ -26,6 +26,7 @@ def own_port(root: Path, tmp_path: Path, free_port: int) -> tuple[Path, str]:
     """The shipped configuration with a port of its own, and the URL it serves."""
     data = yaml.safe_load((root / "serve_config.yaml").read_text())
     data["http_options"]["port"] = free_port
+    data["applications"][0]["args"]["adapters"] = "examples/adapters"  # relative to where the command runs
     path = tmp_path / "serve_config.yaml"
     path.write_text(yaml.safe_dump(data))
     return path, f"http://127.0.0.1:{free_port}"
@@ -71,8 +72,12 @@ def test_lorauter_serve_and_chat(start: Any, own_port: tuple[Path, str]) -> None
     process, log = start(str(BIN / "lorauter"), "serve", "--config", str(config))
     wait_for_answer(url, process, log)
     family = psutil.Process(process.pid).children(recursive=True)
-    question = "Title: Anax imperator\nText: The emperor dragonfly is a large species.\nWhat kind of thing is described here?"
-    chat = subprocess.run([BIN / "lorauter", "chat", "--url", url, question], capture_output=True, text=True, timeout=120)
+    question = (
+        "Title: Anax imperator\nText: The emperor dragonfly is a large species.\nWhat kind of thing is described here?"
+    )
+    chat = subprocess.run(
+        [BIN / "lorauter", "chat", "--url", url, question], capture_output=True, text=True, timeout=120
+    )
     assert chat.stdout.strip() == "Animal"
     assert "tasks: dbpedia=" in chat.stderr
     assert "adapters: dbpedia=" in chat.stderr

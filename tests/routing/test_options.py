@@ -90,3 +90,7 @@ def test_which_adapters_may_be_used(excluded, allowed, free) -> None:
         exclude_adapters=frozenset(excluded), allow_adapters=None if allowed is None else frozenset(allowed)
     )
     assert "".join(filter(options.allows, "abc")) == free
+
+
+def test_names_come_in_any_collection() -> None:
+    assert RoutingOptions(exclude_tasks=["a", "b"], allow_adapters=("c",)).exclude_tasks == {"a", "b"}

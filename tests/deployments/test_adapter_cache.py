@@ -1,0 +1,103 @@
+"""What of the adapter cache needs no cluster; tests/integration has the rest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deployments.adapter_cache import AdapterCacheActor, CacheSpec, _claim
+from deployments.config import CacheSettings
+from lorauter.adapters import AdapterRepository, open_store
+from lorauter.errors import AdapterError, AdapterNotFound
+
+
+@pytest.fixture
+def pool(tmp_path: Path, make_adapter: Callable[..., Path]) -> str:
+    """The URI of a store with three adapters."""
+    uri = str(tmp_path / "pool")
+    for name in ("a", "b", "c"):
+        AdapterRepository(open_store(uri)).push(make_adapter(tmp_path / "source", name))
+    return uri
+
+
+def test_each_claimant_has_a_folder_and_a_free_one_is_found_again(tmp_path: Path) -> None:
+    first, first_lock = _claim(tmp_path / "base")
+    second, second_lock = _claim(tmp_path / "base")
+    assert {first, second} == {tmp_path / "base" / "cache-0", tmp_path / "base" / "cache-1"}
+    first_lock.release()
+    again, again_lock = _claim(tmp_path / "base")
+    assert again == first
+    for lock in (second_lock, again_lock):
+        lock.release()
+
+
+def test_a_spec_has_its_own_prefix_by_store_and_settings() -> None:
+    specs = [
+        CacheSpec("s3://bucket/a", CacheSettings()),
+        CacheSpec("s3://bucket/b", CacheSettings()),
+        *[
+            CacheSpec("s3://bucket/a", CacheSettings.model_validate({name: value}))
+            for name, value in {"directory": "/d", "disk_bytes": 1, "revalidate_s": 1, "downloads": 1}.items()
+        ],
+    ]
+    assert set(CacheSettings.model_fields) == {"directory", "disk_bytes", "revalidate_s", "downloads"}
+    prefixes = [spec.prefix for spec in specs]
+    assert len(set(prefixes)) == len(specs)
+    assert CacheSpec("s3://bucket/a", CacheSettings()).prefix == prefixes[0]
+    assert not any(one.startswith(other) for one in prefixes for other in prefixes if one is not other)
+
+
+@pytest.fixture
+def actor(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., AdapterCacheActor]]:
+    """`actor(**settings)`: the actor's body, in this process."""
+    monkeypatch.setenv("LORAUTER_HOME", str(tmp_path / "home"))
+    made: list[AdapterCacheActor] = []
+
+    def make(**settings: object) -> AdapterCacheActor:
+        made.append(AdapterCacheActor(CacheSpec(pool, CacheSettings.model_validate(settings))))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one._cache.close()
+        one._root_lock.release()
+
+
+def test_the_actor_keeps_one_copy_for_all_who_ask(actor: Callable[..., AdapterCacheActor], tmp_path: Path) -> None:
+    async def scenario() -> None:
+        cache = actor()
+        found = await asyncio.gather(*[cache.fetch(["a", "b"]) for _ in range(10)])
+        assert len({local.path for pair in found for local in pair}) == 2
+        assert all(local.path.is_relative_to(tmp_path / "home" / "adapters" / "cache-0") for local in found[0])
+        await cache.prefetch(["c", "nowhere"])
+        [c] = await cache.fetch(["c"])
+        stats = await cache.stats()
+        assert stats["downloads"] == 3
+        assert {name for name, _ in stats["resident"]} == {"a", "b", "c"}
+        assert stats["size_bytes"] == stats["downloaded_bytes"] > 0
+        await cache.discard("c", c.version)
+        assert not c.path.exists()
+        with pytest.raises(AdapterNotFound, match="nowhere"):
+            await cache.fetch(["a", "nowhere"])
+
+    asyncio.run(scenario())
+
+
+def test_the_actors_settings_reach_its_cache(actor: Callable[..., AdapterCacheActor], tmp_path: Path) -> None:
+    cache = actor(directory=str(tmp_path / "elsewhere"), disk_bytes=10)
+    with pytest.raises(AdapterError, match="disk_bytes"):
+        asyncio.run(cache.fetch(["a"]))
+    assert (tmp_path / "elsewhere" / "cache-0").is_dir()
+
+
+def test_a_folder_below_the_users_home(
+    actor: Callable[..., AdapterCacheActor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.chdir(tmp_path)
+    actor(directory="~/adapters")
+    assert (tmp_path / "user" / "adapters" / "cache-0").is_dir()
+    assert not (tmp_path / "~").exists()

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call_as_serve_does
+
+from deployments.app import DEPLOYMENTS, assemble, build
+from deployments.config import AppConfig
+from lorauter.errors import ConfigError
+
+CONFIG = AppConfig(adapters="s3://bucket/adapters", catalog="s3://bucket/catalog")
+
+
+def parts(app: Application) -> dict[str, Any]:
+    """The app's deployments by name, the ingress last."""
+    deployment = app._bound_deployment
+    below = [arg for arg in deployment.init_args if isinstance(arg, Application)]
+    return {name: part for one in below for name, part in parts(one).items()} | {deployment.name: deployment}
+
+
+def test_serve_validates_the_settings_by_the_builders_annotation() -> None:
+    app = call_as_serve_does(build, {"adapters": "s3://b/a", "catalog": "s3://b/c", "engine": {"max_batch": 3}})
+    config = parts(app)["Router"].init_args[0]
+    assert isinstance(config, AppConfig)
+    assert (config.adapters, config.engine.max_batch) == ("s3://b/a", 3)
+    with pytest.raises(ValidationError, match=r"engine\.surprise"):
+        call_as_serve_does(build, {"engine": {"surprise": 1}})
+
+
+def test_the_deployments_and_what_they_are_given() -> None:
+    found = parts(assemble(CONFIG, {}))
+    assert set(found) == set(DEPLOYMENTS)
+    assert list(found)[-1] == "Router"
+    assert found["QueryEmbedder"].init_args == ("default",)
+    assert found["TaskRetriever"].init_args == ("s3://bucket/catalog", CONFIG.routing)
+    assert found["LoraModel"].init_args == (CONFIG,)
+
+
+def test_queues_follow_the_engines_settings_unless_overridden() -> None:
+    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"max_batch": 3, "max_queue": 5})})
+    derived = parts(assemble(config, {}))["LoraModel"]
+    assert (derived.max_ongoing_requests, derived.max_queued_requests) == (8, 5)
+    overrides = {"LoraModel": {"max_queued_requests": 9, "num_replicas": 2}, "Router": {"num_replicas": 3}}
+    found = parts(assemble(config, overrides))
+    model = found["LoraModel"]
+    assert (model.max_ongoing_requests, model.max_queued_requests, model.num_replicas) == (8, 9, 2)
+    assert found["Router"].num_replicas == 3
+
+
+def test_relative_folders_are_resolved_where_the_app_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = assemble(AppConfig(adapters="./pool", catalog="./catalog"), {})
+    assert parts(app)["TaskRetriever"].init_args[0] == str(tmp_path / "catalog")
+    assert parts(app)["Router"].init_args[0].adapters == str(tmp_path / "pool")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"LoraModels": {"num_replicas": 2}}, "unknown deployment LoraModels"),
+        ({"None": {}}, "unknown deployment None"),
+        ({"Router": {"replicas": 2}}, "Router.*replicas"),
+        ({"Router": {"num_replicas": -1}}, "Router.*num_replicas"),
+        ({"Router": {"num_replicas": "two"}}, "Router.*num_replicas"),
+        ({"Router": {"num_replicas": 2, "autoscaling_config": {"min_replicas": 1}}}, "Router.*num_replicas"),
+        ({"LoraModel": {"ray_actor_options": {"gpus": 1}}}, "LoraModel.*gpus"),
+        ({"LoraModel": {"logging_config": {"surprise": 1}}}, "LoraModel.*surprise"),
+        ({"LoraModel": 5}, "LoraModel.*mapping"),
+    ],
+)
+def test_wrong_overrides_are_refused_by_name(overrides: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        assemble(CONFIG, overrides)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import DEPLOYMENTS, build
+from deployments.config import AppConfig
+from deployments.launch import ServeFile, serve_forever
+from lorauter.errors import ConfigError
+
+SHIPPED = Path(__file__).resolve().parents[2] / "serve_config.yaml"
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[object], ServeFile]:
+    """`read(content)`: a file of these bytes, or of this value as YAML, read."""
+
+    def read(content: object) -> ServeFile:
+        path = tmp_path / "serve_config.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content).encode())
+        return ServeFile.read(path)
+
+    return read
+
+
+def shipped() -> Any:
+    return deepcopy(yaml.safe_load(SHIPPED.read_text()))
+
+
+def test_the_shipped_file_is_what_serve_reads() -> None:
+    file = ServeFile.read(SHIPPED)
+    schema = ServeDeploySchema.model_validate(shipped())
+    [application] = schema.applications
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    assert isinstance(application.args, dict)
+    assert AppConfig.model_validate(application.args) == file.config
+    assert (schema.http_options.host, schema.http_options.port) == (file.host, file.port)
+    rows = {row.name: row.model_dump(exclude_unset=True, exclude={"name"}) for row in application.deployments}
+    assert rows == file.overrides
+    assert set(rows) == set(DEPLOYMENTS)
+
+
+def test_the_shipped_file_spells_the_defaults_out() -> None:
+    assert ServeFile.read(SHIPPED).config == AppConfig()
+    assert ServeFile.read(SHIPPED).host == "127.0.0.1"
+
+
+def test_a_file_says_what_it_says(read: Callable[[object], ServeFile]) -> None:
+    file = read(
+        {
+            "http_options": {"port": 81},
+            "applications": [
+                {
+                    "import_path": "deployments.app:build",
+                    "args": {"catalog": "s3://b/c", "engine": {"max_batch": 3}},
+                    "deployments": [{"name": "LoraModel", "num_replicas": 2}],
+                }
+            ],
+        }
+    )
+    assert file.config == AppConfig.parse({"catalog": "s3://b/c", "engine": {"max_batch": 3}})
+    assert file.overrides == {"LoraModel": {"num_replicas": 2}}
+    assert (file.host, file.port) == ("127.0.0.1", 81)
+    assert read({"applications": [{"import_path": "deployments.app:build"}]}).config == AppConfig()
+
+
+APPLICATION = ("applications", 0)
+DEPLOYMENT = (*APPLICATION, "deployments", 1)
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ((), "serve_config.yaml"),
+        (("http_options",), "http_options"),
+        (APPLICATION, "applications[0]"),
+        (DEPLOYMENT, "deployments[1]"),
+        ((*DEPLOYMENT, "autoscaling_config"), "deployments[1].autoscaling_config"),
+        ((*APPLICATION, "args"), "setting"),
+        ((*APPLICATION, "args", "engine"), "setting engine.surprise"),
+    ],
+)
+def test_an_unknown_key_is_refused_by_name(
+    read: Callable[[object], ServeFile], where: tuple[Any, ...], named: str
+) -> None:
+    data = shipped()
+    place = data
+    for key in where:
+        place = place[key]
+    place["surprise"] = 1
+    with pytest.raises(ConfigError, match=r"unknown.*surprise") as caught:
+        read(data)
+    assert named in str(caught.value)
+
+
+def changed(*path: Any, value: Any) -> Any:
+    data = place = shipped()
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "mapping"),
+        (b"just words", "mapping"),
+        (b"a: [1", "cannot be read"),
+        (b"\xff\xfe\xff", "cannot be read"),
+        (b"a: \x00", "cannot be read"),
+        (b"!!python/object:os.system {}", "cannot be read"),
+        ({}, "applications"),
+        ({"applications": []}, "0 applications"),
+        (
+            {"applications": [{"name": name, "import_path": "a:b", "route_prefix": f"/{name}"} for name in "ab"]},
+            "2 app",
+        ),
+        ({"applications": [{}]}, "import_path"),
+        ({"applications": {"name": "x"}}, "applications"),
+        ({"applications": "x"}, "applications"),
+        ({"applications": ["x"]}, "applications.0"),
+        (changed("http_options", value=[1]), "http_options"),
+        (changed("http_options", "port", value="http"), "http_options.port"),
+        (changed("http_options", "port", value=0), "http_options.port"),
+        (changed("http_options", "port", value=99_999), "http_options.port"),
+        (changed("http_options", "port", value=None), "http_options.port"),
+        (changed("http_options", "host", value=5), "http_options.host"),
+        (changed("applications", 0, "args", value="x"), "dictionary"),
+        (changed("applications", 0, "args", "routing", "top_k", value="many"), "routing.top_k"),
+        (changed("applications", 0, "deployments", value="x"), "deployments"),
+        (changed("applications", 0, "deployments", value={"name": "Router"}), "deployments"),
+        (changed("applications", 0, "deployments", 0, value="Router"), "not what Serve reads"),
+        (changed("applications", 0, "deployments", 0, value={"num_replicas": 1}), "name"),
+        (changed("applications", 0, "deployments", 1, "autoscaling_config", value=[1]), "autoscaling_config"),
+    ],
+)
+def test_a_wrong_file_is_a_config_error(read: Callable[[object], ServeFile], content: object, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(content)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["nowhere.yaml", ".", "nowhere/at.yaml"])
+def test_a_missing_file(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ServeFile.read(tmp_path / path)
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", None), ("192.0.2.1", 8000)])
+def test_where_one_cannot_listen_nothing_is_started(host: str, port: int | None) -> None:
+    def phase(what: str) -> AbstractContextManager[object]:
+        raise AssertionError(what)
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        file = replace(ServeFile.read(SHIPPED), host=host, port=port or other.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"cannot listen on {host}:{file.port}"):
+            serve_forever(file, address=None, phase=phase, notify=print, ready=print)
