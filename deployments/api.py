@@ -10,9 +10,10 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -47,6 +48,7 @@ logger = logging.getLogger("lorauter.api")
 
 ROUTED_MODEL = "lorauter"
 BASE_MODEL = "base"
+_HEADER_ITEMS = 16
 
 # (status, type, code) of each error that may reach a client; the first class that fits counts.
 _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
@@ -151,7 +153,12 @@ class _Api:
 
     async def route(self, request: Request) -> Response:
         body = await self._body(request, RouteBody)
-        decisions = await self._service.route(body.texts(), body)
+        texts = body.texts()
+        if len(texts) > self._settings.max_inputs:
+            raise InvalidRequest(
+                f"got {len(texts)} texts; at most {self._settings.max_inputs} are routed at once", param="input"
+            )
+        decisions = await self._service.route(texts, body)
         data = [{"index": i, **decision.to_json()} for i, decision in enumerate(decisions)]
         return JSONResponse({"object": "list", "data": data})
 
@@ -229,8 +236,8 @@ class _Api:
             "model": body.model,
         }
         headers = {
-            "x-lorauter-tasks": ",".join(f"{task.name}={task.score:.4f}" for task in decision.tasks),
-            "x-lorauter-adapters": ",".join(f"{adapter.name}={adapter.weight:.4f}" for adapter in decision.adapters),
+            "x-lorauter-tasks": _header((task.name, task.score) for task in decision.tasks),
+            "x-lorauter-adapters": _header(adapters),
         }
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -296,6 +303,11 @@ async def _events(
     if with_usage:
         yield event({**head, "choices": [], "usage": _usage(admitted, tokens)})
     yield "data: [DONE]\n\n"
+
+
+def _header(pairs: Iterable[tuple[str, float]]) -> str:
+    """`name=0.1234,...`, no longer than proxies take; the body has them all."""
+    return ",".join(f"{name}={value:.4f}" for name, value in islice(pairs, _HEADER_ITEMS))
 
 
 def _usage(admitted: Admitted, completion_tokens: int) -> dict[str, int]:

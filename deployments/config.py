@@ -77,6 +77,7 @@ class ApiSettings(_Settings):
         default_temperature: where a request gives none; 0 answers with the likeliest tokens.
         max_body_bytes: larger requests are answered with 413.
         max_adapters: adapters a request may mix by hand at most.
+        max_inputs: texts that one request may have routed at most.
     """
 
     route_on: Literal["last_user_message", "conversation"] = "last_user_message"
@@ -84,6 +85,7 @@ class ApiSettings(_Settings):
     default_temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     max_body_bytes: Positive = 1 << 20
     max_adapters: Annotated[int, Field(ge=1, le=1024)] = 64
+    max_inputs: Positive = 256
 
 
 class AppConfig(_Settings):
@@ -121,13 +123,20 @@ class AppConfig(_Settings):
         A name that is no folder below `root` (a URI, "default", a Hugging Face id) stays as it is.
         """
         resolved = {
-            key: str((root / value).resolve())
+            key: _absolute(root, value)
             for key in ("base_model", "encoder", "adapters", "catalog")
             if (value := getattr(self, key)) != DEFAULT
             and "://" not in value
-            and (value.startswith(".") or (root / value).is_dir())
+            and (value.startswith((".", "~")) or (root / value).is_dir())
         }
-        return self.model_copy(update=resolved)
+        cache = self.cache
+        if cache.directory != DEFAULT:
+            cache = cache.model_copy(update={"directory": _absolute(root, cache.directory)})
+        return self.model_copy(update={**resolved, "cache": cache})
+
+
+def _absolute(root: Path, path: str) -> str:
+    return str((root / Path(path).expanduser()).resolve())
 
 
 def explain(error: ValidationError, noun: str) -> str:
@@ -139,8 +148,8 @@ def explain(error: ValidationError, noun: str) -> str:
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown {noun} {name}")
         else:
-            whole = not item["loc"] or item["type"] == "missing"  # the input is then all that was given, prompt and all
-            problems.append(f"{noun} {name}: {item['msg']}{'' if whole else _given(item['input'])}")
+            given = _given(item["input"]) if item["loc"] else ""  # else all that was given, prompt and all
+            problems.append(f"{noun} {name}: {item['msg']}{given}")
     if more := error.error_count() - len(problems):
         problems.append(f"{more} more {noun}s are wrong" if problems else f"{more} {noun}s are wrong")
     return "; ".join(problems)

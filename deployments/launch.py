@@ -9,10 +9,9 @@ import logging
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,23 @@ from lorauter.defaults import resolve_adapters, resolve_catalog, resolve_encoder
 from lorauter.errors import ConfigError
 
 APP_NAME = "lorauter"
+_IMPORT_PATH = "deployments.app:build"
+_USED = {"applications", "http_options", "proxy_location"}
+_USED_OF_APPLICATION = {"name", "route_prefix", "import_path", "args", "deployments"}
 Phase = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
 class ServeFile:
-    """What serve_config.yaml says: the app's settings, Serve options by deployment, and where HTTP listens."""
+    """What serve_config.yaml says: the app's settings, Serve options by deployment, and how HTTP is served."""
 
     config: AppConfig
     overrides: Mapping[str, Mapping[str, Any]]
     host: str
     port: int
+    http: Mapping[str, Any] = field(default_factory=dict)
+    proxy_location: str | None = None
+    route_prefix: str = "/"
 
     @classmethod
     def read(cls, path: Path) -> "ServeFile":
@@ -62,6 +67,13 @@ class ServeFile:
             )
         [application] = data["applications"]
         _known(application, ServeApplicationSchema, "applications[0]")
+        for keys, used in ((data, _USED), (application, _USED_OF_APPLICATION)):
+            if unused := sorted(set(keys) - used):
+                raise ConfigError(
+                    f"{path}: 'lorauter serve' does not use {', '.join(unused)}; use 'serve run'", setting=unused[0]
+                )
+        if application["import_path"] != _IMPORT_PATH:
+            raise ConfigError(f"import_path must be {_IMPORT_PATH!r}", setting="import_path")
         http = data.get("http_options", {})
         _known(http, HTTPOptionsSchema, "http_options")
         if not 1 <= schema.http_options.port <= 65535:
@@ -76,6 +88,9 @@ class ServeFile:
             overrides,
             http.get("host", "127.0.0.1"),  # Serve's own default listens to everybody
             schema.http_options.port,
+            http,
+            data.get("proxy_location"),
+            application.get("route_prefix", "/"),
         )
 
 
@@ -107,23 +122,27 @@ def serve_forever(
         resolve_model(file.config.base_model, notify)
         resolve_encoder(file.config.encoder, notify)
         resolve_catalog(file.config.catalog, notify)
-    stop = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         with phase("starting Ray"):
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         with phase("starting the deployments"):
             app = assemble(file.config, file.overrides)
-            serve.start(http_options={"host": file.host, "port": file.port}, logging_config={"log_level": "WARNING"})
+            serve.start(
+                proxy_location=file.proxy_location,
+                http_options={**file.http, "host": file.host, "port": file.port},
+                logging_config={"log_level": "WARNING"},
+            )
             try:
-                handle = serve.run(app, name=APP_NAME, blocking=False)
+                serve.run(app, name=APP_NAME, route_prefix=file.route_prefix)
             except RuntimeError as error:
                 raise ConfigError(f"the app did not start: {_deepest(error)}") from error
-        del handle
-        ready(f"http://{file.host}:{file.port}")
-        while not stop.wait(0.5):
-            pass
+        ready(f"http://{file.host}:{file.port}{file.route_prefix.rstrip('/')}")
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
     finally:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
@@ -131,6 +150,10 @@ def serve_forever(
             _shut_down(file.config)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _shut_down(config: AppConfig) -> None:

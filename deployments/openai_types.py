@@ -69,6 +69,11 @@ class GenerationBody(_Body):
     frequency_penalty: Literal[0] | None = None
     lorauter: LorauterOptions = LorauterOptions()
 
+    @field_validator("lorauter", mode="before")
+    @classmethod
+    def _none_chooses_nothing(cls, value: Any) -> Any:
+        return LorauterOptions() if value is None else value
+
     @field_validator("presence_penalty", "frequency_penalty", mode="before")
     @classmethod
     def _neutral(cls, value: Any) -> Any:

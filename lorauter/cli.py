@@ -24,7 +24,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from lorauter.defaults import DEFAULT
 from lorauter.errors import AdapterError, ConfigError, InvalidRequest, LorauterError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Routes queries to mixtures of LoRA adapters.",
+    pretty_exceptions_enable=False,
+)
 adapters_app = typer.Typer(no_args_is_help=True, help="Adapters in an object store.")
 catalog_app = typer.Typer(no_args_is_help=True, help="Task catalogs.")
 app.add_typer(adapters_app, name="adapters")
@@ -58,7 +63,7 @@ def _phase(what: str) -> Iterator[None]:
 
 
 def _notify(what: str) -> None:
-    _console.print(what, markup=False)
+    _console.print(what, markup=False, soft_wrap=True)
 
 
 @adapters_app.command("push")
@@ -82,7 +87,7 @@ def push(
         except AdapterError as error:
             refused += 1
             _console.print(f"refused: {error}", style="red", markup=False, soft_wrap=True)
-    _console.print(f"{len(folders) - refused} of {len(folders)} adapters are in {repository.store.uri}", markup=False)
+    _notify(f"{len(folders) - refused} of {len(folders)} adapters are in {repository.store.uri}")
     if refused:
         raise typer.Exit(1)
 
@@ -102,7 +107,7 @@ def list_adapters(store: Annotated[str, typer.Argument(help="s3://bucket/prefix 
             continue
         rank = "-" if manifest.rank is None else manifest.rank
         typer.echo(f"{name}\t{manifest.version}\t{rank}\t{manifest.size}\t{manifest.base_model or '-'}")
-    _console.print(f"{len(names)} adapters in {repository.store.uri}", markup=False)
+    _notify(f"{len(names)} adapters in {repository.store.uri}")
 
 
 @catalog_app.command("build")
@@ -127,6 +132,10 @@ def build(
         model = load_encoder(encoder)
     with _phase(f"embedding the examples of {len(found)} tasks"):
         repository = AdapterRepository(open_store(adapters)) if adapters else None
+        if repository is not None and not repository.names():
+            raise ConfigError(
+                f"there is no adapter in {adapters}; push some, or leave --adapters out", setting="adapters"
+            )
         catalog = build_catalog(found, model, repository=repository, mapping=assigned)
         version = catalog.save(out)
     served = sum(bool(entry.adapters) for entry in catalog.tasks)
@@ -192,7 +201,7 @@ def route(
     finally:
         with suppress(OSError):
             partial.unlink()
-    _console.print(f"routed {count} rows to {output}", markup=False)
+    _notify(f"routed {count} rows to {output}")
 
 
 def _read_rows(source: Iterable[bytes], path: Path, options: Any) -> Iterator[tuple[dict[str, Any], Any]]:

@@ -55,7 +55,6 @@ class ContextLengthExceeded(InvalidRequest):
         super().__init__(
             f"the prompt has {prompt_tokens} tokens, but the context holds {max_tokens} and one is needed "
             "for the answer; shorten the prompt",
-            param="messages",
         )
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens

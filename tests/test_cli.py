@@ -487,7 +487,10 @@ def test_no_server(cli: Callable[..., Ran], url: str, cause: str) -> None:
         (None, "cannot be read"),
         ("a: [", "cannot be read"),
         ("applications: []", "0 applications"),
-        ("applications: [{import_path: 'a:b', args: {engine: {max_batches: 1}}}]", "engine.max_batches"),
+        (
+            "applications: [{import_path: 'deployments.app:build', args: {engine: {max_batches: 1}}}]",
+            "engine.max_batches",
+        ),
         ("http_option: {}", "unknown keys: http_option"),
     ],
 )

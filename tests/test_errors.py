@@ -11,7 +11,7 @@ ERRORS = {
     errors.ContextLengthExceeded(9000, 2048): {
         "prompt_tokens": 9000,
         "max_tokens": 2048,
-        "param": "messages",
+        "param": None,
     },
     errors.ConfigError("odd", setting="cache.disk_bytes"): {"setting": "cache.disk_bytes"},
     errors.TaskError("odd", source="tasks/x.json"): {"source": "tasks/x.json"},

@@ -343,7 +343,9 @@ class MultiLoraEngine:
             self._rows[row].sound = sound
             if not sound:
                 names = [weights.name for weights, _ in self._rows[row].request.adapters]
-                error = LorauterError(f"the model's output is not finite under the adapters {names}")
+                error = InvalidRequest(
+                    f"the model's output is not finite under the adapters {names} with these weights", param="adapters"
+                )
                 self._rows[row].tokens.append(token)
                 self._deliver(self._rows[row], error)
             if not sound or self._take(self._rows[row], token):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 
 TopK = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[FiniteFloat, Field(gt=0, le=100)]
@@ -46,6 +46,11 @@ class RoutingOptions(BaseModel):
     exclude_tasks: Names = frozenset()
     exclude_adapters: Names = frozenset()
     allow_adapters: Names | None = None
+
+    @field_validator("exclude_tasks", "exclude_adapters", mode="before")
+    @classmethod
+    def _none_excludes_nothing(cls, value: Any) -> Any:
+        return frozenset() if value is None else value
 
     def allows(self, adapter: str) -> bool:
         """Whether an adapter may be used."""

@@ -731,3 +731,8 @@ def test_openai_sees_a_stream_break_and_a_body_too_large() -> None:
         assert caught.value.status_code == 413
 
     with_openai(FakeService(late_error=AdapterUnavailable("store down", adapter="poet")), use)
+
+
+def test_routing_takes_so_many_texts_at_once() -> None:
+    for n, status in ((3, 200), (4, 400)):
+        assert post(FakeService(), "/v1/route", {"input": ["x"] * n}, max_inputs=3).status_code == status

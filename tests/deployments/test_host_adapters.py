@@ -139,6 +139,8 @@ def test_a_request_larger_than_the_budget_is_served_all_the_same(files: FakeFile
         for _ in range(2):
             found = await adapters.get(["a", "b", "c", "a"])
             assert [weights.name for weights in found] == ["a", "b", "c", "a"]
+        [alone] = await adapters.get(["b"])
+        assert (await adapters.get(["b"]))[0] is alone
 
     asyncio.run(scenario())
 

@@ -167,3 +167,19 @@ def test_where_one_cannot_listen_nothing_is_started(host: str, port: int | None)
         file = replace(ServeFile.read(SHIPPED), host=host, port=port or other.getsockname()[1])
         with pytest.raises(ConfigError, match=f"cannot listen on {host}:{file.port}"):
             serve_forever(file, address=None, phase=phase, notify=print, ready=print)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"grpc_options": {"port": 9000}}, "grpc_options"),
+        ({"applications": [{"import_path": "deployments.app:build", "runtime_env": {}}]}, "runtime_env"),
+        ({"applications": [{"import_path": "somewhere:else"}]}, "import_path"),
+    ],
+)
+def test_what_it_would_not_do_is_refused(
+    read: Callable[[object], ServeFile], extra: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        read({"applications": [{"import_path": "deployments.app:build"}], **extra})
+    assert caught.value.setting == named

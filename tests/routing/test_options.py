@@ -41,7 +41,6 @@ def test_a_wrong_value_is_refused_by_its_field(kind, field, value) -> None:
         (RoutingOptions, "top_k", True),
         (RoutingOptions, "temperature", "0.2"),
         (RoutingOptions, "exclude_tasks", "sst2"),
-        (RoutingOptions, "exclude_adapters", None),
         (RoutingOptions, "allow_adapters", "sst2"),
     ],
 )
@@ -92,5 +91,6 @@ def test_which_adapters_may_be_used(excluded, allowed, free) -> None:
     assert "".join(filter(options.allows, "abc")) == free
 
 
-def test_names_come_in_any_collection() -> None:
+def test_names_come_in_any_collection_and_none_excludes_nothing() -> None:
+    assert RoutingOptions(exclude_tasks=None, exclude_adapters=None) == RoutingOptions()
     assert RoutingOptions(exclude_tasks=["a", "b"], allow_adapters=("c",)).exclude_tasks == {"a", "b"}
