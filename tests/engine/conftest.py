@@ -218,7 +218,7 @@ class Forced:
 
 @pytest.fixture(scope="session")
 def forced():
-    """Forced sequences, made from a seed: `forced(n, ...)`."""
+    """Random forced sequences: `forced([(prompt, length), ...], [adapters, ...])`."""
 
     def make(lengths, adapters=None, seed=0) -> list[Forced]:
         draw = torch.Generator().manual_seed(seed)
