@@ -33,7 +33,7 @@ class EngineSettings(_Settings):
         max_queue: requests that may wait in a replica; more are answered with 429.
         prefill_tokens: prompt tokens processed in one step at most.
         max_rank: the largest adapter rank served.
-        adapter_bytes: bytes of adapters on the device at most.
+        adapter_bytes: bytes of adapters on the device at most; null takes a quarter of a GPU's free memory, or 1 GiB.
         host_bytes: bytes of adapters in a replica's host memory at most.
         device: "auto" (a GPU if the replica has one), "cpu", "cuda".
         dtype: "auto" is bfloat16 where the device computes in it, else float32.
@@ -45,7 +45,7 @@ class EngineSettings(_Settings):
     max_queue: Positive = 64
     prefill_tokens: Positive = 512
     max_rank: Positive = 128
-    adapter_bytes: Positive = 1 << 30
+    adapter_bytes: Positive | None = None
     host_bytes: Positive = 4 << 30
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -9,7 +9,8 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from lorauter.adapters import LocalAdapter, LoraWeights
 from lorauter.errors import AdapterRejected, AdapterUnavailable
@@ -27,12 +28,37 @@ class AdapterFiles(Protocol):
         """Forget a copy that turned out to be unusable."""
 
 
-class HostAdapters:
+class Packed(Protocol):
+    """An adapter as it is kept."""
+
+    @property
+    def key(self) -> _Key:
+        """Name and version."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
+
+P = TypeVar("P", bound=Packed)
+
+
+@dataclass
+class HostCounters:
+    """What the tier has done. An adapter that is asked for and in memory is a hit."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    load_seconds: float = 0.0
+
+
+class HostAdapters(Generic[P]):
     """Adapters in memory.
 
     Args:
         files: the node's cache.
-        check: raises AdapterRejected for an adapter that the engine cannot serve.
+        pack: makes an adapter ready for the engine; raises AdapterRejected for one that it cannot serve.
         budget_bytes: bytes of weights to keep at most; what requests hold counts no longer once it is dropped.
         revalidate_s: for how long an adapter's version is trusted before the node's cache is asked again.
     """
@@ -40,21 +66,22 @@ class HostAdapters:
     def __init__(
         self,
         files: AdapterFiles,
-        check: Callable[[LoraWeights], None],
+        pack: Callable[[LoraWeights], P],
         *,
         budget_bytes: int,
         revalidate_s: float,
     ) -> None:
         self._files = files
-        self._check = check
+        self._pack = pack
         self._budget = budget_bytes
         self._revalidate_s = revalidate_s
         self._current: dict[str, tuple[_Key, float]] = {}
-        self._loaded: OrderedDict[_Key, LoraWeights] = OrderedDict()
+        self._loaded: OrderedDict[_Key, P] = OrderedDict()
         self._refused: dict[_Key, AdapterRejected] = {}
-        self._loading: dict[_Key, asyncio.Task[LoraWeights]] = {}
+        self._loading: dict[_Key, asyncio.Task[P]] = {}
+        self.counters = HostCounters()
 
-    async def get(self, names: Sequence[str]) -> list[LoraWeights]:
+    async def get(self, names: Sequence[str]) -> list[P]:
         """The current versions of the adapters.
 
         Raises:
@@ -62,6 +89,7 @@ class HostAdapters:
         """
         now = time.monotonic()
         stale = [name for name in dict.fromkeys(names) if self._fresh(name, now) is None]
+        self.counters.hits += len(set(names)) - len(stale)
         for local in await self._fetch(stale, now) if stale else []:
             await self._admit(local)
             self._current[local.name] = (local.name, local.version), now
@@ -85,26 +113,27 @@ class HostAdapters:
             self._current.update({name: (key, now) for name, key in known.items()})
             return []
 
-    def _fresh(self, name: str, now: float) -> LoraWeights | None:
+    def _fresh(self, name: str, now: float) -> P | None:
         key, since = self._current.get(name, (None, 0.0))
         if key is None or now - since > self._revalidate_s or key not in self._loaded:
             return None
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
-    async def _admit(self, local: LocalAdapter) -> LoraWeights:
+    async def _admit(self, local: LocalAdapter) -> P:
         """The weights behind a local copy, parsed once however many requests wait for it."""
         key = local.name, local.version
         if key in self._refused:
             raise self._refused[key].with_traceback(None)  # or each raise adds its frames, and holds what they hold
         if key in self._loaded:
+            self.counters.hits += 1
             return self._loaded[key]
         if key not in self._loading:
             self._loading[key] = asyncio.create_task(self._load(local))
             self._loading[key].add_done_callback(lambda _: self._loading.pop(key, None))
         return await asyncio.shield(self._loading[key])
 
-    async def _load(self, local: LocalAdapter) -> LoraWeights:
+    async def _load(self, local: LocalAdapter) -> P:
         try:
             weights = await self._read(local)
         except AdapterRejected:
@@ -120,9 +149,15 @@ class HostAdapters:
         total = sum(loaded.nbytes for loaded in self._loaded.values())
         while total > self._budget and len(self._loaded) > 1:
             total -= self._loaded.popitem(last=False)[1].nbytes
+            self.counters.evictions += 1
         return weights
 
-    async def _read(self, local: LocalAdapter) -> LoraWeights:
-        weights = await asyncio.to_thread(LoraWeights.load, local.path, name=local.name, version=local.version)
-        self._check(weights)
-        return weights
+    async def _read(self, local: LocalAdapter) -> P:
+        started = time.monotonic()
+        packed = await asyncio.to_thread(self._read_and_pack, local)
+        self.counters.misses += 1
+        self.counters.load_seconds += time.monotonic() - started
+        return packed
+
+    def _read_and_pack(self, local: LocalAdapter) -> P:
+        return self._pack(LoraWeights.load(local.path, name=local.name, version=local.version))

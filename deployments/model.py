@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from typing import Any
 
 from ray import serve
 
@@ -43,7 +45,7 @@ class LoraModel:
         )
         self._adapters = HostAdapters(
             NodeCache(CacheSpec(config.adapters, config.cache)),
-            lambda weights: self._engine.slots.check([weights]),
+            self._engine.pack,
             budget_bytes=settings.host_bytes,
             revalidate_s=config.cache.revalidate_s,
         )
@@ -78,6 +80,18 @@ class LoraModel:
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         codec = self._engine.codec
         return codec.chat(prompt.messages) if prompt.text is None else codec.plain(prompt.text)
+
+    async def stats(self) -> dict[str, Any]:
+        """What runs and waits, and hits, misses and load times of the replica's tiers of adapters."""
+        running, waiting = self._engine.load
+        return {
+            "running": running,
+            "waiting": waiting,
+            "resident": self._engine.slots.resident,
+            "resident_bytes": self._engine.slots.used_bytes,
+            "device": asdict(self._engine.slots.counters),
+            "host": asdict(self._adapters.counters),
+        }
 
     def check_health(self) -> None:
         """Serve's health check."""

@@ -14,13 +14,16 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 
+from lorauter.adapters.weights import LoraWeights
+from lorauter.engine.graphs import NOT_FINITE, DecodeGraphs, Flight
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
 from lorauter.engine.sampling import sample
-from lorauter.engine.slots import AdapterSlots, LoraBatch, Mixture
+from lorauter.engine.slots import AdapterKey, AdapterSlots, LoraBatch, Mixture, PackedAdapter
 from lorauter.engine.text import TextCodec, TextStream
 from lorauter.engine.types import Chunk, Completion, FinishReason, GenerationRequest
 from lorauter.errors import ConfigError, ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
@@ -38,7 +41,8 @@ class EngineConfig:
         max_queue: requests that may wait, beside those that run.
         prefill_tokens: prompt tokens processed in one step at most.
         max_rank: the largest adapter rank served.
-        adapter_bytes: bytes of adapters resident on the device at most.
+        adapter_bytes: bytes of adapters resident on the device at most; None takes a quarter of what is free on a
+            GPU once the model and the cache are there, and 1 GiB on a CPU.
     """
 
     max_batch: int = 16
@@ -46,11 +50,11 @@ class EngineConfig:
     max_queue: int = 256
     prefill_tokens: int = 512
     max_rank: int = 128
-    adapter_bytes: int = 1 << 30
+    adapter_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"engine.{name} is {value}; it must be at least 1", setting=f"engine.{name}")
 
 
@@ -67,7 +71,10 @@ class _Sequence:
     limit: int  # length at which the sequence is full
     cached: int = 0  # positions whose keys and values are in the cache
     sound: bool = False  # these are known to be finite, as the latest logits are
+    adapters: list[PackedAdapter] = field(default_factory=list)
+    passed_over: int = 0  # how many later requests were admitted before this one
     cancelled: bool = False
+    ended: bool = False
     mixture: Mixture = field(default=())
 
     @property
@@ -89,9 +96,10 @@ class MultiLoraEngine:
         self.codec = codec
         self.max_model_len = min(self.config.max_model_len, model.max_positions)
         self._model = model
+        on_gpu = model.device.type == "cuda"
         self._cache = KVCache(
             layers=model.shape.layers,
-            rows=self.config.max_batch,
+            rows=self.config.max_batch + on_gpu,  # the graphs' padding needs a row of its own
             kv_heads=model.kv_heads,
             length=self.max_model_len,
             head_dim=model.head_dim,
@@ -100,11 +108,15 @@ class MultiLoraEngine:
         )
         self.slots = AdapterSlots(
             model.shape,
-            budget_bytes=self.config.adapter_bytes,
+            budget_bytes=self.config.adapter_bytes or _default_adapter_bytes(model.device),
             max_rank=self.config.max_rank,
             dtype=model.dtype,
             device=model.device,
         )
+        self._graphs = DecodeGraphs(model, self._cache, self.config.max_batch) if on_gpu else None
+        self._flights: deque[tuple[list[_Sequence], Flight]] = deque()  # steps whose tokens are not taken yet
+        self._graph_rows: list[_Sequence] = []  # whose next tokens the graphs' buffers hold
+        self._packed: WeakValueDictionary[AdapterKey, PackedAdapter] = WeakValueDictionary()
         self._waiting: deque[_Sequence] = deque()
         self._rows: list[_Sequence] = []  # decoding rows first; the index is the cache row
         self._lora: LoraBatch | None = None  # the mixtures of `_rows`
@@ -166,6 +178,13 @@ class MultiLoraEngine:
                 self._cancel(sequence)
         return [Completion.of(pieces) for pieces in chunks]
 
+    def pack(self, weights: LoraWeights) -> PackedAdapter:
+        """Make an adapter ready to be used, once for many requests. Raises AdapterRejected."""
+        packed = self._packed.get(weights.key)
+        if packed is None:
+            packed = self._packed[weights.key] = self.slots.pack(weights)
+        return packed
+
     @property
     def load(self) -> tuple[int, int]:
         """How many requests run, and how many wait."""
@@ -193,7 +212,8 @@ class MultiLoraEngine:
                 f"are from 0 to {self._model.vocabulary - 1}",
                 param="prompt",
             )
-        self.slots.check([weights for weights, _ in request.adapters])
+        mixture = [(w if isinstance(w, PackedAdapter) else self.pack(w), weight) for w, weight in request.adapters]
+        self.slots.check([packed for packed, _ in mixture])
         sampling = request.sampling
         sequence = _Sequence(
             request,
@@ -202,7 +222,8 @@ class MultiLoraEngine:
             random.Random(sampling.seed),
             list(request.prompt),
             limit=min(self.max_model_len, prompt + sampling.max_tokens),
-            mixture=tuple((weights.key, weight) for weights, weight in request.adapters),
+            adapters=[packed for packed, _ in mixture],
+            mixture=tuple((packed.key, weight) for packed, weight in mixture),
         )
         with self._wake:
             if wait:
@@ -238,6 +259,7 @@ class MultiLoraEngine:
                     if self._rows:
                         self._step()
                 except Exception as error:  # noqa: BLE001 (one bad step must not end the service)
+                    self._flights.clear()
                     for sequence in self._rows:
                         self._deliver(sequence, error)
                     for row in reversed(range(len(self._rows))):
@@ -256,6 +278,8 @@ class MultiLoraEngine:
             return not self._closed
 
     def _drop_cancelled(self) -> None:
+        if any(sequence.cancelled for sequence in self._rows):
+            self._land()
         for row in reversed(range(len(self._rows))):
             if self._rows[row].cancelled:
                 self._remove(row)
@@ -265,35 +289,100 @@ class MultiLoraEngine:
                 self._wake.notify_all()
 
     def _admit(self) -> None:
-        """Move waiting requests to rows, first come first served, while there is a row and room for adapters."""
-        while self._waiting and len(self._rows) < self.config.max_batch:
-            sequence, admitted = self._waiting[0], False
+        """Move waiting requests to rows while there is a row and room for their adapters.
+
+        First come, first served, but while a request waits for adapter room, later ones whose adapters are all
+        resident go before it (loading for them would only take more room): as many as `max_batch`, then it is next.
+        """
+        blocked: list[_Sequence] = []
+        for sequence in list(self._waiting):
+            if len(self._rows) == self.config.max_batch:
+                return
+            if blocked and not (
+                blocked[0].passed_over < self.config.max_batch and self.slots.has(key for key, _ in sequence.mixture)
+            ):
+                continue
+            admitted = False
             try:
-                admitted = self.slots.acquire([weights for weights, _ in sequence.request.adapters])
-                if not admitted:
-                    return
+                soon = {key for other in blocked or [sequence] for key, _ in other.mixture}
+                admitted = self.slots.acquire(sequence.adapters, wanted_soon=soon)
             except Exception as error:  # noqa: BLE001 (out of device memory, say: this request's trouble alone)
                 self._deliver(sequence, error)
+            else:
+                if not admitted:
+                    blocked.append(sequence)
+                    continue
+                for other in blocked:
+                    other.passed_over += 1
             self._rows_changed = True  # even if it failed: columns of other adapters may have moved before
             with self._wake:
-                self._waiting.popleft()
+                self._waiting.remove(sequence)
                 if admitted:
                     self._rows.append(sequence)
                 self._wake.notify_all()
 
     def _step(self) -> None:
+        decoding = sum(sequence.decoding for sequence in self._rows)
+        if self._flights and (self._rows_changed or decoding < len(self._rows)):
+            self._land()  # what it ends changes the rows again
+            return
         if self._rows_changed:
             self._lora = self.slots.batch([sequence.mixture for sequence in self._rows])
             self._rows_changed = False
-        decoding = sum(sequence.decoding for sequence in self._rows)
+            if self._graphs is not None:
+                self._graphs.set_mixtures(self._lora)
+        if self._graphs is None:
+            self._packed_step(decoding)
+            return
+        if decoding < len(self._rows):
+            self._packed_step(decoding, prompts_only=True)
+        # What a prompt has ended leaves the rows as they were planned, or changes them: then the next step decodes.
+        if decoding and not self._rows_changed:
+            self._graph_step(self._graphs, self._rows[:decoding])
+
+    def _packed_step(self, decoding: int, *, prompts_only: bool = False) -> None:
+        """One forward pass of prompt pieces and, unless a graph does it, of the decoding rows."""
         spans = self._plan_prefill(decoding)
-        batch, sampled = self._pack(decoding, spans)
+        batch, sampled = self._pack(0 if prompts_only else decoding, spans)
         logits = self._model.forward(batch, self._cache)
         for span in spans:
             self._rows[span.row].cached += span.length
-        for sequence in self._rows[:decoding]:
+        for sequence in self._rows[: batch.decoding]:
             sequence.cached += 1
-        self._advance(sampled, logits)
+        self._advance([self._rows[row] for row in sampled], self._sample(sampled, logits))
+
+    def _graph_step(self, graphs: DecodeGraphs, rows: list[_Sequence]) -> None:
+        """Decode by a graph. Greedy rows go on before the last step's tokens are taken: device and host overlap."""
+        if rows != self._graph_rows:
+            self._land()
+            if self._rows_changed:
+                return
+            graphs.set_rows([row.tokens[-1] for row in rows], [len(row.tokens) - 1 for row in rows])
+            self._graph_rows = rows
+        flight = graphs.replay(len(rows))
+        self._flights.append((rows, flight))
+        if any(row.request.sampling.temperature > 0 for row in rows):
+            self._flights.clear()
+            self._graph_rows = []
+            for row in rows:
+                row.cached += 1
+            self._advance(rows, self._sample(list(range(len(rows))), flight.logits))
+        elif len(self._flights) > 1:
+            self._take_flight()
+
+    def _take_flight(self) -> None:
+        """Take the tokens of the oldest step on its way; if that ends a row, of all of them."""
+        rows, flight = self._flights.popleft()
+        tokens = flight.wait()
+        going_on = [(row, token) for row, token in zip(rows, tokens, strict=True) if not row.ended]
+        for row, _ in going_on:
+            row.cached += 1
+        self._advance([row for row, _ in going_on], [token for _, token in going_on])
+
+    def _land(self) -> None:
+        """Take the tokens of all steps on their way, so that rows may change."""
+        while self._flights:
+            self._take_flight()
 
     def _plan_prefill(self, decoding: int) -> list[PrefillSpan]:
         spans, budget = [], self.config.prefill_tokens
@@ -326,10 +415,10 @@ class MultiLoraEngine:
         lora = self._lora.select(ids(rows)) if self._lora is not None else None
         return StepBatch(ids(tokens), ids(positions), decoding, spans, ids(outputs), lora), sampled
 
-    def _advance(self, rows: Sequence[int], logits: torch.Tensor) -> None:
-        """Sample a token for each row, hand out its text, and remove the rows that have ended."""
+    def _sample(self, rows: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """A token for each of these rows, or NOT_FINITE."""
         if not rows:
-            return
+            return []
         sequences = [self._rows[row] for row in rows]
         finite = logits.isfinite().all(dim=-1)
         tokens = sample(
@@ -338,20 +427,28 @@ class MultiLoraEngine:
             [sequence.request.sampling.top_p for sequence in sequences],
             [sequence.random.random() for sequence in sequences],
         )
-        ended = []
-        for row, token, sound in zip(rows, tokens.tolist(), finite.tolist(), strict=True):
-            self._rows[row].sound = sound
-            if not sound:
-                names = [weights.name for weights, _ in self._rows[row].request.adapters]
-                error = InvalidRequest(
-                    f"the model's output is not finite under the adapters {names} with these weights", param="adapters"
-                )
-                self._rows[row].tokens.append(token)
-                self._deliver(self._rows[row], error)
-            if not sound or self._take(self._rows[row], token):
-                ended.append(row)
-        for row in sorted(ended, reverse=True):
-            self._remove(row)
+        result: list[int] = tokens.where(finite, NOT_FINITE).tolist()
+        return result
+
+    def _advance(self, sequences: Sequence[_Sequence], tokens: Sequence[int]) -> None:
+        """Hand each of these running sequences its token, and remove what has ended."""
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.sound = token != NOT_FINITE
+            if sequence.sound:
+                sequence.ended = self._take(sequence, token)
+                continue
+            names = [packed.name for packed in sequence.adapters]
+            error = InvalidRequest(
+                f"the model's output is not finite under the adapters {names} with these weights", param="adapters"
+            )
+            sequence.tokens.append(0)
+            sequence.ended = True
+            self._deliver(sequence, error)
+        if any(sequence.ended for sequence in sequences):
+            self._land()  # steps on their way still write to the rows as they are
+            for row in reversed(range(len(self._rows))):
+                if self._rows[row].ended:
+                    self._remove(row)
 
     def _take(self, sequence: _Sequence, token: int) -> bool:
         """Append a token and deliver its text; True if the sequence has ended."""
@@ -383,6 +480,7 @@ class MultiLoraEngine:
             row = decoding - 1
         self._move(len(self._rows) - 1, row)
         self._rows_changed = True
+        self._graph_rows = []
         with self._wake:
             self._rows.pop()
             self._wake.notify_all()
@@ -397,3 +495,7 @@ class MultiLoraEngine:
             sequence.sink(item)
         except RuntimeError:  # the event loop that waited is gone
             sequence.cancelled = True
+
+
+def _default_adapter_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 1 << 30

@@ -32,6 +32,11 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
+    @property
+    def length(self) -> int:
+        """Positions in a row."""
+        return self.keys.shape[3]
+
     def clear(self, row: int, length: int) -> None:
         """Zero the first `length` positions of a row: NaN or infinity in them would reach the row's next sequence."""
         for tensor in (self.keys, self.values):

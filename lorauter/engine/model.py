@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorauter.adapters.weights import ModelShape
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.slots import LoraBatch
+from lorauter.engine.torch_step import TorchStep
 from lorauter.errors import ConfigError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -47,6 +48,7 @@ class StepBatch:
         spans: prompt pieces.
         outputs: (m,) int64 indices of the tokens whose logits are wanted.
         lora: the mixture of every token, or None for the base model.
+        rows: (n,) int64 cache rows of the tokens, where the decoding ones are not rows 0, 1, ...
     """
 
     tokens: Tensor
@@ -55,33 +57,39 @@ class StepBatch:
     spans: Sequence[PrefillSpan]
     outputs: Tensor
     lora: LoraBatch | None
+    rows: Tensor | None = None
+
+    def cache_rows(self) -> Tensor:
+        """(n,) int64: the cache row of every token."""
+        if self.rows is not None:
+            return self.rows
+        spans = [torch.full((span.length,), span.row) for span in self.spans]
+        return torch.cat([torch.arange(self.decoding), *spans]).to(self.positions.device)
 
 
-@dataclass(frozen=True)
-class _Linear:
-    weight: Tensor
-    bias: Tensor | None
+class Linear:
+    """A linear layer, or several of the same input as one."""
 
-    @classmethod
-    def fused(cls, *linears: nn.Linear) -> _Linear:
-        """Several linear layers of the same input as one."""
+    def __init__(self, *linears: nn.Linear) -> None:
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        return cls(
-            torch.cat([linear.weight.data for linear in linears]),
-            torch.cat([bias.data for bias in biases]) if biases else None,
-        )
+        weights = [linear.weight.data for linear in linears]
+        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.bias = torch.cat([bias.data for bias in biases]) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
+    """RMS norm (arXiv 1910.07467)."""
+
     weight: Tensor
     eps: float
 
     @classmethod
-    def of(cls, module: Any) -> _Norm:
+    def of(cls, module: Any) -> Norm:
+        """Of a transformers norm module."""
         return cls(module.weight.data, module.variance_epsilon)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,16 +97,34 @@ class _Norm:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    attention_norm: _Norm
-    qkv: _Linear
-    q_norm: _Norm | None
-    k_norm: _Norm | None
-    o: _Linear
-    mlp_norm: _Norm
-    gate_up: _Linear
-    down: _Linear
+class Layer:
+    """One decoder layer's weights."""
+
+    attention_norm: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    o: Linear
+    mlp_norm: Norm
+    gate_up: Linear
+    down: Linear
     window: int | None
+
+    @classmethod
+    def of(cls, layer: Any, window: int | None) -> Layer:
+        """Of a transformers decoder layer."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            attention_norm=Norm.of(layer.input_layernorm),
+            qkv=Linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            q_norm=Norm.of(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=Norm.of(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            o=Linear(attention.o_proj),
+            mlp_norm=Norm.of(layer.post_attention_layernorm),
+            gate_up=Linear(mlp.gate_proj, mlp.up_proj),
+            down=Linear(mlp.down_proj),
+            window=window,
+        )
 
 
 class Decoder:
@@ -130,13 +156,22 @@ class Decoder:
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self._qkv_widths = [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
+        self.qkv_widths = [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
+        self.hidden: int = config.hidden_size
+        self.intermediate: int = config.intermediate_size
         self.max_positions: int = config.max_position_embeddings
-        self.layers = [_layer(layer, _window(config, i)) for i, layer in enumerate(model.model.layers)]
+        self.layers = [Layer.of(layer, _window(config, i)) for i, layer in enumerate(model.model.layers)]
         self._embedding: Tensor = model.model.embed_tokens.weight.data
-        self._norm = _Norm.of(model.model.norm)
+        self._norm = Norm.of(model.model.norm)
         self._rotary = model.model.rotary_emb
-        self._head = _Linear(model.lm_head.weight.data, None)
+        self._head: Tensor = model.lm_head.weight.data
+        self._rotary_tables: dict[int, tuple[Tensor, Tensor]] = {}
+        if self.device.type == "cuda":
+            from lorauter.engine.cuda_step import CudaStep  # Triton comes with PyTorch's CUDA builds alone
+
+            self._step: type[TorchStep] = CudaStep
+        else:
+            self._step = TorchStep
         first = model.model.layers[0]
         modules = {**dict(first.self_attn.named_children()), **dict(first.mlp.named_children())}
         self.shape = ModelShape(
@@ -161,123 +196,38 @@ class Decoder:
         return self._embedding.device
 
     @torch.inference_mode()
+    def rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary embedding for `length` positions: (length, head_dim) each."""
+        if length not in self._rotary_tables:
+            positions = torch.arange(length, device=self.device)[None]
+            cos, sin = self._rotary(torch.empty(0, dtype=self.dtype, device=self.device), positions)
+            self._rotary_tables[length] = cos[0].contiguous(), sin[0].contiguous()
+        return self._rotary_tables[length]
+
+    @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run the tokens, write their keys and values, and return (m, vocabulary) float32 logits."""
-        x = self._embedding[batch.tokens]
-        cos, sin = self._rotary(x[None], batch.positions[None])
-        rotation = cos[0, :, None], sin[0, :, None]
-        masks = _Masks(batch)
+        step = self._step(self, batch, cache)
+        attention_in = list(zip(("q_proj", "k_proj", "v_proj"), self.qkv_widths, strict=True))
+        attention_out = [("o_proj", self.hidden)]
+        mlp_in = [("gate_proj", self.intermediate), ("up_proj", self.intermediate)]
+        mlp_out = [("down_proj", self.hidden)]
+        x, delta = self._embedding[batch.tokens], None
         for i, layer in enumerate(self.layers):
-            h = layer.attention_norm(x)
+            x, h = step.add_norm(x, delta, layer.attention_norm)
             qkv = layer.qkv(h)
-            q, k, v = torch.split(qkv, self._qkv_widths, dim=-1)
-            if batch.lora is not None:
-                batch.lora.add("q_proj", i, h, q)
-                batch.lora.add("k_proj", i, h, k)
-                batch.lora.add("v_proj", i, h, v)
-            a = self._attention(i, layer, q, k, v, rotation, batch, masks, cache)
-            o = layer.o(a)
-            if batch.lora is not None:
-                batch.lora.add("o_proj", i, a, o)
-            x = x + o
-            h = layer.mlp_norm(x)
-            gate, up = layer.gate_up(h).chunk(2, dim=-1)
-            if batch.lora is not None:
-                batch.lora.add("gate_proj", i, h, gate)
-                batch.lora.add("up_proj", i, h, up)
-            h = F.silu(gate) * up
-            d = layer.down(h)
-            if batch.lora is not None:
-                batch.lora.add("down_proj", i, h, d)
-            x = x + d
-        return self._head(self._norm(x[batch.outputs])).float()
-
-    def _attention(
-        self,
-        i: int,
-        layer: _Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        batch: StepBatch,
-        masks: _Masks,
-        cache: KVCache,
-    ) -> Tensor:
-        n, d = q.shape[0], batch.decoding
-        q, k, v = (t.view(n, -1, self.head_dim) for t in (q, k, v))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        q, k = _rotate(q, *rotation), _rotate(k, *rotation)
-        keys, values = cache.keys[i], cache.values[i]
-        out = torch.empty_like(q)
-        if d:
-            rows = masks.rows
-            keys[rows, :, batch.positions[:d]] = k[:d]
-            values[rows, :, batch.positions[:d]] = v[:d]
-            mask = masks.decode(layer.window)
-            length = mask.shape[-1]
-            # Grouped queries as extra query positions: exact, and no key is copied.
-            grouped = q[:d].view(d, self.kv_heads, -1, self.head_dim)
-            attended = F.scaled_dot_product_attention(
-                grouped, keys[:d, :, :length], values[:d, :, :length], attn_mask=mask
-            )
-            out[:d] = attended.reshape(d, self.heads, self.head_dim)
-        offset = d
-        for span in batch.spans:
-            end = span.start + span.length
-            here = slice(offset, offset + span.length)
-            keys[span.row, :, span.start : end] = k[here].transpose(0, 1)
-            values[span.row, :, span.start : end] = v[here].transpose(0, 1)
-            group = self.heads // self.kv_heads
-            grouped = q[here].view(span.length, self.kv_heads, group, self.head_dim).permute(1, 2, 0, 3)
-            attended = F.scaled_dot_product_attention(
-                grouped.reshape(1, self.kv_heads, group * span.length, self.head_dim),
-                keys[None, span.row, :, :end],
-                values[None, span.row, :, :end],
-                attn_mask=masks.prefill(span, layer.window, group),
-            )
-            attended = attended.view(self.kv_heads, group, span.length, self.head_dim).permute(2, 0, 1, 3)
-            out[here] = attended.reshape(span.length, self.heads, self.head_dim)
-            offset += span.length
-        return out.view(n, -1)
-
-
-class _Masks:
-    """The attention masks of one step, made once for all layers with the same window. True attends."""
-
-    def __init__(self, batch: StepBatch) -> None:
-        self.rows = torch.arange(batch.decoding, device=batch.positions.device)
-        self._positions = batch.positions[: batch.decoding]
-        self._length = int(self._positions.max()) + 1 if batch.decoding else 0
-        self._decode: dict[int | None, Tensor] = {}
-        self._prefill: dict[tuple[PrefillSpan, int | None], Tensor] = {}
-
-    def decode(self, window: int | None) -> Tensor:
-        """(decoding, 1, 1, length)"""
-        if window not in self._decode:
-            self._decode[window] = _mask(self._positions, self._length, window)[:, None, None]
-        return self._decode[window]
-
-    def prefill(self, span: PrefillSpan, window: int | None, group: int) -> Tensor:
-        """(group * span length, end): the span's mask for each query head of a group."""
-        if (span, window) not in self._prefill:
-            end = span.start + span.length
-            positions = torch.arange(span.start, end, device=self._positions.device)
-            self._prefill[span, window] = _mask(positions, end, window).repeat(group, 1)
-        return self._prefill[span, window]
-
-
-def _mask(positions: Tensor, length: int, window: int | None) -> Tensor:
-    keys = torch.arange(length, device=positions.device)
-    mask = keys <= positions[:, None]
-    return mask if window is None else mask & (keys > positions[:, None] - window)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves as transformers lays them out."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+            step.add_lora(i, attention_in, h, qkv)
+            h = step.attention(i, layer, qkv)
+            delta = layer.o(h)
+            step.add_lora(i, attention_out, h, delta)
+            x, h = step.add_norm(x, delta, layer.mlp_norm)
+            gate_up = layer.gate_up(h)
+            step.add_lora(i, mlp_in, h, gate_up)
+            h = step.silu_mul(gate_up)
+            delta = layer.down(h)
+            step.add_lora(i, mlp_out, h, delta)
+        assert delta is not None
+        return F.linear(self._norm(x[batch.outputs] + delta[batch.outputs]), self._head).float()
 
 
 def _window(config: Any, layer: int) -> int | None:
@@ -288,18 +238,3 @@ def _window(config: Any, layer: int) -> int | None:
     if not getattr(config, "use_sliding_window", True):
         return None
     return getattr(config, "sliding_window", None)
-
-
-def _layer(layer: Any, window: int | None) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    return _Layer(
-        attention_norm=_Norm.of(layer.input_layernorm),
-        qkv=_Linear.fused(attention.q_proj, attention.k_proj, attention.v_proj),
-        q_norm=_Norm.of(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        k_norm=_Norm.of(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        o=_Linear.fused(attention.o_proj),
-        mlp_norm=_Norm.of(layer.post_attention_layernorm),
-        gate_up=_Linear.fused(mlp.gate_proj, mlp.up_proj),
-        down=_Linear.fused(mlp.down_proj),
-        window=window,
-    )

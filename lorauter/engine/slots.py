@@ -12,7 +12,8 @@ the cost does not depend on how many adapters a token mixes. Knows nothing of re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,15 +29,20 @@ _FREE = 0  # owner of the columns that nobody uses; real slots count from 1
 _FIRST_COLUMNS = 16
 
 
-class _Stack:
-    """The columns of one target."""
+class Stack:
+    """The columns of one target.
+
+    Attributes:
+        a, b: (layers, C, in) and (layers, C, out).
+        owner: (C,) the slot that each column belongs to.
+    """
 
     def __init__(
         self, layers: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.a = torch.zeros(layers, 0, in_features, dtype=dtype, device=device)
         self.b = torch.zeros(layers, 0, out_features, dtype=dtype, device=device)
-        self.owner = torch.zeros(0, dtype=torch.long, device=device)
+        self.owner = torch.zeros(0, dtype=torch.long)  # on the host: bookkeeping must not wait for the device
         self.column_bytes = layers * (in_features + out_features) * dtype.itemsize
 
     @property
@@ -49,10 +55,11 @@ class _Stack:
     def resize(self, capacity: int) -> None:
         """Keep the columns in use, packed to the front, in a stack of another capacity."""
         columns = (self.owner != _FREE).nonzero()[:, 0]
+        places = columns.to(self.a.device)
         resized = []
         for old in (self.a, self.b):
             new = old.new_zeros(old.shape[0], capacity, old.shape[2])
-            new[:, : len(columns)] = old[:, columns]
+            new[:, : len(columns)] = old[:, places]
             resized.append(new)
         owner = self.owner.new_zeros(capacity)
         owner[: len(columns)] = self.owner[columns]
@@ -60,27 +67,73 @@ class _Stack:
         self.a, self.b = resized
         self.owner = owner
 
-    def write(self, slot: int, rank: int, pairs: Mapping[int, tuple[Tensor, Tensor]], name: str) -> None:
-        """Put an adapter's `{layer: (A, B)}` into free columns; layers it lacks, and missing rank, are zero.
-
-        Raises:
-            AdapterRejected: its numbers overflow the dtype.
-        """
-        a = torch.zeros(self.a.shape[0], rank, self.a.shape[2], dtype=torch.float32)
-        b = torch.zeros(self.b.shape[0], rank, self.b.shape[2], dtype=torch.float32)
-        for layer, (layer_a, layer_b) in pairs.items():
-            # Rows that do not use the adapter multiply x A by 0, which must not meet infinity or NaN: a power of
-            # two takes A's entries below 1, and goes over to B.
-            factor = 2.0 ** min(max(math.frexp(float(layer_a.abs().max()))[1], 0), 127)
-            a[layer, : layer_a.shape[0]] = layer_a.float() / factor
-            b[layer, : layer_b.shape[1]] = layer_b.T.float() * factor
-        a, b = a.to(self.a), b.to(self.b)
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise AdapterRejected(f"has numbers too large for {self.a.dtype}", adapter=name)
-        columns = (self.owner == _FREE).nonzero()[:rank, 0]
-        self.a.index_copy_(1, columns, a)
-        self.b.index_copy_(1, columns, b)
+    def write(self, slot: int, a: Tensor, b: Tensor) -> None:
+        """Put an adapter's packed columns, (layers, r, in) and (layers, r, out), into free ones."""
+        columns = (self.owner == _FREE).nonzero()[: a.shape[1], 0]
+        places = columns.to(self.a.device)
+        self.a.index_copy_(1, places, a.to(self.a.device, non_blocking=True))
+        self.b.index_copy_(1, places, b.to(self.b.device, non_blocking=True))
         self.owner[columns] = slot
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter in host memory as the device takes it: checked, in the model's dtype, one stack for each target.
+
+    Attributes:
+        key: name and version.
+        stacks: `{target: (A, B)}`, A (layers, r, in) and B (layers, r, out) with the scaling in it; layers and
+            ranks that the adapter lacks are zero. In pinned memory where the model is on a GPU.
+    """
+
+    key: AdapterKey
+    stacks: Mapping[str, tuple[Tensor, Tensor]]
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.key[0]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Columns for each target."""
+        return {target: a.shape[1] for target, (a, _) in self.stacks.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(a.nbytes + b.nbytes for a, b in self.stacks.values())
+
+
+def _pack(weights: LoraWeights, shape: ModelShape, dtype: torch.dtype, *, pin: bool) -> PackedAdapter:
+    stacks = {}
+    for target, rank in weights.ranks.items():
+        in_features, out_features = shape.linears[target]
+        a = torch.zeros(shape.layers, rank, in_features)
+        b = torch.zeros(shape.layers, rank, out_features)
+        for layer in range(shape.layers):
+            pair = weights.tensors.get((layer, target))
+            if pair is not None:
+                # Rows that do not use the adapter multiply x A by 0, which must not meet infinity or NaN: a power
+                # of two takes A's entries below 1, and goes over to B.
+                factor = 2.0 ** min(max(math.frexp(float(pair[0].abs().max()))[1], 0), 127)
+                a[layer, : pair[0].shape[0]] = pair[0].float() / factor
+                b[layer, : pair[1].shape[1]] = pair[1].T.float() * factor
+        a, b = a.to(dtype), b.to(dtype)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise AdapterRejected(f"has numbers too large for {dtype}", adapter=weights.name)
+        stacks[target] = (a.pin_memory(), b.pin_memory()) if pin else (a, b)
+    return PackedAdapter(weights.key, stacks)
+
+
+@dataclass
+class SlotCounters:
+    """What the slots have done. An adapter that is wanted and resident is a hit."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    load_seconds: float = 0.0
 
 
 @dataclass
@@ -99,7 +152,7 @@ class LoraBatch:
         masks: `{target: m}`, m (tokens, C) in the model's dtype; only targets that some token's adapters have.
     """
 
-    stacks: Mapping[str, _Stack]
+    stacks: Mapping[str, Stack]
     masks: Mapping[str, Tensor]
 
     def add(self, target: str, layer: int, x: Tensor, y: Tensor) -> None:
@@ -131,13 +184,14 @@ class AdapterSlots:
         self._max_rank = max_rank
         self._dtype = dtype
         self._device = device
-        self._stacks = {
-            target: _Stack(shape.layers, in_features, out_features, dtype, device)
+        self.stacks = {
+            target: Stack(shape.layers, in_features, out_features, dtype, device)
             for target, (in_features, out_features) in shape.linears.items()
         }
         self._resident: dict[AdapterKey, _Resident] = {}
         self._free_slots: list[int] = []
         self._clock = 0
+        self.counters = SlotCounters()
 
     @property
     def resident(self) -> list[AdapterKey]:
@@ -149,29 +203,40 @@ class AdapterSlots:
         """Bytes of the columns in use."""
         return sum(self._cost(resident.ranks) for resident in self._resident.values())
 
-    def check(self, adapters: Sequence[LoraWeights]) -> None:
-        """Raise unless these adapters fit the model, and all of them together the budget.
+    def pack(self, weights: LoraWeights) -> PackedAdapter:
+        """Check an adapter and make it ready for the device; slow, and done once for each.
 
         Raises:
-            AdapterRejected, AdapterUnavailable.
+            AdapterRejected: it does not fit the model, or its numbers overflow the model's dtype.
         """
+        weights.check_fits(self._shape, max_rank=self._max_rank)
+        return _pack(weights, self._shape, self._dtype, pin=self._device.type == "cuda")
+
+    def check(self, adapters: Sequence[PackedAdapter]) -> None:
+        """Raise AdapterUnavailable unless all of these adapters together fit the budget."""
         total = 0
-        for weights in {weights.key: weights for weights in adapters}.values():
-            weights.check_fits(self._shape, max_rank=self._max_rank)
-            total += self._cost(weights.ranks)
+        for packed in {packed.key: packed for packed in adapters}.values():
+            total += self._cost(packed.ranks)
             if total > self._budget:
                 raise AdapterUnavailable(
                     f"the request's adapters need {total} bytes on the device, but adapter_bytes is {self._budget}",
-                    adapter=weights.name,
+                    adapter=packed.name,
                 )
 
-    def acquire(self, adapters: Sequence[LoraWeights]) -> bool:
-        """Make adapters resident and pin them; False, and nothing pinned, if running requests hold the room."""
-        wanted = {weights.key: weights for weights in adapters}
-        missing = [weights for key, weights in wanted.items() if key not in self._resident]
-        excess = self.used_bytes + sum(self._cost(weights.ranks) for weights in missing) - self._budget
+    def has(self, keys: Iterable[AdapterKey]) -> bool:
+        """Whether all of these adapters are resident."""
+        return all(key in self._resident for key in keys)
+
+    def acquire(self, adapters: Sequence[PackedAdapter], *, wanted_soon: Container[AdapterKey] = ()) -> bool:
+        """Make adapters resident and pin them; False, and nothing pinned, if running requests hold the room.
+
+        Of what may leave, the least recently used goes first, but what is wanted soon only after all the rest.
+        """
+        wanted = {packed.key: packed for packed in adapters}
+        missing = [packed for key, packed in wanted.items() if key not in self._resident]
+        excess = self.used_bytes + sum(self._cost(packed.ranks) for packed in missing) - self._budget
         leaving = []
-        for key in self.resident:
+        for key in sorted(self.resident, key=lambda key: key in wanted_soon):
             if excess <= 0:
                 break
             if not self._resident[key].pins and key not in wanted:
@@ -180,9 +245,14 @@ class AdapterSlots:
         if excess > 0:
             return False
         for key in leaving:
-            self._evict(key)
-        for weights in missing:
-            self._load(weights)
+            self._clear(self._resident.pop(key).slot)
+        started = time.perf_counter()
+        for packed in missing:
+            self._load(packed)
+        self.counters.load_seconds += time.perf_counter() - started
+        self.counters.hits += len(wanted) - len(missing)
+        self.counters.misses += len(missing)
+        self.counters.evictions += len(leaving)
         self._clock += 1
         for key in wanted:
             self._resident[key].pins += 1
@@ -205,41 +275,35 @@ class AdapterSlots:
             for key, weight in mixture:
                 weights[row, self._resident[key].slot] += weight
                 targets.update(self._resident[key].ranks)
-        weights = weights.to(self._device)
-        return LoraBatch(self._stacks, {t: weights[:, self._stacks[t].owner].to(self._dtype) for t in sorted(targets)})
+        masks = {target: weights[:, self.stacks[target].owner].to(self._dtype) for target in sorted(targets)}
+        return LoraBatch(self.stacks, {target: mask.to(self._device) for target, mask in masks.items()})
 
     def _cost(self, ranks: Mapping[str, int]) -> int:
-        return sum(rank * self._stacks[target].column_bytes for target, rank in ranks.items())
-
-    def _evict(self, key: AdapterKey) -> None:
-        resident = self._resident.pop(key)
-        self._clear(resident.slot)
+        return sum(rank * self.stacks[target].column_bytes for target, rank in ranks.items())
 
     def _clear(self, slot: int) -> None:
         self._free_slots.append(slot)
-        for stack in self._stacks.values():
+        for stack in self.stacks.values():
             stack.owner[stack.owner == slot] = _FREE
 
-    def _load(self, weights: LoraWeights) -> None:
+    def _load(self, packed: PackedAdapter) -> None:
         slot = self._free_slots.pop() if self._free_slots else len(self._resident) + 1
-        ranks = weights.ranks
         try:
-            for target, rank in ranks.items():
-                self._reserve(target, rank)
-                pairs = {layer: pair for (layer, t), pair in weights.tensors.items() if t == target}
-                self._stacks[target].write(slot, rank, pairs, weights.name)
+            for target, (a, b) in packed.stacks.items():
+                self._reserve(target, a.shape[1])
+                self.stacks[target].write(slot, a, b)
         except Exception:
             self._clear(slot)
             raise
-        self._resident[weights.key] = _Resident(slot, ranks, pins=0, last_used=self._clock)
+        self._resident[packed.key] = _Resident(slot, packed.ranks, pins=0, last_used=self._clock)
 
     def _reserve(self, target: str, rank: int) -> None:
         """Make `rank` columns of a stack free. All stacks together never take more than the budget."""
-        stack = self._stacks[target]
+        stack = self.stacks[target]
         needed = stack.used() + rank
         if needed <= stack.capacity:
             return
-        others = [other for other in self._stacks.values() if other is not stack]
+        others = [other for other in self.stacks.values() if other is not stack]
         if sum(s.capacity * s.column_bytes for s in others) + needed * stack.column_bytes > self._budget:
             for other in others:
                 other.resize(other.used())

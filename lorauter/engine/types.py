@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from lorauter.adapters.weights import LoraWeights
+from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length"]
@@ -56,12 +57,13 @@ class GenerationRequest:
     Attributes:
         prompt: token ids.
         adapters: adapters with their weights w_k; empty means the base model. The weights are used as they are:
-            every adapted layer computes `y = W x + sum_k w_k s_k B_k A_k x`.
+            every adapted layer computes `y = W x + sum_k w_k s_k B_k A_k x`. An adapter that serves many requests is
+            best packed once (`MultiLoraEngine.pack`).
         sampling: how tokens are chosen.
     """
 
     prompt: tuple[int, ...]
-    adapters: tuple[tuple[LoraWeights, float], ...] = ()
+    adapters: tuple[tuple[LoraWeights | PackedAdapter, float], ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:

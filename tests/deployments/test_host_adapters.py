@@ -68,12 +68,13 @@ def files(tmp_path: Path, make_adapter: Callable[..., Path]) -> FakeFiles:
     return files
 
 
-def serve_rank_2(weights: LoraWeights) -> None:
+def serve_rank_2(weights: LoraWeights) -> LoraWeights:
     if weights.rank > 2:
         raise AdapterRejected(f"has rank {weights.rank}", adapter=weights.name)
+    return weights
 
 
-def host(files: FakeFiles, *, budget_bytes: int = 1 << 20, revalidate_s: float = 1000) -> HostAdapters:
+def host(files: FakeFiles, *, budget_bytes: int = 1 << 20, revalidate_s: float = 1000) -> HostAdapters[LoraWeights]:
     return HostAdapters(files, serve_rank_2, budget_bytes=budget_bytes, revalidate_s=revalidate_s)
 
 

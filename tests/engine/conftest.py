@@ -231,6 +231,21 @@ def forced():
     return make
 
 
+class PackingSlots(AdapterSlots):
+    """Slots that take adapters as they were loaded."""
+
+    def check(self, adapters):
+        super().check([self.pack(weights) for weights in adapters])
+
+    def acquire(self, adapters, **options):
+        return super().acquire([self.pack(weights) for weights in adapters], **options)
+
+
+@pytest.fixture(scope="session")
+def packing_slots():
+    return PackingSlots
+
+
 @pytest.fixture(scope="session")
 def run_forced():
     """Run forced sequences packed together; returns the logits (length, vocabulary) of each.

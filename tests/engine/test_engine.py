@@ -280,8 +280,8 @@ def test_a_failing_acquire_fails_its_own_request_alone(pool, start, paced, monke
     engine = start(decoder, max_batch=2)
     acquire = engine.slots.acquire
 
-    def failing(adapters):
-        taken = acquire(adapters)
+    def failing(adapters, **options):
+        taken = acquire(adapters, **options)
         if any(weights.name == "mlp-rslora" for weights in adapters):
             engine.slots.release([weights.key for weights in adapters])
             raise MemoryError("out of device memory")

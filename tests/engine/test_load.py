@@ -29,9 +29,9 @@ def test_a_folder_becomes_an_engine(pool, folder, made):
         assert engine.codec.eos_ids == {256, 257, 3}
         assert engine.codec.chat([{"role": "user", "content": "x"}])[0] == 258
         shape = pool.decoder("llama").shape
-        engine.slots.check([made(shape, "a", base="TINY", q_proj=1)])
+        engine.pack(made(shape, "a", base="TINY", q_proj=1))
         with pytest.raises(AdapterRejected, match="base_model_aliases"):
-            engine.slots.check([made(shape, "a", base="other", q_proj=1)])
+            engine.pack(made(shape, "a", base="other", q_proj=1))
     finally:
         engine.close()
 
@@ -43,7 +43,7 @@ def test_settings_reach_the_engine(pool, folder, made, dtype):
     try:
         assert torch.get_num_threads() == 2
         assert engine.max_model_len == 50
-        engine.slots.check([made(pool.decoder("llama").shape, "a", base="other", q_proj=1)])
+        engine.pack(made(pool.decoder("llama").shape, "a", base="other", q_proj=1))
         (answer,) = engine.generate([GenerationRequest((5,), sampling=SamplingParams(4, ignore_eos=True))])
         assert len(answer.token_ids) == 4
     finally:

@@ -5,7 +5,6 @@ import torch
 import transformers
 
 from lorauter.engine.model import Decoder
-from lorauter.engine.slots import AdapterSlots
 from lorauter.errors import ConfigError
 
 KINDS = ("llama", "llama-yarn-bias", "mistral", "qwen2", "qwen2-window", "qwen3")
@@ -30,9 +29,11 @@ def assert_same(got, expected):
 
 
 @pytest.fixture
-def slots_for():
+def slots_for(packing_slots):
     def make(decoder, budget=1 << 24):
-        return AdapterSlots(decoder.shape, budget_bytes=budget, max_rank=64, dtype=decoder.dtype, device=decoder.device)
+        return packing_slots(
+            decoder.shape, budget_bytes=budget, max_rank=64, dtype=decoder.dtype, device=decoder.device
+        )
 
     return make
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lorauter.adapters.weights import ModelShape
-from lorauter.engine.slots import AdapterSlots
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 SHAPE = ModelShape(("hub/Tiny-Base", "alias"), 2, {"q_proj": (6, 8), "down_proj": (10, 6)})
@@ -14,9 +13,9 @@ Q, DOWN = 2 * (6 + 8) * 4, 2 * (10 + 6) * 4  # bytes of one rank in float32
 
 
 @pytest.fixture
-def slots_of():
+def slots_of(packing_slots):
     def make(budget, dtype=torch.float32):
-        return AdapterSlots(SHAPE, budget_bytes=budget, max_rank=8, dtype=dtype, device=torch.device("cpu"))
+        return packing_slots(SHAPE, budget_bytes=budget, max_rank=8, dtype=dtype, device=torch.device("cpu"))
 
     return make
 

@@ -1,0 +1,288 @@
+"""Triton kernels of the decode step: fused norms, rotary embedding with the cache write, attention, LoRA expansion.
+
+Each wrapper documents the function that it computes; `lorauter.engine.torch_step` has the same in plain PyTorch.
+Needs a GPU (or TRITON_INTERPRET=1). Knows nothing of models or batches beyond tensors.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type, attr-defined"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MIN_DOT = 16  # the smallest matrix side that tl.dot takes
+_KEYS = 64  # keys a block of the attention kernel
+_TARGET_PROGRAMS = 264  # two for each multiprocessor of an H100: fewer, and long rows are split
+
+
+@triton.jit
+def _add_norm_kernel(x, delta, weight, total, out, hidden, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * hidden
+    columns = tl.arange(0, BLOCK)
+    inside = columns < hidden
+    value = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        value += tl.load(delta + row + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + row + columns, value, mask=inside)
+        value = value.to(total.dtype.element_ty).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / hidden + eps)
+    normed = value * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + columns, normed, mask=inside)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x + delta` and its RMS norm; x and delta (n, hidden), contiguous. Without delta, x itself and its norm."""
+    n, hidden = x.shape
+    out = torch.empty_like(x)
+    total = x if delta is None else torch.empty_like(x)
+    block = triton.next_power_of_2(hidden)
+    warps = 4 if block <= 2048 else 8
+    _add_norm_kernel[(n,)](
+        x, x if delta is None else delta, weight, total, out, hidden, eps, delta is not None, block, num_warps=warps
+    )
+    return total, out
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + columns, gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of a contiguous (n, 2 * width), halves side by side."""
+    n, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(n, width)
+    block = min(1024, triton.next_power_of_2(width))
+    _silu_mul_kernel[(n, triton.cdiv(width, block))](gate_up, out, width, block)
+    return out
+
+
+@triton.jit
+def _rotate_store_kernel(
+    qkv, cos, sin, rows, positions, q_out, keys, values, stride_row, stride_head, heads, kv_heads,
+    D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    total = heads + 2 * kv_heads
+    columns = tl.arange(0, HALF)
+    inside = columns < D // 2
+    base = qkv + (token * total + head) * D + columns
+    first = tl.load(base, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(base + D // 2, mask=inside, other=0.0).to(tl.float32)
+    position = tl.load(positions + token)
+    if head < heads + kv_heads:
+        c = tl.load(cos + position * D + columns, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + position * D + columns, mask=inside, other=0.0).to(tl.float32)
+        turned = first * c - second * s
+        second = second * c + first * s
+        first = turned
+    if head < heads:
+        place = q_out + (token * heads + head) * D + columns
+        tl.store(place, first, mask=inside)
+        tl.store(place + D // 2, second, mask=inside)
+    else:
+        row = tl.load(rows + token)
+        if head < heads + kv_heads:
+            place = keys + row * stride_row + (head - heads) * stride_head + position * D + columns
+            tl.store(place, first, mask=inside)
+            tl.store(place + D // 2, second, mask=inside)
+        else:
+            place = values + row * stride_row + (head - heads - kv_heads) * stride_head + position * D + columns
+            tl.store(place, first, mask=inside)
+            tl.store(place + D // 2, second, mask=inside)
+
+
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor, heads: int
+) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of queries and keys, and the cache write, in one pass.
+
+    Args:
+        qkv: (n, heads + 2 * kv_heads, head_dim), contiguous.
+        cos, sin: (positions, head_dim) tables.
+        rows, positions: (n,) int64, where each token goes.
+        keys, values: (rows, kv_heads, length, head_dim), one layer's cache, written.
+        heads: how many of qkv's heads are queries.
+
+    Returns:
+        (n, heads, head_dim) rotated queries.
+    """
+    n, total, d = qkv.shape
+    q = qkv.new_empty(n, heads, d)
+    _rotate_store_kernel[(n, total)](
+        qkv, cos, sin, rows, positions, q, keys, values, keys.stride(0), keys.stride(1), heads, (total - heads) // 2,
+        d, triton.next_power_of_2(d // 2), num_warps=1,
+    )  # fmt: skip
+    return q
+
+
+@triton.jit
+def _attend_kernel(
+    q, keys, values, out, partial, lse, rows, positions, scale, window, stride_row, stride_head, kv_heads,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(positions + token) + 1
+    begin = tl.maximum(length - window, 0)
+    share = tl.cdiv(length - begin, SPLITS)
+    low = begin + split * share
+    high = tl.minimum(low + share, length)
+    group = tl.arange(0, GP)
+    dims = tl.arange(0, DP)
+    mine = (group[:, None] < G) & (dims[None, :] < D)
+    place = (token * kv_heads + head) * G * D + group[:, None] * D + dims[None, :]
+    query = tl.load(q + place, mask=mine, other=0.0)
+    cache = tl.load(rows + token) * stride_row + head * stride_head
+    best = tl.full((GP,), float("-inf"), tl.float32)
+    mass = tl.zeros((GP,), tl.float32)
+    mixed = tl.zeros((GP, DP), tl.float32)
+    for start in range(low, high, N):
+        at = start + tl.arange(0, N)
+        inside = (at[:, None] < high) & (dims[None, :] < D)
+        offsets = cache + at[:, None] * D + dims[None, :]
+        key = tl.load(keys + offsets, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(key)) * scale
+        scores = tl.where(at[None, :] < high, scores, float("-inf"))
+        peak = tl.maximum(best, tl.max(scores, 1))
+        fade = tl.exp(best - peak)
+        chance = tl.exp(scores - peak[:, None])
+        mass = mass * fade + tl.sum(chance, 1)
+        value = tl.load(values + offsets, mask=inside, other=0.0)
+        mixed = mixed * fade[:, None] + tl.dot(chance.to(value.dtype), value)
+        best = peak
+    if SPLITS == 1:
+        tl.store(out + place, mixed / mass[:, None], mask=mine)
+    else:
+        mixed = mixed / tl.where(mass > 0, mass, 1.0)[:, None]
+        piece = (token * kv_heads + head) * SPLITS + split
+        tl.store(partial + piece * G * D + group[:, None] * D + dims[None, :], mixed, mask=mine)
+        weight = tl.where(mass > 0, best + tl.log(mass), float("-inf"))
+        tl.store(lse + piece * G + group, weight, mask=group < G)
+
+
+@triton.jit
+def _join_kernel(partial, lse, out, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
+    piece = tl.program_id(0).to(tl.int64)
+    member = tl.program_id(1)
+    dims = tl.arange(0, DP)
+    splits = tl.arange(0, SPLITS)
+    weights = tl.load(lse + (piece * SPLITS + splits) * G + member)
+    weights = tl.exp(weights - tl.max(weights))
+    parts = tl.load(
+        partial + ((piece * SPLITS + splits) * G + member)[:, None] * D + dims[None, :],
+        mask=dims[None, :] < D, other=0.0,
+    )  # fmt: skip
+    joined = tl.sum(parts * weights[:, None], 0) / tl.sum(weights)
+    tl.store(out + (piece * G + member) * D + dims, joined, mask=dims < D)
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, window: int | None
+) -> Tensor:
+    """Attention of one query token a row over its own cache row, up to its own position.
+
+    Grouped queries share each key that is read; rows of few heads are split over the keys and joined (flash
+    decoding). Only live keys are read.
+
+    Args:
+        q: (n, heads, head_dim), contiguous.
+        keys, values: (rows, kv_heads, length, head_dim), one layer's cache.
+        rows, positions: (n,) int64.
+        window: of sliding attention, in positions.
+
+    Returns:
+        (n, heads * head_dim).
+    """
+    n, heads, d = q.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    splits = 1
+    while splits < 16 and n * kv_heads * splits < _TARGET_PROGRAMS and length > 2 * _KEYS * splits:
+        splits *= 2
+    out = torch.empty_like(q)
+    pieces = n * kv_heads * splits
+    partial = q.new_empty(pieces * group * d if splits > 1 else 1, dtype=torch.float32)
+    lse = q.new_empty(pieces * group if splits > 1 else 1, dtype=torch.float32)
+    padded = triton.next_power_of_2(d)
+    _attend_kernel[(n, kv_heads, splits)](
+        q, keys, values, out, partial, lse, rows, positions, d**-0.5, length if window is None else window,
+        keys.stride(0), keys.stride(1), kv_heads, group, max(_MIN_DOT, triton.next_power_of_2(group)), d, padded, _KEYS,
+        splits, num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        _join_kernel[(n * kv_heads, group)](partial, lse, out, group, d, padded, splits, num_warps=1)
+    return out.view(n, heads * d)
+
+
+@triton.jit
+def _expand_part(
+    y, u, m, b, c, out_width, offset, block, tokens, width, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    columns = block * N + tl.arange(0, N)
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(0, c, K):
+        ranks = start + tl.arange(0, K)
+        live = (rows[:, None] < tokens) & (ranks[None, :] < c)
+        at = rows[:, None] * c + ranks[None, :]
+        shrunk = tl.load(u + at, mask=live, other=0.0) * tl.load(m + at, mask=live, other=0.0)
+        inside = (ranks[:, None] < c) & (columns[None, :] < out_width)
+        wide = tl.load(b + ranks[:, None].to(tl.int64) * out_width + columns[None, :], mask=inside, other=0.0)
+        total += tl.dot(shrunk, wide)
+    inside = (rows[:, None] < tokens) & (columns[None, :] < out_width)
+    place = y + rows[:, None].to(tl.int64) * width + offset + columns[None, :]
+    tl.store(place, tl.load(place, mask=inside, other=0.0).to(tl.float32) + total, mask=inside)
+
+
+@triton.jit
+def _expand_kernel(
+    y, u0, m0, b0, c0, n0, u1, m1, b1, c1, n1, u2, m2, b2, c2, n2, tokens, width,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    # n0, n1, n2 are the widths of the parts, side by side in y; each program has a block of columns of one of them.
+    block = tl.program_id(1)
+    blocks0 = tl.cdiv(n0, N)
+    blocks1 = tl.cdiv(n1, N)
+    if block < blocks0:
+        _expand_part(y, u0, m0, b0, c0, n0, 0, block, tokens, width, M, N, K)
+    elif block < blocks0 + blocks1:
+        _expand_part(y, u1, m1, b1, c1, n1, n0, block - blocks0, tokens, width, M, N, K)
+    else:
+        _expand_part(y, u2, m2, b2, c2, n2, n0 + n1, block - blocks0 - blocks1, tokens, width, M, N, K)
+
+
+def lora_expand(y: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor] | int]) -> None:
+    """`y[:, part] += (u * m) B` for up to three parts of y's columns, in one launch.
+
+    Args:
+        y: (n, width), contiguous, changed in place.
+        parts: from left to right, `(u, m, B)` with u and m (n, C) and B (C, part width), all contiguous, or the
+            width of a part that stays as it is.
+    """
+    n, width = y.shape
+    arguments: list[object] = []
+    blocks, side = 0, 64
+    for part in [*parts, *[0] * (3 - len(parts))]:
+        if isinstance(part, int):
+            arguments += [y, y, y, 0, part]
+            blocks += triton.cdiv(part, side)
+        else:
+            u, m, b = part
+            arguments += [u, m, b, u.shape[1], b.shape[1]]
+            blocks += triton.cdiv(b.shape[1], side)
+    rows = min(64, max(_MIN_DOT, triton.next_power_of_2(n)))
+    _expand_kernel[(triton.cdiv(n, rows), blocks)](y, *arguments, n, width, rows, side, 64, num_warps=4)
