@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorauter.engine import kernels
 from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.torch_step import TorchStep, add_lora
+from lorauter.engine.torch_step import TorchStep
 
 if TYPE_CHECKING:
     from lorauter.engine.model import Decoder, Layer, Norm, StepBatch
@@ -63,20 +63,22 @@ class CudaStep(TorchStep):
     def add_lora(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
         """See `TorchStep.add_lora`."""
         lora = self._batch.lora
-        if lora is None or not any(target in lora.masks for target, _ in parts):
+        if lora is None:
             return
         if x.shape[0] > _EXPAND_TOKENS:
-            add_lora(lora, layer, parts, x, y)
+            lora.add(layer, parts, x, y)
             return
-        kernels.lora_expand(
-            y,
-            [
-                (x @ lora.stacks[target].a[layer].T, lora.masks[target], lora.stacks[target].b[layer])
-                if target in lora.masks
-                else width
-                for target, width in parts
-            ],
-        )
+        shrunk = lora.shrink(layer, parts, x)
+        if shrunk is not None:
+            stacks = [lora.stacks[target] for target, _ in parts]
+            kernels.lora_expand(
+                y,
+                shrunk,
+                [
+                    (stack.group.offset(stack), lora.masks[target], stack.b[layer]) if target in lora.masks else width
+                    for (target, width), stack in zip(parts, stacks, strict=True)
+                ],
+            )
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """See `TorchStep.attention`."""
@@ -100,21 +102,35 @@ class CudaStep(TorchStep):
             ).view(decoding, model.heads, model.head_dim)
         offset = decoding
         if self._fresh and layer.window is None:
-            # Whole prompts, padded to the right: causal attention never looks there, so no mask is needed. Keys and
-            # values are read back from where they were just written.
-            longest = self._rectangle.shape[1]
-            attended = F.scaled_dot_product_attention(
-                q[self._rectangle].transpose(1, 2),
-                keys[self._fresh_rows, :, :longest],
-                values[self._fresh_rows, :, :longest],
-                is_causal=True,
-                enable_gqa=model.heads != model.kv_heads,
-            )
-            flat = attended.transpose(1, 2).reshape(-1, model.heads, model.head_dim)
-            out[self._rectangle.view(-1)[self._inside]] = flat[self._inside]
+            self._attend_fresh(q, keys, values, out)
         for span in batch.spans:
             here = slice(offset, offset + span.length)
             if span.start or layer.window is not None:
                 out[here] = self._prefill(q[here], keys[span.row], values[span.row], span, layer.window)
             offset += span.length
         return out.view(n, -1)
+
+    def _attend_fresh(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        """Whole prompts, padded to the right: causal attention never looks there, so no mask is needed.
+
+        Keys and values are read back from where they were just written.
+        """
+        model, fresh = self._model, self._fresh
+        rows, longest = [span.row for span in fresh], self._rectangle.shape[1]
+        even = len(self._inside) == self._rectangle.numel() and len(fresh) == len(self._batch.spans)
+        adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
+        where: slice | Tensor = slice(rows[0], rows[0] + len(rows)) if adjacent else self._fresh_rows
+        first = self._batch.decoding
+        queries = q[first:].view(len(fresh), longest, *q.shape[1:]) if even else q[self._rectangle]
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys[where, :, :longest],
+            values[where, :, :longest],
+            is_causal=True,
+            enable_gqa=model.heads != model.kv_heads,
+        )
+        flat = attended.transpose(1, 2).reshape(-1, model.heads, model.head_dim)
+        if even:
+            out[first:] = flat
+        else:
+            out[self._rectangle.view(-1)[self._inside]] = flat[self._inside]

@@ -23,7 +23,8 @@ from lorauter.engine.graphs import NOT_FINITE, DecodeGraphs, Flight
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
 from lorauter.engine.sampling import sample
-from lorauter.engine.slots import AdapterKey, AdapterSlots, LoraBatch, Mixture, PackedAdapter
+from lorauter.engine.slots import AdapterKey, AdapterSlots, Mixture, PackedAdapter
+from lorauter.engine.stacks import LoraBatch
 from lorauter.engine.text import TextCodec, TextStream
 from lorauter.engine.types import Chunk, Completion, FinishReason, GenerationRequest
 from lorauter.errors import ConfigError, ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
@@ -155,24 +156,32 @@ class MultiLoraEngine:
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """See `Engine.generate`. The first request that fails ends the call, and cancels the others."""
-        ready: queue.SimpleQueue[tuple[int, Chunk | BaseException]] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         chunks: list[list[Chunk]] = [[] for _ in requests]
         sequences: list[_Sequence] = []
         unfinished = 0
-        remaining = deque(enumerate(requests))
+        remaining = deque(zip(requests, chunks, strict=True))
+
+        def sink_to(pieces: list[Chunk]) -> Sink:
+            def sink(item: Chunk | BaseException) -> None:
+                if isinstance(item, Chunk):
+                    pieces.append(item)
+                if not isinstance(item, Chunk) or item.finish_reason is not None:
+                    ended.put(None if isinstance(item, Chunk) else item)  # wakes the caller only when there is cause
+
+            return sink
+
         try:
             while remaining or unfinished:
-                while remaining and unfinished < self.config.max_batch + self.config.max_queue:
-                    i, request = remaining.popleft()
-                    sequences.append(
-                        self._submit(request, lambda item, i=i: ready.put((i, item)), wait=True)  # type: ignore[misc]
-                    )
-                    unfinished += 1
-                i, item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                chunks[i].append(item)
-                unfinished -= item.finish_reason is not None
+                with self._wake:  # one step for all that come together, not one for each
+                    while remaining and unfinished < self.config.max_batch + self.config.max_queue:
+                        request, pieces = remaining.popleft()
+                        sequences.append(self._submit(request, sink_to(pieces), wait=True))
+                        unfinished += 1
+                error = ended.get()
+                if error is not None:
+                    raise error
+                unfinished -= 1
         finally:
             for sequence in sequences:
                 self._cancel(sequence)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.model import Decoder, StepBatch
-from lorauter.engine.slots import LoraBatch
+from lorauter.engine.stacks import LoraBatch
 
 NOT_FINITE = -1
 """In place of a token, where the logits are not finite."""
@@ -62,7 +62,7 @@ class DecodeGraphs:
         self._outputs = torch.arange(size, device=device)
         self._chosen = torch.zeros(size, dtype=torch.long, device=device)
         self._masks: dict[str, Tensor] = {}
-        self._stacks: tuple[int, ...] = ()
+        self._generation = -1
         self._lora: LoraBatch | None = None
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
@@ -82,21 +82,20 @@ class DecodeGraphs:
         if lora is None:
             self._lora = None
             return
-        stacks = {target: stack for target, stack in lora.stacks.items() if stack.capacity}
-        places = tuple(tensor.data_ptr() for stack in stacks.values() for tensor in (stack.a, stack.b))
-        if places != self._stacks:  # a stack has moved: what was captured reads the old one
+        if lora.generation != self._generation:  # the stacks have moved: what was captured reads the old ones
             self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
-            self._stacks = places
+            self._generation = lora.generation
             size, device = self._tokens.shape[0], self._tokens.device
             self._masks = {
-                target: torch.zeros(size, stack.capacity, dtype=stack.a.dtype, device=device)
-                for target, stack in stacks.items()
+                target: torch.zeros(size, stack.capacity, dtype=stack.b.dtype, device=device)
+                for target, stack in lora.stacks.items()
+                if stack.capacity
             }
         for target, mask in self._masks.items():
             mask.zero_()
             if target in lora.masks:
                 mask[: lora.masks[target].shape[0]].copy_(lora.masks[target])
-        self._lora = LoraBatch(stacks, self._masks)
+        self._lora = LoraBatch(lora.stacks, self._masks, lora.generation)
 
     def replay(self, n: int) -> Flight:
         """Run a step of rows 0..n-1. The buffers then hold the next step's tokens and positions."""
@@ -135,7 +134,7 @@ class DecodeGraphs:
             size,
             (),
             self._outputs[:size],
-            LoraBatch(lora.stacks, {target: mask[:size] for target, mask in lora.masks.items()}) if lora else None,
+            lora.select(slice(size)) if lora is not None else None,
             self._rows[:size],
         )
         logits = self._model.forward(batch, self._cache)

@@ -230,7 +230,7 @@ def decode_attention(
 
 @triton.jit
 def _expand_part(
-    y, u, m, b, c, out_width, offset, block, tokens, width, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+    y, u, m, b, c, out_width, offset, block, tokens, u_width, width, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
 ):
     rows = tl.program_id(0) * M + tl.arange(0, M)
     columns = block * N + tl.arange(0, N)
@@ -238,8 +238,8 @@ def _expand_part(
     for start in range(0, c, K):
         ranks = start + tl.arange(0, K)
         live = (rows[:, None] < tokens) & (ranks[None, :] < c)
-        at = rows[:, None] * c + ranks[None, :]
-        shrunk = tl.load(u + at, mask=live, other=0.0) * tl.load(m + at, mask=live, other=0.0)
+        shrunk = tl.load(u + rows[:, None] * u_width + ranks[None, :], mask=live, other=0.0)
+        shrunk *= tl.load(m + rows[:, None] * c + ranks[None, :], mask=live, other=0.0)
         inside = (ranks[:, None] < c) & (columns[None, :] < out_width)
         wide = tl.load(b + ranks[:, None].to(tl.int64) * out_width + columns[None, :], mask=inside, other=0.0)
         total += tl.dot(shrunk, wide)
@@ -250,7 +250,7 @@ def _expand_part(
 
 @triton.jit
 def _expand_kernel(
-    y, u0, m0, b0, c0, n0, u1, m1, b1, c1, n1, u2, m2, b2, c2, n2, tokens, width,
+    y, u0, m0, b0, c0, n0, u1, m1, b1, c1, n1, u2, m2, b2, c2, n2, tokens, u_width, width,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     # n0, n1, n2 are the widths of the parts, side by side in y; each program has a block of columns of one of them.
@@ -258,31 +258,33 @@ def _expand_kernel(
     blocks0 = tl.cdiv(n0, N)
     blocks1 = tl.cdiv(n1, N)
     if block < blocks0:
-        _expand_part(y, u0, m0, b0, c0, n0, 0, block, tokens, width, M, N, K)
+        _expand_part(y, u0, m0, b0, c0, n0, 0, block, tokens, u_width, width, M, N, K)
     elif block < blocks0 + blocks1:
-        _expand_part(y, u1, m1, b1, c1, n1, n0, block - blocks0, tokens, width, M, N, K)
+        _expand_part(y, u1, m1, b1, c1, n1, n0, block - blocks0, tokens, u_width, width, M, N, K)
     else:
-        _expand_part(y, u2, m2, b2, c2, n2, n0 + n1, block - blocks0 - blocks1, tokens, width, M, N, K)
+        _expand_part(y, u2, m2, b2, c2, n2, n0 + n1, block - blocks0 - blocks1, tokens, u_width, width, M, N, K)
 
 
-def lora_expand(y: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor] | int]) -> None:
-    """`y[:, part] += (u * m) B` for up to three parts of y's columns, in one launch.
+def lora_expand(y: Tensor, u: Tensor, parts: Sequence[tuple[int, Tensor, Tensor] | int]) -> None:
+    """`y[:, part] += (u[:, offset:offset + C] * m) B` for up to three parts of y's columns, in one launch.
 
     Args:
         y: (n, width), contiguous, changed in place.
-        parts: from left to right, `(u, m, B)` with u and m (n, C) and B (C, part width), all contiguous, or the
-            width of a part that stays as it is.
+        u: (n, u width), contiguous.
+        parts: from left to right, `(offset, m, B)` with m (n, C) and B (C, part width), contiguous, or the width of
+            a part that stays as it is.
     """
     n, width = y.shape
     arguments: list[object] = []
     blocks, side = 0, 64
     for part in [*parts, *[0] * (3 - len(parts))]:
         if isinstance(part, int):
-            arguments += [y, y, y, 0, part]
+            arguments += [u, u, u, 0, part]
             blocks += triton.cdiv(part, side)
         else:
-            u, m, b = part
-            arguments += [u, m, b, u.shape[1], b.shape[1]]
+            offset, m, b = part
+            arguments += [u[:, offset:], m, b, b.shape[0], b.shape[1]]
             blocks += triton.cdiv(b.shape[1], side)
     rows = min(64, max(_MIN_DOT, triton.next_power_of_2(n)))
-    _expand_kernel[(triton.cdiv(n, rows), blocks)](y, *arguments, n, width, rows, side, 64, num_warps=4)
+    grid = (triton.cdiv(n, rows), blocks)
+    _expand_kernel[grid](y, *arguments, n, u.shape[1], width, rows, side, 64, num_warps=4)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorauter.adapters.weights import ModelShape
 from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.slots import LoraBatch
+from lorauter.engine.stacks import LoraBatch
 from lorauter.engine.torch_step import TorchStep
 from lorauter.errors import ConfigError
 

@@ -1,12 +1,6 @@
-"""Resident adapters, stacked, and the mixture of them that every token of a batch gets.
+"""Which adapters are on the device: packed in host memory, loaded into the stacks, pinned, and evicted.
 
-For each target (q_proj, ...) all resident adapters share one stack of rank columns: A is (layers, C, in) and B
-is (layers, C, out). An adapter of rank r owns any r columns. With m the (tokens, C) matrix that repeats each
-token's adapter weights over the columns of the adapters,
-
-    y += ((x A^T) * m) B        =   sum_k w_k s_k B_k A_k x      for every token at once,
-
-the cost does not depend on how many adapters a token mixes. Knows nothing of requests or scheduling.
+Knows nothing of requests or scheduling; `lorauter.engine.stacks` has the columns themselves.
 """
 
 from __future__ import annotations
@@ -20,60 +14,13 @@ import torch
 from torch import Tensor
 
 from lorauter.adapters.weights import LoraWeights, ModelShape
+from lorauter.engine.stacks import FREE, LoraBatch, make_groups
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 AdapterKey = tuple[str, str]
 Mixture = tuple[tuple[AdapterKey, float], ...]
 
-_FREE = 0  # owner of the columns that nobody uses; real slots count from 1
 _FIRST_COLUMNS = 16
-
-
-class Stack:
-    """The columns of one target.
-
-    Attributes:
-        a, b: (layers, C, in) and (layers, C, out).
-        owner: (C,) the slot that each column belongs to.
-    """
-
-    def __init__(
-        self, layers: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.a = torch.zeros(layers, 0, in_features, dtype=dtype, device=device)
-        self.b = torch.zeros(layers, 0, out_features, dtype=dtype, device=device)
-        self.owner = torch.zeros(0, dtype=torch.long)  # on the host: bookkeeping must not wait for the device
-        self.column_bytes = layers * (in_features + out_features) * dtype.itemsize
-
-    @property
-    def capacity(self) -> int:
-        return self.owner.shape[0]
-
-    def used(self) -> int:
-        return int((self.owner != _FREE).sum())
-
-    def resize(self, capacity: int) -> None:
-        """Keep the columns in use, packed to the front, in a stack of another capacity."""
-        columns = (self.owner != _FREE).nonzero()[:, 0]
-        places = columns.to(self.a.device)
-        resized = []
-        for old in (self.a, self.b):
-            new = old.new_zeros(old.shape[0], capacity, old.shape[2])
-            new[:, : len(columns)] = old[:, places]
-            resized.append(new)
-        owner = self.owner.new_zeros(capacity)
-        owner[: len(columns)] = self.owner[columns]
-        # All at once, and last: running out of memory above must leave the stack as it was.
-        self.a, self.b = resized
-        self.owner = owner
-
-    def write(self, slot: int, a: Tensor, b: Tensor) -> None:
-        """Put an adapter's packed columns, (layers, r, in) and (layers, r, out), into free ones."""
-        columns = (self.owner == _FREE).nonzero()[: a.shape[1], 0]
-        places = columns.to(self.a.device)
-        self.a.index_copy_(1, places, a.to(self.a.device, non_blocking=True))
-        self.b.index_copy_(1, places, b.to(self.b.device, non_blocking=True))
-        self.owner[columns] = slot
 
 
 @dataclass(frozen=True)
@@ -144,29 +91,6 @@ class _Resident:
     last_used: int
 
 
-@dataclass(frozen=True)
-class LoraBatch:
-    """The mixture of every token in a batch.
-
-    Attributes:
-        masks: `{target: m}`, m (tokens, C) in the model's dtype; only targets that some token's adapters have.
-    """
-
-    stacks: Mapping[str, Stack]
-    masks: Mapping[str, Tensor]
-
-    def add(self, target: str, layer: int, x: Tensor, y: Tensor) -> None:
-        """Add the mixture's change to `y` (tokens, out), given the layer's input `x` (tokens, in)."""
-        mask = self.masks.get(target)
-        if mask is not None:
-            stack = self.stacks[target]
-            y.addmm_((x @ stack.a[layer].T).mul_(mask), stack.b[layer])
-
-    def select(self, rows: Tensor) -> LoraBatch:
-        """The mixtures of chosen rows: (tokens,) indices into this batch."""
-        return LoraBatch(self.stacks, {target: mask[rows] for target, mask in self.masks.items()})
-
-
 class AdapterSlots:
     """Adapters on the device, up to a byte budget; pinned while a request uses them, else evicted LRU.
 
@@ -179,15 +103,14 @@ class AdapterSlots:
     def __init__(
         self, shape: ModelShape, *, budget_bytes: int, max_rank: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._shape = shape
-        self._budget = budget_bytes
+        self.shape = shape
+        self.budget_bytes = budget_bytes
         self._max_rank = max_rank
         self._dtype = dtype
         self._device = device
-        self.stacks = {
-            target: Stack(shape.layers, in_features, out_features, dtype, device)
-            for target, (in_features, out_features) in shape.linears.items()
-        }
+        groups = make_groups(shape, dtype, device)
+        self.stacks = {target: stack for group in groups for target, stack in group.stacks.items()}
+        self._generation = 0
         self._resident: dict[AdapterKey, _Resident] = {}
         self._free_slots: list[int] = []
         self._clock = 0
@@ -209,17 +132,17 @@ class AdapterSlots:
         Raises:
             AdapterRejected: it does not fit the model, or its numbers overflow the model's dtype.
         """
-        weights.check_fits(self._shape, max_rank=self._max_rank)
-        return _pack(weights, self._shape, self._dtype, pin=self._device.type == "cuda")
+        weights.check_fits(self.shape, max_rank=self._max_rank)
+        return _pack(weights, self.shape, self._dtype, pin=self._device.type == "cuda")
 
     def check(self, adapters: Sequence[PackedAdapter]) -> None:
         """Raise AdapterUnavailable unless all of these adapters together fit the budget."""
         total = 0
         for packed in {packed.key: packed for packed in adapters}.values():
             total += self._cost(packed.ranks)
-            if total > self._budget:
+            if total > self.budget_bytes:
                 raise AdapterUnavailable(
-                    f"the request's adapters need {total} bytes on the device, but adapter_bytes is {self._budget}",
+                    f"the request's adapters need {total} bytes on the device; adapter_bytes is {self.budget_bytes}",
                     adapter=packed.name,
                 )
 
@@ -234,7 +157,7 @@ class AdapterSlots:
         """
         wanted = {packed.key: packed for packed in adapters}
         missing = [packed for key, packed in wanted.items() if key not in self._resident]
-        excess = self.used_bytes + sum(self._cost(packed.ranks) for packed in missing) - self._budget
+        excess = self.used_bytes + sum(self._cost(packed.ranks) for packed in missing) - self.budget_bytes
         leaving = []
         for key in sorted(self.resident, key=lambda key: key in wanted_soon):
             if excess <= 0:
@@ -276,7 +199,9 @@ class AdapterSlots:
                 weights[row, self._resident[key].slot] += weight
                 targets.update(self._resident[key].ranks)
         masks = {target: weights[:, self.stacks[target].owner].to(self._dtype) for target in sorted(targets)}
-        return LoraBatch(self.stacks, {target: mask.to(self._device) for target, mask in masks.items()})
+        return LoraBatch(
+            self.stacks, {target: mask.to(self._device) for target, mask in masks.items()}, self._generation
+        )
 
     def _cost(self, ranks: Mapping[str, int]) -> int:
         return sum(rank * self.stacks[target].column_bytes for target, rank in ranks.items())
@@ -284,7 +209,7 @@ class AdapterSlots:
     def _clear(self, slot: int) -> None:
         self._free_slots.append(slot)
         for stack in self.stacks.values():
-            stack.owner[stack.owner == slot] = _FREE
+            stack.owner[stack.owner == slot] = FREE
 
     def _load(self, packed: PackedAdapter) -> None:
         slot = self._free_slots.pop() if self._free_slots else len(self._resident) + 1
@@ -303,9 +228,10 @@ class AdapterSlots:
         needed = stack.used() + rank
         if needed <= stack.capacity:
             return
+        self._generation += 1
         others = [other for other in self.stacks.values() if other is not stack]
-        if sum(s.capacity * s.column_bytes for s in others) + needed * stack.column_bytes > self._budget:
+        if sum(s.capacity * s.column_bytes for s in others) + needed * stack.column_bytes > self.budget_bytes:
             for other in others:
                 other.resize(other.used())
-        room = (self._budget - sum(s.capacity * s.column_bytes for s in others)) // stack.column_bytes
+        room = (self.budget_bytes - sum(s.capacity * s.column_bytes for s in others)) // stack.column_bytes
         stack.resize(max(needed, min(room, max(_FIRST_COLUMNS, 2 * stack.capacity))))

@@ -13,7 +13,6 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.slots import LoraBatch
 
 if TYPE_CHECKING:
     from lorauter.engine.model import Decoder, Layer, Norm, PrefillSpan, StepBatch
@@ -45,7 +44,7 @@ class TorchStep:
     def add_lora(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
         """Add the mixture's change to `y` (tokens, out), whose columns are the parts `(target, width)`."""
         if self._batch.lora is not None:
-            add_lora(self._batch.lora, layer, parts, x, y)
+            self._batch.lora.add(layer, parts, x, y)
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """Rotate, write keys and values to the cache, attend: (tokens, q + k + v) to (tokens, heads * head_dim)."""
@@ -99,14 +98,6 @@ class TorchStep:
         )
         attended = attended.view(self._model.kv_heads, group, span.length, self._model.head_dim).permute(2, 0, 1, 3)
         return attended.reshape(q.shape)
-
-
-def add_lora(lora: LoraBatch, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
-    """See `TorchStep.add_lora`."""
-    offset = 0
-    for target, width in parts:
-        lora.add(target, layer, x, y[:, offset : offset + width])
-        offset += width
 
 
 def _mask(positions: Tensor, length: int, window: int | None) -> Tensor:

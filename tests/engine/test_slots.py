@@ -42,7 +42,7 @@ def assert_right(slots, mixtures):
                     if (layer, target) in weights.tensors:
                         a, b = weights.tensors[layer, target]
                         expected[i] += weight * (b.float() @ (a.float() @ x[i]))
-            batch.select(order).add(target, layer, x, y)
+            batch.select(order).add(layer, [(target, y.shape[1])], x, y)
             torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
     return batch
 
