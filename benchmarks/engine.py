@@ -206,9 +206,10 @@ def gpu_peers(shape: str, model: Any) -> None:
 
     report(f"{shape}, batch 32, transformers generate, no adapters", generate(model, 64))
     config = LoraConfig(r=16, lora_alpha=16, target_modules=list(ATTENTION), init_lora_weights=False)
-    mixed = get_peft_model(model, config, adapter_name="a0")
+    mixed = get_peft_model(model, config, adapter_name="a0", autocast_adapter_dtype=False)
     for i in range(1, 16):
         mixed.add_adapter(f"a{i}", config)
+    mixed.to(torch.bfloat16).eval()
     report(f"{shape}, batch 32, PEFT mixed batch", generate(mixed, 8, adapter_names=[f"a{i % 16}" for i in range(32)]))
     mixed.unload()
 
