@@ -62,23 +62,23 @@ class CudaStep(TorchStep):
 
     def add_lora(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
         """See `TorchStep.add_lora`."""
-        lora = self._batch.lora
-        if lora is None:
-            return
-        if x.shape[0] > _EXPAND_TOKENS:
-            lora.add(layer, parts, x, y)
-            return
-        shrunk = lora.shrink(layer, parts, x)
-        if shrunk is not None:
-            stacks = [lora.stacks[target] for target, _ in parts]
-            kernels.lora_expand(
-                y,
-                shrunk,
-                [
-                    (stack.group.offset(stack), lora.masks[target], stack.b[layer]) if target in lora.masks else width
-                    for (target, width), stack in zip(parts, stacks, strict=True)
-                ],
-            )
+        for tokens, lora in self._batch.lora:
+            here = x[tokens]
+            if here.shape[0] > _EXPAND_TOKENS:
+                lora.add(layer, parts, here, y[tokens])
+                continue
+            shrunk = lora.shrink(layer, parts, here)
+            if shrunk is not None:
+                kernels.lora_expand(
+                    y[tokens],
+                    shrunk,
+                    [
+                        (lora.columns[target].first, lora.masks[target], lora.columns[target].b[layer])
+                        if target in lora.masks
+                        else width
+                        for target, width in parts
+                    ],
+                )
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """See `TorchStep.attention`."""

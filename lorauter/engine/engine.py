@@ -120,7 +120,8 @@ class MultiLoraEngine:
         self._packed: WeakValueDictionary[AdapterKey, PackedAdapter] = WeakValueDictionary()
         self._waiting: deque[_Sequence] = deque()
         self._rows: list[_Sequence] = []  # decoding rows first; the index is the cache row
-        self._lora: LoraBatch | None = None  # the mixtures of `_rows`
+        self._lora: LoraBatch | None = None  # the mixtures of `_rows` for graphs, else of `_decode_mixtures`
+        self._decode_mixtures: list[Mixture] = []
         self._rows_changed = False
         self._wake = threading.Condition()
         self._closed = False
@@ -335,14 +336,13 @@ class MultiLoraEngine:
         if self._flights and (self._rows_changed or decoding < len(self._rows)):
             self._land()  # what it ends changes the rows again
             return
-        if self._rows_changed:
-            self._lora = self.slots.batch([sequence.mixture for sequence in self._rows])
-            self._rows_changed = False
-            if self._graphs is not None:
-                self._graphs.set_mixtures(self._lora)
         if self._graphs is None:
             self._packed_step(decoding)
             return
+        if self._rows_changed:
+            self._lora = self.slots.batch([sequence.mixture for sequence in self._rows])
+            self._rows_changed = False
+            self._graphs.set_mixtures(self._lora)
         if decoding < len(self._rows):
             self._packed_step(decoding, prompts_only=True)
         # What a prompt has ended leaves the rows as they were planned, or changes them: then the next step decodes.
@@ -421,8 +421,28 @@ class MultiLoraEngine:
         def ids(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
 
-        lora = self._lora.select(ids(rows)) if self._lora is not None else None
+        if self._graphs is None:
+            lora = self._compact_mixtures(decoding, spans)
+        else:
+            lora = [(slice(None), self._lora.select(ids(rows)))] if self._lora is not None else []
         return StepBatch(ids(tokens), ids(positions), decoding, spans, ids(outputs), lora), sampled
+
+    def _compact_mixtures(self, decoding: int, spans: Sequence[PrefillSpan]) -> list[tuple[slice, LoraBatch]]:
+        """The decoding rows over the adapters that they use, and each prompt over its own, if they have any.
+
+        Arithmetic is what a CPU is short of: what no token needs is not multiplied.
+        """
+        mixtures = [sequence.mixture for sequence in self._rows[:decoding]]
+        if self._rows_changed or mixtures != self._decode_mixtures:
+            self._lora = self.slots.batch(mixtures, compact=True)
+            self._decode_mixtures, self._rows_changed = mixtures, False
+        parts = [(slice(decoding), self._lora)]
+        offset = decoding
+        for span in spans:
+            sequence = self._rows[span.row]
+            parts.append((slice(offset, offset + span.length), self.slots.batch([sequence.mixture], compact=True)))
+            offset += span.length
+        return [(tokens, lora) for tokens, lora in parts if lora is not None]
 
     def _sample(self, rows: Sequence[int], logits: torch.Tensor) -> list[int]:
         """A token for each of these rows, or NOT_FINITE."""

@@ -87,15 +87,14 @@ class DecodeGraphs:
             self._generation = lora.generation
             size, device = self._tokens.shape[0], self._tokens.device
             self._masks = {
-                target: torch.zeros(size, stack.capacity, dtype=stack.b.dtype, device=device)
-                for target, stack in lora.stacks.items()
-                if stack.capacity
+                target: torch.zeros(size, columns.capacity, dtype=columns.b.dtype, device=device)
+                for target, columns in lora.columns.items()
             }
         for target, mask in self._masks.items():
             mask.zero_()
             if target in lora.masks:
                 mask[: lora.masks[target].shape[0]].copy_(lora.masks[target])
-        self._lora = LoraBatch(lora.stacks, self._masks, lora.generation)
+        self._lora = LoraBatch(lora.columns, self._masks, lora.generation)
 
     def replay(self, n: int) -> Flight:
         """Run a step of rows 0..n-1. The buffers then hold the next step's tokens and positions."""
@@ -134,7 +133,7 @@ class DecodeGraphs:
             size,
             (),
             self._outputs[:size],
-            lora.select(slice(size)) if lora is not None else None,
+            [(slice(size), lora.select(slice(size)))] if lora is not None else [],
             self._rows[:size],
         )
         logits = self._model.forward(batch, self._cache)

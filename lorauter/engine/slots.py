@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorauter.adapters.weights import LoraWeights, ModelShape
-from lorauter.engine.stacks import FREE, LoraBatch, make_groups
+from lorauter.engine.stacks import FREE, LoraBatch, all_columns, columns_of, make_groups
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 AdapterKey = tuple[str, str]
@@ -108,8 +108,8 @@ class AdapterSlots:
         self._max_rank = max_rank
         self._dtype = dtype
         self._device = device
-        groups = make_groups(shape, dtype, device)
-        self.stacks = {target: stack for group in groups for target, stack in group.stacks.items()}
+        self._groups = make_groups(shape, dtype, device)
+        self.stacks = {target: stack for group in self._groups for target, stack in group.stacks.items()}
         self._generation = 0
         self._resident: dict[AdapterKey, _Resident] = {}
         self._free_slots: list[int] = []
@@ -187,21 +187,35 @@ class AdapterSlots:
         for key in set(keys):
             self._resident[key].pins -= 1
 
-    def batch(self, mixtures: Sequence[Mixture]) -> LoraBatch | None:
-        """The mixtures of n rows, adapters acquired before; None if no row has any."""
+    def batch(self, mixtures: Sequence[Mixture], *, compact: bool = False) -> LoraBatch | None:
+        """The mixtures of n rows, adapters acquired before; None if no row has any.
+
+        Args:
+            mixtures: of the rows.
+            compact: over copies of the columns that these rows use, unless they are most of what is resident.
+        """
         if not any(mixtures):
             return None
-        slots = len(self._resident) + len(self._free_slots) + 1
-        weights = torch.zeros(len(mixtures), slots)
-        targets: set[str] = set()
+        slots = {key: self._resident[key].slot for mixture in mixtures for key, _ in mixture}
+        weights = torch.zeros(len(mixtures), max(slots.values()) + 1)
         for row, mixture in enumerate(mixtures):
             for key, weight in mixture:
-                weights[row, self._resident[key].slot] += weight
-                targets.update(self._resident[key].ranks)
-        masks = {target: weights[:, self.stacks[target].owner].to(self._dtype) for target in sorted(targets)}
-        return LoraBatch(
-            self.stacks, {target: mask.to(self._device) for target, mask in masks.items()}, self._generation
-        )
+                weights[row, slots[key]] += weight
+        used = sum(self._cost(self._resident[key].ranks) for key in slots)
+        if compact and 2 * used < sum(stack.capacity * stack.column_bytes for stack in self.stacks.values()):
+            columns, owners = columns_of(self._groups, list(slots.values()))
+        else:
+            targets = {target for key in slots for target in self._resident[key].ranks}
+            columns = all_columns(self._groups)
+            owners = {target: self.stacks[target].owner for target in columns if target in targets}
+            weights = torch.cat([weights, torch.zeros(len(mixtures), self._slots + 1 - weights.shape[1])], dim=1)
+        masks = {target: weights[:, owner].to(self._dtype).to(self._device) for target, owner in owners.items()}
+        return LoraBatch(columns, masks, self._generation)
+
+    @property
+    def _slots(self) -> int:
+        """The highest slot number given so far."""
+        return len(self._resident) + len(self._free_slots)
 
     def _cost(self, ranks: Mapping[str, int]) -> int:
         return sum(rank * self.stacks[target].column_bytes for target, rank in ranks.items())

@@ -118,23 +118,44 @@ def make_groups(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> 
 
 
 @dataclass(frozen=True)
+class Columns:
+    """A target's columns as a batch uses them.
+
+    Attributes:
+        a: (layers, sum of C, in), those of all targets with the same input.
+        first: where this target's begin in `a`.
+        b: (layers, C, out).
+    """
+
+    a: Tensor
+    first: int
+    b: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """C, how many columns there are."""
+        return self.b.shape[1]
+
+
+@dataclass(frozen=True)
 class LoraBatch:
     """The mixture of every token in a batch.
 
     Attributes:
-        stacks: by target.
-        masks: `{target: m}`, m (tokens, C) in the model's dtype; only targets that some token's adapters have.
+        columns: by target; only targets that have any.
+        masks: `{target: m}`, m (tokens, C) in the model's dtype, or (1, C) for tokens that all have the same mixture;
+            only targets that some token's adapters have.
         generation: changes when the stacks' tensors do.
     """
 
-    stacks: Mapping[str, Stack]
+    columns: Mapping[str, Columns]
     masks: Mapping[str, Tensor]
-    generation: int
+    generation: int = 0
 
     def add(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
         """Add the mixture's change to `y`, (tokens, out), given its input x, (tokens, in).
 
-        The parts are targets of one group with their widths: the columns of `y` from left to right.
+        The parts are targets with the same input, and their widths: the columns of `y` from left to right.
         """
         shrunk = self.shrink(layer, parts, x)
         if shrunk is None:
@@ -142,19 +163,46 @@ class LoraBatch:
         offset = 0
         for target, width in parts:
             if target in self.masks:
-                stack = self.stacks[target]
-                first = stack.group.offset(stack)
-                mixed = shrunk[:, first : first + stack.capacity] * self.masks[target]
-                y[:, offset : offset + width].addmm_(mixed, stack.b[layer])
+                columns = self.columns[target]
+                mixed = shrunk[:, columns.first : columns.first + columns.capacity] * self.masks[target]
+                y[:, offset : offset + width].addmm_(mixed, columns.b[layer])
             offset += width
 
     def shrink(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor) -> Tensor | None:
-        """`x A^T` for all columns of the parts' group, (tokens, sum of C); None if no token uses any."""
-        if not any(target in self.masks for target, _ in parts):
-            return None
-        return x @ self.stacks[parts[0][0]].group.a[layer].T
+        """`x A^T` for all columns of these targets, (tokens, sum of C); None if no token uses any."""
+        for target, _ in parts:
+            if target in self.masks:
+                return x @ self.columns[target].a[layer].T
+        return None
 
     def select(self, rows: Tensor | slice) -> LoraBatch:
         """The mixtures of chosen rows: (tokens,) indices into this batch, or a slice of it."""
         masks = {target: mask[rows] for target, mask in self.masks.items()}
-        return LoraBatch(self.stacks, masks, self.generation)
+        return LoraBatch(self.columns, masks, self.generation)
+
+
+def all_columns(groups: Sequence[StackGroup]) -> dict[str, Columns]:
+    """Every column that there is, in place."""
+    return {
+        target: Columns(group.a, group.offset(stack), stack.b)
+        for group in groups
+        for target, stack in group.stacks.items()
+        if stack.capacity
+    }
+
+
+def columns_of(groups: Sequence[StackGroup], slots: Sequence[int]) -> tuple[dict[str, Columns], dict[str, Tensor]]:
+    """Copies of the columns of some slots alone, and the owners (C,) of each target's."""
+    wanted = torch.tensor(slots)
+    columns, owners = {}, {}
+    for group in groups:
+        kept = {target: torch.isin(stack.owner, wanted).nonzero()[:, 0] for target, stack in group.stacks.items()}
+        places = [group.offset(stack) + kept[target] for target, stack in group.stacks.items()]
+        a = group.a[:, torch.cat(places)]
+        first = 0
+        for target, stack in group.stacks.items():
+            if len(kept[target]):
+                columns[target] = Columns(a, first, stack.b[:, kept[target]])
+                owners[target] = stack.owner[kept[target]]
+                first += len(kept[target])
+    return columns, owners

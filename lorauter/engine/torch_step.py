@@ -43,8 +43,8 @@ class TorchStep:
 
     def add_lora(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
         """Add the mixture's change to `y` (tokens, out), whose columns are the parts `(target, width)`."""
-        if self._batch.lora is not None:
-            self._batch.lora.add(layer, parts, x, y)
+        for tokens, lora in self._batch.lora:
+            lora.add(layer, parts, x[tokens], y[tokens])
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """Rotate, write keys and values to the cache, attend: (tokens, q + k + v) to (tokens, heads * head_dim)."""
@@ -76,7 +76,9 @@ class TorchStep:
         n = q.shape[0]
         if window not in self._decode_masks:
             positions = self._batch.positions[:n]
-            self._decode_masks[window] = _mask(positions, int(positions.max()) + 1, window)[:, None, None]
+            allowed = _mask(positions, int(positions.max()) + 1, window)[:, None, None]
+            # Added to the scores: PyTorch would make this of a boolean mask anew in every layer.
+            self._decode_masks[window] = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
         mask = self._decode_masks[window]
         length = mask.shape[-1]
         # Grouped queries as extra query positions: exact, and no key is copied.
@@ -88,7 +90,9 @@ class TorchStep:
         group, end = self._model.heads // self._model.kv_heads, span.start + span.length
         if (span, window) not in self._prefill_masks:
             positions = torch.arange(span.start, end, device=q.device)
-            self._prefill_masks[span, window] = _mask(positions, end, window).repeat(group, 1)
+            allowed = _mask(positions, end, window).repeat(group, 1)
+            mask = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+            self._prefill_masks[span, window] = mask
         grouped = q.view(span.length, self._model.kv_heads, group, self._model.head_dim).permute(1, 2, 0, 3)
         attended = F.scaled_dot_product_attention(
             grouped.reshape(1, self._model.kv_heads, group * span.length, self._model.head_dim),

@@ -285,7 +285,7 @@ def run_forced():
                 decoding,
                 spans,
                 torch.arange(len(places)),
-                lora.select(owners) if lora is not None else None,
+                [(slice(None), lora.select(owners))] if lora is not None else [],
             )
             for (i, _), logits in zip(places, decoder.forward(batch, cache), strict=True):
                 rows[i].logits.append(logits)

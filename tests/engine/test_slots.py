@@ -29,8 +29,16 @@ def adapter(made):
 
 
 def assert_right(slots, mixtures):
-    """The change of each row (a mixture of weights), in each layer and target, is sum_k w_k B_k A_k x."""
-    batch = slots.batch([[(weights.key, weight) for weights, weight in mixture] for mixture in mixtures])
+    """The change of each row (a mixture of weights), in each layer and target, is sum_k w_k B_k A_k x.
+
+    Over all resident columns, and over copies of the rows' own.
+    """
+    keyed = [[(weights.key, weight) for weights, weight in mixture] for mixture in mixtures]
+    for compact in (False, True):
+        assert_batch_right(slots.batch(keyed, compact=compact), mixtures)
+
+
+def assert_batch_right(batch, mixtures):
     order = torch.arange(len(mixtures)).repeat(2).flip(0)
     for target, (inputs, outputs) in SHAPE.linears.items():
         for layer in range(SHAPE.layers):
@@ -44,7 +52,6 @@ def assert_right(slots, mixtures):
                         expected[i] += weight * (b.float() @ (a.float() @ x[i]))
             batch.select(order).add(layer, [(target, y.shape[1])], x, y)
             torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
-    return batch
 
 
 def test_the_least_recently_used_unpinned_adapter_goes_first(slots_of, adapter):
@@ -126,7 +133,8 @@ def test_whatever_comes_and_goes_the_budget_holds_and_the_numbers_are_right(slot
         assert slots.used_bytes <= budget
         assert {weights.key for mixture in running for weights, _ in mixture} <= set(slots.resident)
         if running:
-            stacks = assert_right(slots, [*running, []]).stacks.values()
+            assert_right(slots, [*running, []])
+            stacks = slots.stacks.values()
             assert slots.used_bytes <= sum(stack.a.nbytes + stack.b.nbytes for stack in stacks) <= budget
     assert refused
     for mixture in running:
