@@ -5,8 +5,7 @@
     python benchmarks/engine.py check   # on a GPU: the engine's tokens against transformers with merged weights
 
 Each figure is tokens per second of whole requests, prompts included: the median of --repeats runs, the cases
-taking turns. --json FILE keeps them. transformers and PEFT are measured beside the engine; vLLM's CPU build, in an
-environment of its own, by benchmarks/engine_vllm.py.
+taking turns. --json FILE keeps them. transformers and PEFT are measured beside the engine, in the same run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The multi-LoRA engine. Needs torch, transformers and safetensors, and nothing heavier."""
 
-from lorauter.engine.engine import EngineConfig, MultiLoraEngine
+from lorauter.engine.config import EngineConfig
+from lorauter.engine.engine import MultiLoraEngine
 from lorauter.engine.load import load_engine
 from lorauter.engine.types import Chunk, Completion, EchoEngine, Engine, GenerationRequest, SamplingParams
 

@@ -12,75 +12,25 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
 from weakref import WeakValueDictionary
 
 import torch
 
 from lorauter.adapters.weights import LoraWeights
+from lorauter.engine.config import EngineConfig
 from lorauter.engine.graphs import NOT_FINITE, DecodeGraphs, Flight
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
 from lorauter.engine.sampling import sample
+from lorauter.engine.sequence import ActiveSequence, Sink
 from lorauter.engine.slots import AdapterKey, AdapterSlots, Mixture, PackedAdapter
 from lorauter.engine.stacks import LoraBatch
-from lorauter.engine.text import TextCodec, TextStream
+from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Completion, FinishReason, GenerationRequest
-from lorauter.errors import ConfigError, ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
+from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
 
 _RETRY_AFTER_S = 1.0
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """The engine's sizes.
-
-    Attributes:
-        max_batch: sequences that run at once.
-        max_model_len: positions a sequence may take, prompt and answer together; the model's own limit bounds it.
-        max_queue: requests that may wait, beside those that run.
-        prefill_tokens: prompt tokens processed in one step at most.
-        max_rank: the largest adapter rank served.
-        adapter_bytes: bytes of adapters resident on the device at most; None takes a quarter of what is free on a
-            GPU once the model and the cache are there, and 1 GiB on a CPU.
-    """
-
-    max_batch: int = 16
-    max_model_len: int = 2048
-    max_queue: int = 256
-    prefill_tokens: int = 512
-    max_rank: int = 128
-    adapter_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ConfigError(f"engine.{name} is {value}; it must be at least 1", setting=f"engine.{name}")
-
-
-Sink = Callable[[Chunk | BaseException], object]
-
-
-@dataclass(eq=False)
-class _Sequence:
-    request: GenerationRequest
-    sink: Sink
-    text: TextStream
-    random: random.Random
-    tokens: list[int]
-    limit: int  # length at which the sequence is full
-    cached: int = 0  # positions whose keys and values are in the cache
-    sound: bool = False  # these are known to be finite, as the latest logits are
-    adapters: list[PackedAdapter] = field(default_factory=list)
-    passed_over: int = 0  # how many later requests were admitted before this one
-    cancelled: bool = False
-    ended: bool = False
-    mixture: Mixture = field(default=())
-
-    @property
-    def decoding(self) -> bool:
-        return self.cached == len(self.tokens) - 1 and len(self.tokens) > len(self.request.prompt)
 
 
 class MultiLoraEngine:
@@ -115,11 +65,11 @@ class MultiLoraEngine:
             device=model.device,
         )
         self._graphs = DecodeGraphs(model, self._cache, self.config.max_batch) if on_gpu else None
-        self._flights: deque[tuple[list[_Sequence], Flight]] = deque()  # steps whose tokens are not taken yet
-        self._graph_rows: list[_Sequence] = []  # whose next tokens the graphs' buffers hold
+        self._flights: deque[tuple[list[ActiveSequence], Flight]] = deque()  # steps whose tokens are not taken yet
+        self._graph_rows: list[ActiveSequence] = []  # whose next tokens the graphs' buffers hold
         self._packed: WeakValueDictionary[AdapterKey, PackedAdapter] = WeakValueDictionary()
-        self._waiting: deque[_Sequence] = deque()
-        self._rows: list[_Sequence] = []  # decoding rows first; the index is the cache row
+        self._waiting: deque[ActiveSequence] = deque()
+        self._rows: list[ActiveSequence] = []  # decoding rows first; the index is the cache row
         self._lora: LoraBatch | None = None  # the mixtures of `_rows` for graphs, else of `_decode_mixtures`
         self._decode_mixtures: list[Mixture] = []
         self._rows_changed = False
@@ -159,7 +109,7 @@ class MultiLoraEngine:
         """See `Engine.generate`. The first request that fails ends the call, and cancels the others."""
         ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         chunks: list[list[Chunk]] = [[] for _ in requests]
-        sequences: list[_Sequence] = []
+        sequences: list[ActiveSequence] = []
         unfinished = 0
         remaining = deque(zip(requests, chunks, strict=True))
 
@@ -212,7 +162,7 @@ class MultiLoraEngine:
             self._wake.notify_all()
         self._thread.join()
 
-    def _submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> _Sequence:
+    def _submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> ActiveSequence:
         prompt = len(request.prompt)
         if prompt >= self.max_model_len:
             raise ContextLengthExceeded(prompt, self.max_model_len)
@@ -225,7 +175,7 @@ class MultiLoraEngine:
         mixture = [(w if isinstance(w, PackedAdapter) else self.pack(w), weight) for w, weight in request.adapters]
         self.slots.check([packed for packed, _ in mixture])
         sampling = request.sampling
-        sequence = _Sequence(
+        sequence = ActiveSequence(
             request,
             sink,
             self.codec.stream(sampling.stop),
@@ -254,7 +204,7 @@ class MultiLoraEngine:
         """Whether as many requests are here as may run and wait together."""
         return len(self._rows) + len(self._waiting) >= self.config.max_batch + self.config.max_queue
 
-    def _cancel(self, sequence: _Sequence) -> None:
+    def _cancel(self, sequence: ActiveSequence) -> None:
         """Let a sequence go at the next step; of no effect on one that has ended."""
         sequence.cancelled = True
 
@@ -304,7 +254,7 @@ class MultiLoraEngine:
         First come, first served, but while a request waits for adapter room, later ones whose adapters are all
         resident go before it (loading for them would only take more room): as many as `max_batch`, then it is next.
         """
-        blocked: list[_Sequence] = []
+        blocked: list[ActiveSequence] = []
         for sequence in list(self._waiting):
             if len(self._rows) == self.config.max_batch:
                 return
@@ -360,7 +310,7 @@ class MultiLoraEngine:
             sequence.cached += 1
         self._advance([self._rows[row] for row in sampled], self._sample(sampled, logits))
 
-    def _graph_step(self, graphs: DecodeGraphs, rows: list[_Sequence]) -> None:
+    def _graph_step(self, graphs: DecodeGraphs, rows: list[ActiveSequence]) -> None:
         """Decode by a graph. Greedy rows go on before the last step's tokens are taken: device and host overlap."""
         if rows != self._graph_rows:
             self._land()
@@ -459,7 +409,7 @@ class MultiLoraEngine:
         result: list[int] = tokens.where(finite, NOT_FINITE).tolist()
         return result
 
-    def _advance(self, sequences: Sequence[_Sequence], tokens: Sequence[int]) -> None:
+    def _advance(self, sequences: Sequence[ActiveSequence], tokens: Sequence[int]) -> None:
         """Hand each of these running sequences its token, and remove what has ended."""
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.sound = token != NOT_FINITE
@@ -479,7 +429,7 @@ class MultiLoraEngine:
                 if self._rows[row].ended:
                     self._remove(row)
 
-    def _take(self, sequence: _Sequence, token: int) -> bool:
+    def _take(self, sequence: ActiveSequence, token: int) -> bool:
         """Append a token and deliver its text; True if the sequence has ended."""
         sampling = sequence.request.sampling
         sequence.tokens.append(token)
@@ -519,7 +469,7 @@ class MultiLoraEngine:
             self._cache.move(source, target, self._rows[source].cached)
             self._rows[target] = self._rows[source]
 
-    def _deliver(self, sequence: _Sequence, item: Chunk | BaseException) -> None:
+    def _deliver(self, sequence: ActiveSequence, item: Chunk | BaseException) -> None:
         try:
             sequence.sink(item)
         except RuntimeError:  # the event loop that waited is gone

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorauter.engine.engine import EngineConfig, MultiLoraEngine
+from lorauter.engine.config import EngineConfig
+from lorauter.engine.engine import MultiLoraEngine
 from lorauter.engine.model import Decoder
 from lorauter.engine.text import TextCodec
 from lorauter.errors import ConfigError

@@ -384,3 +384,33 @@ def test_nobody_is_left_waiting_when_the_engine_ends(start, counting, paced, end
         engine.check_health()
     with pytest.raises(LorauterError, match="is closed"):
         engine.generate([ask("a")])
+
+
+def test_requests_with_resident_adapters_pass_one_that_waits_but_not_for_ever(start, counting, made):
+    """Room for one adapter: two short requests on it go before the one that wants another, then it is next."""
+    a, b = (made(counting.shape, name, q_proj=4) for name in "ab")
+    engine = start(counting, max_batch=2, adapter_bytes=128)
+    order = []
+
+    async def one(name, weights, tokens):
+        await collect(engine, ask("a", ((weights, 1.0),), max_tokens=tokens, ignore_eos=True))
+        order.append(name)
+
+    async def run():
+        await gather(one("long", a, 40), one("other", b, 2), *(one(f"short {i}", a, 2) for i in range(4)))
+
+    asyncio.run(run())
+    assert order[:4] == ["short 0", "short 1", "long", "other"]
+    assert engine.slots.counters.hits >= 2
+    assert engine.slots.counters.misses >= 3
+
+
+def test_linear_layers_in_onednns_layout_compute_the_same():
+    from lorauter.engine.model import Linear
+
+    weights, bias = [torch.randn(n, 24).bfloat16() for n in (16, 8)], torch.randn(16).bfloat16()
+    x = torch.randn(5, 24).bfloat16()
+    expected = torch.nn.functional.linear(x, torch.cat(weights))
+    torch.testing.assert_close(Linear(*weights)(x), expected)
+    with_bias = Linear(weights[0], biases=[bias])(x)
+    torch.testing.assert_close(with_bias, torch.nn.functional.linear(x, weights[0], bias))
