@@ -4,7 +4,6 @@ How many replicas a deployment has, how it scales, and which CPUs and GPUs a rep
 configuration (`deployments:` in serve_config.yaml), not this one's.
 """
 
-# No `from __future__ import annotations` here or in app.py: Serve would pass the builder a raw dict.
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal

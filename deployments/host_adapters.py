@@ -9,10 +9,10 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from lorauter.adapters import LocalAdapter, LoraWeights
+from lorauter.adapters.counters import TierCounters
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 _Key = tuple[str, str]
@@ -43,16 +43,6 @@ class Packed(Protocol):
 P = TypeVar("P", bound=Packed)
 
 
-@dataclass
-class HostCounters:
-    """What the tier has done. An adapter that is asked for and in memory is a hit."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    load_seconds: float = 0.0
-
-
 class HostAdapters(Generic[P]):
     """Adapters in memory.
 
@@ -79,7 +69,7 @@ class HostAdapters(Generic[P]):
         self._loaded: OrderedDict[_Key, P] = OrderedDict()
         self._refused: dict[_Key, AdapterRejected] = {}
         self._loading: dict[_Key, asyncio.Task[P]] = {}
-        self.counters = HostCounters()
+        self.counters = TierCounters()
 
     async def get(self, names: Sequence[str]) -> list[P]:
         """The current versions of the adapters.

@@ -319,14 +319,14 @@ class MultiLoraEngine:
             graphs.set_rows([row.tokens[-1] for row in rows], [len(row.tokens) - 1 for row in rows])
             self._graph_rows = rows
         flight = graphs.replay(len(rows))
-        self._flights.append((rows, flight))
         if any(row.request.sampling.temperature > 0 for row in rows):
-            self._flights.clear()
-            self._graph_rows = []
+            self._graph_rows = []  # the buffers hold the likeliest tokens, not the sampled ones
             for row in rows:
                 row.cached += 1
             self._advance(rows, self._sample(list(range(len(rows))), flight.logits))
-        elif len(self._flights) > 1:
+            return
+        self._flights.append((rows, flight))
+        if len(self._flights) > 1:
             self._take_flight()
 
     def _take_flight(self) -> None:

@@ -69,13 +69,13 @@ class DecodeGraphs:
 
     def set_rows(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Where rows 0, 1, ... go on: the token of each and its position."""
-        size, padding = self._tokens.shape[0], self._tokens.shape[0] - len(tokens)
+        padding = self._tokens.shape[0] - len(tokens)
         scratch = self._cache.keys.shape[1] - 1
         rows = [*range(len(tokens)), *[scratch] * padding]
         values = torch.tensor([[*tokens, *[0] * padding], [*positions, *[0] * padding], rows]).pin_memory()
         block = values.to(self._tokens.device, non_blocking=True)
         for buffer, row in zip((self._tokens, self._positions, self._rows), block, strict=True):
-            buffer[:size].copy_(row)
+            buffer.copy_(row)
 
     def set_mixtures(self, lora: LoraBatch | None) -> None:
         """The mixtures of rows 0, 1, ..., or None for the base model alone."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorauter.adapters.counters import TierCounters
 from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine.stacks import FREE, LoraBatch, all_columns, columns_of, make_groups
 from lorauter.errors import AdapterRejected, AdapterUnavailable
@@ -74,16 +75,6 @@ def _pack(weights: LoraWeights, shape: ModelShape, dtype: torch.dtype, *, pin: b
 
 
 @dataclass
-class SlotCounters:
-    """What the slots have done. An adapter that is wanted and resident is a hit."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    load_seconds: float = 0.0
-
-
-@dataclass
 class _Resident:
     slot: int
     ranks: dict[str, int]
@@ -114,17 +105,17 @@ class AdapterSlots:
         self._resident: dict[AdapterKey, _Resident] = {}
         self._free_slots: list[int] = []
         self._clock = 0
-        self.counters = SlotCounters()
+        self.counters = TierCounters()
 
     @property
     def resident(self) -> list[AdapterKey]:
-        """The adapters on the device, the least recently used first."""
-        return sorted(self._resident, key=lambda key: self._resident[key].last_used)
+        """The adapters on the device, the least recently used first; may be asked for by any thread."""
+        return [key for key, _ in sorted(self._resident.items(), key=lambda item: item[1].last_used)]
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the columns in use."""
-        return sum(self._cost(resident.ranks) for resident in self._resident.values())
+        """Bytes of the columns in use; may be asked for by any thread."""
+        return sum(self._cost(resident.ranks) for resident in list(self._resident.values()))
 
     def pack(self, weights: LoraWeights) -> PackedAdapter:
         """Check an adapter and make it ready for the device; slow, and done once for each.
@@ -197,7 +188,8 @@ class AdapterSlots:
         if not any(mixtures):
             return None
         slots = {key: self._resident[key].slot for mixture in mixtures for key, _ in mixture}
-        weights = torch.zeros(len(mixtures), max(slots.values()) + 1)
+        highest = len(self._resident) + len(self._free_slots)  # slot number given so far
+        weights = torch.zeros(len(mixtures), highest + 1)
         for row, mixture in enumerate(mixtures):
             for key, weight in mixture:
                 weights[row, slots[key]] += weight
@@ -208,14 +200,8 @@ class AdapterSlots:
             targets = {target for key in slots for target in self._resident[key].ranks}
             columns = all_columns(self._groups)
             owners = {target: self.stacks[target].owner for target in columns if target in targets}
-            weights = torch.cat([weights, torch.zeros(len(mixtures), self._slots + 1 - weights.shape[1])], dim=1)
         masks = {target: weights[:, owner].to(self._dtype).to(self._device) for target, owner in owners.items()}
         return LoraBatch(columns, masks, self._generation)
-
-    @property
-    def _slots(self) -> int:
-        """The highest slot number given so far."""
-        return len(self._resident) + len(self._free_slots)
 
     def _cost(self, ranks: Mapping[str, int]) -> int:
         return sum(rank * self.stacks[target].column_bytes for target, rank in ranks.items())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray import serve
 from safetensors.torch import load_file, save
 
 from lorauter.adapters import open_store
@@ -131,6 +132,21 @@ def test_a_store_that_is_down(service: Any, s3_server: Any) -> None:
     assert "odd_man_out" in missing.json()["error"]["message"]
     assert seconds < 20
     assert service.ask("odd_man_out").status_code == 200
+
+
+def test_every_tier_counts(service: Any) -> None:
+    handle = serve.get_deployment_handle("LoraModel", "lorauter")
+    assert service.ask("dbpedia").status_code == 200
+    before = handle.stats.remote().result()
+    assert service.ask("dbpedia").status_code == 200
+    after = handle.stats.remote().result()
+    assert after["device"]["hits"] > before["device"]["hits"]
+    assert after["host"]["hits"] > before["host"]["hits"]
+    assert after["device"]["misses"] == before["device"]["misses"] >= 1
+    assert after["host"]["misses"] == before["host"]["misses"] >= 1
+    assert "dbpedia" in {name for name, _ in after["resident"]}
+    assert after["resident_bytes"] > 0
+    assert stats(service)["downloads"] >= 1
 
 
 def nan(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
