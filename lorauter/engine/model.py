@@ -8,8 +8,9 @@ of requests, text or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from lorauter.adapters.weights import ModelShape
+from lorauter.engine.cpu_kernels import load_kernels
+from lorauter.engine.cpu_step import CpuStep
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.stacks import LoraBatch
 from lorauter.engine.torch_step import TorchStep
@@ -72,14 +75,23 @@ class StepBatch:
 
 
 class Linear:
-    """A linear layer, or several of the same input as one; on a CPU in bfloat16, in oneDNN's own layout."""
+    """A linear layer, or several of the same input as one; in the layout that is fastest where it runs."""
 
     def __init__(self, *weights: Tensor, biases: Sequence[Tensor | None] = ()) -> None:
         given = [bias.data for bias in biases if bias is not None]
+        bias = torch.cat(given) if given else None
         weight = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
-        self._bias = torch.cat(given) if given else None
-        self._packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _PACKS
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS) if self._packed else weight
+        kernels = load_kernels(weight.dtype) if weight.device.type == "cpu" else None
+        if kernels is not None and kernels.takes_linear(weight.shape[1]):
+            packed = kernels.pack_linear(weight)
+            self._product: Callable[[Tensor], Tensor] = partial(
+                kernels.linear, packed=packed, bias=bias, out=weight.shape[0]
+            )
+        elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _PACKS:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+            self._product = lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        else:
+            self._product = partial(F.linear, weight=weight, bias=bias)
 
     @classmethod
     def of(cls, *linears: nn.Linear) -> Linear:
@@ -87,10 +99,7 @@ class Linear:
         return cls(*[linear.weight for linear in linears], biases=[linear.bias for linear in linears])
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-            return y
-        return F.linear(x, self._weight, self._bias)
+        return self._product(x)
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ class Decoder:
 
             self._step: type[TorchStep] = CudaStep
         else:
-            self._step = TorchStep
+            self._step = TorchStep if load_kernels(self.dtype) is None else CpuStep
         first = model.model.layers[0]
         modules = {**dict(first.self_attn.named_children()), **dict(first.mlp.named_children())}
         self.shape = ModelShape(
@@ -207,6 +216,11 @@ class Decoder:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._embedding.device
+
+    @property
+    def dense_lora(self) -> bool:
+        """Whether each token is multiplied with all columns of its batch, not with its own alone."""
+        return self._step is TorchStep
 
     @torch.inference_mode()
     def rotary_table(self, length: int) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ side, so that one product shrinks x for all of them. Knows nothing of which adap
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lorauter.adapters.weights import ModelShape
+from lorauter.engine.cpu_kernels import SparseLora
 
 FREE = 0  # owner of the columns that nobody uses; real slots count from 1
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -151,6 +152,7 @@ class LoraBatch:
     columns: Mapping[str, Columns]
     masks: Mapping[str, Tensor]
     generation: int = 0
+    _sparse: dict[str, SparseLora | None] = field(default_factory=dict, init=False, compare=False)
 
     def add(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
         """Add the mixture's change to `y`, (tokens, out), given its input x, (tokens, in).
@@ -174,6 +176,20 @@ class LoraBatch:
             if target in self.masks:
                 return x @ self.columns[target].a[layer].T
         return None
+
+    def sparse(self, parts: Sequence[tuple[str, int]]) -> SparseLora | None:
+        """The mixtures as the CPU's kernels take them; None if no token uses any of these targets."""
+        key = parts[0][0]
+        if key not in self._sparse:
+            used: list[tuple[int, tuple[Tensor, Tensor, Tensor] | None]] = []
+            for target, width in parts:
+                if target in self.masks:
+                    columns = self.columns[target]
+                    used.append((width, (columns.a[:, columns.first :], columns.b, self.masks[target])))
+                else:
+                    used.append((width, None))
+            self._sparse[key] = SparseLora(used) if any(part for _, part in used) else None
+        return self._sparse[key]
 
     def select(self, rows: Tensor | slice) -> LoraBatch:
         """The mixtures of chosen rows: (tokens,) indices into this batch, or a slice of it."""

@@ -315,6 +315,7 @@ class CountingDecoder:
     max_positions = 1 << 20
     vocabulary = VOCABULARY
     dtype, device = torch.float32, torch.device("cpu")
+    dense_lora = False
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, int]] = []  # decoding rows and prompt tokens

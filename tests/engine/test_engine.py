@@ -403,14 +403,3 @@ def test_requests_with_resident_adapters_pass_one_that_waits_but_not_for_ever(st
     assert order[:4] == ["short 0", "short 1", "long", "other"]
     assert engine.slots.counters.hits >= 2
     assert engine.slots.counters.misses >= 3
-
-
-def test_linear_layers_in_onednns_layout_compute_the_same():
-    from lorauter.engine.model import Linear
-
-    weights, bias = [torch.randn(n, 24).bfloat16() for n in (16, 8)], torch.randn(16).bfloat16()
-    x = torch.randn(5, 24).bfloat16()
-    expected = torch.nn.functional.linear(x, torch.cat(weights))
-    torch.testing.assert_close(Linear(*weights)(x), expected)
-    with_bias = Linear(weights[0], biases=[bias])(x)
-    torch.testing.assert_close(with_bias, torch.nn.functional.linear(x, weights[0], bias))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from lorauter.engine.model import Decoder
+from lorauter.engine.model import Decoder, Linear
 from lorauter.errors import ConfigError
 
 KINDS = ("llama", "llama-yarn-bias", "mistral", "qwen2", "qwen2-window", "qwen3")
@@ -38,6 +38,14 @@ def slots_for(packing_slots):
     return make
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def cpu_path(request, monkeypatch):
+    """With the CPU's kernels, and without, as on a machine that has no compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr("lorauter.engine.model.load_kernels", lambda dtype: None)
+
+
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("piece", [3, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_base_logits_are_transformers(pool, forced, run_forced, kind, piece):
@@ -46,6 +54,7 @@ def test_base_logits_are_transformers(pool, forced, run_forced, kind, piece):
         assert_same(got, reference(pool.base(kind), sequence))
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_one_batch_each_have_their_own_mixture(pool, forced, run_forced, slots_for, kind):
     decoder = pool.decoder(kind)
@@ -78,6 +87,7 @@ def test_three_adapters_are_pefts_concatenation(pool, forced, run_forced, slots_
     assert_same(got, reference(model, sequences[0]))
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_an_adapter_leaves_no_trace_in_rows_without_it(pool, forced, run_forced, slots_for):
     """Not even where its numbers overflow: 0 times infinity is NaN."""
     decoder = pool.decoder("llama")
@@ -88,6 +98,16 @@ def test_an_adapter_leaves_no_trace_in_rows_without_it(pool, forced, run_forced,
     assert not ruined.isfinite().all()
     assert_same(plain, reference(pool.base("llama"), sequences[1]))
     assert_same(adapted, reference(pool.merged("llama", (("patterns", 1.0),)), sequences[2]))
+
+
+@pytest.mark.usefixtures("cpu_path")
+def test_linear_layers_laid_out_for_the_machine_compute_the_same():
+    weights, bias = [torch.randn(n, 24).bfloat16() for n in (16, 8)], torch.randn(16).bfloat16()
+    x = torch.randn(5, 24).bfloat16()
+    expected = torch.nn.functional.linear(x, torch.cat(weights))
+    torch.testing.assert_close(Linear(*weights)(x), expected)
+    with_bias = Linear(weights[0], biases=[bias])(x)
+    torch.testing.assert_close(with_bias, torch.nn.functional.linear(x, weights[0], bias))
 
 
 @pytest.mark.parametrize(
