@@ -156,11 +156,15 @@ def gpu(args: argparse.Namespace) -> None:
 
 
 def gpu_throughput(shape: str, engine: MultiLoraEngine, args: argparse.Namespace) -> None:
-    adapters = random_adapters(engine, 16)
+    adapters = random_adapters(engine, 256)
 
-    def case(batch: int, k: int) -> Callable[[], float]:
+    def case(batch: int, k: int, pool: int = 16) -> Callable[[], float]:
         requests = random_requests(
-            batch, 128, 128, SHAPES[shape]["vocab_size"], lambda i: [(adapters[(i + j) % 16], 1 / k) for j in range(k)]
+            batch,
+            128,
+            128,
+            SHAPES[shape]["vocab_size"],
+            lambda i: [(adapters[(i * (1 if pool == 16 else k) + j) % pool], 1 / k) for j in range(k)],
         )
         return lambda: run(engine, requests)
 
@@ -172,6 +176,9 @@ def gpu_throughput(shape: str, engine: MultiLoraEngine, args: argparse.Namespace
         report(f"{title}, K = 3 of K = 1", results[names[3]] / results[names[1]], "")
         if args.profile:
             profile(engine, case(batch, 3), f"{title}, K = 3")
+    # What is resident but not used must cost nothing; what is used, only its own share.
+    title = f"{shape}, batch 32, 256 resident"
+    measure({f"{title}, K = 3, of 256": case(32, 3, 256), f"{title}, K = 3, of 16": case(32, 3)}, args.repeats)
 
 
 def memory(shape: str, engine: MultiLoraEngine) -> None:
@@ -409,21 +416,30 @@ def vllm_peer(
 
 
 def check(args: argparse.Namespace) -> None:
-    """On a GPU: tokens of mixed batches equal those of merged float32 models, and bf16 logits are near."""
-    from transformers import LlamaConfig
+    """On a GPU: tokens of mixed batches equal those of merged float32 models, whatever else is in the batch."""
+    from transformers import MistralConfig, Qwen3Config
+
+    sizes = {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 3,
+             "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
+    check_model("Llama", LlamaConfig(**sizes))
+    check_model("Qwen3, norms of queries and keys", Qwen3Config(**sizes, head_dim=32))
+    check_model("Mistral, sliding window", MistralConfig(**sizes, sliding_window=24))
+
+
+def check_model(title: str, config: Any) -> None:
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=512, hidden_size=192, intermediate_size=320, num_hidden_layers=3,
-                         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
-    reference = LlamaForCausalLM(config).eval().cuda()
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().cuda()
     engine = MultiLoraEngine(
         Decoder(reference), TextCodec(number_tokenizer(512)),
         EngineConfig(max_batch=6, max_model_len=256, prefill_tokens=48, adapter_bytes=1 << 26),
     )  # fmt: skip
     shape, adapters = engine.slots.shape, []
-    for i, (rank, targets) in enumerate([(4, ATTENTION), (8, tuple(shape.linears)), (3, ("down_proj", "up_proj"))] * 2):
+    kinds = [(4, ATTENTION), (8, tuple(shape.linears)), (3, ("down_proj", "up_proj")), (48, ("q_proj", "o_proj"))]
+    for i, (rank, targets) in enumerate(kinds * 5):
         stacks = {
-            t: (torch.randn(3, rank, shape.linears[t][0]) / 8, torch.randn(3, rank, shape.linears[t][1]) / 8)
+            t: (torch.randn(3, rank, shape.linears[t][0]) / 8, torch.randn(3, rank, shape.linears[t][1]) / 2 / rank)
             for t in targets
         }
         adapters.append(PackedAdapter((f"a{i}", "1"), stacks))
@@ -437,7 +453,7 @@ def check(args: argparse.Namespace) -> None:
     answers = engine.generate(requests)
     same = total = 0
     for request, answer in zip(requests, answers, strict=True):
-        merged = LlamaForCausalLM(config).cuda().eval()
+        merged = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().cuda()
         merged.load_state_dict(reference.state_dict())
         with torch.inference_mode():
             for adapter, weight in request.adapters:
@@ -453,16 +469,16 @@ def check(args: argparse.Namespace) -> None:
         same += int((best - got < 2e-3).sum())
         total += len(answer.token_ids)
         assert len(answer.token_ids) == request.sampling.max_tokens
-    report("tokens that are the merged model's likeliest", same / total, f"of {total}")
+    report(f"{title}: tokens that are the merged model's likeliest", same / total, f"of {total}")
     again = engine.generate(requests[::-1])[::-1]
-    report("the same answers in another order", sum(map(eq, answers, again)) / 24, "of 24")
+    report(f"{title}: the same answers in another order", sum(map(eq, answers, again)) / 24, "of 24")
     sampled = [
         replace(request, sampling=replace(request.sampling, temperature=0.8 * (i % 2), top_p=0.9, seed=i))
         for i, request in enumerate(requests)
     ]
     first, second = engine.generate(sampled), engine.generate(sampled[::-1])[::-1]
-    report("the same with every other one sampled", sum(map(eq, first, second)) / 24, "of 24")
-    report("of those, greedy ones as before", sum(map(eq, first[::2], answers[::2])) / 12, "of 12")
+    report(f"{title}: the same with every other one sampled", sum(map(eq, first, second)) / 24, "of 24")
+    report(f"{title}: of those, greedy ones as before", sum(map(eq, first[::2], answers[::2])) / 12, "of 12")
     engine.close()
     assert same == total
 

@@ -134,19 +134,19 @@ inline vec exp(vec x) {
 struct Target {
   const void *a, *b;  // (layers, columns of all targets with the same input, in), (layers, columns, out)
   long a_stride, b_stride, out, y_offset;
-  const int32_t *starts, *columns;
+  const int32_t *starts, *a_columns, *b_columns;
   const float* weights;
 };
 
 // y[r] += sum over entries e of weight_e (A_e . x[r]) B_e, for R tokens with the same entries.
 template <int R, class T>
-void lora_tokens(const T* x, long in, T* y, long y_stride, long out, const T* a, const T* b, const int32_t* columns,
-                 const float* weights, long count, float* shrunk) {
+void lora_tokens(const T* x, long in, T* y, long y_stride, long out, const T* a, const T* b, const int32_t* a_columns,
+                 const int32_t* b_columns, const float* weights, long count, float* shrunk) {
   constexpr int C = R == 1 ? W / 2 : W / R;
   for (long e = 0; e < count; e += C) {
     vec totals[W / R][R] = {};
     const T* rows[C];
-    for (int c = 0; c < C; c++) rows[c] = a + columns[std::min(e + c, count - 1)] * in;
+    for (int c = 0; c < C; c++) rows[c] = a + a_columns[std::min(e + c, count - 1)] * in;
     dots<C, R>(reinterpret_cast<vec(&)[C][R]>(totals), rows, x, in, in);
     float products[W];
     store(products, sums(reinterpret_cast<vec(&)[W]>(totals)));
@@ -160,7 +160,7 @@ void lora_tokens(const T* x, long in, T* y, long y_stride, long out, const T* a,
       for (int v = 0; v < V; v++) totals[r][v] = load(y + r * y_stride + o + v * W);
     for (long e = 0; e < count; e++)
       for (int v = 0; v < V; v++) {
-        const vec column = load(b + columns[e] * out + o + v * W);
+        const vec column = load(b + b_columns[e] * out + o + v * W);
         for (int r = 0; r < R; r++) totals[r][v] += shrunk[e * R + r] * column;
       }
     for (int r = 0; r < R; r++)
@@ -170,7 +170,7 @@ void lora_tokens(const T* x, long in, T* y, long y_stride, long out, const T* a,
     for (int r = 0; r < R; r++) {
       T* place = y + r * y_stride + o + i;
       vec total = get(place);
-      for (long e = 0; e < count; e++) total += shrunk[e * R + r] * get(b + columns[e] * out + o + i);
+      for (long e = 0; e < count; e++) total += shrunk[e * R + r] * get(b + b_columns[e] * out + o + i);
       put(place, total);
     }
   });
@@ -194,8 +194,8 @@ void lora_add(const T* x, long in, T* y, long y_stride, long tokens, const Targe
         auto add = [&](auto lora, long t) {
           lora(x + t * in, in, y + t * y_stride + target->y_offset, y_stride, target->out,
                static_cast<const T*>(target->a) + layer * target->a_stride,
-               static_cast<const T*>(target->b) + layer * target->b_stride, target->columns + begin,
-               target->weights + begin, count, shrunk.data());
+               static_cast<const T*>(target->b) + layer * target->b_stride, target->a_columns + begin,
+               target->b_columns + begin, target->weights + begin, count, shrunk.data());
         };
         if (last - first == R)
           add(lora_tokens<R, T>, first);

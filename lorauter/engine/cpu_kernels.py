@@ -43,39 +43,34 @@ class _Target(ctypes.Structure):
     _fields_: ClassVar = [
         *[(name, _POINTER) for name in ("a", "b")],
         *[(name, _LONG) for name in ("a_stride", "b_stride", "out", "y_offset")],
-        *[(name, _POINTER) for name in ("starts", "columns", "weights")],
+        *[(name, _POINTER) for name in ("starts", "a_columns", "b_columns", "weights")],
     ]
 
 
 class SparseLora:
     """The mixtures of a batch in the targets with the same input, as the columns that each token uses.
 
-    Args:
-        parts: for each target with its width, the columns of y from left to right: (width, a, b, mask), where a is
-            (layers, C, in), a slice of the columns of all targets; b is (layers, C, out), and mask (tokens, C), or
-            (1, C) if all tokens share it; or (width, None) for a target that no token uses.
+    Takes what `lorauter.engine.lora.GroupMixture` has.
     """
 
-    def __init__(self, parts: Sequence[tuple[int, tuple[Tensor, Tensor, Tensor] | None]]) -> None:
+    def __init__(
+        self, a: Tensor, bs: Sequence[Tensor], bounds: Sequence[int], a_places: Tensor, b_places: Tensor, mask: Tensor
+    ) -> None:
+        self.shared = mask.shape[0] == 1
+        self._kept: list[Tensor] = [a, *bs]  # what the pointers point at
         targets, offset = [], 0
-        self._kept: list[Tensor] = []  # what the pointers point at
-        self.shared = True
-        for width, used in parts:
-            if used is not None:
-                a, b, mask = used
-                token, column = mask.nonzero(as_tuple=True)
-                starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
-                starts[1:] = torch.bincount(token, minlength=mask.shape[0]).cumsum(0)
-                entries = [starts, column.int(), mask[token, column].float()]
-                self._kept += [a, b, *entries]
-                self.shared = mask.shape[0] == 1
-                targets.append(
-                    _Target(
-                        *(t.data_ptr() for t in (a, b)), a.stride(0), b.stride(0), width, offset,
-                        *(t.data_ptr() for t in entries),
-                    )
-                )  # fmt: skip
-            offset += width
+        for b, begin, end in zip(bs, bounds, bounds[1:], strict=False):
+            token, column = mask[:, begin:end].nonzero(as_tuple=True)
+            starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
+            starts[1:] = torch.bincount(token, minlength=mask.shape[0]).cumsum(0)
+            places = begin + column
+            entries = [starts, a_places[places], b_places[places], mask[token, places].float()]
+            if len(column):
+                self._kept += entries
+                pointers = [t.data_ptr() for t in (a, b, *entries)]
+                strides = [a.stride(0), b.stride(0), b.shape[2], offset]
+                targets.append(_Target(*pointers[:2], *strides, *pointers[2:]))
+            offset += b.shape[2]
         self.targets = (_Target * len(targets))(*targets)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,12 +38,12 @@ class CpuStep(TorchStep):
         """See `TorchStep.silu_mul`."""
         return self._kernels.silu_mul(gate_up)
 
-    def add_lora(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
+    def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """See `TorchStep.add_lora`."""
         for tokens, lora in self._batch.lora:
-            sparse = lora.sparse(parts)
-            if sparse is not None:
-                self._kernels.lora_add(layer, x, y, tokens, sparse)
+            group = lora.groups.get(first)
+            if group is not None:
+                self._kernels.lora_add(layer, x, y, tokens, group.sparse)
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """See `TorchStep.attention`."""

@@ -1,4 +1,4 @@
-"""Triton kernels of the decode step: fused norms, rotary embedding with the cache write, attention, LoRA expansion.
+"""Triton kernels of the decode step: fused norms, rotary embedding with the cache write, attention, LoRA.
 
 Each wrapper documents the function that it computes; `lorauter.engine.torch_step` has the same in plain PyTorch.
 Needs a GPU (or TRITON_INTERPRET=1). Knows nothing of models or batches beyond tensors.
@@ -18,6 +18,8 @@ from torch import Tensor
 
 _MIN_DOT = 16  # the smallest matrix side that tl.dot takes
 _KEYS = 64  # keys a block of the attention kernel
+_SHRINK_INPUTS = 1024  # inputs that a program of the shrinking kernel sums: wider layers are split, and joined
+_EXPAND_COLUMNS = 32  # outputs of a program of the expanding kernel
 _TARGET_PROGRAMS = 264  # two for each multiprocessor of an H100: fewer, and long rows are split
 
 
@@ -132,6 +134,7 @@ def rotate_and_store(
 def _attend_kernel(
     q, keys, values, out, partial, lse, rows, positions, scale, window, stride_row, stride_head, kv_heads,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -155,14 +158,14 @@ def _attend_kernel(
         inside = (at[:, None] < high) & (dims[None, :] < D)
         offsets = cache + at[:, None] * D + dims[None, :]
         key = tl.load(keys + offsets, mask=inside, other=0.0)
-        scores = tl.dot(query, tl.trans(key)) * scale
+        scores = tl.dot(query, tl.trans(key), input_precision=EXACT) * scale
         scores = tl.where(at[None, :] < high, scores, float("-inf"))
         peak = tl.maximum(best, tl.max(scores, 1))
         fade = tl.exp(best - peak)
         chance = tl.exp(scores - peak[:, None])
         mass = mass * fade + tl.sum(chance, 1)
         value = tl.load(values + offsets, mask=inside, other=0.0)
-        mixed = mixed * fade[:, None] + tl.dot(chance.to(value.dtype), value)
+        mixed = mixed * fade[:, None] + tl.dot(chance.to(value.dtype), value, input_precision=EXACT)
         best = peak
     if SPLITS == 1:
         tl.store(out + place, mixed / mass[:, None], mask=mine)
@@ -221,7 +224,7 @@ def decode_attention(
     _attend_kernel[(n, kv_heads, splits)](
         q, keys, values, out, partial, lse, rows, positions, d**-0.5, length if window is None else window,
         keys.stride(0), keys.stride(1), kv_heads, group, max(_MIN_DOT, triton.next_power_of_2(group)), d, padded, _KEYS,
-        splits, num_warps=4,
+        splits, _precision(q), num_warps=4,
     )  # fmt: skip
     if splits > 1:
         _join_kernel[(n * kv_heads, group)](partial, lse, out, group, d, padded, splits, num_warps=1)
@@ -229,62 +232,147 @@ def decode_attention(
 
 
 @triton.jit
+def _shrink_kernel(
+    x, a, places, starts, m, u, partial, tokens, width, capacity, targets,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    used = tl.load(starts + targets)
+    if tl.program_id(1) * N >= used:
+        return
+    columns = tl.program_id(1) * N + tl.arange(0, N)
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    split = tl.program_id(2)
+    place = tl.load(places + columns, mask=columns < used, other=0).to(tl.int64)
+    share = tl.cdiv(tl.cdiv(width, K), SPLITS) * K
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(split * share, tl.minimum(split * share + share, width), K):
+        inputs = start + tl.arange(0, K)
+        inside = inputs < width
+        left = tl.load(
+            x + rows[:, None].to(tl.int64) * width + inputs[None, :],
+            mask=(rows[:, None] < tokens) & inside[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(a + place[:, None] * width + inputs[None, :], mask=inside[None, :], other=0.0)
+        total += tl.dot(left, tl.trans(right), input_precision=EXACT)
+    live = (rows[:, None] < tokens) & (columns[None, :] < used)
+    into = rows[:, None] * capacity + columns[None, :]
+    if SPLITS == 1:
+        tl.store(u + into, total * tl.load(m + into, mask=live, other=0.0).to(tl.float32), mask=live)
+    else:
+        tl.store(partial + split * tokens * capacity + into, total, mask=live)
+
+
+@triton.jit
+def _shrunk_kernel(partial, starts, m, u, tokens, capacity, targets, N: tl.constexpr, SPLITS: tl.constexpr):
+    columns = tl.program_id(1) * N + tl.arange(0, N)
+    used = tl.load(starts + targets)
+    if tl.program_id(1) * N >= used:
+        return
+    live = columns < used
+    into = tl.program_id(0) * capacity + columns
+    total = tl.zeros((N,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * tokens * capacity + into, mask=live, other=0.0)
+    tl.store(u + into, total * tl.load(m + into, mask=live, other=0.0).to(tl.float32), mask=live)
+
+
+def lora_shrink(x: Tensor, a: Tensor, places: Tensor, starts: Tensor, m: Tensor) -> Tensor:
+    """`(x A^T) * m` for the columns in use.
+
+    Args:
+        x: (n, in), contiguous.
+        a: (columns, in), contiguous.
+        places: (C,) int32, which columns; the first starts[-1] of them count.
+        starts: (targets + 1,) int32.
+        m: (n, C), contiguous.
+
+    Returns:
+        (n, C) in x's dtype, with anything in columns that do not count.
+    """
+    n, width = x.shape
+    capacity, targets = places.shape[0], starts.shape[0] - 1
+    splits = min(16, triton.next_power_of_2(triton.cdiv(width, _SHRINK_INPUTS)))
+    rows = min(64, max(_MIN_DOT, triton.next_power_of_2(n)))
+    block = 16 if width <= _SHRINK_INPUTS else 32 if n <= 64 else 64
+    u = x.new_empty(n, capacity)
+    partial = x.new_empty(splits, n, capacity, dtype=torch.float32) if splits > 1 else u
+    _shrink_kernel[(triton.cdiv(n, rows), triton.cdiv(capacity, block), splits)](
+        x, a, places, starts, m, u, partial, n, width, capacity, targets, rows, block, 128, splits,
+        _precision(x), num_warps=4, num_stages=5,
+    )  # fmt: skip
+    if splits > 1:
+        _shrunk_kernel[(n, triton.cdiv(capacity, 256))](
+            partial, starts, m, u, n, capacity, targets, 256, splits, num_warps=2
+        )
+    return u
+
+
+@triton.jit
 def _expand_part(
-    y, u, m, b, c, out_width, offset, block, tokens, u_width, width, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
-):
+    y, u, starts, places, part, b, out_width, offset, block, tokens, capacity, width,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    first = tl.load(starts + part)
+    last = tl.load(starts + part + 1)
+    if first == last:
+        return
     rows = tl.program_id(0) * M + tl.arange(0, M)
     columns = block * N + tl.arange(0, N)
     total = tl.zeros((M, N), tl.float32)
-    for start in range(0, c, K):
+    for start in range(first, last, K):
         ranks = start + tl.arange(0, K)
-        live = (rows[:, None] < tokens) & (ranks[None, :] < c)
-        shrunk = tl.load(u + rows[:, None] * u_width + ranks[None, :], mask=live, other=0.0)
-        shrunk *= tl.load(m + rows[:, None] * c + ranks[None, :], mask=live, other=0.0)
-        inside = (ranks[:, None] < c) & (columns[None, :] < out_width)
-        wide = tl.load(b + ranks[:, None].to(tl.int64) * out_width + columns[None, :], mask=inside, other=0.0)
-        total += tl.dot(shrunk, wide)
+        live = (rows[:, None] < tokens) & (ranks[None, :] < last)
+        shrunk = tl.load(u + rows[:, None] * capacity + ranks[None, :], mask=live, other=0.0)
+        inside = (ranks[:, None] < last) & (columns[None, :] < out_width)
+        which = tl.load(places + ranks, mask=ranks < last, other=0).to(tl.int64)
+        wide = tl.load(b + which[:, None] * out_width + columns[None, :], mask=inside, other=0.0)
+        total += tl.dot(shrunk, wide, input_precision=EXACT)
     inside = (rows[:, None] < tokens) & (columns[None, :] < out_width)
-    place = y + rows[:, None].to(tl.int64) * width + offset + columns[None, :]
-    tl.store(place, tl.load(place, mask=inside, other=0.0).to(tl.float32) + total, mask=inside)
+    into = y + rows[:, None].to(tl.int64) * width + offset + columns[None, :]
+    tl.store(into, tl.load(into, mask=inside, other=0.0).to(tl.float32) + total, mask=inside)
 
 
 @triton.jit
 def _expand_kernel(
-    y, u0, m0, b0, c0, n0, u1, m1, b1, c1, n1, u2, m2, b2, c2, n2, tokens, u_width, width,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    y, u, starts, places, b0, n0, b1, n1, b2, n2, tokens, capacity, width,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     # n0, n1, n2 are the widths of the parts, side by side in y; each program has a block of columns of one of them.
     block = tl.program_id(1)
     blocks0 = tl.cdiv(n0, N)
     blocks1 = tl.cdiv(n1, N)
     if block < blocks0:
-        _expand_part(y, u0, m0, b0, c0, n0, 0, block, tokens, u_width, width, M, N, K)
+        _expand_part(y, u, starts, places, 0, b0, n0, 0, block, tokens, capacity, width, M, N, K, EXACT)
     elif block < blocks0 + blocks1:
-        _expand_part(y, u1, m1, b1, c1, n1, n0, block - blocks0, tokens, u_width, width, M, N, K)
+        block -= blocks0
+        _expand_part(y, u, starts, places, 1, b1, n1, n0, block, tokens, capacity, width, M, N, K, EXACT)
     else:
-        _expand_part(y, u2, m2, b2, c2, n2, n0 + n1, block - blocks0 - blocks1, tokens, u_width, width, M, N, K)
+        block -= blocks0 + blocks1
+        _expand_part(y, u, starts, places, 2, b2, n2, n0 + n1, block, tokens, capacity, width, M, N, K, EXACT)
 
 
-def lora_expand(y: Tensor, u: Tensor, parts: Sequence[tuple[int, Tensor, Tensor] | int]) -> None:
-    """`y[:, part] += (u[:, offset:offset + C] * m) B` for up to three parts of y's columns, in one launch.
+def lora_expand(y: Tensor, u: Tensor, starts: Tensor, places: Tensor, bs: Sequence[Tensor]) -> None:
+    """`y[:, part] += u[:, columns of the part] B` for up to three parts of y's columns, in one launch.
 
     Args:
         y: (n, width), contiguous, changed in place.
-        u: (n, u width), contiguous.
-        parts: from left to right, `(offset, m, B)` with m (n, C) and B (C, part width), contiguous, or the width of
-            a part that stays as it is.
+        u: (n, C), contiguous.
+        starts: (targets + 1,) int32, where the columns of each begin.
+        places: (C,) int32, which of its target's columns each is.
+        bs: (columns, width) of each target, contiguous, as they lie in y from left to right.
     """
     n, width = y.shape
     arguments: list[object] = []
-    blocks, side = 0, 64
-    for part in [*parts, *[0] * (3 - len(parts))]:
-        if isinstance(part, int):
-            arguments += [u, u, u, 0, part]
-            blocks += triton.cdiv(part, side)
-        else:
-            offset, m, b = part
-            arguments += [u[:, offset:], m, b, b.shape[0], b.shape[1]]
-            blocks += triton.cdiv(b.shape[1], side)
+    for b in bs:
+        arguments += [b, b.shape[1]]
+    arguments += [bs[0], 0] * (3 - len(bs))
+    blocks = sum(triton.cdiv(b.shape[1], _EXPAND_COLUMNS) for b in bs)
     rows = min(64, max(_MIN_DOT, triton.next_power_of_2(n)))
-    grid = (triton.cdiv(n, rows), blocks)
-    _expand_kernel[grid](y, *arguments, n, u.shape[1], width, rows, side, 64, num_warps=4)
+    _expand_kernel[(triton.cdiv(n, rows), blocks)](
+        y, u, starts, places, *arguments, n, u.shape[1], width, rows, _EXPAND_COLUMNS, 64, _precision(y), num_warps=4
+    )
+
+
+def _precision(x: Tensor) -> str:
+    """How tl.dot multiplies: float32 exactly, not as TF32."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"

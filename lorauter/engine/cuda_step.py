@@ -5,7 +5,6 @@ Knows tensors and layers; knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,7 @@ from lorauter.engine.torch_step import TorchStep
 if TYPE_CHECKING:
     from lorauter.engine.model import Decoder, Layer, Norm, StepBatch
 
-_EXPAND_TOKENS = 256  # up to here the fused kernel, beyond it matrix products
+_FUSED_TOKENS = 256  # up to here the fused kernels, beyond it matrix products
 
 
 class CudaStep(TorchStep):
@@ -60,25 +59,18 @@ class CudaStep(TorchStep):
         """See `TorchStep.silu_mul`."""
         return kernels.silu_mul(gate_up)
 
-    def add_lora(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
+    def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """See `TorchStep.add_lora`."""
         for tokens, lora in self._batch.lora:
-            here = x[tokens]
-            if here.shape[0] > _EXPAND_TOKENS:
-                lora.add(layer, parts, here, y[tokens])
+            group = lora.groups.get(first)
+            if group is None:
                 continue
-            shrunk = lora.shrink(layer, parts, here)
-            if shrunk is not None:
-                kernels.lora_expand(
-                    y[tokens],
-                    shrunk,
-                    [
-                        (lora.columns[target].first, lora.masks[target], lora.columns[target].b[layer])
-                        if target in lora.masks
-                        else width
-                        for target, width in parts
-                    ],
-                )
+            here = x[tokens]
+            if here.shape[0] > _FUSED_TOKENS:
+                group.add(layer, here, y[tokens])
+                continue
+            shrunk = kernels.lora_shrink(here, group.a[layer], group.a_places, group.starts, group.mask)
+            kernels.lora_expand(y[tokens], shrunk, group.starts, group.b_places, [b[layer] for b in group.bs])
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """See `TorchStep.attention`."""

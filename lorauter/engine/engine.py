@@ -21,11 +21,12 @@ from lorauter.adapters.weights import LoraWeights
 from lorauter.engine.config import EngineConfig
 from lorauter.engine.graphs import NOT_FINITE, DecodeGraphs, Flight
 from lorauter.engine.kv_cache import KVCache
+from lorauter.engine.lora import LoraBatch
 from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
 from lorauter.engine.sampling import sample
 from lorauter.engine.sequence import ActiveSequence, Sink
 from lorauter.engine.slots import AdapterKey, AdapterSlots, Mixture, PackedAdapter
-from lorauter.engine.stacks import LoraBatch
+from lorauter.engine.stacks import to_device
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Completion, FinishReason, GenerationRequest
 from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
@@ -369,22 +370,19 @@ class MultiLoraEngine:
         device = self._model.device
 
         def ids(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
+            return to_device(torch.tensor(values, dtype=torch.long), device)
 
         if self._graphs is None:
-            lora = self._compact_mixtures(decoding, spans)
+            lora = self._mixtures(decoding, spans)
         else:
             lora = [(slice(None), self._lora.select(ids(rows)))] if self._lora is not None else []
         return StepBatch(ids(tokens), ids(positions), decoding, spans, ids(outputs), lora), sampled
 
-    def _compact_mixtures(self, decoding: int, spans: Sequence[PrefillSpan]) -> list[tuple[slice, LoraBatch]]:
-        """The decoding rows over the adapters that they use, and each prompt over its own, if they have any.
-
-        Arithmetic is what a CPU is short of: what no token needs is not multiplied.
-        """
+    def _mixtures(self, decoding: int, spans: Sequence[PrefillSpan]) -> list[tuple[slice, LoraBatch]]:
+        """The mixtures of the decoding rows, and of each prompt: of its tokens together, as they are the same."""
         mixtures = [sequence.mixture for sequence in self._rows[:decoding]]
         if self._rows_changed or mixtures != self._decode_mixtures:
-            self._lora = self.slots.batch(mixtures, compact=self._model.dense_lora)
+            self._lora = self.slots.batch(mixtures)
             self._decode_mixtures, self._rows_changed = mixtures, False
         parts = [(slice(decoding), self._lora)]
         offset = decoding
@@ -393,7 +391,7 @@ class MultiLoraEngine:
             parts.append(
                 (
                     slice(offset, offset + span.length),
-                    self.slots.batch([sequence.mixture], compact=self._model.dense_lora),
+                    self.slots.batch([sequence.mixture]),
                 )
             )
             offset += span.length

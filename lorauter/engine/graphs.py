@@ -7,18 +7,19 @@ them, and so can be replayed again before the host has seen what came out. Knows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorauter.engine.kv_cache import KVCache
+from lorauter.engine.lora import LoraBatch
 from lorauter.engine.model import Decoder, StepBatch
-from lorauter.engine.stacks import LoraBatch
 
 NOT_FINITE = -1
 """In place of a token, where the logits are not finite."""
+_LEAST_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class DecodeGraphs:
         self._rows = torch.full((size,), max_batch, dtype=torch.long, device=device)
         self._outputs = torch.arange(size, device=device)
         self._chosen = torch.zeros(size, dtype=torch.long, device=device)
-        self._masks: dict[str, Tensor] = {}
-        self._generation = -1
+        self._buffers = LoraBatch({}, generation=-1)
         self._lora: LoraBatch | None = None
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
@@ -82,19 +82,41 @@ class DecodeGraphs:
         if lora is None:
             self._lora = None
             return
-        if lora.generation != self._generation:  # the stacks have moved: what was captured reads the old ones
+        known = self._buffers.groups
+        if lora.generation != self._buffers.generation or any(
+            key not in known or known[key].mask.shape[1] < group.mask.shape[1] for key, group in lora.groups.items()
+        ):
             self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
-            self._generation = lora.generation
-            size, device = self._tokens.shape[0], self._tokens.device
-            self._masks = {
-                target: torch.zeros(size, columns.capacity, dtype=columns.b.dtype, device=device)
-                for target, columns in lora.columns.items()
-            }
-        for target, mask in self._masks.items():
-            mask.zero_()
-            if target in lora.masks:
-                mask[: lora.masks[target].shape[0]].copy_(lora.masks[target])
-        self._lora = LoraBatch(lora.columns, self._masks, lora.generation)
+            self._buffers = self._make_buffers(lora)
+        for key, buffer in self._buffers.groups.items():
+            buffer.starts.zero_()
+            if key in lora.groups:
+                group = lora.groups[key]
+                rows, columns = group.mask.shape
+                buffer.starts.copy_(group.starts)
+                buffer.a_places[:columns].copy_(group.a_places)
+                buffer.b_places[:columns].copy_(group.b_places)
+                buffer.mask[:, :columns].zero_()
+                buffer.mask[:rows, :columns].copy_(group.mask)
+        self._lora = self._buffers
+
+    def _make_buffers(self, lora: LoraBatch) -> LoraBatch:
+        """What adapter graphs read, for these groups and those that were there before, if the stacks are the same.
+
+        Powers of two, so that few changes of the batch need new graphs; only the columns in use cost time.
+        """
+        groups = dict(self._buffers.groups) if lora.generation == self._buffers.generation else {}
+        for key, group in lora.groups.items():
+            capacity = max(_LEAST_COLUMNS, 1 << (group.mask.shape[1] - 1).bit_length())
+            if key not in groups or groups[key].mask.shape[1] < capacity:
+                groups[key] = replace(
+                    group,
+                    starts=torch.zeros_like(group.starts),
+                    a_places=group.a_places.new_zeros(capacity),
+                    b_places=group.b_places.new_zeros(capacity),
+                    mask=group.mask.new_zeros(self._tokens.shape[0], capacity),
+                )
+        return LoraBatch(groups, lora.generation)
 
     def replay(self, n: int) -> Flight:
         """Run a step of rows 0..n-1. The buffers then hold the next step's tokens and positions."""

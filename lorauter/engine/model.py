@@ -21,7 +21,7 @@ from lorauter.adapters.weights import ModelShape
 from lorauter.engine.cpu_kernels import load_kernels
 from lorauter.engine.cpu_step import CpuStep
 from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.stacks import LoraBatch
+from lorauter.engine.lora import LoraBatch
 from lorauter.engine.torch_step import TorchStep
 from lorauter.errors import ConfigError
 
@@ -217,11 +217,6 @@ class Decoder:
         """Where the weights are."""
         return self._embedding.device
 
-    @property
-    def dense_lora(self) -> bool:
-        """Whether each token is multiplied with all columns of its batch, not with its own alone."""
-        return self._step is TorchStep
-
     @torch.inference_mode()
     def rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary embedding for `length` positions: (length, head_dim) each."""
@@ -235,24 +230,20 @@ class Decoder:
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run the tokens, write their keys and values, and return (m, vocabulary) float32 logits."""
         step = self._step(self, batch, cache)
-        attention_in = list(zip(("q_proj", "k_proj", "v_proj"), self.qkv_widths, strict=True))
-        attention_out = [("o_proj", self.hidden)]
-        mlp_in = [("gate_proj", self.intermediate), ("up_proj", self.intermediate)]
-        mlp_out = [("down_proj", self.hidden)]
         x, delta = self._embedding[batch.tokens], None
         for i, layer in enumerate(self.layers):
             x, h = step.add_norm(x, delta, layer.attention_norm)
             qkv = layer.qkv(h)
-            step.add_lora(i, attention_in, h, qkv)
+            step.add_lora(i, "q_proj", h, qkv)
             h = step.attention(i, layer, qkv)
             delta = layer.o(h)
-            step.add_lora(i, attention_out, h, delta)
+            step.add_lora(i, "o_proj", h, delta)
             x, h = step.add_norm(x, delta, layer.mlp_norm)
             gate_up = layer.gate_up(h)
-            step.add_lora(i, mlp_in, h, gate_up)
+            step.add_lora(i, "gate_proj", h, gate_up)
             h = step.silu_mul(gate_up)
             delta = layer.down(h)
-            step.add_lora(i, mlp_out, h, delta)
+            step.add_lora(i, "down_proj", h, delta)
         assert delta is not None
         return self._head(self._norm(x[batch.outputs] + delta[batch.outputs])).float()
 

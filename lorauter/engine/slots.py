@@ -15,13 +15,15 @@ from torch import Tensor
 
 from lorauter.adapters.counters import TierCounters
 from lorauter.adapters.weights import LoraWeights, ModelShape
-from lorauter.engine.stacks import FREE, LoraBatch, all_columns, columns_of, make_groups
+from lorauter.engine.lora import LoraBatch, mix
+from lorauter.engine.stacks import FREE, make_groups
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 AdapterKey = tuple[str, str]
 Mixture = tuple[tuple[AdapterKey, float], ...]
 
 _FIRST_COLUMNS = 16
+_FIRST_COLUMNS_GPU = 256  # captured graphs end when a stack grows
 
 
 @dataclass(frozen=True)
@@ -178,30 +180,17 @@ class AdapterSlots:
         for key in set(keys):
             self._resident[key].pins -= 1
 
-    def batch(self, mixtures: Sequence[Mixture], *, compact: bool = False) -> LoraBatch | None:
-        """The mixtures of n rows, adapters acquired before; None if no row has any.
-
-        Args:
-            mixtures: of the rows.
-            compact: over copies of the columns that these rows use, unless they are most of what is resident.
-        """
+    def batch(self, mixtures: Sequence[Mixture]) -> LoraBatch | None:
+        """The mixtures of n rows, adapters acquired before; None if no row has any."""
         if not any(mixtures):
             return None
-        slots = {key: self._resident[key].slot for mixture in mixtures for key, _ in mixture}
         highest = len(self._resident) + len(self._free_slots)  # slot number given so far
         weights = torch.zeros(len(mixtures), highest + 1)
         for row, mixture in enumerate(mixtures):
             for key, weight in mixture:
-                weights[row, slots[key]] += weight
-        used = sum(self._cost(self._resident[key].ranks) for key in slots)
-        if compact and 2 * used < sum(stack.capacity * stack.column_bytes for stack in self.stacks.values()):
-            columns, owners = columns_of(self._groups, list(slots.values()))
-        else:
-            targets = {target for key in slots for target in self._resident[key].ranks}
-            columns = all_columns(self._groups)
-            owners = {target: self.stacks[target].owner for target in columns if target in targets}
-        masks = {target: weights[:, owner].to(self._dtype).to(self._device) for target, owner in owners.items()}
-        return LoraBatch(columns, masks, self._generation)
+                weights[row, self._resident[key].slot] += weight
+        batch = mix(self._groups, weights, self._generation)
+        return batch if batch.groups else None
 
     def _cost(self, ranks: Mapping[str, int]) -> int:
         return sum(rank * self.stacks[target].column_bytes for target, rank in ranks.items())
@@ -234,4 +223,5 @@ class AdapterSlots:
             for other in others:
                 other.resize(other.used())
         room = (self.budget_bytes - sum(s.capacity * s.column_bytes for s in others)) // stack.column_bytes
-        stack.resize(max(needed, min(room, max(_FIRST_COLUMNS, 2 * stack.capacity))))
+        first = _FIRST_COLUMNS_GPU if self._device.type == "cuda" else _FIRST_COLUMNS
+        stack.resize(max(needed, min(room, max(first, 2 * stack.capacity))))

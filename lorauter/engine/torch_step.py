@@ -5,7 +5,6 @@ Knows tensors and layers; knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,10 +40,12 @@ class TorchStep:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def add_lora(self, layer: int, parts: Sequence[tuple[str, int]], x: Tensor, y: Tensor) -> None:
-        """Add the mixture's change to `y` (tokens, out), whose columns are the parts `(target, width)`."""
+    def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
+        """Add the mixture's change to `y` (tokens, out), in the targets of which `first` is the first."""
         for tokens, lora in self._batch.lora:
-            lora.add(layer, parts, x[tokens], y[tokens])
+            group = lora.groups.get(first)
+            if group is not None:
+                group.add(layer, x[tokens], y[tokens])
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """Rotate, write keys and values to the cache, attend: (tokens, q + k + v) to (tokens, heads * head_dim)."""

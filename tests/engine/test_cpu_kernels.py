@@ -1,14 +1,17 @@
 """The CPU's kernels against plain PyTorch, at sizes that are no multiples of a vector's."""
 
+import itertools
 import logging
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from lorauter.engine import cpu_kernels
-from lorauter.engine.cpu_kernels import SparseLora, load_kernels
+from lorauter.engine.cpu_kernels import load_kernels
+from lorauter.engine.lora import GroupMixture
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [6, 16, 50, 576]
@@ -106,36 +109,41 @@ def test_attention_lets_nan_through(kernels, randn):
 @pytest.mark.parametrize(("width", "out"), [(6, 10), (50, 70), (576, 192)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_lora_add(kernels, randn, dtype, tokens, width, out, shared):
-    layers, columns = 2, 21
-    a = randn(layers, columns + 5, width) / width**0.5  # five are another target's
-    draw = torch.Generator().manual_seed(tokens)
-
-    def mask():
-        chosen = torch.rand(1 if shared else tokens, columns, generator=draw) < 0.6
-        return (torch.rand(chosen.shape, generator=draw) * chosen).to(dtype)
-
-    first, third = mask(), mask()
-    b, c = randn(layers, columns, out), randn(layers, columns, 2 * out)
-    parts = [(out, (a[:, 5:], b, first)), (3, None), (2 * out, (a, c, third))]
+    group = mixture(randn, tokens, width, [out, 3, 2 * out], used=[13, 0, 21], shared=shared)
     x, y = randn(tokens + 2, width), randn(tokens + 2, 3 * out + 3)
     expected = y.float().clone()
-    for layer in range(layers):
-        here = x[1 : tokens + 1].float()
-        expected[1 : tokens + 1, :out] += ((here @ a[layer, 5:].float().T) * first.float()) @ b[layer].float()
-        expected[1 : tokens + 1, out + 3 :] += ((here @ a[layer, :columns].float().T) * third.float()) @ c[
-            layer
-        ].float()
-    for layer in range(layers):
-        kernels.lora_add(layer, x, y, slice(1, tokens + 1), SparseLora(parts))
+    exact = replace(group, a=group.a.float(), bs=[b.float() for b in group.bs], mask=group.mask.float())
+    for layer in range(2):
+        exact.add(layer, x[1 : tokens + 1].float(), expected[1 : tokens + 1])
+        kernels.lora_add(layer, x, y, slice(1, tokens + 1), group.sparse)
     assert_near(y, expected, steps=6)
 
 
+def mixture(randn, tokens, width, outs, used, *, shared=False):
+    """Some columns of stacks that have more, in no order."""
+    draw = torch.Generator().manual_seed(tokens)
+    bounds = [0, *itertools.accumulate(used)]
+    b_places = torch.cat([torch.randperm(count + 4, generator=draw)[:count] for count in used]).int()
+    a_places = torch.randperm(60, generator=draw)[: bounds[-1]].int()
+    mask = randn(1 if shared else tokens, bounds[-1])
+    return GroupMixture(
+        randn(2, 60, width) / width**0.5,
+        [randn(2, count + 4, out) for count, out in zip(used, outs, strict=True)],
+        bounds,
+        torch.tensor(bounds).int(),
+        a_places,
+        b_places,
+        mask * (torch.rand(mask.shape, generator=draw) < 0.6),
+    )
+
+
 def test_columns_that_a_token_does_not_use_are_not_read(kernels, randn):
-    a, b = randn(1, 3, 8), randn(1, 3, 8)
-    a[0, 1], b[0, 2] = torch.inf, torch.nan
-    x, y = randn(2, 8), torch.zeros(2, 8, dtype=a.dtype)
-    mask = torch.tensor([[1.0, 0, 0], [1.0, 1.0, 0]]).to(a.dtype)
-    kernels.lora_add(0, x, y, slice(None), SparseLora([(8, (a, b, mask))]))
+    group = mixture(randn, 2, 8, [8], used=[3])
+    group.mask[:] = torch.tensor([[1.0, 0, 0], [1.0, 1.0, 0]])
+    group.a[0, group.a_places[1].item()] = torch.inf
+    group.bs[0][0, group.b_places[2].item()] = torch.nan
+    y = randn(2, 8)
+    kernels.lora_add(0, randn(2, 8), y, slice(None), group.sparse)
     assert y[0].isfinite().all()
     assert not y[1].isfinite().any()
 
