@@ -168,6 +168,7 @@ def gpu_throughput(shape: str, engine: MultiLoraEngine, args: argparse.Namespace
         )
         return lambda: run(engine, requests)
 
+    alone = measure({f"{shape}, batch 32, base, no adapter resident": case(32, 0)}, args.repeats).popitem()[1]
     for batch in (32, 128):
         title = f"{shape}, batch {batch}"
         names = {k: f"{title}, K = {k}" if k else f"{title}, base" for k in (0, 1, 3)}
@@ -178,7 +179,9 @@ def gpu_throughput(shape: str, engine: MultiLoraEngine, args: argparse.Namespace
             profile(engine, case(batch, 3), f"{title}, K = 3")
     # What is resident but not used must cost nothing; what is used, only its own share.
     title = f"{shape}, batch 32, 256 resident"
-    measure({f"{title}, K = 3, of 256": case(32, 3, 256), f"{title}, K = 3, of 16": case(32, 3)}, args.repeats)
+    cases = {"K = 3, of 256": case(32, 3, 256), "K = 3, of 16": case(32, 3), "base": case(32, 0)}
+    results = measure({f"{title}, {name}": one for name, one in cases.items()}, args.repeats)
+    report(f"{title}, base of base with none", results[f"{title}, base"] / alone, "")
 
 
 def memory(shape: str, engine: MultiLoraEngine) -> None:
@@ -314,6 +317,7 @@ def cpu(args: argparse.Namespace) -> None:
         requests = [GenerationRequest(ids, tuple(mixture(i)), sampling) for i, ids in enumerate(prompts)]
         return lambda: run(engine, requests)
 
+    alone = measure({"engine, no adapter resident": case(lambda i: ())}, args.repeats).popitem()[1]
     base, mixed = hf_peers(path, prompts, [pool[name] for name in eight])
     vllm: dict[str, Callable[[], float]] = {}
     if args.vllm:
@@ -338,6 +342,7 @@ def cpu(args: argparse.Namespace) -> None:
         args.repeats,
     )
     own = results["engine, no adapters"]
+    report("no adapters, 40 resident, of none resident", own / alone, "")
     report("8 adapters of no adapters", results["engine, 8 adapters"] / own, "")
     if vllm:
         report("no adapters of vLLM", own / results["vLLM, no adapters"], "")

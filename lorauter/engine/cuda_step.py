@@ -5,6 +5,7 @@ Knows tensors and layers; knows nothing of requests.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ class CudaStep(TorchStep):
         self._cos_table, self._sin_table = model.rotary_table(cache.length)
         self._rows = batch.cache_rows()
         self._prefill_masks = {}
+        self._shrunk: list[Tensor] = []
         self._fresh = [span for span in batch.spans if span.start == 0]
         if self._fresh:
             self._lay_out_fresh_spans()
@@ -59,18 +61,30 @@ class CudaStep(TorchStep):
         """See `TorchStep.silu_mul`."""
         return kernels.silu_mul(gate_up)
 
+    def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
+        """Shrink the input on a second stream, beside the base product: alone, neither fills the GPU."""
+        for tokens, lora in self._batch.lora:
+            group = lora.groups.get(first)
+            if group is not None and x[tokens].shape[0] <= _FUSED_TOKENS:
+                stream = _second_stream(x.device)
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    shrunk = kernels.lora_shrink(x[tokens], group.a[layer], group.a_places, group.starts, group.mask)
+                self._shrunk.append(shrunk)
+
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """See `TorchStep.add_lora`."""
+        if self._shrunk:
+            torch.cuda.current_stream().wait_stream(_second_stream(x.device))
         for tokens, lora in self._batch.lora:
             group = lora.groups.get(first)
             if group is None:
                 continue
-            here = x[tokens]
-            if here.shape[0] > _FUSED_TOKENS:
-                group.add(layer, here, y[tokens])
-                continue
-            shrunk = kernels.lora_shrink(here, group.a[layer], group.a_places, group.starts, group.mask)
-            kernels.lora_expand(y[tokens], shrunk, group.starts, group.b_places, [b[layer] for b in group.bs])
+            if x[tokens].shape[0] > _FUSED_TOKENS:
+                group.add(layer, x[tokens], y[tokens])
+            else:
+                bs = [b[layer] for b in group.bs]
+                kernels.lora_expand(y[tokens], self._shrunk.pop(0), group.starts, group.b_places, bs)
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """See `TorchStep.attention`."""
@@ -126,3 +140,8 @@ class CudaStep(TorchStep):
             out[first:] = flat
         else:
             out[self._rectangle.view(-1)[self._inside]] = flat[self._inside]
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -420,8 +420,12 @@ class MultiLoraEngine:
                 sequence.ended = self._take(sequence, token)
                 continue
             names = [packed.name for packed in sequence.adapters]
-            error = InvalidRequest(
-                f"the model's output is not finite under the adapters {names} with these weights", param="adapters"
+            error = (
+                InvalidRequest(
+                    f"the model's output is not finite under the adapters {names} with these weights", param="adapters"
+                )
+                if names
+                else LorauterError("the base model's output is not finite, without any adapter")
             )
             sequence.tokens.append(0)
             sequence.ended = True

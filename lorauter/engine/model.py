@@ -233,15 +233,19 @@ class Decoder:
         x, delta = self._embedding[batch.tokens], None
         for i, layer in enumerate(self.layers):
             x, h = step.add_norm(x, delta, layer.attention_norm)
+            step.begin_lora(i, "q_proj", h)
             qkv = layer.qkv(h)
             step.add_lora(i, "q_proj", h, qkv)
             h = step.attention(i, layer, qkv)
+            step.begin_lora(i, "o_proj", h)
             delta = layer.o(h)
             step.add_lora(i, "o_proj", h, delta)
             x, h = step.add_norm(x, delta, layer.mlp_norm)
+            step.begin_lora(i, "gate_proj", h)
             gate_up = layer.gate_up(h)
             step.add_lora(i, "gate_proj", h, gate_up)
             h = step.silu_mul(gate_up)
+            step.begin_lora(i, "down_proj", h)
             delta = layer.down(h)
             step.add_lora(i, "down_proj", h, delta)
         assert delta is not None

@@ -40,6 +40,9 @@ class TorchStep:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
+        """Called before the base product of the same input, for what can go on beside it."""
+
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """Add the mixture's change to `y` (tokens, out), in the targets of which `first` is the first."""
         for tokens, lora in self._batch.lora:

@@ -329,6 +329,12 @@ def test_logits_that_are_not_finite_fail_their_request_alone(start, counting, pa
     assert "culprit" in str(failed)
 
 
+def test_logits_of_the_base_model_that_are_not_finite_are_no_fault_of_the_request(start, counting):
+    with pytest.raises(LorauterError, match="base model's output is not finite") as caught:
+        start(counting).generate([ask("!")])
+    assert type(caught.value) is LorauterError
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_what_is_not_finite_does_not_outlive_its_request(pool, start, paced, huge, cancelled):
     """0 times NaN is NaN, also where attention masks what an earlier sequence left in a cache row."""
