@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorauter.engine.types import SamplingParams
-from lorauter.routing.retrieve import RetrievedTask
+from lorauter.routing.retrieve import Retrieved
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The nearest tasks of n queries, and the version of the catalog that they were found in."""
+    """What was found for n queries, and the version of the catalog that it was found in."""
 
     catalog_version: str
-    tasks: list[tuple[RetrievedTask, ...]]
+    found: list[Retrieved]
 
 
 @dataclass(frozen=True)

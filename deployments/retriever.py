@@ -22,10 +22,10 @@ class TaskRetriever:
     def __init__(self, catalog: str, config: RoutingConfig) -> None:
         self._retriever = Retriever(Catalog.load(catalog), config)
 
-    async def retrieve(self, embeddings: Embeddings, options: list[RoutingOptions]) -> Retrieval:
+    async def retrieve(self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]) -> Retrieval:
         """See `Retriever.retrieve`."""
-        tasks = self._retriever.retrieve(embeddings, options)
-        return Retrieval(self._retriever.catalog.version, tasks)
+        found = self._retriever.retrieve(embeddings, texts, options)
+        return Retrieval(self._retriever.catalog.version, found)
 
     async def check_probe(self, probe: Embeddings, encoder: str) -> None:
         """See `Catalog.check_probe`."""

@@ -67,12 +67,14 @@ class Router:
             check_text(text, param=f"input[{i}]")
         try:
             embeddings = await self._embedder.embed.remote(list(texts))
-            found: Retrieval = await self._retriever.retrieve.remote(embeddings, [options] * len(texts))
+            retrieval: Retrieval = await self._retriever.retrieve.remote(
+                embeddings, list(texts), [options] * len(texts)
+            )
         except Exception as error:
             raise _translated(error) from error
         return [
-            compose(tasks, options, self._config.routing, catalog_version=found.catalog_version)
-            for tasks in found.tasks
+            compose(found, options, self._config.routing, catalog_version=retrieval.catalog_version)
+            for found in retrieval.found
         ]
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:

@@ -60,11 +60,12 @@ def resolve_catalog(catalog: str, notify: Notify = lambda _: None) -> str:
         return catalog
     from lorauter.adapters import AdapterRepository, DirectoryStore
     from lorauter.catalog import build_catalog
+    from lorauter.catalog.catalog import FORMAT
     from lorauter.tasks import read_tasks, task_files
 
     tasks, adapters = _examples("tasks"), _examples("adapters")
     repository = AdapterRepository(DirectoryStore(adapters))
-    stamp = hashlib.sha256(_ENCODER_FOLDER.encode())
+    stamp = hashlib.sha256(f"{_ENCODER_FOLDER} {FORMAT}".encode())
     for path in task_files(tasks):
         stamp.update(path.name.encode() + path.read_bytes())
     for name in repository.names():

@@ -5,6 +5,7 @@ Below the root of a store:
     CURRENT                     the version that readers take
     <version>/catalog.json      tasks, rankings, identities, and the hashes of the other files
     <version>/*.npy             embeddings
+    <version>/rerank/*.npy      the reranker that was fitted to them
     <version>/index.faiss       the FAISS index over the tasks
 
 The version is the hash of `catalog.json`, and so of everything. It is published by writing CURRENT last.
@@ -17,21 +18,23 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from lorauter.adapters.store import ObjectStore, open_store
+from lorauter.catalog.rerank import Reranker
 from lorauter.encoder import Embeddings, Encoder
 from lorauter.errors import CatalogError, ObjectNotFound
 from lorauter.names import is_valid_name
 from lorauter.tasks import Task
 
-FORMAT = 1
+FORMAT = 2
 CURRENT_FILE = "CURRENT"
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 _MIN_PROBE_SIMILARITY = 0.99
@@ -40,7 +43,7 @@ _ARRAYS = ("centroids", "examples", "probe")
 
 @dataclass(frozen=True)
 class RankedAdapter:
-    """An adapter that serves a task. `score` is its mean metric on the task's validation examples, if known."""
+    """An adapter that serves a task. `score` is that of `lorauter.catalog.utility`, if it was tried on the task."""
 
     name: str
     score: float | None = None
@@ -48,10 +51,15 @@ class RankedAdapter:
 
 @dataclass(frozen=True)
 class CatalogTask:
-    """A task, and the adapters that serve it, the best first."""
+    """A task, and the adapters that serve it, the best first.
+
+    Attributes:
+        scores: `{adapter: {validation example: score}}`, of all that were tried on it.
+    """
 
     task: Task
     adapters: tuple[RankedAdapter, ...]
+    scores: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -93,6 +101,17 @@ class Catalog:
         index.add(self.centroids)
         return index
 
+    @property
+    def task_examples(self) -> list[Embeddings]:
+        """`examples`, task by task."""
+        return np.split(self.examples, np.cumsum([len(entry.task.validation) for entry in self.tasks])[:-1])
+
+    @cached_property
+    def reranker(self) -> Reranker:
+        """Fitted to the examples; read, where the catalog was read."""
+        texts = [[example.input for example in entry.task.validation] for entry in self.tasks]
+        return Reranker.fit(self.task_examples, texts)
+
     @cached_property
     def version(self) -> str:
         """Identifies the content: 16 hexadecimal digits."""
@@ -101,6 +120,7 @@ class Catalog:
     @cached_property
     def _files(self) -> dict[str, bytes]:
         files = {f"{name}.npy": _npy(getattr(self, name)) for name in _ARRAYS}
+        files |= {f"rerank/{name}.npy": _npy(array) for name, array in self.reranker.arrays().items()}
         files["index.faiss"] = faiss.serialize_index(self.index).tobytes()
         head = {
             "format": FORMAT,
@@ -109,7 +129,11 @@ class Catalog:
             "base_model": self.base_model,
             "adapters": dict(self.adapters),
             "tasks": [
-                {"task": entry.task.to_json(), "adapters": [vars(adapter) for adapter in entry.adapters]}
+                {
+                    "task": entry.task.to_json(),
+                    "adapters": [vars(adapter) for adapter in entry.adapters],
+                    "scores": {name: {str(i): s for i, s in sorted(of.items())} for name, of in entry.scores.items()},
+                }
                 for entry in self.tasks
             ],
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
@@ -176,14 +200,17 @@ class Catalog:
                 CatalogTask(
                     Task.from_json(row["task"], source=f"{store.uri}/{version}"),
                     tuple(RankedAdapter(**adapter) for adapter in row["adapters"]),
+                    {name: {int(i): score for i, score in of.items()} for name, of in row["scores"].items()},
                 )
                 for row in head["tasks"]
             ),
             adapters=head["adapters"],
             encoder=head["encoder"],
             base_model=head["base_model"],
-            **{name: np.load(io.BytesIO(files[f"{name}.npy"]), allow_pickle=False) for name in _ARRAYS},
+            **{name: _array(files[f"{name}.npy"]) for name in _ARRAYS},
         )
+        rerank = {Path(name).stem: _array(raw) for name, raw in files.items() if name.startswith("rerank/")}
+        catalog.__dict__["reranker"] = Reranker.from_arrays(rerank)
         catalog.__dict__["index"] = faiss.deserialize_index(np.frombuffer(files["index.faiss"], np.uint8))
         catalog.__dict__["version"] = version
         return catalog
@@ -201,7 +228,11 @@ def _store(source: str | Path | ObjectStore) -> ObjectStore:
     return open_store(source) if isinstance(source, str | Path) else source
 
 
-def _npy(array: Embeddings) -> bytes:
+def _array(raw: bytes) -> Any:
+    return np.load(io.BytesIO(raw), allow_pickle=False)
+
+
+def _npy(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

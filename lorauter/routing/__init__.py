@@ -2,11 +2,13 @@
 
 from lorauter.routing.compose import AdapterWeight, RoutingDecision, TaskScore, compose
 from lorauter.routing.options import RoutingConfig, RoutingOptions
-from lorauter.routing.retrieve import RetrievedTask, Retriever
+from lorauter.routing.retrieve import AdapterUtility, Retrieved, RetrievedTask, Retriever
 from lorauter.routing.router import Router, check_text
 
 __all__ = [
+    "AdapterUtility",
     "AdapterWeight",
+    "Retrieved",
     "RetrievedTask",
     "Retriever",
     "Router",

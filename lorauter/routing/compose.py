@@ -1,4 +1,4 @@
-"""Composition: from the tasks near a query to weighted adapters, and the decision that says so.
+"""Composition: from what was retrieved for a query to weighted adapters, and the decision that says so.
 
 Knows nothing of embeddings or catalogs.
 """
@@ -6,20 +6,24 @@ Knows nothing of embeddings or catalogs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lorauter.routing.options import RoutingConfig, RoutingOptions
-from lorauter.routing.retrieve import RetrievedTask
+from lorauter.routing.retrieve import Retrieved
+
+_LEAST_UTILITY = 0.05  # the largest utility counts as no less
+_LEAST_WEIGHT = 0.01  # a utility mixture leaves out what weighs less: it would be fetched for nothing
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A task and its cosine similarity to the query."""
+    """A task, its cosine similarity to the query, and the probability that the query is one of it."""
 
     name: str
     score: float
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,16 @@ class RoutingDecision:
 
     Attributes:
         catalog_version: the catalog that it was decided on; None where adapters were chosen by hand.
-        tasks: the nearest tasks, the nearest first.
+        tasks: the likeliest tasks, the likeliest first.
         adapters: the mixture, the heaviest first; the weights sum to 1. Empty means the base model alone.
+        confidence: the probability, in [0, 1], that the query is one of the first task; None where adapters were
+            chosen by hand.
     """
 
     catalog_version: str | None
     tasks: tuple[TaskScore, ...]
     adapters: tuple[AdapterWeight, ...]
+    confidence: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As the HTTP API and the command line show it."""
@@ -50,32 +57,61 @@ class RoutingDecision:
             "catalog_version": self.catalog_version,
             "tasks": [vars(task) for task in self.tasks],
             "adapters": [vars(adapter) for adapter in self.adapters],
+            "confidence": self.confidence,
         }
 
 
 def compose(
-    retrieved: Sequence[RetrievedTask],
-    options: RoutingOptions,
-    config: RoutingConfig,
-    *,
-    catalog_version: str,
+    retrieved: Retrieved, options: RoutingOptions, config: RoutingConfig, *, catalog_version: str
 ) -> RoutingDecision:
-    """Weigh the best adapters of the nearest tasks.
+    """Weigh adapters.
 
-    The `top_k` nearest tasks that have an adapter lend their best one, with weights softmax(score / temperature)
-    (LORAUTER, arXiv 2601.21795, section 3.3). An adapter that serves several of them gets their weights' sum; one
-    whose weight underflows to 0 is left out.
+    By "utility", the `top_k` adapters of the largest expected utility u get the weights softmax(u / temperature),
+    where the router's own temperature is divided by the largest u to the power of `softening`; what weighs under 1 %
+    is left out.
+    By "tasks", the `top_k` likeliest tasks that have an adapter lend their best one, with the weights
+    softmax(score / temperature) (LORAUTER, arXiv 2601.21795, section 3.3), where the score is the cosine, or the
+    logarithm of the probability where tasks are reranked. An adapter that serves several of them gets their weights'
+    sum; one whose weight underflows to 0 is left out.
     """
-    lending = [task for task in retrieved if task.adapters][: options.top_k or config.top_k]
-    weights: dict[str, float] = {}
-    if lending:
-        temperature = options.temperature or config.temperature
-        best = max(task.score for task in lending)
-        shares = [math.exp((task.score - best) / temperature) for task in lending]
-        for task, share in zip(lending, shares, strict=True):
-            weights[task.adapters[0]] = weights.get(task.adapters[0], 0.0) + share / sum(shares)
+    tasks = retrieved.tasks[: config.num_tasks]
+    confidence = retrieved.familiarity * max((task.probability for task in tasks), default=0.0)
+    top_k, temperature = options.top_k or config.top_k, options.temperature or config.temperature
+    if config.fallback and retrieved.stranger:
+        weights: Mapping[str, float] = {}
+    elif config.composition == "utility":
+        mixed = [(adapter.name, adapter.utility) for adapter in retrieved.adapters[:top_k]]
+        if mixed and not options.temperature:
+            temperature /= max(mixed[0][1], _LEAST_UTILITY) ** config.softening
+        weights = _softmax(mixed, temperature)
+        weights = _scaled({name: weight for name, weight in weights.items() if weight >= _LEAST_WEIGHT})
+    else:
+        lending = [task for task in retrieved.tasks if task.adapters][:top_k]
+        scores = [
+            (task.adapters[0], math.log(max(task.probability, 1e-30)) if config.rerank else task.score)
+            for task in lending
+        ]
+        weights = _softmax(scores, temperature)
     return RoutingDecision(
         catalog_version,
-        tuple(TaskScore(task.name, task.score) for task in retrieved[: config.num_tasks]),
+        tuple(TaskScore(task.name, task.score, task.probability) for task in tasks),
         tuple(AdapterWeight(n, w) for n, w in sorted(weights.items(), key=lambda item: -item[1]) if w),
+        confidence,
     )
+
+
+def _softmax(scores: list[tuple[str, float]], temperature: float) -> dict[str, float]:
+    """The softmax of scores; those of one name are added up."""
+    weights: dict[str, float] = {}
+    if scores:
+        best = max(score for _, score in scores)
+        shares = [math.exp((score - best) / temperature) for _, score in scores]
+        for (name, _), share in zip(scores, shares, strict=True):
+            weights[name] = weights.get(name, 0.0) + share / sum(shares)
+    return weights
+
+
+def _scaled(weights: dict[str, float]) -> dict[str, float]:
+    """The same in sum 1."""
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}

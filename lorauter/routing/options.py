@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 TopK = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[FiniteFloat, Field(gt=0, le=100)]
 Names = Annotated[frozenset[str], Field(strict=False)]  # any collection of strings will do
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": {
+        "rerank": False,
+        "composition": "tasks",
+        "top_k": 3,
+        "temperature": 0.2,
+        "fallback": False,
+    },
+}
+"""What each preset changes of the defaults: "paper" is the recipe of LORAUTER (arXiv 2601.21795)."""
 
 
 class RoutingConfig(BaseModel):
     """The settings of a router.
 
     Attributes:
-        top_k: how many of the nearest tasks lend their adapter to the mixture.
-        temperature: divides the cosine similarities before the softmax that makes them weights; the smaller, the
-            more the nearest task's adapter prevails.
+        preset: the settings that those given here change.
+        rerank: order the retrieved tasks by the catalog's reranker, else by cosine similarity.
+        candidates: tasks retrieved by cosine similarity, for the reranker and the composition.
+        composition: "utility" mixes the adapters of the largest expected utility over the retrieved tasks; "tasks"
+            the best adapter of each of the nearest tasks.
+        selection: what an adapter is worth for a task: its score on all of the task's examples ("mean"), or with
+            more weight on those that resemble the query ("similar"); for tasks that adapters were matched to.
+        softness: divides the logits of the tasks before the softmax that the utilities are expected under.
+        top_k: adapters in a mixture, or tasks that lend one, at most.
+        temperature: divides utilities, or the tasks' scores, before the softmax that makes them weights; the smaller,
+            the more the best prevails.
+        softening: the temperature is divided by the largest utility to this power: sharp where one adapter is sure to
+            serve, soft where even the best is not.
         num_tasks: how many of the nearest tasks a decision reports.
+        fallback: answer with the base model alone what is stranger than nearly every query of a task that the
+            catalog lacks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    top_k: TopK = 3
-    temperature: Temperature = 0.2
+    preset: Literal["default", "paper"] = "default"
+    rerank: bool = True
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 64
+    composition: Literal["utility", "tasks"] = "utility"
+    selection: Literal["mean", "similar"] = "mean"
+    softness: Temperature = 2.0
+    top_k: TopK = 16
+    temperature: Temperature = 0.05
+    softening: Annotated[FiniteFloat, Field(ge=0, le=10)] = 4.0
     num_tasks: Annotated[int, Field(ge=1, le=1000)] = 10
+    fallback: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        preset = given.get("preset") if isinstance(given, Mapping) else None
+        return {**PRESETS[preset], **given} if isinstance(preset, str) and preset in PRESETS else given
 
 
 class RoutingOptions(BaseModel):

@@ -1,28 +1,71 @@
-"""Retrieval: the catalog's tasks nearest to a query's embedding, each with the adapters it may lend.
+"""Retrieval: the catalog's tasks nearest to a query, reranked, and what each adapter is worth for it.
 
-Knows the catalog and its FAISS index; knows nothing of encoders, and does not weigh adapters.
+Knows the catalog, its FAISS index, its reranker and its scores; knows nothing of encoders, and does not weigh
+adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorauter.catalog.catalog import Catalog
+from lorauter.catalog.rerank import softmax
+from lorauter.catalog.utility import PRIOR_EXAMPLES
 from lorauter.encoder import Embeddings
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingConfig, RoutingOptions
 
+_COSINE_LOGIT = 20.0  # a logit is that many cosines where tasks are not reranked
+_NEIGHBOUR_TEMPERATURE = 0.2  # of the cosines that make a task's examples a query's neighbours
+_SELECTED_TASKS = 8  # likeliest tasks whose single examples are looked at
+_LEAST_BEST = 0.05  # a task's best score counts as no less: else noise would look like skill
+_MAX_ADAPTERS = 64
+
 
 @dataclass(frozen=True)
 class RetrievedTask:
-    """A task near a query: its cosine similarity, and the adapters that may serve it here, the best first."""
+    """A task near a query.
+
+    Attributes:
+        score: cosine similarity.
+        adapters: that may serve it here, the best first.
+        probability: that the query is one of it, if it is one of any.
+    """
 
     name: str
     score: float
     adapters: tuple[str, ...]
+    probability: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdapterUtility:
+    """What an adapter is expected to be worth: 1 is the best there is for each task that the query may be of."""
+
+    name: str
+    utility: float
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What was found for one query.
+
+    Attributes:
+        tasks: the likeliest first.
+        adapters: those that may be used here, the most useful first; none of no use.
+        familiarity: the probability that the query is one of any of the catalog's tasks.
+        stranger: whether it is stranger than nearly every query of a task that the catalog lacks.
+    """
+
+    tasks: tuple[RetrievedTask, ...] = ()
+    adapters: tuple[AdapterUtility, ...] = ()
+    familiarity: float = 0.0
+    stranger: bool = False
 
 
 class Retriever:
@@ -30,17 +73,24 @@ class Retriever:
 
     def __init__(self, catalog: Catalog, config: RoutingConfig) -> None:
         self.catalog = catalog
-        self._config = config
+        self.config = config
         self._index = catalog.index
+        self._examples = catalog.task_examples
+        self._worth = [_worths(entry.adapters) for entry in catalog.tasks]
+        self._scores = [_matrix(entry) for entry in catalog.tasks] if config.selection == "similar" else []
+        self._reranker = catalog.reranker
 
-    def retrieve(self, embeddings: Embeddings, options: Sequence[RoutingOptions]) -> list[tuple[RetrievedTask, ...]]:
-        """The nearest tasks of n queries, the nearest first.
+    def retrieve(
+        self, embeddings: Embeddings, texts: Sequence[str], options: Sequence[RoutingOptions]
+    ) -> list[Retrieved]:
+        """What there is for n queries.
 
-        At least `num_tasks` each, as far as there are; more where it takes more to find `top_k` tasks that have
-        an adapter left to lend.
+        At least `num_tasks` tasks each, as far as there are; more where it takes more to find `top_k` tasks that
+        have an adapter left to lend.
 
         Args:
             embeddings: (n, d) float32, unit rows.
+            texts: n of them.
             options: n of them.
 
         Raises:
@@ -53,37 +103,107 @@ class Retriever:
         if not np.isfinite(embeddings).all():
             raise InvalidRequest("the embeddings hold NaN or infinity")
         total = len(self.catalog.tasks)
-        excluded = max((len(option.exclude_tasks) for option in options), default=0)
-        depth = min(total, max(self._config.num_tasks, *(self._top_k(o) for o in options)) + excluded) if options else 0
-        results: list[tuple[RetrievedTask, ...]] = [()] * len(options)
-        pending = list(range(len(options)))
+        results = [Retrieved()] * len(options)
+        pending, wanted = list(range(len(options))), [self._wanted(option) for option in options]
         while pending:
+            depth = min(total, max(wanted[i] + len(options[i].exclude_tasks) for i in pending))
             scores, ids = self._index.search(np.ascontiguousarray(embeddings[pending]), depth)
             unfilled = []
             for i, row_scores, row_ids in zip(pending, scores, ids, strict=True):
-                results[i], filled = self._collect(row_scores, row_ids, options[i])
-                if not filled and depth < total:
+                kept = [j for j, t in enumerate(row_ids) if self.catalog.tasks[t].name not in options[i].exclude_tasks]
+                kept = kept[: wanted[i]]  # as many whatever is excluded and whoever shares the batch
+                results[i] = self._judge(embeddings[i], texts[i], row_ids[kept], row_scores[kept], options[i])
+                if wanted[i] < total and not self._filled(results[i], options[i]):
                     unfilled.append(i)
-            pending, depth = unfilled, min(total, 4 * depth)
+                    wanted[i] *= 4
+            pending = unfilled
         return results
 
-    def _top_k(self, options: RoutingOptions) -> int:
-        return options.top_k or self._config.top_k
+    def _wanted(self, options: RoutingOptions) -> int:
+        config = self.config
+        return max(config.num_tasks, config.candidates * config.rerank, self._top_k(options))
 
-    def _collect(
-        self, scores: Embeddings, ids: Embeddings, options: RoutingOptions
-    ) -> tuple[tuple[RetrievedTask, ...], bool]:
-        """The tasks that count for one query, and whether the search went deep enough."""
-        found: list[RetrievedTask] = []
-        wanted = self._top_k(options) if self.catalog.adapters else 0
-        for score, task_id in zip(scores, ids, strict=True):
-            entry = self.catalog.tasks[int(task_id)]
-            if entry.name in options.exclude_tasks:
-                continue
+    def _top_k(self, options: RoutingOptions) -> int:
+        return options.top_k or self.config.top_k
+
+    def _filled(self, result: Retrieved, options: RoutingOptions) -> bool:
+        """Whether the search went deep enough."""
+        lending = sum(bool(task.adapters) for task in result.tasks) if self.catalog.adapters else self._top_k(options)
+        if self.config.composition == "utility":
+            lending = max(lending, len(result.adapters))
+        return len(result.tasks) >= self.config.num_tasks and lending >= self._top_k(options)
+
+    def _judge(
+        self, embedding: Embeddings, text: str, ids: NDArray[np.int64], scores: Embeddings, options: RoutingOptions
+    ) -> Retrieved:
+        if not len(ids):
+            return Retrieved()
+        ranking = self._reranker.rank(embedding, text, ids, scores)
+        logits = ranking.logits if self.config.rerank else _COSINE_LOGIT * scores.astype(np.float64)
+        order = np.argsort(-logits, kind="stable")
+        ids, scores, logits = ids[order], scores[order], logits[order]
+        tasks: list[RetrievedTask] = []
+        lent = 0
+        for task_id, score, probability in zip(ids, scores, softmax(logits), strict=True):
+            entry = self.catalog.tasks[task_id]
             adapters = tuple(adapter.name for adapter in entry.adapters if options.allows(adapter.name))
-            wanted -= bool(adapters)
-            if len(found) < self._config.num_tasks or adapters:
-                found.append(RetrievedTask(entry.name, float(score), adapters))
-            if len(found) >= self._config.num_tasks and wanted <= 0:
-                return tuple(found), True
-        return tuple(found), False
+            if len(tasks) < self.config.num_tasks or (adapters and lent < self._top_k(options)):
+                tasks.append(RetrievedTask(entry.name, float(score), adapters, float(probability)))
+                lent += bool(adapters)
+        return Retrieved(
+            tuple(tasks),
+            self._utilities(embedding, ids, softmax(logits / self.config.softness), options),
+            ranking.familiarity,
+            ranking.familiarity < self._reranker.stranger,
+        )
+
+    def _utilities(
+        self, embedding: Embeddings, ids: NDArray[np.int64], chances: NDArray[np.float64], options: RoutingOptions
+    ) -> tuple[AdapterUtility, ...]:
+        """Each adapter's worth for a task, times the chance of the task, summed."""
+        totals: dict[str, float] = {}
+        for place, (task_id, chance) in enumerate(zip(ids, chances, strict=True)):
+            names, worths = self._worth[task_id]
+            if self._scores and place < _SELECTED_TASKS and self._scores[task_id] is not None:
+                worths = self._worths_nearby(embedding, task_id)
+            for name, worth in zip(names, worths, strict=True):
+                totals[name] = totals.get(name, 0.0) + float(chance) * float(worth)
+        allowed = [(name, total) for name, total in totals.items() if total > 0 and options.allows(name)]
+        allowed.sort(key=lambda item: (-item[1], item[0]))
+        return tuple(AdapterUtility(name, total) for name, total in allowed[:_MAX_ADAPTERS])
+
+    def _worths_nearby(self, embedding: Embeddings, task_id: int) -> NDArray[np.float64]:
+        """The worths of a task's adapters with more weight on examples that resemble the query.
+
+        Of n examples that an adapter met, each counts by softmax(cosine / temperature) among them, in place of 1 / n.
+        """
+        values, tried, counts = self._scores[task_id]
+        _, worths = self._worth[task_id]
+        nearness = np.exp((self._examples[task_id] @ embedding - 1).astype(np.float64) / _NEIGHBOUR_TEMPERATURE)
+        mass = tried @ nearness
+        nearby = np.divide(values @ nearness, mass, out=np.zeros_like(mass), where=mass > 0)
+        share = counts / (counts + PRIOR_EXAMPLES)
+        best = max(float(self.catalog.tasks[task_id].adapters[0].score or 0.0), _LEAST_BEST)
+        means = np.divide(values.sum(axis=1), counts, out=np.zeros_like(mass), where=counts > 0)
+        return np.asarray(worths + share * (nearby - means) / best)
+
+
+def _worths(adapters: Sequence[Any]) -> tuple[list[str], NDArray[np.float64]]:
+    """Names, and scores relative to the best; where there are none, the first is worth 1 and each next half of it."""
+    names = [adapter.name for adapter in adapters]
+    if adapters and all(adapter.score is not None for adapter in adapters):
+        scores = np.array([adapter.score for adapter in adapters], np.float64)
+        return names, scores / max(float(scores.max()), _LEAST_BEST)
+    return names, 0.5 ** np.arange(len(names), dtype=np.float64)
+
+
+def _matrix(entry: Any) -> Any:
+    """Of a task's ranked adapters the scores by example, which were made, and how many; None without any."""
+    if not entry.scores:
+        return None
+    values = np.zeros((len(entry.adapters), len(entry.task.validation)))
+    tried = np.zeros(values.shape)
+    for row, adapter in enumerate(entry.adapters):
+        for example, score in entry.scores.get(adapter.name, {}).items():
+            values[row, example], tried[row, example] = score, 1
+    return values, tried, tried.sum(axis=1)

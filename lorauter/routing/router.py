@@ -69,10 +69,10 @@ class Router:
             check_text(text, param=f"input[{i}]")
         if not texts:
             return []
-        retrieved = self._retriever.retrieve(self._encoder.encode(texts), options)
+        retrieved = self._retriever.retrieve(self._encoder.encode(texts), texts, options)
         return [
-            compose(tasks, option, self.config, catalog_version=self.catalog.version)
-            for tasks, option in zip(retrieved, options, strict=True)
+            compose(found, option, self.config, catalog_version=self.catalog.version)
+            for found, option in zip(retrieved, options, strict=True)
         ]
 
 

@@ -8,11 +8,18 @@ import pytest
 from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import Catalog, CatalogTask, RankedAdapter, build_catalog, current_version
+from lorauter.catalog.catalog import FORMAT
+from lorauter.catalog.rerank import Reranker
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import CatalogError, StoreUnavailable
 
 ENCODER = HashingEncoder(64)
-FILES = ("catalog.json", "centroids.npy", "examples.npy", "probe.npy", "index.faiss")
+RERANKER = ("bias", "coefficients", "discriminant", "familiar", "stranger")
+LEXICON = ("lexicon_buckets", "lexicon_idf", "lexicon_starts", "lexicon_values")
+FILES = (
+    *("catalog.json", "centroids.npy", "examples.npy", "probe.npy", "index.faiss"),
+    *(f"rerank/{name}.npy" for name in (*RERANKER, *LEXICON)),
+)
 
 
 @pytest.fixture
@@ -96,6 +103,38 @@ def test_scores_are_kept(catalog) -> None:
     assert Catalog.load(store).tasks[0] == entry
 
 
+def test_the_scores_by_example_are_kept(catalog) -> None:
+    scores = {"wic": {10: 0.1 + 0.2, 2: 1.0, 0: 0.0}, "sst2": {1: -0.5}}
+    entry = dataclasses.replace(catalog.tasks[0], scores=scores)
+    store = MemoryStore()
+    changed = dataclasses.replace(catalog, tasks=(entry, *catalog.tasks[1:]))
+    assert changed.save(store) != catalog.version
+    read = Catalog.load(store)
+    assert read.tasks[0].scores == scores
+    assert read.tasks[1].scores == {}
+    shuffled = {name: dict(sorted(of.items())) for name, of in reversed(scores.items())}
+    entry = dataclasses.replace(catalog.tasks[0], scores=shuffled)
+    assert dataclasses.replace(catalog, tasks=(entry, *catalog.tasks[1:])).version == changed.version
+
+
+def test_the_reranker_is_kept_and_not_fitted_again(memory, catalog, monkeypatch) -> None:
+    monkeypatch.setattr(Reranker, "fit", lambda *_: pytest.fail("was fitted again"))
+    again = Catalog.load(memory)
+    for name, array in catalog.reranker.arrays().items():
+        np.testing.assert_array_equal(again.reranker.arrays()[name], array, err_msg=name)
+    (query,) = ENCODER.encode(["another wic question"])
+    cosines, tasks = catalog.centroids @ query, np.arange(3)
+    ranked = [c.reranker.rank(query, "another wic question", tasks, cosines) for c in (catalog, again)]
+    np.testing.assert_array_equal(ranked[0].logits, ranked[1].logits)
+    assert ranked[0].familiarity == ranked[1].familiarity
+    assert again.tasks[int(ranked[1].logits.argmax())].name == "wic"
+
+
+def test_the_examples_of_each_task_are_its_own(catalog) -> None:
+    for entry, rows in zip(catalog.tasks, catalog.task_examples, strict=True):
+        np.testing.assert_array_equal(rows, ENCODER.encode([example.input for example in entry.task.validation]))
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     "damage",
@@ -144,6 +183,10 @@ def test_a_current_that_points_at_nothing_is_refused(memory, current, said) -> N
         Catalog.load(memory)
 
 
+def without(head, file):
+    return {**head, "sha256": {name: digest for name, digest in head["sha256"].items() if name != file}}
+
+
 @pytest.mark.parametrize("version", ["0123456789abcdef", "../x", "CURRENT"])
 def test_a_version_that_is_not_there_is_refused(memory, version) -> None:
     with pytest.raises(CatalogError):
@@ -158,11 +201,16 @@ def test_a_trailing_newline_in_current_does_no_harm(memory, catalog) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda head: {**head, "format": 2}, "has format 2, this lorauter reads 1"),
+        (lambda head: {**head, "format": FORMAT + 1}, f"has format {FORMAT + 1}, this lorauter reads {FORMAT}"),
+        (lambda head: {**head, "format": 1}, f"has format 1, this lorauter reads {FORMAT}"),
         (lambda head: {k: v for k, v in head.items() if k != "tasks"}, "malformed.*tasks"),
         (lambda head: {**head, "tasks": [{"task": head["tasks"][0]["task"]}]}, "malformed.*adapters"),
         (lambda head: {**head, "tasks": [{**head["tasks"][0], "adapters": [{"rank": 1}]}]}, "malformed"),
         (lambda head: {**head, "sha256": {}}, "malformed.*npy"),
+        (lambda head: without(head, "rerank/bias.npy"), "malformed.*bias"),
+        (lambda head: without(head, "rerank/lexicon_idf.npy"), "malformed.*lexicon_idf"),
+        (lambda head: {**head, "tasks": [{**head["tasks"][0], "scores": {"a": {"one": 1}}}]}, "malformed"),
+        (lambda head: {**head, "tasks": [{**head["tasks"][0], "scores": ["a"]}]}, "malformed"),
         (lambda head: {**head, "sha256": []}, "malformed"),
         (lambda head: [], "malformed"),
         (lambda head: None, "malformed"),

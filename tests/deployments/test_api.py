@@ -37,10 +37,11 @@ from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions, Tas
 CHAT, COMPLETIONS, ROUTE = "/v1/chat/completions", "/v1/completions", "/v1/route"
 DECISION = RoutingDecision(
     "v1",
-    (TaskScore("sums", 0.91239), TaskScore("poems", 0.5)),
+    (TaskScore("sums", 0.91239, 0.8), TaskScore("poems", 0.5, 0.2)),
     (AdapterWeight("adder", 0.75), AdapterWeight("poet", 0.25)),
+    0.64,
 )
-BY_HAND = {"catalog_version": None, "tasks": []}
+BY_HAND = {"catalog_version": None, "tasks": [], "confidence": None}
 SECRET = "the secret in the prompt"
 
 
@@ -173,8 +174,12 @@ def test_an_answer(path: str, body: Any, prefix: str, kind: str, content: dict[s
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
         "lorauter": {
             "catalog_version": "v1",
-            "tasks": [{"name": "sums", "score": 0.91239}, {"name": "poems", "score": 0.5}],
+            "tasks": [
+                {"name": "sums", "score": 0.91239, "probability": 0.8},
+                {"name": "poems", "score": 0.5, "probability": 0.2},
+            ],
             "adapters": [{"name": "adder", "weight": 0.75}, {"name": "poet", "weight": 0.25}],
+            "confidence": 0.64,
         },
     }
     assert response.headers["content-type"] == "application/json"
@@ -318,6 +323,8 @@ def test_route(given: str | list[str]) -> None:
     answer = post(service, ROUTE, {"input": given, "top_k": 1, "exclude_tasks": ["x"]}).json()
     texts = [given] if isinstance(given, str) else given
     assert answer == {"object": "list", "data": [{"index": i, **DECISION.to_json()} for i in range(len(texts))]}
+    assert answer["data"][0]["confidence"] == 0.64
+    assert [task["probability"] for task in answer["data"][0]["tasks"]] == [0.8, 0.2]
     [(routed, options)] = service.routed
     assert (routed, options.top_k, options.exclude_tasks) == (texts, 1, {"x"})
     assert service.calls == []

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from deployments.config import ApiSettings, AppConfig, CacheSettings, EngineSettings
 from lorauter.errors import ConfigError
+from lorauter.routing import RoutingConfig
 
 SECTIONS = ["routing", "engine", "cache", "api"]
 
@@ -71,7 +72,7 @@ def test_defaults_and_documentation() -> None:
     config = AppConfig.parse({})
     assert config == AppConfig()
     assert {config.base_model, config.encoder, config.adapters, config.catalog} == {"default"}
-    assert (config.routing.top_k, config.routing.temperature) == (3, 0.2)
+    assert config.routing == RoutingConfig()
     assert (config.api.route_on, config.api.default_temperature) == ("last_user_message", 0.0)
     for settings in (EngineSettings, CacheSettings, ApiSettings, AppConfig):
         documented = settings.__doc__ or ""

@@ -35,6 +35,21 @@ def test_a_wrong_value_is_refused_by_its_field(kind, field, value) -> None:
         (RoutingConfig, "num_tasks", 0),
         (RoutingConfig, "num_tasks", 1001),
         (RoutingConfig, "topk", 3),
+        (RoutingConfig, "preset", "papers"),
+        (RoutingConfig, "preset", None),
+        (RoutingConfig, "preset", ["paper"]),
+        (RoutingConfig, "candidates", 0),
+        (RoutingConfig, "candidates", 1001),
+        (RoutingConfig, "composition", "adapters"),
+        (RoutingConfig, "selection", "best"),
+        (RoutingConfig, "softness", 0),
+        (RoutingConfig, "softening", -0.1),
+        (RoutingConfig, "softening", 11),
+        (RoutingConfig, "softening", math.nan),
+        (RoutingConfig, "softening", None),
+        (RoutingConfig, "rerank", None),
+        (RoutingConfig, "fallback", "maybe"),
+        (RoutingOptions, "preset", "paper"),
         (RoutingConfig, "exclude_tasks", []),
         (RoutingOptions, "num_tasks", 3),
         (RoutingOptions, "top_k", "3"),
@@ -48,6 +63,31 @@ def test_what_only_one_of_them_refuses(kind, field, value) -> None:
     with pytest.raises(ValidationError) as caught:
         kind(**{field: value})
     assert [error["loc"] for error in caught.value.errors()] == [(field,)]
+
+
+def test_the_papers_recipe_is_a_preset() -> None:
+    paper = RoutingConfig(preset="paper")
+    assert (paper.rerank, paper.composition, paper.fallback) == (False, "tasks", False)
+    assert (paper.top_k, paper.temperature) == (3, 0.2)
+
+
+def test_what_is_given_comes_before_the_preset_and_the_rest_is_the_default() -> None:
+    given = {"top_k": 5, "temperature": 0.7, "softening": 1.5, "rerank": True, "composition": "utility"}
+    changed = RoutingConfig(preset="paper", **given)
+    assert changed.model_dump(include=set(given)) == given
+    assert changed.fallback is False
+    assert RoutingConfig(preset="paper", num_tasks=3).model_copy(update={"num_tasks": 10}) == RoutingConfig(
+        preset="paper"
+    )
+    assert RoutingConfig(preset="default") == RoutingConfig() != RoutingConfig(preset="paper")
+    assert RoutingConfig(preset="paper").num_tasks == RoutingConfig().num_tasks
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_a_configuration_survives_json(preset) -> None:
+    for config in (RoutingConfig(preset=preset), RoutingConfig(preset=preset, softening=0, rerank=False)):
+        assert RoutingConfig.model_validate_json(config.model_dump_json()) == config
+        assert RoutingConfig(**config.model_dump()) == config
 
 
 def test_an_item_of_a_wrong_type_is_refused() -> None:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from lorauter.adapters.repository import AdapterRepository
@@ -5,7 +7,7 @@ from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import Catalog, build_catalog
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import CatalogError, InvalidRequest
-from lorauter.routing import Router, RoutingConfig, RoutingOptions, TaskScore
+from lorauter.routing import Router, RoutingConfig, RoutingOptions
 
 ENCODER = HashingEncoder()
 
@@ -34,8 +36,21 @@ def test_a_query_goes_to_the_adapters_of_the_nearest_tasks(router, catalog) -> N
     assert decision.catalog_version == catalog.version
     assert decision.tasks[0].name == "films"
     assert decision.tasks == tuple(sorted(decision.tasks, key=lambda task: -task.score))
-    assert [adapter.name for adapter in decision.adapters] == ["films", "news"]
+    assert decision.adapters[0].name == "films"
     assert sum(adapter.weight for adapter in decision.adapters) == pytest.approx(1)
+    assert sum(task.probability for task in decision.tasks) == pytest.approx(1)
+
+
+def test_the_papers_recipe_weighs_by_the_cosines_alone(catalog) -> None:
+    config = RoutingConfig(preset="paper", top_k=2, temperature=0.5)
+    (decision,) = Router(catalog, ENCODER, config).route(["was the film any good"])
+    (query,) = ENCODER.encode(["was the film any good"])
+    cosines = dict(zip((entry.name for entry in catalog.tasks), map(float, catalog.centroids @ query), strict=True))
+    assert {task.name: task.score for task in decision.tasks} == pytest.approx(cosines)
+    heavier = math.exp(cosines["films"] / 0.5)
+    lighter = math.exp(cosines["news"] / 0.5)
+    assert [adapter.name for adapter in decision.adapters] == ["films", "news"]
+    assert decision.adapters[0].weight == pytest.approx(heavier / (heavier + lighter))
 
 
 def test_a_decision_does_not_depend_on_its_batch(router) -> None:
@@ -47,7 +62,7 @@ def test_a_decision_does_not_depend_on_its_batch(router) -> None:
 
 def test_the_similarity_is_the_cosine_to_the_centroid(router, catalog) -> None:
     (decision,) = router.route(["does the contract bind the tenant"])
-    assert decision.tasks[0] == TaskScore("law", pytest.approx(1))
+    assert (decision.tasks[0].name, decision.tasks[0].score) == ("law", pytest.approx(1))
 
 
 def test_options_are_for_all_or_for_each(router) -> None:

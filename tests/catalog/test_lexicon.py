@@ -1,0 +1,109 @@
+import math
+import re
+import time
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from lorauter.catalog.lexicon import Lexicon
+
+TASKS = [
+    ["Is this film good? It was great.", "Is this film bad? It was slow, so slow."],
+    ["Translate to English: Zwei Hunde spielen.", "Translate to English: Eine Katze schläft.", "Translate: Ja!"],
+    ["Sort the numbers 3, 1, 2"],
+]
+ALL = [0, 1, 2]
+
+
+def grams(text: str) -> set[str]:
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    return {*words, *(f"{a} {b}" for a, b in pairwise(words))}
+
+
+def naive_similarity(text: str) -> list[float]:
+    """The same with dictionaries: words and word pairs, each once a text, and no hashing."""
+    texts = [text for task in TASKS for text in task]
+    seen = Counter(gram for other in texts for gram in grams(other))
+
+    def vector(text: str) -> dict[str, float]:
+        weights = {gram: math.log((1 + len(texts)) / (1 + seen[gram])) + 1 for gram in grams(text)}
+        length = math.sqrt(sum(weight**2 for weight in weights.values()))
+        return {gram: weight / length for gram, weight in weights.items()}
+
+    query, found = vector(text), []
+    for task in TASKS:
+        total: Counter[str] = Counter()
+        for example in task:
+            total.update(vector(example))
+        length = math.sqrt(sum(value**2 for value in total.values()))
+        found.append(sum(query.get(gram, 0) * value / length for gram, value in total.items()))
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Is this film good? It was great.",
+        "TRANSLATE to english: zwei Katze",
+        "the the the numbers",
+        "of words, that no task has: one",
+        "?",
+        "quite unheard of",
+    ],
+)
+def test_the_similarity_is_the_cosine_of_tf_idf(text, monkeypatch) -> None:
+    shared = Lexicon.fit(TASKS).similarity(text, ALL)
+    np.testing.assert_allclose(shared, naive_similarity(text), atol=0.06)  # grams may share a bucket
+    monkeypatch.setattr("lorauter.catalog.lexicon._BUCKETS", 1 << 22)
+    got = Lexicon.fit(TASKS).similarity(text, ALL)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, naive_similarity(text), atol=1e-5)
+
+
+def test_it_is_one_for_a_tasks_only_text_and_does_not_depend_on_the_other_tasks_asked_about() -> None:
+    lexicon = Lexicon.fit(TASKS)
+    assert lexicon.similarity(TASKS[2][0], [2]) == pytest.approx(1)
+    every = lexicon.similarity("Is this film English", ALL)
+    np.testing.assert_array_equal(lexicon.similarity("Is this film English", np.array([2, 0])), every[[2, 0]])
+    assert lexicon.similarity("Is this film English", []).shape == (0,)
+
+
+@pytest.mark.parametrize("text", ["...", ".", "_", "\u200b", "\x00", "", " \n", "🙂", "東京"])
+def test_a_text_of_hardly_anything_is_similar_to_nothing(text) -> None:
+    np.testing.assert_array_less(np.abs(Lexicon.fit(TASKS).similarity(text, ALL)), 0.2)
+    own = Lexicon.fit([[text], ["quite another text"]]).similarity(text, [0, 1])
+    assert own[0] == pytest.approx(1 if text.strip() else 0)
+    assert own[1] == 0
+    assert Lexicon.fit([[text]]).similarity("a word", [0]).shape == (1,)
+
+
+def test_only_the_head_of_a_long_text_counts() -> None:
+    lexicon = Lexicon.fit(TASKS)
+    head = "film " * 2000
+    np.testing.assert_array_equal(lexicon.similarity(head + "numbers", ALL), lexicon.similarity(head, ALL))
+    assert lexicon.similarity(head[5:] + "numbers", ALL)[2] > lexicon.similarity(head, ALL)[2]
+
+
+@pytest.mark.parametrize("unit", ["word ", "x", ".", "\n", "a."])
+def test_a_huge_text_takes_no_longer_than_its_head(unit) -> None:
+    lexicon = Lexicon.fit(TASKS)
+    text = unit * 4_000_000
+    started = time.perf_counter()
+    assert np.isfinite(lexicon.similarity(text, ALL)).all()
+    assert np.isfinite(Lexicon.fit([[text], ["b"]]).values).all()
+    assert time.perf_counter() - started < 1
+
+
+def test_the_same_texts_give_the_same_bytes() -> None:
+    one, two = Lexicon.fit(TASKS), Lexicon.fit([list(task) for task in TASKS])
+    for name, array in vars(one).items():
+        assert array.tobytes() == vars(two)[name].tobytes(), name
+    assert one.similarity("Is it?", ALL).tobytes() == two.similarity("Is it?", ALL).tobytes()
+    assert {name: array.dtype for name, array in vars(one).items()} == {
+        "idf": np.float32,
+        "starts": np.int64,
+        "buckets": np.int32,
+        "values": np.float32,
+    }
