@@ -1,0 +1,136 @@
+"""Deciding: which adapters each method answers each query of each regime with. Rows for the answering step.
+
+Knows catalogs, embeddings and routing; generates nothing, and knows no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lorauter.catalog.catalog import Catalog
+from lorauter.encoder import Encoder
+from lorauter.errors import ConfigError
+from lorauter.evaluation.regimes import REGIMES, options_for
+from lorauter.evaluation.report import ORACLE
+from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
+from lorauter.tasks import Task
+
+LORA_RETRIEVER = {"loraretriever-selection": 1, "loraretriever-fusion": 3, "loraretriever-mixture": 3}
+"""How many adapters each takes (ACL 2024 Findings): the nearest, some fused, the mean of some outputs."""
+
+METHODS = ("base", ORACLE, "random", "uniform", *LORA_RETRIEVER, "paper", "default")
+"""What needs no settings; "paper" and "default" are the router's presets."""
+
+_MAX_TOKENS = 256
+
+
+def decide(
+    tasks: Sequence[Task],
+    catalog: Catalog,
+    encoder: Encoder,
+    methods: Mapping[str, RoutingConfig | None],
+    *,
+    regimes: Collection[str] = REGIMES,
+    split: str = "test",
+    own: Mapping[str, Collection[str]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A row for every method, regime and query, as `lorauter.evaluation.rows` reads them.
+
+    Args:
+        tasks: whose queries are asked; all are in the catalog.
+        catalog: what is routed on.
+        encoder: the catalog's own.
+        methods: names of METHODS, or of one's own with the settings of a router. The base model and the oracle have
+            one regime.
+        regimes: which of REGIMES.
+        split: "test", or "validation": the examples of a task file that the catalog does not have.
+        own: adapters of each task that the regimes take away; by default the one of its name.
+
+    Raises:
+        ConfigError: a method or task is unknown.
+    """
+    held = {entry.name: entry.task for entry in catalog.tasks}
+    for task in tasks:
+        if task.name not in held:
+            raise ConfigError(f"task {task.name!r} is not in the catalog; build it from the same tasks")
+    for name, config in methods.items():
+        if config is None and name not in METHODS:
+            raise ConfigError(f"method {name!r} is none of {', '.join(METHODS)}; give it routing settings")
+    owned = own or {task.name: [task.name] for task in tasks}
+    retrievers = {name: Retriever(catalog, config) for name, config in _configs(methods).items()}
+    for task in tasks:
+        seen = {example.input for example in held[task.name].validation}
+        examples = task.test if split == "test" else [e for e in task.validation if e.input not in seen]
+        texts = [example.input for example in examples]
+        embeddings = encoder.encode(texts) if texts else None
+        longest = max(len(example.target) for example in held[task.name].validation)
+        for regime in regimes:
+            options = options_for(regime, task.name, owned[task.name])
+            for method in methods:
+                if method in ("base", ORACLE) and regime != REGIMES[0]:
+                    continue
+                if method in retrievers and embeddings is not None:
+                    config = retrievers[method].config
+                    found = retrievers[method].retrieve(embeddings, texts, [options] * len(texts))
+                    mixtures: Iterable[dict[str, float]] = [
+                        {a.name: a.weight for a in compose(f, options, config, catalog_version="").adapters}
+                        for f in found
+                    ]
+                else:
+                    mixtures = _fixed(method, catalog, embeddings, options, task.name, owned[task.name], len(texts))
+                for i, (example, mixture) in enumerate(zip(examples, mixtures, strict=True)):
+                    row = {
+                        "input": example.input,
+                        "adapters": mixture,
+                        # A token is a character at least, and two in most; longer answers are wrong ones.
+                        "max_tokens": min(_MAX_TOKENS, math.ceil(longest / 2) + 8),
+                        "fuse": method == "loraretriever-fusion",
+                    }
+                    digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:8]
+                    yield {
+                        "id": f"{method}/{regime}/{task.name}/{i}/{digest}",
+                        **row,
+                        "method": method,
+                        "regime": regime,
+                        "task": task.name,
+                        "domain": task.domain,
+                        "metric": task.metric,
+                        "target": example.target,
+                    }
+
+
+def _configs(methods: Mapping[str, RoutingConfig | None]) -> dict[str, RoutingConfig]:
+    presets = {name: RoutingConfig(preset=name) for name in ("paper", "default")}
+    return {name: config or presets[name] for name, config in methods.items() if config or name in presets}
+
+
+def _fixed(
+    method: str,
+    catalog: Catalog,
+    embeddings: Any,
+    options: RoutingOptions,
+    task: str,
+    own: Collection[str],
+    count: int,
+) -> Iterable[dict[str, float]]:
+    """The mixtures of the methods that are not routers."""
+    allowed = [name for name in sorted(catalog.adapters) if options.allows(name)]
+    if method == "base" or not allowed:
+        return [{}] * count
+    if method == ORACLE:
+        return [{name: 1 / len(own) for name in own}] * count
+    if method == "uniform":
+        return [{name: 1 / len(allowed) for name in allowed}] * count
+    if method == "random":
+        draw = random.Random(f"{task} {options}")
+        return [{draw.choice(allowed): 1.0} for _ in range(count)]
+    # LoraRetriever embeds adapters by samples of what they were trained on: here, of the task of their name.
+    names = [entry.name for entry in catalog.tasks if entry.name in allowed]
+    rows = [i for i, entry in enumerate(catalog.tasks) if entry.name in allowed]
+    top = (-(embeddings @ catalog.centroids[rows].T)).argsort(axis=1, kind="stable")[:, : LORA_RETRIEVER[method]]
+    return [{names[i]: 1 / len(row) for i in row} for row in top]
