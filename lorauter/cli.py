@@ -10,7 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from lorauter.cli_catalog import catalog_app
+from lorauter.cli_console import console, notify, phase, warn
+from lorauter.cli_eval import eval_app
 from lorauter.defaults import DEFAULT
 from lorauter.errors import AdapterError, ConfigError, InvalidRequest, LorauterError
 
@@ -31,11 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 adapters_app = typer.Typer(no_args_is_help=True, help="Adapters in an object store.")
-catalog_app = typer.Typer(no_args_is_help=True, help="Task catalogs.")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(catalog_app, name="catalog")
+app.add_typer(eval_app, name="eval")
 
-_console = Console(stderr=True, highlight=False)
 _BATCH = 256
 
 _Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
@@ -46,24 +46,8 @@ def main() -> None:
     try:
         app()
     except LorauterError as error:
-        _console.print(f"error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
+        warn(f"error: {' '.join(str(error).split())}")
         sys.exit(1)
-
-
-@contextmanager
-def _phase(what: str) -> Iterator[None]:
-    """Show a step while it runs: a spinner with the time on a terminal, else one line."""
-    if not _console.is_terminal:
-        _console.print(f"{what} ...", markup=False)
-        yield
-        return
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=_console) as progress:
-        progress.add_task(what, total=None)
-        yield
-
-
-def _notify(what: str) -> None:
-    _console.print(what, markup=False, soft_wrap=True)
 
 
 @adapters_app.command("push")
@@ -86,8 +70,8 @@ def push(
             typer.echo(f"{manifest.name}\t{manifest.version}\t{manifest.size} bytes")
         except AdapterError as error:
             refused += 1
-            _console.print(f"refused: {error}", style="red", markup=False, soft_wrap=True)
-    _notify(f"{len(folders) - refused} of {len(folders)} adapters are in {repository.store.uri}")
+            warn(f"refused: {error}")
+    notify(f"{len(folders) - refused} of {len(folders)} adapters are in {repository.store.uri}")
     if refused:
         raise typer.Exit(1)
 
@@ -107,63 +91,19 @@ def list_adapters(store: Annotated[str, typer.Argument(help="s3://bucket/prefix 
             continue
         rank = "-" if manifest.rank is None else manifest.rank
         typer.echo(f"{name}\t{manifest.version}\t{rank}\t{manifest.size}\t{manifest.base_model or '-'}")
-    _notify(f"{len(names)} adapters in {repository.store.uri}")
-
-
-@catalog_app.command("build")
-def build(
-    tasks: Annotated[Path, typer.Option(help="A folder of task files (.json, .json.gz).")],
-    out: Annotated[str, typer.Option(help="Where to publish: a folder or s3://bucket/prefix.")],
-    adapters: Annotated[str | None, typer.Option(help="The adapter store; none routes to tasks alone.")] = None,
-    mapping: Annotated[
-        Path | None, typer.Option(help='A JSON file {"task": ["adapter", ...]}, the best adapter first.')
-    ] = None,
-    encoder: _Encoder = DEFAULT,
-) -> None:
-    """Build a catalog and publish it as the current version. An adapter serves the task of its own name."""
-    from lorauter.adapters import AdapterRepository, open_store
-    from lorauter.catalog import build_catalog
-    from lorauter.defaults import load_encoder
-    from lorauter.tasks import read_tasks
-
-    found = read_tasks(tasks)
-    assigned = _read_mapping(mapping) if mapping else None
-    with _phase("loading the encoder"):
-        model = load_encoder(encoder)
-    with _phase(f"embedding the examples of {len(found)} tasks"):
-        repository = AdapterRepository(open_store(adapters)) if adapters else None
-        if repository is not None and not repository.names():
-            raise ConfigError(
-                f"there is no adapter in {adapters}; push some, or leave --adapters out", setting="adapters"
-            )
-        catalog = build_catalog(found, model, repository=repository, mapping=assigned)
-        version = catalog.save(out)
-    served = sum(bool(entry.adapters) for entry in catalog.tasks)
-    typer.echo(f"{version}\t{len(found)} tasks, {len(catalog.adapters)} adapters, {served} tasks with an adapter")
-
-
-def _read_mapping(path: Path) -> dict[str, list[str]]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"mapping {path} cannot be read: {error}", setting="mapping") from error
-    mapping = {}
-    for task, names in data.items() if isinstance(data, dict) else [("", None)]:
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f'mapping {path} must be a JSON object {{"task": ["adapter", ...]}}', setting="mapping")
-        mapping[task] = names
-    return mapping
+    notify(f"{len(names)} adapters in {repository.store.uri}")
 
 
 @app.command()
 def route(
     catalog: Annotated[str, typer.Option(help="The catalog: a folder or s3://bucket/prefix.")],
     input: Annotated[Path, typer.Option(help='JSON lines {"input": text, "exclude_tasks": [...], ...}.')],
-    output: Annotated[Path, typer.Option(help="JSON lines: the input rows with `tasks` and `adapters` added.")],
+    output: Annotated[
+        Path, typer.Option(help="JSON lines: the input rows with `tasks`, `adapters` and `confidence` added.")
+    ],
     encoder: _Encoder = DEFAULT,
-    top_k: Annotated[int, typer.Option(help="Tasks that lend an adapter.")] = 3,
-    temperature: Annotated[float, typer.Option(help="Divides similarities before the softmax.")] = 0.2,
+    top_k: Annotated[int | None, typer.Option(help="Adapters in a mixture, at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides utilities before the softmax.")] = None,
     num_tasks: Annotated[int, typer.Option(help="Tasks to report for each row.")] = 10,
 ) -> None:
     """Decide tasks and adapters for every row of a file, and generate nothing.
@@ -174,16 +114,17 @@ def route(
     from lorauter.routing import Router, RoutingConfig, RoutingOptions
 
     try:
-        config = RoutingConfig(top_k=top_k, temperature=temperature, num_tasks=num_tasks)
+        given = {"top_k": top_k, "temperature": temperature, "num_tasks": num_tasks}
+        config = RoutingConfig.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise ConfigError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
-    with _phase("loading the encoder and the catalog"):
+    with phase("loading the encoder and the catalog"):
         router = Router.load(catalog, encoder=encoder, config=config)
     partial = output.with_name(f".{output.name}.partial")
     count = 0
     try:
         with (
-            _phase(f"routing {input}"),
+            phase(f"routing {input}"),
             input.open("rb") as source,
             partial.open("w", encoding="utf-8") as out,
         ):
@@ -192,7 +133,7 @@ def route(
                 decisions = router.route([row["input"] for row, _ in batch], [options for _, options in batch])
                 for (row, _), decision in zip(batch, decisions, strict=True):
                     decided = decision.to_json()
-                    answer = {**row, "tasks": decided["tasks"], "adapters": decided["adapters"]}
+                    answer = {**row, **{key: decided[key] for key in ("tasks", "adapters", "confidence")}}
                     out.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 count += len(batch)
         partial.replace(output)
@@ -201,7 +142,7 @@ def route(
     finally:
         with suppress(OSError):
             partial.unlink()
-    _notify(f"routed {count} rows to {output}")
+    notify(f"routed {count} rows to {output}")
 
 
 def _read_rows(source: Iterable[bytes], path: Path, options: Any) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -237,7 +178,7 @@ def serve(
     """Serve in the foreground until Ctrl-C."""
     from dataclasses import replace
 
-    with _phase("loading Ray"):
+    with phase("loading Ray"):
         from deployments.launch import ServeFile, serve_forever
 
     file = ServeFile.read(config)
@@ -246,9 +187,9 @@ def serve(
     def ready(url: str) -> None:
         question = "Short movie review: a joy to watch. Did the critic think positively or negatively of the movie?"
         hint = f'serving on {url}; stop with Ctrl-C. Try:\n  {sys.argv[0]} chat --url {url} "{question}"'
-        _console.print(hint, markup=False, soft_wrap=True)
+        notify(hint)
 
-    serve_forever(file, address=address, phase=_phase, notify=_notify, ready=ready)
+    serve_forever(file, address=address, phase=phase, notify=notify, ready=ready)
 
 
 @app.command()
@@ -290,7 +231,7 @@ def chat(
 def _print_routing(headers: Any) -> None:
     for name in ("tasks", "adapters"):
         value = (headers.get(f"x-lorauter-{name}") or "none").replace(",", "  ")
-        _console.print(f"{name}: {value}", style="dim", markup=False, soft_wrap=True)
+        console.print(f"{name}: {value}", style="dim", markup=False, soft_wrap=True)
 
 
 def _print_answer(lines: Iterable[bytes]) -> None:

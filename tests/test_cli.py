@@ -19,6 +19,7 @@ from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import Catalog
 from lorauter.cli import main
 from lorauter.encoder import HashingEncoder
+from lorauter.routing import Router, RoutingConfig
 from lorauter.tasks import Task
 
 
@@ -246,12 +247,13 @@ def test_rows_are_kept_and_decided(route: Callable[..., Ran], tmp_path: Path) ->
     assert (ran.code, ran.out) == (0, "")
     assert "routed 2 rows" in ran.err
     first, second = rows(tmp_path / "out.jsonl")
-    assert list(first) == ["input", "id", "target", "tasks", "adapters"]
+    assert list(first) == ["input", "id", "target", "tasks", "adapters", "confidence"]
     assert {key: first[key] for key in ("input", "id", "target")} == given[0]
     assert {key: second[key] for key in ("input", "tags", "top_k")} == given[3]
     assert first["tasks"][0]["name"] == "sums"
-    assert [list(task) for task in first["tasks"]] == [["name", "score"]] * 3
-    assert [adapter["name"] for adapter in first["adapters"]] == ["sums", "poems"]
+    assert [list(task) for task in first["tasks"]] == [["name", "score", "probability"]] * 3
+    assert first["adapters"] == [{"name": "sums", "weight": 1.0}]
+    assert 0.5 < first["confidence"] <= first["tasks"][0]["probability"] <= 1
     assert second["adapters"] == [{"name": "poems", "weight": 1.0}]
 
 
@@ -277,6 +279,19 @@ def test_a_rows_options_are_its_own(route: Callable[..., Ran], tmp_path: Path) -
         assert not row["adapters"] or sum(a["weight"] for a in row["adapters"]) == pytest.approx(1, abs=1e-9)
     assert abs(decided[0]["adapters"][0]["weight"] - 0.5) < 0.05
     assert decided[7]["adapters"] == decided[0]["adapters"]
+
+
+def test_a_row_is_decided_as_the_library_decides_it(route: Callable[..., Ran], tmp_path: Path, catalog: Path) -> None:
+    text = "add numbers to rhyme verses"
+    for options, config in (
+        ((), RoutingConfig()),
+        (("--top-k", 1), RoutingConfig(top_k=1)),
+        (("--temperature", 3, "--num-tasks", 2), RoutingConfig(temperature=3, num_tasks=2)),
+    ):
+        assert route([{"input": text}], *options).code == 0
+        [row] = rows(tmp_path / "out.jsonl")
+        [decision] = Router.load(catalog, config=config).route([text])
+        assert [row[key] for key in ("tasks", "adapters")] == [decision.to_json()[k] for k in ("tasks", "adapters")]
 
 
 def test_many_rows_come_out_in_order(route: Callable[..., Ran], tmp_path: Path) -> None:

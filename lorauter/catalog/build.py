@@ -7,17 +7,22 @@ catalogs are stored or queried.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
 
-from lorauter.adapters.repository import AdapterManifest, AdapterRepository
+from lorauter.adapters.repository import AdapterRepository
 from lorauter.catalog.catalog import PROBE_TEXT, Catalog, CatalogTask, RankedAdapter
-from lorauter.encoder import Encoder, normalised
+from lorauter.catalog.utility import Scores, shrunken_scores
+from lorauter.encoder import Embeddings, Encoder, normalised
 from lorauter.errors import AdapterNotFound, ConfigError
 from lorauter.tasks import Task
+
+MAX_RANKED = 64
+"""Adapters that a task keeps at most, of those that were tried on it."""
 
 
 def build_catalog(
@@ -26,6 +31,7 @@ def build_catalog(
     *,
     repository: AdapterRepository | None = None,
     mapping: Mapping[str, Sequence[str]] | None = None,
+    scores: Mapping[str, Scores] | None = None,
 ) -> Catalog:
     """Represent the tasks and assign the adapters.
 
@@ -34,55 +40,145 @@ def build_catalog(
         encoder: embeds the validation inputs.
         repository: adapters to assign; without one the catalog routes to tasks alone.
         mapping: `{task: [adapter, ...]}`, the best first, for tasks that do not take the adapter of their name.
+        scores: `{task: {adapter: {validation example: score}}}`, as matching makes them; tasks that have any take the
+            adapters that score best, whatever their names.
 
     Raises:
-        ConfigError: no tasks, two of one name, or the mapping names a task or an adapter that is not there.
+        ConfigError: no tasks, two of one name, the mapping names a task or an adapter that is not there, or a score
+            is of no validation example or not finite.
         AdapterError, StoreError: the repository cannot be read.
     """
+    tasks = sorted_tasks(tasks)
+    adapters, base_model = describe(repository) if repository else ({}, "")
+    return assemble(
+        tasks,
+        [embed(task, encoder) for task in tasks],
+        assigned=_assign(tasks, adapters, mapping or {}),
+        scores=scores or {},
+        adapters=adapters,
+        probe=encoder.encode([PROBE_TEXT])[0],
+        encoder=encoder.name,
+        base_model=base_model,
+    )
+
+
+def assemble(
+    tasks: Sequence[Task],
+    examples: Sequence[Embeddings],
+    *,
+    assigned: Mapping[str, Sequence[str]],
+    scores: Mapping[str, Scores],
+    adapters: Mapping[str, str],
+    probe: Embeddings,
+    encoder: str,
+    base_model: str,
+) -> Catalog:
+    """Make a catalog of parts; the same parts make the same bytes.
+
+    Args:
+        tasks: as `sorted_tasks` gives them.
+        examples: of each task, as `embed` gives them.
+        assigned: `{task: [adapter, ...]}`, the best first, for every task; it holds where a task has no score.
+        scores: as for `build_catalog`.
+        adapters: the version of each.
+        probe: the embedding of PROBE_TEXT.
+        encoder, base_model: their names.
+
+    Raises:
+        ConfigError: a score is of no validation example, or is not finite.
+    """
+    names = sorted(adapters)
+    centroids = normalised(np.stack([rows.mean(axis=0) for rows in examples]))
+    return Catalog(
+        tasks=_entries(
+            tasks, assigned, [_known(task, scores.get(task.name, {}), adapters) for task in tasks], centroids, names
+        ),
+        centroids=centroids,
+        examples=np.concatenate(examples),
+        probe=probe,
+        adapters={name: adapters[name] for name in names},
+        encoder=encoder,
+        base_model=base_model,
+    )
+
+
+def sorted_tasks(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks by name. Raises ConfigError where there are none, or two of one name."""
     if not tasks:
         raise ConfigError("a catalog needs at least one task")
     tasks = sorted(tasks, key=lambda task: task.name)
     twice = {task.name for task, following in pairwise(tasks) if task.name == following.name}
     if twice:
         raise ConfigError(f"more than one task is called {', '.join(sorted(twice))}")
-    manifests = _manifests(repository) if repository else {}
-    assigned = _assign(tasks, manifests, mapping or {})
-    embeddings = encoder.encode([example.input for task in tasks for example in task.validation] + [PROBE_TEXT])
-    examples, probe = embeddings[:-1], embeddings[-1]
-    ends = np.cumsum([len(task.validation) for task in tasks])
-    means = np.stack([rows.mean(axis=0) for rows in np.split(examples, ends[:-1])])
-    base_models = sorted({m.base_model for m in manifests.values() if m.base_model})
-    return Catalog(
-        tasks=tuple(CatalogTask(task, assigned[task.name]) for task in tasks),
-        centroids=normalised(means),
-        examples=examples,
-        probe=probe,
-        adapters={name: manifest.version for name, manifest in sorted(manifests.items())},
-        encoder=encoder.name,
-        base_model=", ".join(base_models),
-    )
+    return tasks
 
 
-def _manifests(repository: AdapterRepository) -> dict[str, AdapterManifest]:
-    found = {}
+def embed(task: Task, encoder: Encoder) -> Embeddings:
+    """Embed a task's validation inputs; by themselves, as what shares a batch may change an embedding's last bits."""
+    return encoder.encode([example.input for example in task.validation])
+
+
+def describe(repository: AdapterRepository) -> tuple[dict[str, str], str]:
+    """The adapters' versions, and the names of their base models. Raises AdapterError, StoreError."""
+    manifests = {}
     for name in repository.names():
         with suppress(AdapterNotFound):  # some other folder in the store
-            found[name] = repository.manifest(name)
-    return found
+            manifests[name] = repository.manifest(name)
+    base_models = sorted({manifest.base_model for manifest in manifests.values() if manifest.base_model})
+    return {name: manifest.version for name, manifest in manifests.items()}, ", ".join(base_models)
+
+
+def of_own_name(task: str, adapters: Container[str]) -> list[str]:
+    """The adapters that serve a task of which nothing else is known."""
+    return [task] if task in adapters else []
+
+
+def _known(task: Task, scores: Scores, adapters: Container[str]) -> dict[str, dict[int, float]]:
+    """A task's scores of adapters that are there, checked, and in an order that does not depend on theirs."""
+    known = {}
+    for name in sorted(scores):
+        if name not in adapters or not scores[name]:
+            continue
+        for example, score in scores[name].items():
+            where = f"the score of adapter {name!r} on task {task.name!r}, example {example}"
+            if not 0 <= example < len(task.validation):
+                raise ConfigError(f"{where}: the task has {len(task.validation)} validation examples", setting="scores")
+            if not math.isfinite(score):
+                raise ConfigError(f"{where}, is {score}; it must be finite", setting="scores")
+        known[name] = {example: float(score) for example, score in sorted(scores[name].items())}
+    return known
+
+
+def _entries(
+    tasks: Sequence[Task],
+    assigned: Mapping[str, Sequence[str]],
+    scores: Sequence[dict[str, dict[int, float]]],
+    centroids: Embeddings,
+    adapters: Sequence[str],
+) -> tuple[CatalogTask, ...]:
+    shrunken = shrunken_scores(scores, adapters, centroids)
+    entries = []
+    for task, row, own in zip(tasks, shrunken, scores, strict=True):
+        ranked = tuple(map(RankedAdapter, assigned[task.name]))
+        if own:
+            values = dict(zip(adapters, map(float, row), strict=True))
+            order = sorted(own, key=lambda name: (-values[name], name))[:MAX_RANKED]
+            ranked = tuple(RankedAdapter(name, values[name]) for name in order)
+        entries.append(CatalogTask(task, ranked, own))
+    return tuple(entries)
 
 
 def _assign(
-    tasks: Sequence[Task], manifests: Mapping[str, AdapterManifest], mapping: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[RankedAdapter, ...]]:
+    tasks: Sequence[Task], adapters: Container[str], mapping: Mapping[str, Sequence[str]]
+) -> dict[str, Sequence[str]]:
     names = {task.name for task in tasks}
-    for task, adapters in mapping.items():
+    for task, wanted in mapping.items():
         if task not in names:
             raise ConfigError(f"the mapping names task {task!r}, which is not among the tasks", setting="mapping")
-        for adapter in adapters:
-            if adapter not in manifests:
+        for adapter in wanted:
+            if adapter not in adapters:
                 raise ConfigError(
                     f"the mapping gives task {task!r} the adapter {adapter!r}, which is not in the store",
                     setting="mapping",
                 )
-    own = {name: [name] if name in manifests else [] for name in names}
-    return {name: tuple(RankedAdapter(a) for a in mapping.get(name, own[name])) for name in names}
+    return {name: mapping.get(name, of_own_name(name, adapters)) for name in names}

@@ -1,4 +1,4 @@
-"""Loads an engine from a transformers model folder or id. Knows where weights come from, not how they run."""
+"""Loads an engine, or its model alone, from a folder or id. Knows where weights come from, not how they run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,28 @@ def load_engine(
     """Load a model and its tokenizer, and start an engine on it.
 
     Args:
-        model: a folder, or a Hugging Face id.
         config: sizes.
+        model, device, dtype, threads, aliases: as for `load_decoder`.
+
+    Raises:
+        ConfigError: as `load_decoder`.
+    """
+    decoder, codec = load_decoder(model, device=device, dtype=dtype, threads=threads, aliases=aliases)
+    return MultiLoraEngine(decoder, codec, config)
+
+
+def load_decoder(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: DType = "auto",
+    threads: int | None = None,
+    aliases: Sequence[str] = (),
+) -> tuple[Decoder, TextCodec]:
+    """Load a model and its tokenizer.
+
+    Args:
+        model: a folder, or a Hugging Face id.
         device: "auto" is the GPU if there is one, else the CPU.
         dtype: "auto" is bfloat16 where the device computes in it, else float32.
         threads: CPU threads; None takes one for each CPU that the process may use, whatever OMP_NUM_THREADS says
@@ -56,7 +76,7 @@ def load_engine(
     codec = TextCodec(tokenizer, eos_ids=_eos_ids(source.generation_config))
     del source
     gc.collect()
-    return MultiLoraEngine(decoder, codec, config)
+    return decoder, codec
 
 
 def _best_dtype(device: torch.device) -> torch.dtype:

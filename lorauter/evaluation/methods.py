@@ -67,14 +67,16 @@ def decide(
         seen = {example.input for example in held[task.name].validation}
         examples = task.test if split == "test" else [e for e in task.validation if e.input not in seen]
         texts = [example.input for example in examples]
-        embeddings = encoder.encode(texts) if texts else None
+        if not texts:
+            continue
+        embeddings = encoder.encode(texts)
         longest = max(len(example.target) for example in held[task.name].validation)
         for regime in regimes:
             options = options_for(regime, task.name, owned[task.name])
             for method in methods:
                 if method in ("base", ORACLE) and regime != REGIMES[0]:
                     continue
-                if method in retrievers and embeddings is not None:
+                if method in retrievers:
                     config = retrievers[method].config
                     found = retrievers[method].retrieve(embeddings, texts, [options] * len(texts))
                     mixtures: Iterable[dict[str, float]] = [

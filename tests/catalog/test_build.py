@@ -101,3 +101,106 @@ def test_a_repository_that_cannot_be_read_stops_the_build(tasks, repository) -> 
 def test_other_folders_in_the_store_are_passed_over(tasks, repository) -> None:
     repository.store.write("notes/readme.txt", b"not an adapter")
     assert sorted(build_catalog(tasks, ENCODER, repository=repository).adapters) == ["spare", "sst2", "wic"]
+
+
+# Scores
+
+
+def served(catalog) -> dict[str, list[str]]:
+    return {task.name: [adapter.name for adapter in task.adapters] for task in catalog.tasks}
+
+
+def test_the_scores_decide_whatever_the_names(tasks, repository) -> None:
+    scores = {"sst2": {"sst2": {0: 0.1, 1: 0.2}, "wic": {0: 0.5, 1: 0.6}, "spare": {0: 0.9, 1: 0.9}}}
+    catalog = build_catalog(tasks, ENCODER, repository=repository, scores=scores, mapping={"sst2": ["sst2"]})
+    assert served(catalog) == {"agnews": [], "sst2": ["spare", "wic", "sst2"], "wic": ["wic"]}
+    by_name = {task.name: task for task in catalog.tasks}
+    assert by_name["sst2"].scores == scores["sst2"]
+    assert [adapter.score for adapter in by_name["sst2"].adapters] == pytest.approx([0.9, 0.55, 0.15])
+    assert (by_name["wic"].scores, by_name["wic"].adapters) == ({}, (RankedAdapter("wic"),))
+
+
+def test_adapters_that_were_not_tried_are_left_out(tasks, repository) -> None:
+    catalog = build_catalog(tasks, ENCODER, repository=repository, scores={"wic": {"spare": {1: 0.0}}})
+    assert served(catalog)["wic"] == ["spare"]
+
+
+def test_what_is_not_there_is_ignored_in_the_scores(tasks, repository) -> None:
+    ghost = {"ghost": {0: 1.0}}
+    scores = {"wic": {**ghost, "spare": {0: 0.5}}, "agnews": ghost, "mnli": {"spare": {0: 1.0}}}
+    catalog = build_catalog(tasks, ENCODER, repository=repository, scores=scores)
+    assert served(catalog) == {"agnews": [], "sst2": ["sst2"], "wic": ["spare"]}
+    assert {task.name: dict(task.scores) for task in catalog.tasks} == {
+        "agnews": {},
+        "sst2": {},
+        "wic": {"spare": {0: 0.5}},
+    }
+    unscored = build_catalog(tasks, ENCODER, scores=scores)
+    assert all(task.adapters == () and task.scores == {} for task in unscored.tasks)
+
+
+def test_few_examples_count_for_less_than_what_similar_tasks_say(tasks, repository) -> None:
+    """On sst2 alone `spare` is the best, by one lucky example."""
+    lucky = {"spare": {0: 1.0}, "wic": dict.fromkeys(range(2), 0.9)}
+    alone = build_catalog(tasks, ENCODER, repository=repository, scores={"sst2": lucky})
+    assert served(alone)["sst2"] == ["spare", "wic"]
+    scores = {"sst2": lucky, "wic": {"spare": dict.fromkeys(range(2), 0.0), "wic": dict.fromkeys(range(2), 0.9)}}
+    catalog = build_catalog(tasks, ENCODER, repository=repository, scores=scores)
+    assert served(catalog)["sst2"] == ["wic", "spare"]
+    ranked = {task.name: task.adapters for task in catalog.tasks}["sst2"]
+    assert [adapter.score for adapter in ranked] == pytest.approx([0.9, 0.2])
+
+
+def test_adapters_that_score_the_same_are_in_the_order_of_their_names(tasks, repository) -> None:
+    scores = {"wic": {name: {0: 0.5} for name in ("wic", "sst2", "spare")}}
+    for order in (scores, {"wic": dict(reversed(scores["wic"].items()))}):
+        assert served(build_catalog(tasks, ENCODER, repository=repository, scores=order))["wic"] == [
+            "spare",
+            "sst2",
+            "wic",
+        ]
+
+
+def test_a_task_keeps_a_bounded_number_of_adapters(tmp_path, make_adapter, make_task, monkeypatch) -> None:
+    monkeypatch.setattr("lorauter.catalog.build.MAX_RANKED", 2)
+    repository = AdapterRepository(MemoryStore())
+    for name in "abc":
+        repository.push(make_adapter(tmp_path, name))
+    scores = {"t": {"a": {0: 0.1}, "b": {0: 0.3}, "c": {0: 0.2}}}
+    catalog = build_catalog([make_task("t")], ENCODER, repository=repository, scores=scores)
+    assert served(catalog) == {"t": ["b", "c"]}
+    assert set(catalog.tasks[0].scores) == {"a", "b", "c"}
+
+
+def test_scored_catalogs_are_the_same_bytes_when_built_anew(tasks, repository) -> None:
+    scores = {"wic": {"wic": {0: 0.25, 1: 1.0}, "spare": {1: 0.5}}, "sst2": {"wic": {0: 0.75}}}
+    stores = [MemoryStore(), MemoryStore()]
+    for order, store in zip((tasks, tasks[::-1]), stores, strict=True):
+        build_catalog(order, ENCODER, repository=repository, scores=scores).save(store)
+    assert stores[0].objects == stores[1].objects
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        ({2: 0.5}, "example 2: the task has 2 validation examples"),
+        ({-1: 0.5}, "example -1: the task has 2"),
+        ({0: float("nan")}, "is nan; it must be finite"),
+        ({1: float("-inf")}, "is -inf; it must be finite"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(tasks, repository, of, said) -> None:
+    with pytest.raises(ConfigError, match=f"adapter 'spare' on task 'wic', .*{said}") as caught:
+        build_catalog(tasks, ENCODER, repository=repository, scores={"wic": {"wic": {0: 0.5}, "spare": of}})
+    assert caught.value.setting == "scores"
+
+
+def test_the_order_of_the_scores_does_not_matter(repository, make_task) -> None:
+    tasks = [make_task("wic", *(f"input {i}" for i in range(12)))]
+    values = {i: 0.1 * i for i in range(12)}  # sums of which depend on the order
+    orders = (values, dict(reversed(values.items())), dict(sorted(values.items(), key=lambda item: str(item[0]))))
+    catalogs = [
+        build_catalog(tasks, ENCODER, repository=repository, scores={"wic": {"wic": order, "spare": {0: 1}}})
+        for order in orders
+    ]
+    assert len({catalog.version for catalog in catalogs}) == 1

@@ -91,6 +91,7 @@ def test_routing_without_answers(service: Any, examples: Any) -> None:
         ).json()["data"][0]
         tasks = client.get("/v1/tasks").json()
     assert plain[0]["adapters"] == plain[1]["adapters"]
+    assert 0.5 < plain[0]["confidence"] <= plain[0]["tasks"][0]["probability"] <= 1
     assert plain[0]["adapters"][0]["name"] == "sst2"
     assert changed["tasks"][0]["name"] == "sentiment140"
     assert len(changed["adapters"]) == 2

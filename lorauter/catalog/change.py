@@ -1,0 +1,183 @@
+"""Changes to a catalog, each of which gives a new one, and the versions that a store has of it.
+
+A change embeds no more than the examples that are new. What comes out is, byte for byte, the catalog that would be
+built anew from the same tasks, adapters, mapping and scores. Knows nothing of how scores are made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lorauter.adapters.repository import AdapterRepository
+from lorauter.adapters.store import ObjectStore, open_store
+from lorauter.catalog.build import assemble, describe, embed, of_own_name, sorted_tasks
+from lorauter.catalog.catalog import CURRENT_FILE, Catalog
+from lorauter.catalog.utility import Scores
+from lorauter.encoder import Embeddings, Encoder
+from lorauter.errors import ConfigError
+from lorauter.tasks import Task
+
+_VERSION = re.compile(r"[0-9a-f]{16}")
+
+
+def with_tasks(
+    catalog: Catalog,
+    tasks: Sequence[Task],
+    encoder: Encoder,
+    *,
+    repository: AdapterRepository | None = None,
+    scores: Mapping[str, Scores] | None = None,
+) -> Catalog:
+    """Add tasks, or replace those of the same names.
+
+    A task that is replaced keeps its scores if its validation examples and its metric are the same.
+
+    Args:
+        encoder: the one that the catalog was built with.
+        repository: adapters are taken from it, as by `with_adapters`; else they are the catalog's.
+        scores: `{task: {adapter: {validation example: score}}}` to add.
+
+    Raises:
+        CatalogError: another encoder.
+        ConfigError: no tasks, two of one name, or a score is of no validation example or not finite.
+        AdapterError, StoreError: the repository cannot be read.
+    """
+    catalog.check_encoder(encoder)
+    known, parts = _scores(catalog), _parts(catalog)
+    for task in sorted_tasks(tasks):
+        before = parts.get(task.name)
+        same = before is not None and before[0].validation == task.validation
+        parts[task.name] = task, before[1] if before is not None and same else embed(task, encoder)
+        if before is not None and not (same and before[0].metric == task.metric):
+            known.pop(task.name)
+    return _changed(catalog, parts=parts, pool=describe(repository) if repository else None, known=known, added=scores)
+
+
+def without_tasks(catalog: Catalog, names: Iterable[str]) -> Catalog:
+    """Take tasks out. Raises ConfigError: one is not there, or none would be left."""
+    names, parts = set(names), _parts(catalog)
+    _check_there(names, parts, "task")
+    if names == parts.keys():
+        raise ConfigError("a catalog needs at least one task; the last one cannot be taken out", setting="tasks")
+    return _changed(catalog, parts={name: part for name, part in parts.items() if name not in names})
+
+
+def with_adapters(
+    catalog: Catalog, repository: AdapterRepository, *, scores: Mapping[str, Scores] | None = None
+) -> Catalog:
+    """Take the adapters and their versions anew from a repository: new ones come, and those that are gone go.
+
+    An adapter of another version keeps its scores, until there are new ones for the task.
+
+    Args:
+        scores: `{task: {adapter: {validation example: score}}}` to add.
+
+    Raises:
+        ConfigError: a score is of no validation example or not finite.
+        AdapterError, StoreError: the repository cannot be read.
+    """
+    return _changed(catalog, pool=describe(repository), added=scores)
+
+
+def without_adapters(catalog: Catalog, names: Iterable[str]) -> Catalog:
+    """Take adapters out, until the next `with_adapters`. Raises ConfigError: one is not there."""
+    names = set(names)
+    _check_there(names, catalog.adapters, "adapter")
+    left = {name: version for name, version in catalog.adapters.items() if name not in names}
+    return _changed(catalog, pool=(left, catalog.base_model if left else ""))
+
+
+def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
+    """Add scores, `{task: {adapter: {validation example: score}}}`, in place of those of the same examples.
+
+    Raises:
+        ConfigError: a score is of no validation example or not finite.
+    """
+    return _changed(catalog, added=scores)
+
+
+def catalog_versions(source: str | Path | ObjectStore) -> list[str]:
+    """The versions that a store has, sorted, whole or not. Raises StoreUnavailable."""
+    return [name for name in _store(source).children() if _VERSION.fullmatch(name)]
+
+
+def use_version(source: str | Path | ObjectStore, version: str) -> Catalog:
+    """Make a version the current one, once every hash of it is verified.
+
+    Raises:
+        CatalogError: it is not there, or damaged.
+        StoreError: the store fails.
+    """
+    store = _store(source)
+    catalog = Catalog.load(store, version=version)
+    store.write(CURRENT_FILE, version.encode())
+    return catalog
+
+
+_Parts = dict[str, tuple[Task, Embeddings]]
+
+
+def _changed(
+    catalog: Catalog,
+    *,
+    parts: _Parts | None = None,
+    pool: tuple[Mapping[str, str], str] | None = None,
+    known: Mapping[str, Scores] | None = None,
+    added: Mapping[str, Scores] | None = None,
+) -> Catalog:
+    """The catalog with some of it replaced: tasks, adapters with their base model, scores; and with scores added."""
+    parts = dict(sorted((_parts(catalog) if parts is None else parts).items()))
+    adapters, base_model = (catalog.adapters, catalog.base_model) if pool is None else pool
+    renewed = {name for name, version in adapters.items() if catalog.adapters.get(name) != version}
+    return assemble(
+        [task for task, _ in parts.values()],
+        [examples for _, examples in parts.values()],
+        assigned=_assigned(catalog, parts, adapters),
+        scores=_merged(_scores(catalog) if known is None else known, added or {}, renewed),
+        adapters=adapters,
+        probe=catalog.probe,
+        encoder=catalog.encoder,
+        base_model=base_model,
+    )
+
+
+def _parts(catalog: Catalog) -> _Parts:
+    pairs = zip(catalog.tasks, catalog.task_examples, strict=True)
+    return {entry.name: (entry.task, examples) for entry, examples in pairs}
+
+
+def _scores(catalog: Catalog) -> dict[str, Scores]:
+    return {entry.name: entry.scores for entry in catalog.tasks}
+
+
+def _merged(
+    known: Mapping[str, Scores], added: Mapping[str, Scores], renewed: Container[str]
+) -> dict[str, dict[str, dict[int, float]]]:
+    merged = {task: {name: dict(of) for name, of in scores.items()} for task, scores in known.items()}
+    for task, scores in added.items():
+        own = merged.setdefault(task, {})
+        for name, of in scores.items():
+            own[name] = dict(of) if name in renewed else own.get(name, {}) | dict(of)
+    return merged
+
+
+def _assigned(catalog: Catalog, tasks: Iterable[str], adapters: Container[str]) -> dict[str, list[str]]:
+    """Adapters for tasks without scores: a mapping's stay as far as they are there, else it goes by the names."""
+    mapped = {}
+    for entry in catalog.tasks:
+        names = [adapter.name for adapter in entry.adapters]
+        if not entry.scores and names != of_own_name(entry.name, catalog.adapters):
+            mapped[entry.name] = [name for name in names if name in adapters]
+    return {task: mapped.get(task, of_own_name(task, adapters)) for task in tasks}
+
+
+def _check_there(names: Iterable[str], there: Container[str], what: str) -> None:
+    unknown = sorted(name for name in names if name not in there)
+    if unknown:
+        raise ConfigError(f"the catalog has no {what} called {', '.join(unknown)}", setting=f"{what}s")
+
+
+def _store(source: str | Path | ObjectStore) -> ObjectStore:
+    return open_store(source) if isinstance(source, str | Path) else source

@@ -1,0 +1,336 @@
+"""The scoring step: how well adapters do on validation examples, by the project's own engine.
+
+Two ways: the task's metric on a greedy answer, or the likelihood of the target, which takes one forward pass and no
+decoding. Needs torch, transformers and safetensors alone. Knows nothing of which evaluations are worth making.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorauter.adapters.weights import LoraWeights
+from lorauter.catalog.scores import Evaluation, Failed, Outcome, Scorer
+from lorauter.defaults import base_model_aliases, resolve_model
+from lorauter.engine.engine import MultiLoraEngine
+from lorauter.engine.kv_cache import KVCache
+from lorauter.engine.load import load_decoder, load_engine
+from lorauter.engine.lora import LoraBatch
+from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
+from lorauter.engine.slots import AdapterSlots, PackedAdapter
+from lorauter.engine.text import TextCodec
+from lorauter.engine.types import GenerationRequest, SamplingParams
+from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, ConfigError, InvalidRequest, TaskError
+from lorauter.tasks import Task
+
+LoadAdapter = Callable[[str], LoraWeights]
+"""Reads an adapter by its name. Raises AdapterError."""
+
+ScoredBy = Literal["metric", "likelihood"]
+
+_LENGTH_STEP = 64  # cache lengths are multiples of it: the model keeps its rotary tables for each length
+_MAX_OUTPUTS = 256  # logits held at once: a vocabulary of 128k takes 128 MiB in float32
+
+
+class EngineScorer:
+    """Scores answers by their tasks' metrics.
+
+    An answer may take as many tokens as twice its task's longest target and 8 more, so that an adapter that never ends
+    costs little. Adapters that cannot be loaded, do not fit the model, or make its output not finite have failed.
+
+    Args:
+        engine: answers greedily, requests of many adapters in one batch.
+        load_adapter: called once for every adapter of a `score` call.
+        tasks: what evaluations refer to.
+        max_tokens: of any answer.
+
+    Raises:
+        TaskError: an example's prompt leaves no room for an answer.
+        InvalidRequest: the model has no chat template.
+    """
+
+    def __init__(
+        self, engine: MultiLoraEngine, load_adapter: LoadAdapter, tasks: Sequence[Task], *, max_tokens: int = 256
+    ) -> None:
+        self._engine = engine
+        self._load_adapter = load_adapter
+        self._tasks = {task.name: task for task in tasks}
+        self._prompts: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._sampling: dict[str, SamplingParams] = {}
+        for task in tasks:
+            longest = max(len(_target_ids(engine.codec, example.target)) for example in task.validation)
+            self._sampling[task.name] = SamplingParams(max_tokens=min(max_tokens, 2 * longest + 8))
+            for i, example in enumerate(task.validation):
+                prompt = self._prompts[task.name, i] = _prompt(engine.codec, example.input)
+                _check_length(len(prompt) + 1, engine.max_model_len, task, i)
+
+    def score(self, evaluations: Sequence[Evaluation]) -> dict[Evaluation, Outcome]:
+        """See `Scorer.score`; in [0, 1].
+
+        Raises:
+            TaskError: an evaluation of an example that is not there.
+            ConfigError: a metric's package is missing.
+            AdapterUnavailable, StoreError: the adapters cannot be read just now, which is none of their failure.
+        """
+        from lorauter.evaluation.metrics import score  # its packages are not everyone's
+
+        _check_known(evaluations, self._prompts)
+        packed: dict[str, PackedAdapter] = {}
+        outcomes: dict[Evaluation, Outcome] = {}
+        for name, own in _by_adapter(evaluations):
+            weights = _loaded(self._load_adapter, name)
+            if isinstance(weights, Failed):
+                outcomes |= dict.fromkeys(own, weights)
+                continue
+            try:
+                packed[name] = self._engine.pack(weights)
+            except (AdapterError, InvalidRequest) as error:
+                outcomes |= dict.fromkeys(own, Failed(str(error)))
+        for evaluation, answer in self._answers([e for e in evaluations if e.adapter in packed], packed).items():
+            task = self._tasks[evaluation.task]
+            target = task.validation[evaluation.example].target
+            outcomes[evaluation] = answer if isinstance(answer, Failed) else score(task.metric, answer, target)
+        return outcomes
+
+    def _answers(
+        self, evaluations: Sequence[Evaluation], packed: Mapping[str, PackedAdapter]
+    ) -> dict[Evaluation, str | Failed]:
+        requests = [
+            GenerationRequest(self._prompts[e.task, e.example], ((packed[e.adapter], 1.0),), self._sampling[e.task])
+            for e in evaluations
+        ]
+        try:
+            completions = self._engine.generate(requests)
+        except (AdapterError, InvalidRequest) as error:
+            # One of the adapters is at fault; `generate` ends all. Halving finds it, and spares the others.
+            names = sorted({evaluation.adapter for evaluation in evaluations})
+            if len(names) == 1:
+                return dict.fromkeys(evaluations, Failed(str(error)))
+            half = set(names[: len(names) // 2])
+            return self._answers([e for e in evaluations if e.adapter in half], packed) | self._answers(
+                [e for e in evaluations if e.adapter not in half], packed
+            )
+        return {e: completion.text for e, completion in zip(evaluations, completions, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Dialogue:
+    """A prompt and its target as one sequence of token ids."""
+
+    tokens: tuple[int, ...]
+    prompt: int
+
+    @property
+    def outputs(self) -> int:
+        """Tokens to be predicted: the target's, and the end."""
+        return len(self.tokens) - self.prompt + 1
+
+
+class LikelihoodScorer:
+    """Scores by the mean log-probability of the target's tokens and of the answer's end, given the prompt.
+
+    The end is any of the tokens that end an answer, their probabilities summed. Whole sequences are packed in forward
+    passes of one adapter each. Adapters that cannot be loaded, do not fit the model, or make its output not finite have
+    failed.
+
+    Args:
+        decoder: the base model; nothing else may run on it meanwhile.
+        codec: its tokenizer.
+        load_adapter: called once for every adapter of a `score` call.
+        tasks: what evaluations refer to.
+        batch_tokens: in one pass; also bounds its key-value cache. A longer sequence goes alone.
+        max_rank: the largest adapter rank to take.
+        adapter_bytes: bytes of adapters resident on the device at most.
+
+    Raises:
+        TaskError: an example does not fit the model's context.
+        ConfigError: the tokenizer has no token that ends an answer.
+        InvalidRequest: the model has no chat template.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        codec: TextCodec,
+        load_adapter: LoadAdapter,
+        tasks: Sequence[Task],
+        *,
+        batch_tokens: int = 4096,
+        max_rank: int = 128,
+        adapter_bytes: int = 1 << 30,
+    ) -> None:
+        if not codec.eos_ids:
+            raise ConfigError("the base model has no token that ends an answer", setting="base_model")
+        self._decoder = decoder
+        self._load_adapter = load_adapter
+        self._batch_tokens = batch_tokens
+        self._slots = AdapterSlots(
+            decoder.shape, budget_bytes=adapter_bytes, max_rank=max_rank, dtype=decoder.dtype, device=decoder.device
+        )
+        self._ends = torch.tensor(sorted(codec.eos_ids), device=decoder.device)
+        self._dialogues: dict[tuple[str, int], _Dialogue] = {}
+        for task in tasks:
+            for i, example in enumerate(task.validation):
+                prompt = _prompt(codec, example.input)
+                dialogue = _Dialogue((*prompt, *_target_ids(codec, example.target)), len(prompt))
+                _check_length(len(dialogue.tokens), decoder.max_positions, task, i)
+                self._dialogues[task.name, i] = dialogue
+
+    def score(self, evaluations: Sequence[Evaluation]) -> dict[Evaluation, Outcome]:
+        """See `Scorer.score`; natural logarithms, at most 0.
+
+        Raises:
+            TaskError, AdapterUnavailable, StoreError: as `EngineScorer.score`.
+        """
+        _check_known(evaluations, self._dialogues)
+        outcomes: dict[Evaluation, Outcome] = {}
+        for name, own in _by_adapter(evaluations):
+            weights = _loaded(self._load_adapter, name)
+            if isinstance(weights, Failed):
+                outcomes |= dict.fromkeys(own, weights)
+                continue
+            try:
+                outcomes |= self._score_adapter(weights, own)
+            except (AdapterError, InvalidRequest) as error:
+                outcomes |= dict.fromkeys(own, Failed(str(error)))
+        return outcomes
+
+    def _score_adapter(self, weights: LoraWeights, evaluations: Sequence[Evaluation]) -> dict[Evaluation, Outcome]:
+        packed = self._slots.pack(weights)
+        self._slots.check([packed])
+        self._slots.acquire([packed])
+        try:
+            lora = self._slots.batch([((packed.key, 1.0),)])
+            scores: dict[Evaluation, Outcome] = {}
+            for batch in self._batches(evaluations):
+                values = self._log_likelihoods([self._dialogues[e.task, e.example] for e in batch], lora)
+                if values is None:
+                    raise AdapterRejected("the model's output is not finite under it", adapter=weights.name)
+                scores |= dict(zip(batch, values, strict=True))
+            return scores
+        finally:
+            self._slots.release([packed.key])
+
+    def _batches(self, evaluations: Sequence[Evaluation]) -> Iterator[list[Evaluation]]:
+        """The evaluations in batches that fit one pass, those of about the same length together."""
+        batch: list[Evaluation] = []
+        outputs = 0
+        for evaluation in sorted(evaluations, key=lambda e: (len(self._dialogues[e.task, e.example].tokens), e)):
+            dialogue = self._dialogues[evaluation.task, evaluation.example]
+            outputs += dialogue.outputs
+            positions = (len(batch) + 1) * _padded(len(dialogue.tokens))
+            if batch and (positions > self._batch_tokens or outputs > _MAX_OUTPUTS):
+                yield batch
+                batch, outputs = [], dialogue.outputs
+            batch.append(evaluation)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _log_likelihoods(self, dialogues: Sequence[_Dialogue], lora: LoraBatch | None) -> list[float] | None:
+        """The mean log-probability of each target and its end, or None if the model's output is not finite."""
+        decoder, device = self._decoder, self._decoder.device
+        tokens: list[int] = []
+        positions: list[int] = []
+        outputs: list[int] = []
+        wanted: list[int] = []
+        ends: list[int] = []  # which of the outputs predict the end
+        for dialogue in dialogues:
+            first = len(tokens)
+            tokens += dialogue.tokens
+            positions += range(len(dialogue.tokens))
+            outputs += range(first + dialogue.prompt - 1, len(tokens))
+            wanted += [*dialogue.tokens[dialogue.prompt :], 0]
+            ends.append(len(wanted) - 1)
+
+        def ids(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        if lora is not None and device.type == "cuda":
+            lora = lora.select(ids([0] * len(tokens)))  # its kernels take a row of the mask for every token
+        cache = KVCache(  # a fresh one: what a broken adapter leaves behind must reach nobody
+            layers=decoder.shape.layers,
+            rows=len(dialogues),
+            kv_heads=decoder.kv_heads,
+            length=_padded(max(len(dialogue.tokens) for dialogue in dialogues)),
+            head_dim=decoder.head_dim,
+            dtype=decoder.dtype,
+            device=device,
+        )
+        spans = [PrefillSpan(row, 0, len(dialogue.tokens)) for row, dialogue in enumerate(dialogues)]
+        mixtures = [(slice(0, len(tokens)), lora)] if lora is not None else []
+        batch = StepBatch(ids(tokens), ids(positions), 0, spans, ids(outputs), mixtures)
+        log_probabilities = decoder.forward(batch, cache).log_softmax(dim=-1)
+        chosen = log_probabilities.gather(1, ids(wanted)[:, None])[:, 0]
+        chosen[ids(ends)] = log_probabilities[ids(ends)][:, self._ends].logsumexp(dim=-1)
+        if not chosen.isfinite().all():
+            return None
+        values = iter(chosen.tolist())
+        return [fmean(next(values) for _ in range(dialogue.outputs)) for dialogue in dialogues]
+
+
+@contextmanager
+def open_scorer(by: ScoredBy, model: str, load_adapter: LoadAdapter, tasks: Sequence[Task]) -> Iterator[Scorer]:
+    """A scorer on a base model of its own: a folder, a Hugging Face id, or "default".
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+        TaskError, InvalidRequest: as `EngineScorer` and `LikelihoodScorer`.
+    """
+    folder, aliases = resolve_model(model), base_model_aliases(model)
+    if by == "likelihood":
+        decoder, codec = load_decoder(folder, aliases=aliases)
+        yield LikelihoodScorer(decoder, codec, load_adapter, tasks)
+        return
+    engine = load_engine(folder, aliases=aliases)
+    try:
+        yield EngineScorer(engine, load_adapter, tasks)
+    finally:
+        engine.close()
+
+
+def _loaded(load_adapter: LoadAdapter, name: str) -> LoraWeights | Failed:
+    """An adapter, or why it can never be used. A store that is down fails the caller, and no adapter."""
+    try:
+        return load_adapter(name)
+    except (AdapterRejected, AdapterNotFound, InvalidRequest) as error:
+        return Failed(str(error))
+
+
+def _by_adapter(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, list[Evaluation]]]:
+    for name, own in groupby(sorted(evaluations), key=lambda evaluation: evaluation.adapter):
+        yield name, list(own)
+
+
+def _prompt(codec: TextCodec, text: str) -> tuple[int, ...]:
+    return codec.chat([{"role": "user", "content": text}])
+
+
+def _target_ids(codec: TextCodec, text: str) -> list[int]:
+    ids: list[int] = codec.backend.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _check_known(evaluations: Sequence[Evaluation], known: Container[tuple[str, int]]) -> None:
+    for evaluation in evaluations:
+        if (evaluation.task, evaluation.example) not in known:
+            raise TaskError(f"has no validation[{evaluation.example}] among the scorer's tasks", source=evaluation.task)
+
+
+def _check_length(tokens: int, room: int, task: Task, example: int) -> None:
+    if tokens > room:
+        raise TaskError(
+            f"validation[{example}] takes {tokens} tokens with its answer, but the context holds {room}; take it out",
+            source=task.name,
+        )
+
+
+def _padded(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP

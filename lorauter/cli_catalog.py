@@ -1,0 +1,222 @@
+"""The commands `lorauter catalog ...`: build, change, list the versions, go back to one.
+
+Parses arguments and shows progress; the work is `lorauter.catalog`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorauter.cli_console import counting, notify, phase, warn
+from lorauter.defaults import DEFAULT
+from lorauter.errors import CatalogError, ConfigError
+
+if TYPE_CHECKING:
+    from lorauter.adapters import AdapterRepository
+    from lorauter.catalog import Catalog
+    from lorauter.catalog.scores import ScoreTable
+    from lorauter.tasks import Task
+
+catalog_app = typer.Typer(no_args_is_help=True, help="Task catalogs.")
+
+_Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
+_Catalog = Annotated[str, typer.Argument(help="The catalog: a folder or s3://bucket/prefix.")]
+
+
+class _By(StrEnum):
+    metric = "metric"
+    likelihood = "likelihood"
+
+
+@catalog_app.command("build")
+def build(
+    tasks: Annotated[Path, typer.Option(help="A folder of task files (.json, .json.gz).")],
+    out: Annotated[str, typer.Option(help="Where to publish: a folder or s3://bucket/prefix.")],
+    adapters: Annotated[str | None, typer.Option(help="The adapter store; none routes to tasks alone.")] = None,
+    mapping: Annotated[
+        Path | None, typer.Option(help='A JSON file {"task": ["adapter", ...]}, the best adapter first.')
+    ] = None,
+    encoder: _Encoder = DEFAULT,
+    match: Annotated[bool, typer.Option("--match", help="Try the adapters on the tasks, and take the best.")] = False,
+    by: Annotated[
+        _By, typer.Option(help="What is tried: the task's metric on an answer, or the target's likelihood (faster).")
+    ] = _By.metric,
+    scores: Annotated[
+        Path | None, typer.Option(help="JSON lines that keep the scores; a run that was cut off goes on from them.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="The base model to try on: a folder, a Hugging Face id, or 'default'.")] = (
+        DEFAULT
+    ),
+) -> None:
+    """Build a catalog and publish it as the current version.
+
+    An adapter serves the task of its own name, or those that --mapping gives it. With --match names only hint: every
+    adapter meets a few examples of every task, and the best of them more and more (successive halving).
+    """
+    from lorauter.catalog import build_catalog
+    from lorauter.defaults import load_encoder
+    from lorauter.tasks import read_tasks
+
+    if match and adapters is None:
+        raise ConfigError("--match needs adapters to try; name their store with --adapters", setting="adapters")
+    if scores is not None and not match:
+        raise ConfigError("--scores is of use only with --match", setting="scores")
+    found = read_tasks(tasks)
+    assigned = _read_mapping(mapping) if mapping else None
+    with phase("loading the encoder"):
+        embedder = load_encoder(encoder)
+    with phase(f"embedding the examples of {len(found)} tasks"):
+        repository = _repository(adapters) if adapters else None
+        catalog = build_catalog(found, embedder, repository=repository, mapping=assigned)
+    if match and repository is not None:
+        catalog = _matched(catalog, found, repository, by, model, scores)
+    _publish(catalog, out)
+
+
+@catalog_app.command("change")
+def change(
+    catalog: _Catalog,
+    add_tasks: Annotated[
+        Path | None, typer.Option(help="A folder of task files; those of known names replace what is there.")
+    ] = None,
+    remove_task: Annotated[list[str] | None, typer.Option(help="A task's name; may be given again.")] = None,
+    refresh_adapters: Annotated[
+        str | None, typer.Option(help="The adapter store, whose adapters and versions are taken anew.")
+    ] = None,
+    remove_adapter: Annotated[
+        list[str] | None, typer.Option(help="An adapter's name; may be given again. It is gone until a refresh.")
+    ] = None,
+    encoder: _Encoder = DEFAULT,
+) -> None:
+    """Change the current version, in the order of the options, and publish what comes of it as a new one."""
+    from lorauter.catalog import Catalog, with_adapters, with_tasks, without_adapters, without_tasks
+    from lorauter.defaults import load_encoder
+    from lorauter.tasks import read_tasks
+
+    if not (add_tasks or remove_task or refresh_adapters or remove_adapter):
+        raise ConfigError("nothing to change; give --add-tasks, --remove-task, --refresh-adapters or --remove-adapter")
+    with phase("reading the catalog"):
+        before = changed = Catalog.load(catalog)
+    if add_tasks:
+        added = read_tasks(add_tasks)
+        with phase("loading the encoder"):
+            embedder = load_encoder(encoder)
+        with phase(f"embedding the examples of {len(added)} tasks"):
+            changed = with_tasks(changed, added, embedder)
+    if remove_task:
+        changed = without_tasks(changed, remove_task)
+    if refresh_adapters:
+        with phase("reading the adapters"):
+            changed = with_adapters(changed, _repository(refresh_adapters))
+        scored = {name for entry in changed.tasks for name in entry.scores}
+        for name in sorted(scored & before.adapters.keys()):
+            if changed.adapters[name] != before.adapters[name]:
+                notify(f"adapter {name!r} has another version, and keeps the scores of the one before")
+    if remove_adapter:
+        changed = without_adapters(changed, remove_adapter)
+    _publish(changed, catalog)
+
+
+@catalog_app.command("versions")
+def versions(catalog: _Catalog) -> None:
+    """List the versions in a store, and check each; the current one is marked."""
+    from lorauter.catalog import Catalog, catalog_versions, current_version
+
+    current = current_version(catalog)
+    names = catalog_versions(catalog)
+    for name in names:
+        try:
+            what = _summary(Catalog.load(catalog, version=name))
+        except CatalogError as error:
+            what = " ".join(str(error).split())
+        typer.echo(f"{name}\t{'current' if name == current else '-'}\t{what}")
+    notify(f"{len(names)} versions in {catalog}")
+
+
+@catalog_app.command("use")
+def use(catalog: _Catalog, version: Annotated[str, typer.Argument(help="One that 'versions' lists.")]) -> None:
+    """Verify a version and make it the current one, which may be a step back."""
+    from lorauter.catalog import use_version
+
+    typer.echo(f"{version}\t{_summary(use_version(catalog, version))}")
+
+
+def _publish(catalog: Catalog, to: str) -> None:
+    with phase("publishing the catalog"):
+        version = catalog.save(to)
+    typer.echo(f"{version}\t{_summary(catalog)}")
+
+
+def _summary(catalog: Catalog) -> str:
+    served = sum(bool(entry.adapters) for entry in catalog.tasks)
+    return f"{len(catalog.tasks)} tasks, {len(catalog.adapters)} adapters, {served} tasks with an adapter"
+
+
+def _repository(uri: str) -> AdapterRepository:
+    from lorauter.adapters import AdapterRepository, open_store
+
+    repository = AdapterRepository(open_store(uri))
+    if not repository.names():
+        raise ConfigError(f"there is no adapter in {uri}; push some, or leave the option out", setting="adapters")
+    return repository
+
+
+def _matched(
+    catalog: Catalog, tasks: Sequence[Task], repository: AdapterRepository, by: _By, model: str, file: Path | None
+) -> Catalog:
+    """The catalog with the adapters that matching finds; those that cannot be used are out of it."""
+    from lorauter.catalog import scoring, with_scores, without_adapters
+    from lorauter.catalog.match import MatchConfig, match_adapters
+    from lorauter.catalog.scores import ScoreTable
+    from lorauter.evaluation.answering import adapters_in
+
+    if not catalog.adapters:
+        raise ConfigError(f"there is no adapter in {repository.store.uri}", setting="adapters")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {file} is not there", setting="scores")
+    table = ScoreTable(file)
+    with_scores(catalog, _worth(table, by))  # scores of other tasks are refused before, not after, hours of work
+    config = MatchConfig(candidates={entry.name: [a.name for a in entry.adapters] for entry in catalog.tasks})
+    with ExitStack() as stack:
+        with phase("loading the base model"):
+            scorer = stack.enter_context(scoring.open_scorer(by.value, model, adapters_in(repository), tasks))
+        what = f"trying {len(catalog.adapters)} adapters on {len(tasks)} tasks"
+        progress = stack.enter_context(counting(what, "evaluations"))
+        matching = match_adapters(tasks, list(catalog.adapters), scorer, config, table, progress)
+    for name, reason in matching.failures.items():
+        warn(f"left out: {name}: {reason}")
+    share = matching.spent / matching.exhaustive
+    notify(f"{matching.spent} evaluations, {share:.1%} of the {matching.exhaustive} of every adapter on every example")
+    if len(matching.failures) == len(catalog.adapters):
+        raise ConfigError(f"no adapter can be used on the base model {model!r}; is it theirs?", setting="model")
+    return without_adapters(with_scores(catalog, _worth(table, by)), matching.failures)
+
+
+def _worth(table: ScoreTable, by: _By) -> dict[str, dict[str, dict[int, float]]]:
+    """Scores as the catalog takes them, from 0 to 1: of a log-likelihood the likelihood."""
+    for (adapter, task), scores in table.scores.items():
+        if any(score > 0 if by is _By.likelihood else not 0 <= score <= 1 for score in scores.values()):
+            raise ConfigError(f"adapter {adapter!r} has scores on task {task!r} that are not by {by}", setting="scores")
+    return table.by_task(math.exp if by is _By.likelihood else float)
+
+
+def _read_mapping(path: Path) -> dict[str, list[str]]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"mapping {path} cannot be read: {error}", setting="mapping") from error
+    mapping = {}
+    for task, names in data.items() if isinstance(data, dict) else [("", None)]:
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f'mapping {path} must be a JSON object {{"task": ["adapter", ...]}}', setting="mapping")
+        mapping[task] = names
+    return mapping

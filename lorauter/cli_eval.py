@@ -1,0 +1,286 @@
+"""The commands `lorauter eval ...`: decide, answer, report; and how well tasks are told apart.
+
+Parses arguments and shows progress; the work is `lorauter.evaluation`'s. `answer` loads neither FAISS nor an encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lorauter.cli_console import notify, phase
+from lorauter.defaults import DEFAULT
+from lorauter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorauter.encoder import Encoder
+    from lorauter.routing import RoutingConfig
+    from lorauter.tasks import Task
+
+eval_app = typer.Typer(no_args_is_help=True, help="Measure routing, and answers with and without it.")
+
+_CONFIGURED = "configured"
+
+_Tasks = Annotated[Path, typer.Option(help="A folder of task files (.json, .json.gz).")]
+_CatalogUri = Annotated[str, typer.Option(help="The catalog: a folder, s3://bucket/prefix, or 'default'.")]
+_Adapters = Annotated[str, typer.Option(help="The adapter store: a folder, s3://bucket/prefix, or 'default'.")]
+_Methods = Annotated[str | None, typer.Option(help="Separated by commas; all, if not given.")]
+_Regimes = Annotated[str | None, typer.Option(help="in-domain, semi-OOD, OOD, separated by commas; all, if not given.")]
+_Split = Annotated[
+    Literal["test", "validation"], typer.Option(help="'validation' asks the examples that the catalog does not have.")
+]
+_Config = Annotated[
+    Path | None, typer.Option(help="A YAML file of routing settings, which adds the method 'configured'.")
+]
+_EncoderName = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
+_Model = Annotated[str, typer.Option(help="Base model: a folder, a Hugging Face id, or 'default'.")]
+_Device = Annotated[str, typer.Option(help="'auto' is the GPU if there is one, else the CPU.")]
+_MaxBatch = Annotated[int | None, typer.Option(help="Queries answered at once.", min=1)]
+_Rouge = Annotated[bool, typer.Option("--rouge-for-bleu", help="Score BLEU tasks by ROUGE-L.")]
+
+
+@eval_app.command("decide")
+def decide(
+    tasks: _Tasks,
+    catalog: _CatalogUri,
+    out: Annotated[Path, typer.Option(help="JSON lines, one for each method, regime and query.")],
+    methods: _Methods = None,
+    regimes: _Regimes = None,
+    split: _Split = "test",
+    config: _Config = None,
+    encoder: _EncoderName = DEFAULT,
+) -> None:
+    """Decide by every method, in every regime, which adapters answer each query; needs no model."""
+    _decide(tasks, catalog, out, methods=methods, regimes=regimes, split=split, config=config, encoder=encoder)
+
+
+@eval_app.command("answer")
+def answer(
+    decisions: Annotated[Path, typer.Option(help="JSON lines, as 'decide' writes them.")],
+    adapters: _Adapters,
+    out: Annotated[Path, typer.Option(help="JSON lines; what it holds already is not answered again.")],
+    model: _Model = DEFAULT,
+    device: _Device = "auto",
+    max_batch: _MaxBatch = None,
+) -> None:
+    """Answer decided queries; a run that was cut off goes on where it stopped."""
+    _answer(decisions, adapters, out, model=model, device=device, max_batch=max_batch)
+
+
+@eval_app.command("report")
+def report(
+    decisions: Annotated[Path, typer.Option(help="JSON lines, as 'decide' writes them.")],
+    answers: Annotated[Path, typer.Option(help="JSON lines, as 'answer' writes them.")],
+    out: Annotated[Path, typer.Option(help="A folder for report.json, report.md and the plot.")],
+    rouge_for_bleu: _Rouge = False,
+) -> None:
+    """Score answers, and print the tables."""
+    _report(decisions, answers, out, rouge_for_bleu=rouge_for_bleu)
+
+
+@eval_app.command("answers")
+def answers(
+    tasks: _Tasks,
+    catalog: _CatalogUri,
+    adapters: _Adapters,
+    out: Annotated[Path, typer.Option(help="A folder for decisions.jsonl, answers.jsonl and the report.")],
+    methods: _Methods = None,
+    regimes: _Regimes = None,
+    split: _Split = "test",
+    config: _Config = None,
+    encoder: _EncoderName = DEFAULT,
+    model: _Model = DEFAULT,
+    device: _Device = "auto",
+    max_batch: _MaxBatch = None,
+    rouge_for_bleu: _Rouge = False,
+) -> None:
+    """Decide, answer and report, in one folder; a run that was cut off goes on where it stopped."""
+    decided, answered = out / "decisions.jsonl", out / "answers.jsonl"
+    _decide(tasks, catalog, decided, methods=methods, regimes=regimes, split=split, config=config, encoder=encoder)
+    _answer(decided, adapters, answered, model=model, device=device, max_batch=max_batch)
+    _report(decided, answered, out, rouge_for_bleu=rouge_for_bleu)
+
+
+@eval_app.command("routing")
+def routing(
+    tasks: _Tasks,
+    examples: Annotated[int, typer.Option(help="Validation examples that stand for each task.", min=1)] = 20,
+    flan: Annotated[
+        Path | None, typer.Option(help='Another set, in one file {"tasks": [...], "queries": [...]} (.json, .json.gz).')
+    ] = None,
+    encoder: _EncoderName = DEFAULT,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there, too.")] = None,
+) -> None:
+    """Measure how well the test examples of tasks are routed to them, by each preset; generates nothing."""
+    from lorauter.defaults import load_encoder
+    from lorauter.evaluation.routing import RememberingEncoder, first_examples, read_query_set
+    from lorauter.tasks import read_tasks
+
+    sets = {"tasks": read_tasks(tasks)}
+    if flan is not None:
+        sets["flan"] = read_query_set(flan)
+    with phase("loading the encoder"):
+        model = RememberingEncoder(load_encoder(encoder))
+    figures = {}
+    for name, found in sets.items():
+        with phase(f"routing the queries of {len(found)} tasks"):
+            figures[name] = _routing_figures(first_examples(found, examples), model)
+        typer.echo(_routing_tables(name, figures[name]))
+    if json_file is not None:
+        _write(json_file, json.dumps(figures, indent=1) + "\n")
+
+
+def _names(given: str | None, default: Collection[str]) -> list[str]:
+    return list(default) if given is None else [name.strip() for name in given.split(",") if name.strip()]
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole, or not at all. Raises ConfigError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _decide(
+    tasks: Path,
+    catalog_uri: str,
+    out: Path,
+    *,
+    methods: str | None,
+    regimes: str | None,
+    split: str,
+    config: Path | None,
+    encoder: str,
+) -> None:
+    from lorauter.catalog import Catalog
+    from lorauter.defaults import load_encoder, resolve_catalog
+    from lorauter.evaluation.methods import METHODS, decide
+    from lorauter.evaluation.regimes import REGIMES
+    from lorauter.tasks import read_tasks
+
+    chosen: dict[str, RoutingConfig | None] = dict.fromkeys(_names(methods, METHODS))
+    if config is not None:
+        chosen[_CONFIGURED] = _read_config(config)
+    found = read_tasks(tasks)
+    with phase("loading the encoder and the catalog"):
+        model = load_encoder(encoder)
+        catalog = Catalog.load(resolve_catalog(catalog_uri, notify))
+        catalog.check_encoder(model)
+    held = {entry.name: {example.input for example in entry.task.validation} for entry in catalog.tasks}
+    asked = [task for task in found if _has_queries(task, split, held.get(task.name, ()))]
+    if not asked:
+        raise ConfigError(f"no task has {split} examples to ask that the catalog does not have", setting="tasks")
+    own = {task.name: [task.name] if task.name in catalog.adapters else [] for task in asked}
+    alone = [name for name, adapters in own.items() if not adapters]
+    if alone and "oracle" in chosen:
+        notify(f"no adapter has the name of {', '.join(alone)}: the oracle is the base model there")
+    with phase(f"deciding by {len(chosen)} methods for the queries of {len(asked)} tasks"):
+        rows = decide(asked, catalog, model, chosen, regimes=_names(regimes, REGIMES), split=split, own=own)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    _write(out, "".join(lines))
+    notify(f"{len(lines)} decisions are in {out}")
+
+
+def _has_queries(task: Task, split: str, seen: Collection[str]) -> bool:
+    return bool(task.test) if split == "test" else any(example.input not in seen for example in task.validation)
+
+
+def _read_config(path: Path) -> RoutingConfig:
+    """Routing settings from a YAML file. Raises ConfigError."""
+    import yaml
+    from pydantic import ValidationError
+
+    from lorauter.routing import RoutingConfig
+
+    try:
+        return RoutingConfig.model_validate(yaml.safe_load(path.read_bytes()) or {})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ConfigError(f"{path}: {where}: {problem['msg']}", setting=where) from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", setting="config") from error
+
+
+def _answer(decisions: Path, adapters: str, out: Path, *, model: str, device: str, max_batch: int | None) -> None:
+    from lorauter.defaults import base_model_aliases, resolve_adapters, resolve_model
+    from lorauter.engine import EngineConfig, load_engine
+    from lorauter.evaluation.answering import adapters_in, answer
+    from lorauter.evaluation.rows import read_decisions
+
+    rows = read_decisions(decisions)
+    load = adapters_in(resolve_adapters(adapters))
+    config = EngineConfig() if max_batch is None else EngineConfig(max_batch=max_batch)
+    with phase("loading the base model"):
+        engine = load_engine(resolve_model(model, notify), config, device=device, aliases=base_model_aliases(model))
+    with closing(engine):
+        answer(rows, engine, load, out, progress=lambda done, total: notify(f"{done} of {total} rows are answered"))
+
+
+def _report(decisions: Path, answers: Path, out: Path, *, rouge_for_bleu: bool) -> None:
+    from lorauter.evaluation.plots import score_by_share, share_lines
+    from lorauter.evaluation.report import evaluate, to_markdown, write_report
+    from lorauter.evaluation.rows import read_answers, read_scored
+
+    results = evaluate(read_scored(decisions), read_answers(answers), rouge_for_bleu=rouge_for_bleu)
+    try:
+        write_report(results, out)
+        typer.echo(to_markdown(results), nl=False)
+        if share_lines(results):
+            score_by_share(results, out / "score_by_share.png")
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {out}: {error}", setting="out") from error
+    notify(f"the report is in {out}")
+
+
+def _routing_figures(tasks: Sequence[Task], encoder: Encoder) -> dict[str, dict[str, Any]]:
+    """For each preset what `lorauter.evaluation.routing` measures; None for what the tasks do not allow."""
+    from lorauter.evaluation.routing import ambiguous, evaluate_routing, queries_of, strangers, stress
+    from lorauter.routing import RoutingConfig
+
+    figures: dict[str, dict[str, Any]] = {}
+    for preset in ("paper", "default"):
+        config = RoutingConfig.model_validate({"preset": preset})
+        joined, unknown = ambiguous(tasks, encoder, config), strangers(tasks, encoder, config)
+        figures[preset] = {
+            "routing": vars(evaluate_routing(tasks, queries_of(tasks), encoder, config)),
+            "stress": stress(tasks, encoder, config),
+            "ambiguous": joined and vars(joined),
+            "strangers": unknown and vars(unknown),
+        }
+    return figures
+
+
+def _routing_tables(name: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of each measurement, a row for each preset."""
+    titles = {
+        "routing": "known queries",
+        "stress": "top-1 by number of tasks",
+        "ambiguous": "two queries of different domains in one",
+        "strangers": "the whole domain taken out",
+    }
+    parts = []
+    for key, title in titles.items():
+        of = {preset: found[key] for preset, found in figures.items() if found[key]}
+        if of:
+            header = ["preset", *map(str, next(iter(of.values())))]
+            rows = [[preset, *map(_cell, row.values())] for preset, row in of.items()]
+            lines = [f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rows)]
+            parts.append(f"{name}, {title}:\n\n{''.join(lines)}")
+    return "\n".join(parts)
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

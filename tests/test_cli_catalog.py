@@ -1,0 +1,320 @@
+"""`lorauter catalog build --match`, `change`, `versions` and `use`, with a tiny random model of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from lorauter.adapters import AdapterRepository, open_store
+from lorauter.catalog import Catalog, build_catalog, current_version
+from lorauter.catalog.scores import Evaluation, Failed, ScoreTable
+from lorauter.catalog.scoring import open_scorer
+from lorauter.cli import main
+from lorauter.encoder import HashingEncoder
+from lorauter.errors import AdapterUnavailable, StoreUnavailable
+from lorauter.tasks import Task, read_tasks
+
+WORDS = {"sums": "add numbers", "poems": "rhyme verses", "rain": "weather forecast"}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished command."""
+
+    code: object
+    out: str
+    err: str
+
+    def refused(self, part: str) -> None:
+        """It ended with one line of error that holds `part`."""
+        assert self.code == 1, self
+        last = self.err.splitlines()[-1]
+        assert last.startswith("error: ") and part in last, self
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder())
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["lorauter", "catalog", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Ran(caught.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def pool(tmp_path: Path, make_adapter: Callable[..., Path]) -> Path:
+    for name in ("sums", "poems", "spare"):
+        make_adapter(tmp_path / "pool", name)
+    return tmp_path / "pool"
+
+
+def write_tasks(folder: Path, *tasks: Task) -> Path:
+    folder.mkdir(exist_ok=True)
+    for task in tasks:
+        (folder / f"{task.name}.json").write_text(json.dumps(task.to_json()))
+    return folder
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, make_task: Callable[..., Task]) -> Path:
+    made = (make_task(name, f"{words} one", f"{words} two") for name, words in WORDS.items())
+    return write_tasks(tmp_path / "tasks", *made)
+
+
+class Scorer:
+    """The fake: `spare` is the best at everything, and some adapters are broken."""
+
+    def __init__(self, broken: tuple[str, ...] = ()) -> None:
+        self.broken = broken
+        self.asked: list[Evaluation] = []
+        self.opened: list[tuple[str, str]] = []
+        self.error: Exception | None = None
+
+    def score(self, evaluations: list[Evaluation]) -> dict[Evaluation, float | Failed]:
+        if self.error:
+            raise self.error
+        self.asked += evaluations
+        return {e: Failed("is corrupt") if e.adapter in self.broken else self.worth(e) for e in evaluations}
+
+    def worth(self, evaluation: Evaluation) -> float:
+        worth = 0.9 if evaluation.adapter == "spare" else 0.5 if evaluation.adapter == evaluation.task else 0.1
+        return math.log(worth) if self.opened[-1][0] == "likelihood" else worth
+
+
+@pytest.fixture
+def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
+    fake = Scorer()
+
+    @contextmanager
+    def opened(by: str, model: str, load_adapter: object, tasks: object) -> Any:
+        fake.opened.append((by, model))
+        yield fake
+
+    monkeypatch.setattr("lorauter.catalog.scoring.open_scorer", opened)
+    return fake
+
+
+@pytest.fixture
+def match(cli: Callable[..., Ran], tasks: Path, pool: Path, tmp_path: Path) -> Callable[..., Ran]:
+    """`match(*options)`: build the catalog `out` by matching."""
+
+    def run(*options: object) -> Ran:
+        where = ("--tasks", tasks, "--adapters", pool, "--out", tmp_path / "out")
+        return cli("build", *where, "--match", *options)
+
+    return run
+
+
+def served(catalog: Path) -> dict[str, list[str]]:
+    return {task.name: [adapter.name for adapter in task.adapters] for task in Catalog.load(catalog).tasks}
+
+
+@pytest.mark.parametrize("by", ["metric", "likelihood"])
+def test_matching_takes_the_best(match: Callable[..., Ran], scorer: Scorer, tmp_path: Path, by: str) -> None:
+    ran = match("--by", by, "--model", "some/model")
+    assert (ran.code, scorer.opened) == (0, [(by, "some/model")])
+    assert "18 evaluations, 100.0% of the 18 of every adapter on every example" in ran.err
+    for names in served(tmp_path / "out").values():
+        assert names[0] == "spare" and sorted(names) == ["poems", "spare", "sums"]
+    scores = Catalog.load(tmp_path / "out").tasks[0].scores
+    assert scores["spare"] == pytest.approx({0: 0.9, 1: 0.9})
+
+
+def test_what_is_broken_is_named_and_left_out(match: Callable[..., Ran], scorer: Scorer, tmp_path: Path) -> None:
+    scorer.broken = ("spare",)
+    ran = match()
+    assert ran.code == 0
+    assert "left out: spare: is corrupt" in ran.err.splitlines()
+    assert sorted(served(tmp_path / "out")["sums"]) == ["poems", "sums"]
+    assert list(Catalog.load(tmp_path / "out").adapters) == ["poems", "sums"]
+    scorer.broken = ("spare", "sums", "poems")
+    match().refused("no adapter can be used on the base model 'default'")
+
+
+def test_an_outage_stops_the_run_and_the_next_goes_on(
+    match: Callable[..., Ran], scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "scores.jsonl"
+    scorer.opened.append(("metric", ""))
+    kept = scorer.score([Evaluation(adapter, "rain", 0) for adapter in ("sums", "poems")])
+    ScoreTable(file).add(kept)
+    scorer.error = AdapterUnavailable("the store cannot be read", adapter="sums")
+    match("--scores", file).refused("the store cannot be read")
+    assert not (tmp_path / "out").exists() and ScoreTable(file).failures == {}
+    scorer.error = None
+    scorer.asked.clear()
+    assert match("--scores", file).code == 0
+    assert len(scorer.asked) == 16 and not kept.keys() & set(scorer.asked)
+    version = current_version(tmp_path / "out")
+    assert match("--scores", file).code == 0
+    assert (len(scorer.asked), current_version(tmp_path / "out")) == (16, version)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"adapter": "sums", "task": "rain", "example": 2, "score": 0.5}, (), "the task has 2 validation examples"),
+        ({"adapter": "sums", "task": "rain", "example": 0, "score": -0.5}, (), "that are not by metric"),
+        ({"adapter": "sums", "task": "rain", "example": 0, "score": 0.5}, ("--by", "likelihood"), "not by likelihood"),
+    ],
+)
+def test_scores_of_something_else_are_refused_at_once(
+    match: Callable[..., Ran], scorer: Scorer, tmp_path: Path, row: dict[str, Any], options: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "scores.jsonl").write_text(json.dumps(row) + "\n")
+    match("--scores", tmp_path / "scores.jsonl", *options).refused(said)
+    assert not scorer.opened
+
+
+def test_matching_needs_adapters_and_a_place_for_scores(
+    cli: Callable[..., Ran], match: Callable[..., Ran], tasks: Path, tmp_path: Path
+) -> None:
+    where = ("--tasks", tasks, "--out", tmp_path / "out")
+    cli("build", *where, "--match").refused("--adapters")
+    cli("build", *where, "--scores", tmp_path / "s.jsonl").refused("only with --match")
+    match("--scores", tmp_path / "nowhere" / "s.jsonl").refused("is not there")
+
+
+# a real, tiny engine
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A random Llama that the adapters of `make_adapter` fit, in a folder of the name that they give."""
+    config = transformers.LlamaConfig(
+        vocab_size=258, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=257, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path / "tiny-base"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=["<end>"], chat_template=template
+    ).save_pretrained(folder)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("by", ["metric", "likelihood"])
+def test_matching_on_a_model(
+    match: Callable[..., Ran], pool: Path, make_adapter: Callable[..., Path], model: Path, tmp_path: Path, by: str
+) -> None:
+    make_adapter(pool, "stranger", base="org/another")
+    ran = match("--by", by, "--model", model)
+    assert ran.code == 0, ran
+    assert "left out: stranger: adapter 'stranger': " in ran.err
+    for task in Catalog.load(tmp_path / "out").tasks:
+        assert sorted(task.scores) == sorted(a.name for a in task.adapters) == ["poems", "spare", "sums"]
+        assert all(0 <= score <= 1 for of in task.scores.values() for score in of.values())
+
+
+@pytest.mark.parametrize("by", ["metric", "likelihood"])
+def test_an_outage_is_no_adapters_failure(tasks: Path, model: Path, by: Any) -> None:
+    for error in (AdapterUnavailable("away", adapter="sums"), StoreUnavailable("away", uri="s3://b")):
+
+        def load(name: str, error: Exception = error) -> Any:
+            raise error
+
+        with open_scorer(by, str(model), load, read_tasks(tasks)) as scorer, pytest.raises(type(error)):
+            scorer.score([Evaluation("sums", "rain", 0)])
+
+
+# change
+
+
+@pytest.fixture
+def catalog(cli: Callable[..., Ran], pool: Path, tasks: Path, tmp_path: Path) -> Path:
+    assert cli("build", "--tasks", tasks, "--adapters", pool, "--out", tmp_path / "catalog").code == 0
+    return tmp_path / "catalog"
+
+
+def test_change_is_as_if_built_anew(
+    cli: Callable[..., Ran],
+    catalog: Path,
+    pool: Path,
+    make_task: Callable[..., Task],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    more = write_tasks(tmp_path / "more", make_task("tides"))
+    make_adapter(pool, "tides")
+    make_adapter(pool, "sums", rank=3)
+    options = ("--add-tasks", more, "--remove-task", "rain", "--remove-task", "poems", "--refresh-adapters", pool)
+    ran = cli("change", catalog, *options)
+    assert ran.code == 0, ran
+    found = [task for task in [*read_tasks(more), *read_tasks(tmp_path / "tasks")] if task.name in ("tides", "sums")]
+    anew = build_catalog(found, HashingEncoder(), repository=AdapterRepository(open_store(pool)))
+    assert ran.out == f"{anew.version}\t2 tasks, 4 adapters, 2 tasks with an adapter\n"
+    assert current_version(catalog) == anew.version
+    assert cli("change", catalog, "--remove-adapter", "tides").code == 0
+    assert served(catalog) == {"sums": ["sums"], "tides": []}
+
+
+def test_another_version_that_keeps_its_scores_is_named(
+    cli: Callable[..., Ran],
+    match: Callable[..., Ran],
+    scorer: Scorer,
+    pool: Path,
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    assert match().code == 0
+    make_adapter(pool, "sums", rank=3)
+    ran = cli("change", tmp_path / "out", "--refresh-adapters", pool)
+    assert [line for line in ran.err.splitlines() if "another version" in line] == [
+        "adapter 'sums' has another version, and keeps the scores of the one before"
+    ]
+
+
+def test_changes_that_cannot_be(cli: Callable[..., Ran], catalog: Path, tmp_path: Path) -> None:
+    version = current_version(catalog)
+    cli("change", catalog).refused("nothing to change")
+    cli("change", catalog, "--remove-task", "nil").refused("no task called nil")
+    cli("change", catalog, "--remove-adapter", "nil").refused("no adapter called nil")
+    everything = [part for name in WORDS for part in ("--remove-task", name)]
+    cli("change", catalog, *everything).refused("the last one cannot be taken out")
+    cli("change", catalog, "--refresh-adapters", tmp_path / "nowhere").refused("there is no adapter in")
+    assert current_version(catalog) == version
+
+
+def test_versions_are_listed_and_used_again(cli: Callable[..., Ran], catalog: Path) -> None:
+    first = current_version(catalog)
+    assert cli("change", catalog, "--remove-task", "rain").code == 0
+    second = current_version(catalog)
+    listed = cli("versions", catalog)
+    assert sorted(listed.out.splitlines()) == sorted(
+        [
+            f"{first}\t-\t3 tasks, 3 adapters, 2 tasks with an adapter",
+            f"{second}\tcurrent\t2 tasks, 3 adapters, 2 tasks with an adapter",
+        ]
+    )
+    used = cli("use", catalog, first)
+    assert (used.code, used.out) == (0, f"{first}\t3 tasks, 3 adapters, 2 tasks with an adapter\n")
+    assert current_version(catalog) == first
+    (catalog / str(second) / "examples.npy").write_bytes(b"damaged")
+    assert f"{second}\t-\tcatalog " in cli("versions", catalog).out
+    cli("use", catalog, second).refused("examples.npy is damaged")
+    cli("use", catalog, "0" * 16).refused("is not there")
+    assert current_version(catalog) == first
