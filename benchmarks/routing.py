@@ -1,21 +1,27 @@
-"""Routed accuracy: how often a test query's nearest task is its own.
+"""How well the router tells tasks apart, with the preset "paper" and the default. Generates nothing.
 
-    python benchmarks/routing.py [--tasks DIR] [--examples 20]
+    python benchmarks/routing.py [--tasks DIR | --flan FILE] [--examples 20] [--json FILE]
 
-Builds a catalog of the tasks' validation examples with the default encoder, routes their test examples, and
-prints top-1 accuracy for each task and over all. The default tasks are the repository's examples.
+Builds a catalog of the tasks' first validation examples with the default encoder and routes their test examples; the
+default tasks are the repository's examples. `lorauter eval routing` prints more: growth, ambiguity, strangers.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from dataclasses import replace
+import json
+from dataclasses import asdict
 from pathlib import Path
 
-from lorauter.catalog import build_catalog
 from lorauter.defaults import load_encoder
-from lorauter.routing import Router
+from lorauter.evaluation.routing import (
+    RememberingEncoder,
+    evaluate_routing,
+    first_examples,
+    queries_of,
+    read_query_set,
+)
+from lorauter.routing import RoutingConfig
 from lorauter.tasks import read_tasks
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"
@@ -23,22 +29,23 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=Path, default=EXAMPLES)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--tasks", type=Path, default=EXAMPLES)
+    source.add_argument("--flan", type=Path, help="a file of tasks and queries, as flan48.json.gz")
     parser.add_argument("--examples", type=int, default=20, help="validation examples a task")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    tasks = [replace(task, validation=task.validation[: args.examples]) for task in read_tasks(args.tasks)]
-    encoder = load_encoder("default")
-    router = Router(build_catalog(tasks, encoder), encoder)
-    right = total = 0
-    started = time.perf_counter()
-    for task in tasks:
-        decisions = router.route([example.input for example in task.test])
-        hits = sum(decision.tasks[0].name == task.name for decision in decisions)
-        print(f"{task.name:24} {hits:4} of {len(decisions)}")
-        right, total = right + hits, total + len(decisions)
-    seconds = time.perf_counter() - started
-    print(f"top-1 accuracy {right / total:.3f} ({right} of {total}), {1000 * seconds / total:.1f} ms a query")
+    tasks = first_examples(read_query_set(args.flan) if args.flan else read_tasks(args.tasks), args.examples)
+    encoder = RememberingEncoder(load_encoder("default"))
+    figures = {}
+    for preset in ("paper", "default"):
+        figures[preset] = asdict(evaluate_routing(tasks, queries_of(tasks), encoder, RoutingConfig(preset=preset)))
+    width = max(map(len, figures["paper"]))
+    for name in figures["paper"]:
+        print(f"{name:{width}}  paper {figures['paper'][name]:9.4g}  default {figures['default'][name]:9.4g}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
