@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from lorauter.catalog.lexicon import Lexicon, grams_of
+from lorauter.catalog.lexicon import Grams, Lexicon, grams_of
 from lorauter.encoder import Embeddings, normalised
 
 Floats = NDArray[np.float64]
@@ -84,13 +85,14 @@ class Reranker:
             examples: of each task, (n, d) float32 unit rows.
             texts: the same examples' inputs.
         """
-        parts = _held_out(examples, texts)
+        grams = [[grams_of(text) for text in task] for task in texts]
+        parts = _held_out(examples, grams)
         coefficients, familiar, stranger = _COEFFICIENTS, _FAMILIAR, _STRANGER
         if len(parts) and parts.shape[1] > 1:
             coefficients = _fit_coefficients(parts)
             familiar, stranger = _fit_familiar(parts, coefficients)
         rows, bias = _discriminant(examples)
-        return cls(rows, bias, Lexicon.fit(texts), coefficients, familiar, stranger)
+        return cls(rows, bias, Lexicon.fit_grams(grams), coefficients, familiar, stranger)
 
     def rank(self, embedding: Embeddings, text: str, tasks: NDArray[np.int64], cosines: NDArray[Any]) -> Ranking:
         """Judge candidates for a query.
@@ -155,19 +157,18 @@ def _discriminant(examples: Sequence[Embeddings]) -> tuple[Embeddings, NDArray[n
     return rows.astype(np.float32), (-0.5 * (rows * means).sum(axis=1)).astype(np.float32)
 
 
-def _held_out(examples: Sequence[Embeddings], texts: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+def _held_out(examples: Sequence[Embeddings], grams: Sequence[Sequence[Grams]]) -> NDArray[np.float64]:
     """The parts of logits, (held out, rivals, 3), of examples under fits without them; the own task comes first."""
     parts: list[Floats] = []
     rivals = min(_RIVALS, len(examples))
-    grams = [[grams_of(text) for text in task] for task in texts]
-    step = max(1, sum(map(len, texts)) // _MAX_HELD_OUT)
+    step = max(1, sum(map(len, grams)) // _MAX_HELD_OUT)
     for fold in range(_FOLDS):
         kept = [np.arange(len(rows)) % _FOLDS != fold if len(rows) > 1 else np.ones(1, bool) for rows in examples]
         out = [(task, int(i)) for task, mask in enumerate(kept) for i in np.flatnonzero(~mask)][::step]
         if not out:
             continue
         inside = [rows[mask] for rows, mask in zip(examples, kept, strict=True)]
-        lexicon = Lexicon.fit_grams([[task[i] for i in np.flatnonzero(m)] for task, m in zip(grams, kept, strict=True)])
+        lexicon = Lexicon.fit_grams([list(compress(task, mask)) for task, mask in zip(grams, kept, strict=True)])
         rows, bias = _discriminant(inside)
         centroids = normalised(np.stack([r.mean(axis=0) for r in inside]))
         for task, i in out:
