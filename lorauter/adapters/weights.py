@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,3 +229,7 @@ def _checked_pair(
     if not (torch.isfinite(a).all() and torch.isfinite(scaled).all()):
         raise AdapterRejected(f"{module} holds NaN or infinity", adapter=name)
     return a, scaled
+
+
+LoadAdapter = Callable[[str], LoraWeights]
+"""Reads an adapter by its name. Raises AdapterError."""

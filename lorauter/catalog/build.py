@@ -16,7 +16,7 @@ import numpy as np
 
 from lorauter.adapters.repository import AdapterRepository
 from lorauter.catalog.catalog import PROBE_TEXT, Catalog, CatalogTask, RankedAdapter
-from lorauter.catalog.utility import Scores, shrunken_scores
+from lorauter.catalog.utility import Scores, shrunken_scores, worths
 from lorauter.encoder import Embeddings, Encoder, normalised
 from lorauter.errors import AdapterNotFound, ConfigError
 from lorauter.tasks import Task
@@ -40,8 +40,8 @@ def build_catalog(
         encoder: embeds the validation inputs.
         repository: adapters to assign; without one the catalog routes to tasks alone.
         mapping: `{task: [adapter, ...]}`, the best first, for tasks that do not take the adapter of their name.
-        scores: `{task: {adapter: {validation example: score}}}`, as matching makes them; tasks that have any take the
-            adapters that score best, whatever their names.
+        scores: `{task: {adapter: {validation example: score}}}`, as matching makes them; tasks that have any rank
+            their adapters by `lorauter.catalog.utility.worths`.
 
     Raises:
         ConfigError: no tasks, two of one name, the mapping names a task or an adapter that is not there, or a score
@@ -78,7 +78,7 @@ def assemble(
     Args:
         tasks: as `sorted_tasks` gives them.
         examples: of each task, as `embed` gives them.
-        assigned: `{task: [adapter, ...]}`, the best first, for every task; it holds where a task has no score.
+        assigned: `{task: [adapter, ...]}`, the best first, for every task: those that were made for it.
         scores: as for `build_catalog`.
         adapters: the version of each.
         probe: the embedding of PROBE_TEXT.
@@ -159,12 +159,15 @@ def _entries(
     shrunken = shrunken_scores(scores, adapters, centroids)
     entries = []
     for task, row, own in zip(tasks, shrunken, scores, strict=True):
-        ranked = tuple(map(RankedAdapter, assigned[task.name]))
+        declared = tuple(assigned[task.name])
+        ranked = tuple(map(RankedAdapter, declared))
         if own:
             values = dict(zip(adapters, map(float, row), strict=True))
-            order = sorted(own, key=lambda name: (-values[name], name))[:MAX_RANKED]
-            ranked = tuple(RankedAdapter(name, values[name]) for name in order)
-        entries.append(CatalogTask(task, ranked, own))
+            found = [RankedAdapter(name, values[name] if name in own else None) for name in {*own, *declared}]
+            worth = worths([adapter.score for adapter in found], [adapter.name in declared for adapter in found])
+            order = sorted(range(len(found)), key=lambda i: (-worth[i], found[i].name))[:MAX_RANKED]
+            ranked = tuple(found[i] for i in order)
+        entries.append(CatalogTask(task, ranked, own, declared))
     return tuple(entries)
 
 

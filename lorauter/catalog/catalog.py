@@ -34,7 +34,7 @@ from lorauter.errors import CatalogError, ObjectNotFound
 from lorauter.names import is_valid_name
 from lorauter.tasks import Task
 
-FORMAT = 2
+FORMAT = 3
 CURRENT_FILE = "CURRENT"
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 _MIN_PROBE_SIMILARITY = 0.99
@@ -55,11 +55,13 @@ class CatalogTask:
 
     Attributes:
         scores: `{adapter: {validation example: score}}`, of all that were tried on it.
+        declared: adapters that were made for it, by their name or a mapping.
     """
 
     task: Task
     adapters: tuple[RankedAdapter, ...]
     scores: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    declared: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -133,6 +135,7 @@ class Catalog:
                     "task": entry.task.to_json(),
                     "adapters": [vars(adapter) for adapter in entry.adapters],
                     "scores": {name: {str(i): s for i, s in sorted(of.items())} for name, of in entry.scores.items()},
+                    "declared": list(entry.declared),
                 }
                 for entry in self.tasks
             ],
@@ -201,6 +204,7 @@ class Catalog:
                     Task.from_json(row["task"], source=f"{store.uri}/{version}"),
                     tuple(RankedAdapter(**adapter) for adapter in row["adapters"]),
                     {name: {int(i): score for i, score in of.items()} for name, of in row["scores"].items()},
+                    tuple(row["declared"]),
                 )
                 for row in head["tasks"]
             ),

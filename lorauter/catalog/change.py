@@ -164,12 +164,11 @@ def _merged(
 
 
 def _assigned(catalog: Catalog, tasks: Iterable[str], adapters: Container[str]) -> dict[str, list[str]]:
-    """Adapters for tasks without scores: a mapping's stay as far as they are there, else it goes by the names."""
+    """Adapters that were made for each task: a mapping's stay as far as they are there, else it goes by the names."""
     mapped = {}
     for entry in catalog.tasks:
-        names = [adapter.name for adapter in entry.adapters]
-        if not entry.scores and names != of_own_name(entry.name, catalog.adapters):
-            mapped[entry.name] = [name for name in names if name in adapters]
+        if list(entry.declared) != of_own_name(entry.name, catalog.adapters):
+            mapped[entry.name] = [name for name in entry.declared if name in adapters]
     return {task: mapped.get(task, of_own_name(task, adapters)) for task in tasks}
 
 

@@ -51,10 +51,12 @@ class Ranking:
     Attributes:
         logits: (c,) of the candidates, in their order.
         familiarity: the probability that the query belongs to one of them.
+        words: (c,) cosines to the candidates' words: which of them asks for answers of the same kind.
     """
 
     logits: Floats
     familiarity: float
+    words: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ class Reranker:
         ).astype(np.float64)
         logits = parts @ self.coefficients
         chance = _sigmoid(_features(parts[None], logits[None]) @ self.familiar)
-        return Ranking(logits, float(chance[0]))
+        return Ranking(logits, float(chance[0]), parts[:, 1])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What `from_arrays` takes."""

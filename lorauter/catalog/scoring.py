@@ -6,7 +6,7 @@ decoding. Needs torch, transformers and safetensors alone. Knows nothing of whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lorauter.adapters.weights import LoraWeights
+from lorauter.adapters.weights import LoadAdapter, LoraWeights
 from lorauter.catalog.scores import Evaluation, Failed, Outcome, Scorer
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine.engine import MultiLoraEngine
@@ -29,9 +29,6 @@ from lorauter.engine.text import TextCodec
 from lorauter.engine.types import GenerationRequest, SamplingParams
 from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, ConfigError, InvalidRequest, TaskError
 from lorauter.tasks import Task
-
-LoadAdapter = Callable[[str], LoraWeights]
-"""Reads an adapter by its name. Raises AdapterError."""
 
 ScoredBy = Literal["metric", "likelihood"]
 
@@ -203,33 +200,49 @@ class LikelihoodScorer:
         return outcomes
 
     def _score_adapter(self, weights: LoraWeights, evaluations: Sequence[Evaluation]) -> dict[Evaluation, Outcome]:
-        packed = self._slots.pack(weights)
-        self._slots.check([packed])
-        self._slots.acquire([packed])
-        try:
-            lora = self._slots.batch([((packed.key, 1.0),)])
-            scores: dict[Evaluation, Outcome] = {}
-            for batch in self._batches(evaluations):
-                values = self._log_likelihoods([self._dialogues[e.task, e.example] for e in batch], lora)
-                if values is None:
-                    raise AdapterRejected("the model's output is not finite under it", adapter=weights.name)
-                scores |= dict(zip(batch, values, strict=True))
-            return scores
-        finally:
-            self._slots.release([packed.key])
+        values = self.score_mixture([(self.pack(weights), 1.0)], [(e.task, e.example) for e in evaluations])
+        return dict(zip(evaluations, values, strict=True))
 
-    def _batches(self, evaluations: Sequence[Evaluation]) -> Iterator[list[Evaluation]]:
-        """The evaluations in batches that fit one pass, those of about the same length together."""
-        batch: list[Evaluation] = []
+    def pack(self, weights: LoraWeights) -> PackedAdapter:
+        """An adapter as `score_mixture` takes it. Raises AdapterRejected if it does not fit the model."""
+        return self._slots.pack(weights)
+
+    def score_mixture(
+        self, mixture: Sequence[tuple[PackedAdapter, float]], examples: Sequence[tuple[str, int]]
+    ) -> list[float]:
+        """The scores of weighted adapters on examples, each a task and its number.
+
+        Raises:
+            AdapterRejected: the adapters do not fit the device together, or make the model's output not finite.
+        """
+        adapters = [packed for packed, _ in mixture]
+        self._slots.check(adapters)
+        self._slots.acquire(adapters)
+        try:
+            lora = self._slots.batch([tuple((packed.key, weight) for packed, weight in mixture)])
+            scores: dict[tuple[str, int], float] = {}
+            for batch in self._batches(examples):
+                values = self._log_likelihoods([self._dialogues[example] for example in batch], lora)
+                if values is None:
+                    names = ", ".join(packed.key[0] for packed in adapters)
+                    raise AdapterRejected("the model's output is not finite under it", adapter=names)
+                scores |= dict(zip(batch, values, strict=True))
+            return [scores[example] for example in examples]
+        finally:
+            self._slots.release([packed.key for packed in adapters])
+
+    def _batches(self, examples: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+        """The examples in batches that fit one pass, those of about the same length together."""
+        batch: list[tuple[str, int]] = []
         outputs = 0
-        for evaluation in sorted(evaluations, key=lambda e: (len(self._dialogues[e.task, e.example].tokens), e)):
-            dialogue = self._dialogues[evaluation.task, evaluation.example]
+        for example in sorted(set(examples), key=lambda e: (len(self._dialogues[e].tokens), e)):
+            dialogue = self._dialogues[example]
             outputs += dialogue.outputs
             positions = (len(batch) + 1) * _padded(len(dialogue.tokens))
             if batch and (positions > self._batch_tokens or outputs > _MAX_OUTPUTS):
                 yield batch
                 batch, outputs = [], dialogue.outputs
-            batch.append(evaluation)
+            batch.append(example)
         if batch:
             yield batch
 

@@ -41,13 +41,16 @@ class MultiLoraEngine:
         model: the base model.
         codec: its tokenizer.
         config: sizes.
+
+    Attributes:
+        decoder: the base model. Whoever else runs on it does so while nothing is to be answered here.
     """
 
     def __init__(self, model: Decoder, codec: TextCodec, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
         self.codec = codec
         self.max_model_len = min(self.config.max_model_len, model.max_positions)
-        self._model = model
+        self.decoder = model
         on_gpu = model.device.type == "cuda"
         self._cache = KVCache(
             layers=model.shape.layers,
@@ -167,10 +170,10 @@ class MultiLoraEngine:
         prompt = len(request.prompt)
         if prompt >= self.max_model_len:
             raise ContextLengthExceeded(prompt, self.max_model_len)
-        if not 0 <= min(request.prompt) <= max(request.prompt) < self._model.vocabulary:
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self.decoder.vocabulary:
             raise InvalidRequest(
                 f"the prompt's token ids are from {min(request.prompt)} to {max(request.prompt)}, but the model's "
-                f"are from 0 to {self._model.vocabulary - 1}",
+                f"are from 0 to {self.decoder.vocabulary - 1}",
                 param="prompt",
             )
         mixture = [(w if isinstance(w, PackedAdapter) else self.pack(w), weight) for w, weight in request.adapters]
@@ -304,7 +307,7 @@ class MultiLoraEngine:
         """One forward pass of prompt pieces and, unless a graph does it, of the decoding rows."""
         spans = self._plan_prefill(decoding)
         batch, sampled = self._pack(0 if prompts_only else decoding, spans)
-        logits = self._model.forward(batch, self._cache)
+        logits = self.decoder.forward(batch, self._cache)
         for span in spans:
             self._rows[span.row].cached += span.length
         for sequence in self._rows[: batch.decoding]:
@@ -367,7 +370,7 @@ class MultiLoraEngine:
             if end == len(sequence.tokens):
                 sampled.append(span.row)
                 outputs.append(len(tokens) - 1)
-        device = self._model.device
+        device = self.decoder.device
 
         def ids(values: list[int]) -> torch.Tensor:
             return to_device(torch.tensor(values, dtype=torch.long), device)

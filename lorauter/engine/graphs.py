@@ -141,7 +141,8 @@ class DecodeGraphs:
             self._tokens.copy_(tokens)
             self._positions.copy_(positions)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            pool = self._pool if self._graphs else None  # it went with the last graph that used it
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = self._step(size, lora)
             self._pool = graph.pool()
             self._graphs[key] = graph, logits

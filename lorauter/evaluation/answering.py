@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import open_store
-from lorauter.adapters.weights import LoraWeights
+from lorauter.adapters.weights import LoadAdapter, LoraWeights
 from lorauter.engine import GenerationRequest, MultiLoraEngine, SamplingParams
 from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import ContextLengthExceeded, InvalidRequest
 from lorauter.evaluation.rows import AnswerRow, DecisionRow, Question, check_unique, read_answers
+from lorauter.evaluation.token_routers import ROUTERS, TokenRouters
 
-LoadAdapter = Callable[[str], LoraWeights]
-"""Reads an adapter by its name. Raises AdapterError."""
+Asked = TypeVar("Asked")
 
 _MAX_FUSED = 64  # fused adapters held at once: each is as large as a real one, and there may be one for every row
 
@@ -68,14 +69,14 @@ def answer(
         else:
             pending.setdefault(row.question, []).append(row.id)
     done = len(rows) - sum(map(len, pending.values()))
-    mixtures = _Mixtures(engine, load_adapter)
+    mixtures, token_routers = _Mixtures(engine, load_adapter), TokenRouters(engine, load_adapter)
     copies = sorted(pending.keys() & known.keys(), key=_place)
     chunks = _chunks(sorted(pending.keys() - known.keys(), key=_place), chunk_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         for questions, outcomes in chain(
             [(copies, [known[question] for question in copies])],
-            ((chunk, _answered(chunk, engine, mixtures)) for chunk in chunks),
+            ((chunk, _answered(chunk, engine, mixtures, token_routers)) for chunk in chunks),
         ):
             for question, outcome in zip(questions, outcomes, strict=True):
                 for row_id in pending[question]:
@@ -144,7 +145,7 @@ class _Mixtures:
 
     def of(self, question: Question) -> tuple[tuple[PackedAdapter, float], ...]:
         """Raises AdapterError."""
-        if question.fuse:
+        if question.mixing == "matrices":
             return ((self._fused_of(question.adapters), 1.0),)
         for name, _ in question.adapters:
             if name not in self._packed:
@@ -162,33 +163,45 @@ class _Mixtures:
         return self._fused[adapters]
 
 
-def _answered(questions: Sequence[Question], engine: MultiLoraEngine, mixtures: _Mixtures) -> list[AnswerRow]:
+def _answered(
+    questions: Sequence[Question], engine: MultiLoraEngine, mixtures: _Mixtures, token_routers: TokenRouters
+) -> list[AnswerRow]:
     """The answers of a chunk, without ids."""
     mixtures.begin_chunk()
-    outcomes: list[AnswerRow | None] = []
-    requests = []
+    outcomes: dict[Question, AnswerRow] = {}
+    asked: dict[str, list[tuple[Question, tuple[int, ...]]]] = {}
     for question in questions:
         prompt = engine.codec.chat([{"role": "user", "content": question.input}])
         if len(prompt) >= engine.max_model_len:
-            outcomes.append(_failure(ContextLengthExceeded(len(prompt), engine.max_model_len)))
-            continue
-        outcomes.append(None)
-        requests.append(
-            GenerationRequest(prompt, mixtures.of(question), SamplingParams(max_tokens=question.max_tokens))
-        )
-    generated = iter(_generated(requests, engine))
-    return [outcome or next(generated) for outcome in outcomes]
+            outcomes[question] = _failure(ContextLengthExceeded(len(prompt), engine.max_model_len))
+        else:
+            asked.setdefault(question.mixing, []).append((question, prompt))
+    for mixing, pairs in asked.items():
+        if mixing in ROUTERS:
+            rows = _halving(pairs, lambda part, m=mixing: token_routers.answer(m, part))  # type: ignore[misc]
+        else:
+            requests = [
+                GenerationRequest(prompt, mixtures.of(question), SamplingParams(max_tokens=question.max_tokens))
+                for question, prompt in pairs
+            ]
+            rows = _halving(requests, lambda part: _generated(part, engine))
+        outcomes |= {question: row for (question, _), row in zip(pairs, rows, strict=True)}
+    return [outcomes[question] for question in questions]
 
 
 def _generated(requests: Sequence[GenerationRequest], engine: MultiLoraEngine) -> list[AnswerRow]:
-    """The answers to requests. `generate` fails as a whole, so the requests at fault are found by halving."""
+    return [AnswerRow("", c.text, c.finish_reason, len(c.token_ids)) for c in engine.generate(requests)]
+
+
+def _halving(asked: Sequence[Asked], ask: Callable[[Sequence[Asked]], list[AnswerRow]]) -> list[AnswerRow]:
+    """Ask all at once. That fails as a whole, so those at fault are found by halving."""
     try:
-        return [AnswerRow("", c.text, c.finish_reason, len(c.token_ids)) for c in engine.generate(requests)]
+        return ask(asked)
     except InvalidRequest as error:
-        if len(requests) == 1:
+        if len(asked) == 1:
             return [_failure(error)]
-        half = len(requests) // 2
-        return [*_generated(requests[:half], engine), *_generated(requests[half:], engine)]
+        half = len(asked) // 2
+        return [*_halving(asked[:half], ask), *_halving(asked[half:], ask)]
 
 
 def _failure(error: InvalidRequest) -> AnswerRow:
@@ -199,11 +212,12 @@ def _chunks(questions: Sequence[Question], size: int) -> Iterator[list[Question]
     chunk: list[Question] = []
     fusions: set[tuple[tuple[str, float], ...]] = set()
     for question in questions:
-        new = {question.adapters} - fusions if question.fuse else set()
+        fused = question.mixing == "matrices"
+        new = {question.adapters} - fusions if fused else set()
         if len(chunk) == size or len(fusions) + len(new) > _MAX_FUSED:
             yield chunk
             chunk, fusions = [], set()
-            new = {question.adapters} if question.fuse else set()
+            new = {question.adapters} if fused else set()
         chunk.append(question)
         fusions |= new
     if chunk:
@@ -212,7 +226,7 @@ def _chunks(questions: Sequence[Question], size: int) -> Iterator[list[Question]
 
 def _place(question: Question) -> tuple[object, ...]:
     """Sorts questions by their adapters, so that few are swapped on the device, and few fused ones held."""
-    return question.fuse, [name for name, _ in question.adapters], question.adapters, question.input
+    return question.mixing, [name for name, _ in question.adapters], question.adapters, question.input
 
 
 def _resume(output: Path) -> dict[str, AnswerRow]:

@@ -17,14 +17,21 @@ from lorauter.encoder import Encoder
 from lorauter.errors import ConfigError
 from lorauter.evaluation.regimes import REGIMES, options_for
 from lorauter.evaluation.report import ORACLE
+from lorauter.evaluation.weighing import Weights, weights_for
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
 from lorauter.tasks import Task
 
 LORA_RETRIEVER = {"loraretriever-selection": 1, "loraretriever-fusion": 3, "loraretriever-mixture": 3}
 """How many adapters each takes (ACL 2024 Findings): the nearest, some fused, the mean of some outputs."""
 
-METHODS = ("base", ORACLE, "random", "uniform", *LORA_RETRIEVER, "paper", "default")
+METHODS = ("base", ORACLE, "random", "uniform", *LORA_RETRIEVER, "arrow", "spectr", "paper", "default")
 """What needs no settings; "paper" and "default" are the router's presets."""
+
+LORAHUB = "lorahub"
+"""Needs the weights of `lorauter.evaluation.weighing`."""
+
+MIXING = {"loraretriever-fusion": "matrices", "arrow": "arrow", "spectr": "spectr"}
+"""How methods mix adapters that do not mix their outputs by weights: of `lorauter.evaluation.rows.MIXINGS`."""
 
 _MAX_TOKENS = 256
 
@@ -38,6 +45,7 @@ def decide(
     regimes: Collection[str] = REGIMES,
     split: str = "test",
     own: Mapping[str, Collection[str]] | None = None,
+    lorahub: Weights | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for every method, regime and query, as `lorauter.evaluation.rows` reads them.
 
@@ -50,17 +58,18 @@ def decide(
         regimes: which of REGIMES.
         split: "test", or "validation": the examples of a task file that the catalog does not have.
         own: adapters of each task that the regimes take away; by default the one of its name.
+        lorahub: the weights of the method LORAHUB.
 
     Raises:
-        ConfigError: a method or task is unknown.
+        ConfigError: a method or task is unknown, or has no LoraHub weights.
     """
     held = {entry.name: entry.task for entry in catalog.tasks}
     for task in tasks:
         if task.name not in held:
             raise ConfigError(f"task {task.name!r} is not in the catalog; build it from the same tasks")
     for name, config in methods.items():
-        if config is None and name not in METHODS:
-            raise ConfigError(f"method {name!r} is none of {', '.join(METHODS)}; give it routing settings")
+        if config is None and name not in (*METHODS, LORAHUB):
+            raise ConfigError(f"method {name!r} is none of {', '.join((*METHODS, LORAHUB))}; give it routing settings")
     owned = own or {task.name: [task.name] for task in tasks}
     retrievers = {name: Retriever(catalog, config) for name, config in _configs(methods).items()}
     for task in tasks:
@@ -83,6 +92,8 @@ def decide(
                         {a.name: a.weight for a in compose(f, options, config, catalog_version="").adapters}
                         for f in found
                     ]
+                elif method == LORAHUB:
+                    mixtures = [weights_for(lorahub or {}, task.name, with_own=regime == REGIMES[0])] * len(texts)
                 else:
                     mixtures = _fixed(method, catalog, embeddings, options, task.name, owned[task.name], len(texts))
                 for i, (example, mixture) in enumerate(zip(examples, mixtures, strict=True)):
@@ -91,7 +102,7 @@ def decide(
                         "adapters": mixture,
                         # A token is a character at least, and two in most; longer answers are wrong ones.
                         "max_tokens": min(_MAX_TOKENS, math.ceil(longest / 2) + 8),
-                        "fuse": method == "loraretriever-fusion",
+                        "mixing": MIXING.get(method, "outputs"),
                     }
                     digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:8]
                     yield {
@@ -126,7 +137,7 @@ def _fixed(
         return [{}] * count
     if method == ORACLE:
         return [{name: 1 / len(own) for name in own}] * count
-    if method == "uniform":
+    if method in ("uniform", "arrow", "spectr"):  # the tokens choose among all
         return [{name: 1 / len(allowed) for name in allowed}] * count
     if method == "random":
         draw = random.Random(f"{task} {options}")

@@ -17,6 +17,10 @@ from lorauter.errors import InvalidRequest
 from lorauter.evaluation.regimes import REGIMES
 from lorauter.tasks import METRICS, is_encodable
 
+MIXINGS = ("outputs", "matrices", "arrow", "spectr")
+"""Of adapters: their outputs by the weights; their matrices, averaged by the weights; or by every token's own choice
+among them in every layer, whatever the weights, as Arrow or SpectR choose."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -26,18 +30,18 @@ class Question:
         input: the user's message.
         adapters: names and weights, the heaviest first, none of weight 0; empty means the base model.
         max_tokens: tokens to generate at most.
-        fuse: average the adapters' matrices instead of their outputs.
+        mixing: one of MIXINGS.
     """
 
     input: str
     adapters: tuple[tuple[str, float], ...]
     max_tokens: int
-    fuse: bool = False
+    mixing: str = "outputs"
 
 
 @dataclass(frozen=True)
 class DecisionRow:
-    """A question with its id: `{"id", "input", "adapters": {name: weight}, "max_tokens", "fuse"?}`."""
+    """A question with its id: `{"id", "input", "adapters": {name: weight}, "max_tokens", "mixing"?}`."""
 
     id: str
     question: Question
@@ -45,7 +49,8 @@ class DecisionRow:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, source: str) -> DecisionRow:
         """Read a decoded row. Raises InvalidRequest, which names `source`, if it is malformed."""
-        text, adapters, max_tokens, fuse = (data.get(key) for key in ("input", "adapters", "max_tokens", "fuse"))
+        text, adapters, max_tokens = (data.get(key) for key in ("input", "adapters", "max_tokens"))
+        mixing = data.get("mixing", "outputs")
         row_id = _string(data, "id", source=source)
         _string(data, "input", source=source)
         if not isinstance(adapters, Mapping) or not all(_is_weight(weight) for weight in adapters.values()):
@@ -54,10 +59,10 @@ class DecisionRow:
             raise InvalidRequest(
                 f"{source}: max_tokens is {max_tokens!r}; it must be a whole number of at least 1", param="max_tokens"
             )
-        if fuse not in (None, True, False):
-            raise InvalidRequest(f"{source}: fuse is {fuse!r}; it must be true or false", param="fuse")
+        if mixing not in MIXINGS:
+            raise InvalidRequest(f"{source}: mixing is {mixing!r}, not one of {', '.join(MIXINGS)}", param="mixing")
         mixture = sorted(((n, float(w)) for n, w in adapters.items() if w), key=lambda item: (-item[1], item[0]))
-        return cls(row_id, Question(str(text), tuple(mixture), max_tokens, fuse=bool(fuse and mixture)))
+        return cls(row_id, Question(str(text), tuple(mixture), max_tokens, mixing if mixture else "outputs"))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 from lorauter.routing.options import RoutingConfig, RoutingOptions
 from lorauter.routing.retrieve import Retrieved
 
-_LEAST_UTILITY = 0.05  # the largest utility counts as no less
 _LEAST_WEIGHT = 0.01  # a utility mixture leaves out what weighs less: it would be fetched for nothing
 
 
@@ -67,8 +66,8 @@ def compose(
     """Weigh adapters.
 
     By "utility", the `top_k` adapters of the largest expected utility u get the weights softmax(u / temperature),
-    where the router's own temperature is divided by the largest u to the power of `softening`; what weighs under 1 %
-    is left out.
+    where the router's own temperature is multiplied by `softening` to the power of the chance that the query is of no
+    known task; what weighs under 1 % is left out.
     By "tasks", the `top_k` likeliest tasks that have an adapter lend their best one, with the weights
     softmax(score / temperature) (LORAUTER, arXiv 2601.21795, section 3.3), where the score is the cosine, or the
     logarithm of the probability where tasks are reranked. An adapter that serves several of them gets their weights'
@@ -82,7 +81,7 @@ def compose(
     elif config.composition == "utility":
         mixed = [(adapter.name, adapter.utility) for adapter in retrieved.adapters[:top_k]]
         if mixed and not options.temperature:
-            temperature /= max(mixed[0][1], _LEAST_UTILITY) ** config.softening
+            temperature *= config.softening ** (1 - retrieved.familiarity)
         weights = _softmax(mixed, temperature)
         weights = _scaled({name: weight for name, weight in weights.items() if weight >= _LEAST_WEIGHT})
     else:

@@ -35,12 +35,11 @@ class RoutingConfig(BaseModel):
             the best adapter of each of the nearest tasks.
         selection: what an adapter is worth for a task: its score on all of the task's examples ("mean"), or with
             more weight on those that resemble the query ("similar"); for tasks that adapters were matched to.
-        softness: divides the logits of the tasks before the softmax that the utilities are expected under.
         top_k: adapters in a mixture, or tasks that lend one, at most.
         temperature: divides utilities, or the tasks' scores, before the softmax that makes them weights; the smaller,
             the more the best prevails.
-        softening: the temperature is divided by the largest utility to this power: sharp where one adapter is sure to
-            serve, soft where even the best is not.
+        softening: the temperature of a query of no known task is so many times as high: sharp where it is clear what
+            to use, soft where it is not.
         num_tasks: how many of the nearest tasks a decision reports.
         fallback: answer with the base model alone what is stranger than nearly every query of a task that the
             catalog lacks.
@@ -53,10 +52,9 @@ class RoutingConfig(BaseModel):
     candidates: Annotated[int, Field(ge=1, le=1000)] = 64
     composition: Literal["utility", "tasks"] = "utility"
     selection: Literal["mean", "similar"] = "mean"
-    softness: Temperature = 2.0
     top_k: TopK = 16
     temperature: Temperature = 0.05
-    softening: Annotated[FiniteFloat, Field(ge=0, le=10)] = 4.0
+    softening: Annotated[FiniteFloat, Field(ge=1, le=100)] = 4.0
     num_tasks: Annotated[int, Field(ge=1, le=1000)] = 10
     fallback: bool = True
 

@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorauter.catalog.catalog import Catalog
-from lorauter.catalog.rerank import softmax
-from lorauter.catalog.utility import PRIOR_EXAMPLES
+from lorauter.catalog.catalog import Catalog, CatalogTask
+from lorauter.catalog.rerank import Ranking, softmax
+from lorauter.catalog.utility import PRIOR_EXAMPLES, best_score, worths
 from lorauter.encoder import Embeddings
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingConfig, RoutingOptions
 
 _COSINE_LOGIT = 20.0  # a logit is that many cosines where tasks are not reranked
+# Which task's adapters serve an unknown task is told by its words alone: of thirteen similarities that were fitted to
+# the scores of tasks that were left out, no other helped.
+_KINDRED_LOGIT = 50.0  # a logit is that many cosines of words
 _NEIGHBOUR_TEMPERATURE = 0.2  # of the cosines that make a task's examples a query's neighbours
 _SELECTED_TASKS = 8  # likeliest tasks whose single examples are looked at
-_LEAST_BEST = 0.05  # a task's best score counts as no less: else noise would look like skill
 _MAX_ADAPTERS = 64
 
 
@@ -45,7 +47,7 @@ class RetrievedTask:
 
 @dataclass(frozen=True)
 class AdapterUtility:
-    """What an adapter is expected to be worth: 1 is the best there is for each task that the query may be of."""
+    """What an adapter is expected to be worth, as `lorauter.catalog.utility.worths` counts it."""
 
     name: str
     utility: float
@@ -76,7 +78,7 @@ class Retriever:
         self.config = config
         self._index = catalog.index
         self._examples = catalog.task_examples
-        self._worth = [_worths(entry.adapters) for entry in catalog.tasks]
+        self._worth = [_worths(entry) for entry in catalog.tasks]
         self._scores = [_matrix(entry) for entry in catalog.tasks] if config.selection == "similar" else []
         self._reranker = catalog.reranker
 
@@ -141,10 +143,11 @@ class Retriever:
         ranking = self._reranker.rank(embedding, text, ids, scores)
         logits = ranking.logits if self.config.rerank else _COSINE_LOGIT * scores.astype(np.float64)
         order = np.argsort(-logits, kind="stable")
-        ids, scores, logits = ids[order], scores[order], logits[order]
+        probabilities, chances = softmax(logits)[order], self._chances(ranking, logits)[order]
+        ids, scores = ids[order], scores[order]
         tasks: list[RetrievedTask] = []
         lent = 0
-        for task_id, score, probability in zip(ids, scores, softmax(logits), strict=True):
+        for task_id, score, probability in zip(ids, scores, probabilities, strict=True):
             entry = self.catalog.tasks[task_id]
             adapters = tuple(adapter.name for adapter in entry.adapters if options.allows(adapter.name))
             if len(tasks) < self.config.num_tasks or (adapters and lent < self._top_k(options)):
@@ -152,10 +155,18 @@ class Retriever:
                 lent += bool(adapters)
         return Retrieved(
             tuple(tasks),
-            self._utilities(embedding, ids, softmax(logits / self.config.softness), options),
+            self._utilities(embedding, ids, chances, options),
             ranking.familiarity,
             ranking.familiarity < self._reranker.stranger,
         )
+
+    def _chances(self, ranking: Ranking, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of each candidate, the probability that its adapters are those to use: as the query is one of it, or one of
+        a task that the catalog lacks and that is most like it."""
+        own = softmax(logits)
+        if not self.config.rerank:
+            return own
+        return ranking.familiarity * own + (1 - ranking.familiarity) * softmax(_KINDRED_LOGIT * ranking.words)
 
     def _utilities(
         self, embedding: Embeddings, ids: NDArray[np.int64], chances: NDArray[np.float64], options: RoutingOptions
@@ -163,11 +174,11 @@ class Retriever:
         """Each adapter's worth for a task, times the chance of the task, summed."""
         totals: dict[str, float] = {}
         for place, (task_id, chance) in enumerate(zip(ids, chances, strict=True)):
-            names, worths = self._worth[task_id]
+            names, worth = self._worth[task_id]
             if self._scores and place < _SELECTED_TASKS and self._scores[task_id] is not None:
-                worths = self._worths_nearby(embedding, task_id)
-            for name, worth in zip(names, worths, strict=True):
-                totals[name] = totals.get(name, 0.0) + float(chance) * float(worth)
+                worth = self._worths_nearby(embedding, task_id)
+            for name, value in zip(names, worth, strict=True):
+                totals[name] = totals.get(name, 0.0) + float(chance) * float(value)
         allowed = [(name, total) for name, total in totals.items() if total > 0 and options.allows(name)]
         allowed.sort(key=lambda item: (-item[1], item[0]))
         return tuple(AdapterUtility(name, total) for name, total in allowed[:_MAX_ADAPTERS])
@@ -178,27 +189,23 @@ class Retriever:
         Of n examples that an adapter met, each counts by softmax(cosine / temperature) among them, in place of 1 / n.
         """
         values, tried, counts = self._scores[task_id]
-        _, worths = self._worth[task_id]
+        _, worth = self._worth[task_id]
         nearness = np.exp((self._examples[task_id] @ embedding - 1).astype(np.float64) / _NEIGHBOUR_TEMPERATURE)
         mass = tried @ nearness
         nearby = np.divide(values @ nearness, mass, out=np.zeros_like(mass), where=mass > 0)
         share = counts / (counts + PRIOR_EXAMPLES)
-        best = max(float(self.catalog.tasks[task_id].adapters[0].score or 0.0), _LEAST_BEST)
         means = np.divide(values.sum(axis=1), counts, out=np.zeros_like(mass), where=counts > 0)
-        return np.asarray(worths + share * (nearby - means) / best)
+        return np.asarray(worth + share * (nearby - means))
 
 
-def _worths(adapters: Sequence[Any]) -> tuple[list[str], NDArray[np.float64]]:
-    """Names, and scores relative to the best; where there are none, the first is worth 1 and each next half of it."""
-    names = [adapter.name for adapter in adapters]
-    if adapters and all(adapter.score is not None for adapter in adapters):
-        scores = np.array([adapter.score for adapter in adapters], np.float64)
-        return names, scores / max(float(scores.max()), _LEAST_BEST)
-    return names, 0.5 ** np.arange(len(names), dtype=np.float64)
+def _worths(entry: CatalogTask) -> tuple[list[str], NDArray[np.float64]]:
+    names = [adapter.name for adapter in entry.adapters]
+    return names, worths([adapter.score for adapter in entry.adapters], [name in entry.declared for name in names])
 
 
-def _matrix(entry: Any) -> Any:
-    """Of a task's ranked adapters the scores by example, which were made, and how many; None without any."""
+def _matrix(entry: CatalogTask) -> Any:
+    """Of a task's ranked adapters the scores by example relative to the best score, which were made, and how many;
+    None without any."""
     if not entry.scores:
         return None
     values = np.zeros((len(entry.adapters), len(entry.task.validation)))
@@ -206,4 +213,4 @@ def _matrix(entry: Any) -> Any:
     for row, adapter in enumerate(entry.adapters):
         for example, score in entry.scores.get(adapter.name, {}).items():
             values[row, example], tried[row, example] = score, 1
-    return values, tried, tried.sum(axis=1)
+    return values / best_score(adapter.score for adapter in entry.adapters), tried, tried.sum(axis=1)
