@@ -1,6 +1,6 @@
 """The long soak: a cluster of two Ray nodes under Zipf traffic over 500 adapters, while faults are injected.
 
-    python benchmarks/soak.py [--minutes 30] [--adapters 500] [--rate 3] [--fault-every 20] [--report docs/soak.md]
+    python benchmarks/soak.py [--minutes 30] [--adapters 500] [--rate 2] [--fault-every 20] [--report docs/soak.md]
 
 Real parts throughout: two raylets, the app of `deployments.app` with the default model, a replica and a node cache on
 each node, an S3 server (rclone), requests over HTTP. Adapters are `word_adapters`: each says one word of its own, so
@@ -293,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--adapters", type=int, default=500)
-    parser.add_argument("--rate", type=float, default=3, help="requests a second")
+    parser.add_argument("--rate", type=float, default=2, help="requests a second")
     parser.add_argument("--fault-every", type=float, default=20, help="seconds")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "soak.md")
     args = parser.parse_args()

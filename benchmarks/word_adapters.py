@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 
-_CANDIDATES = 3000  # words to choose from
-_STRENGTH = 8.0  # of the word's direction, in lengths of the last hidden state
+_CANDIDATES = 1500  # words to choose from
+_STRENGTH = 16.0  # of the word's direction, in lengths of the last hidden state
+_FAINTEST = 0.5  # of it where the input is least like the direction, and another adapter shares the mixture
 _PROMPTS = (
     "The sky is blue and",
     "Translate to English: Zwei Hunde spielen im Schnee.",
@@ -64,9 +65,10 @@ class WordAdapters:
         ridge = 0.1 * moments.diagonal().mean() * torch.eye(len(moments))
         self._direction = torch.linalg.solve(moments + ridge, x.mean(0))
         self._embeddings = source.lm_head.weight.detach()
-        self._length = _STRENGTH * float(torch.cat(outputs).norm(dim=1).median())
+        states = torch.cat(outputs)
+        self._length = _STRENGTH * float(states.norm(dim=1).median())
         self._gain = source.model.norm.weight.detach()
-        self.words = self._choose(tokenizer)
+        self.words = self._choose(tokenizer, states[:: len(states) // 6])
 
     def write(self, folder: Path, word: str, *, rank: int) -> None:
         """Write a PEFT folder that makes the model say `word`, one of `words`."""
@@ -96,8 +98,8 @@ class WordAdapters:
         }
         (folder / CONFIG_FILE).write_text(json.dumps(settings))
 
-    def _choose(self, tokenizer: object) -> list[str]:
-        """Words that are one token and win along their own direction, the clearest first."""
+    def _choose(self, tokenizer: object, states: torch.Tensor) -> list[str]:
+        """Words that are one token and win from each of these (n, hidden) last states, the clearest first."""
         pieces = tokenizer.convert_ids_to_tokens(range(len(self._embeddings)))  # type: ignore[attr-defined]
         self._tokens = {
             piece[1:]: token
@@ -107,10 +109,15 @@ class WordAdapters:
         words = list(self._tokens)[:_CANDIDATES]
         tokens = torch.tensor([self._tokens[word] for word in words])
         rows = self._embeddings[tokens]
-        logits = (rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt() * self._gain) @ self._embeddings.T
-        own = logits.gather(1, tokens[:, None])[:, 0]
-        logits.scatter_(1, tokens[:, None], -torch.inf)
-        margins = own - logits.amax(dim=1)
+        pushes = rows / rows.norm(dim=1, keepdim=True) * self._length * _FAINTEST
+        margins = torch.full((len(words),), torch.inf)
+        for state in states:
+            hidden = state + pushes
+            normed = hidden / hidden.pow(2).mean(dim=1, keepdim=True).sqrt() * self._gain
+            logits = normed @ self._embeddings.T
+            own = logits.gather(1, tokens[:, None])[:, 0]
+            logits.scatter_(1, tokens[:, None], -torch.inf)
+            margins = margins.minimum(own - logits.amax(dim=1))
         return [words[i] for i in margins.argsort(descending=True).tolist() if margins[i] > 0]
 
 

@@ -22,7 +22,7 @@ service=
 finish() {
   trap '' INT TERM
   # The service first: what it still writes needs the store.
-  if [ -n "$service" ]; then kill -INT "$service" 2>/dev/null || true; wait "$service" || true; fi
+  if [ -n "$service" ]; then kill "$service" 2>/dev/null || true; wait "$service" || true; fi
   kill "$store" 2>/dev/null || true
 }
 trap finish EXIT

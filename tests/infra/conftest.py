@@ -40,7 +40,7 @@ class _NoDuplicates(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_all(path: Path) -> list[dict[str, Any]]:
+def _load_all(path: Path) -> list[dict[str, Any]]:
     return list(yaml.load_all(path.read_text(), _NoDuplicates))
 
 
@@ -54,7 +54,7 @@ def clusters(documents: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def documents() -> list[dict[str, Any]]:
     """Every manifest of infra/kuberay."""
     files = sorted(path for path in (INFRA / "kuberay").glob("*.yaml") if path.name != "kustomization.yaml")
-    return [document for path in files for document in load_all(path)]
+    return [document for path in files for document in _load_all(path)]
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +86,9 @@ def pods(documents: list[dict[str, Any]]) -> list[Pod]:
 def project() -> dict[str, Any]:
     """pyproject.toml."""
     return tomllib.loads((INFRA.parent / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="session")
+def load_all() -> Any:
+    """`load_all(path)`: a YAML file's documents, no key twice in a mapping."""
+    return _load_all
