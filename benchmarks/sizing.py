@@ -79,7 +79,7 @@ def slots(budget: int, one_adapter: int) -> int:
 
 def zipf_share(top: int, adapters: int, exponent: float = 1.0) -> float:
     """The share of requests for the `top` most wanted of all adapters, whose popularity falls as 1 / rank^exponent."""
-    weights = [1 / rank**exponent for rank in range(1, adapters + 1)]
+    weights = [float(rank) ** -exponent for rank in range(1, adapters + 1)]
     return sum(weights[:top]) / sum(weights)
 
 

@@ -14,6 +14,7 @@ from scipy.stats import theilslopes
 
 _CLEAR = 0.3  # how much more the heaviest adapter of a routed mixture must weigh for its word to be sure
 _WINDOWS = 10
+_LEAK = 60.0  # MiB an hour, above which the report names a process
 KINDS = ("right", "told", "lost", "duplicated", "wrong", "unjudged")
 
 
@@ -226,7 +227,13 @@ def markdown(result: Mapping[str, Any], command: str, machine: str) -> str:
     ]
     for row in result["memory"]:
         lines.append(f"| {row['role']} | {row['at_third']:,} | {row['at_end']:,} | {row['growth_per_hour']:+,} |")
+    growing = [f"{row['role']} ({row['growth_per_hour']:+,})" for row in result["memory"] if _leaks(row)]
+    lines += ["", f"Growing by more than {_LEAK:g} MiB an hour: {', '.join(growing) or 'none'}."]
     return "\n".join(lines) + "\n"
+
+
+def _leaks(row: Mapping[str, Any]) -> bool:
+    return float(row["growth_per_hour"]) > _LEAK
 
 
 def _seconds(value: float | None) -> str:
