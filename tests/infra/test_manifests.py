@@ -56,13 +56,15 @@ def test_pod_templates_are_valid(pods: list[Any]) -> None:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-def test_ray_objects_are_valid(one: Any) -> None:
-    for kind in ("RayService", "RayJob"):
-        SCHEMA.validate(one(kind))
+def test_objects_of_operators_are_valid(documents: list[dict[str, Any]]) -> None:
+    found = [document for document in documents if document["kind"] in CRDS]
+    assert {document["kind"] for document in found} == set(CRDS)
+    for document in found:
+        SCHEMA.validate(document)
 
 
 @pytest.mark.parametrize("change", ["unknown", "missing", "type"])
-def test_the_schema_of_ray_objects_bites(one: Any, change: str) -> None:
+def test_the_schema_of_operators_objects_bites(one: Any, change: str) -> None:
     service = deepcopy(one("RayService"))
     group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
     if change == "unknown":
