@@ -69,6 +69,8 @@ class Pool:
         self._judge = judge
         self._repository = AdapterRepository(open_store(f"s3://{BUCKET}/adapters"))
         self.names = [f"tenant-{i:03d}" for i in range(count)]
+        if len(makers.words) < 1.2 * count:  # each further version of an adapter takes a word, too
+            raise SystemExit(f"the model has {len(makers.words)} words that can be told apart; --adapters is {count}")
 
     def push_all(self) -> None:
         with ThreadPoolExecutor(2) as pushers:
@@ -196,6 +198,8 @@ class Traffic:
             kind, detail = self._judge.judge(body, heaviest, response.status_code, raw, begun, time.monotonic())
         except httpx.HTTPError as error:
             kind, detail = "lost", type(error).__name__
+        except (ValueError, LookupError) as error:
+            kind, detail = "wrong", f"no answer of ours ({error!r}): {raw[:200]!r}"
         ended = time.monotonic()
         self.outcomes.append(Outcome(begun - started, ended - begun, kind, detail))
         if kind in ("lost", "wrong", "duplicated"):
@@ -316,13 +320,17 @@ def main() -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         result = asyncio.run(_soak(_start_app(work), pool, judge, server, args))
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
         if cluster is not None:
             cluster.shutdown()
         server.stop()
         shutil.rmtree(work, ignore_errors=True)
-    command = f"python benchmarks/soak.py --minutes {args.minutes:g} --adapters {args.adapters} --rate {args.rate:g}"
+    command = (
+        f"python benchmarks/soak.py --minutes {args.minutes:g} --adapters {args.adapters} --rate {args.rate:g} "
+        f"--fault-every {args.fault_every:g}"
+    )
     print(json.dumps(result, indent=1))
     args.report.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"

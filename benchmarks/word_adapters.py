@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 
-_CANDIDATES = 1500  # words to choose from
+_CANDIDATES = 2000  # words to choose from
 _STRENGTH = 16.0  # of the word's direction, in lengths of the last hidden state
 _FAINTEST = 0.5  # of it where the input is least like the direction, and another adapter shares the mixture
 _PROMPTS = (
