@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 from packaging.requirements import Requirement
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT, DEFAULT_DASHBOARD_PORT
 
-from deployments.app import DEPLOYMENTS
+from deployments.app import DEPLOYMENTS, assemble
 from deployments.launch import ServeFile
 from lorauter.cli import app
 
@@ -92,6 +92,7 @@ def test_serve_config_is_the_shipped_one_with_stores_in_s3(serve_file: ServeFile
     assert config == shipped.config.model_copy(update=ours)
     assert set(serve_file.overrides) == set(shipped.overrides) == set(DEPLOYMENTS)
     assert serve_file.host == "0.0.0.0"
+    assert assemble(config, serve_file.overrides)  # Serve takes each deployment's options
 
 
 def node(group: Mapping[str, Any]) -> dict[str, float]:
