@@ -154,7 +154,8 @@ class Faults:
             ray.kill(ray.get_actor(self._rng.choice(names), namespace=kind[0]), no_restart=kind == _REPLICAS)
 
     def _popular(self) -> str:
-        return self._rng.choice(self._pool.names[:2])  # the Zipf order is the names' own; seldom asked for, none would notice
+        # The Zipf order is the names' own; of those that are seldom asked for, no request would notice.
+        return self._rng.choice(self._pool.names[:2])
 
 
 def _actors(namespace: str, part: str) -> list[str]:
