@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,30 @@ class AdapterManifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
+
+    def with_hashes(self, folder: Path) -> AdapterManifest:
+        """The same, with the hashes of the folder's files where they were unknown. Raises OSError."""
+        if all(file.sha256 for file in self.files.values()):
+            return self
+        files = {
+            name: replace(file, sha256=file.sha256 or sha256_of(folder / name)) for name, file in self.files.items()
+        }
+        return replace(self, files=files)
+
+    def check_files(self, folder: Path, source: str) -> None:
+        """Raise AdapterUnavailable unless the folder's files, which `source` gave, have these sizes and hashes."""
+        for name, file in self.files.items():
+            path = folder / name
+            try:
+                size, digest = path.stat().st_size, file.sha256 and sha256_of(path)
+            except OSError as error:
+                raise AdapterUnavailable(f"{name} cannot be read: {error}", adapter=self.name) from error
+            if (size, digest) != (file.size, file.sha256):
+                raise AdapterUnavailable(
+                    f"{name} in {source} is damaged: got {size} bytes with SHA-256 {digest}, needed "
+                    f"{file.size} bytes with {file.sha256}; push the adapter again with --force",
+                    adapter=self.name,
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The manifest file's content."""
@@ -119,19 +143,17 @@ class AdapterRepository:
             AdapterUnavailable: the store fails, or a file is not what the manifest says (truncated, damaged,
                 or replaced meanwhile). Nothing in `target` may then be used.
         """
-        for name, file in manifest.files.items():
-            path = target / name
-            try:
-                self.store.download(file.key, path)
-                size, digest = path.stat().st_size, file.sha256 and sha256_of(path)
-            except (StoreError, OSError) as error:
-                raise AdapterUnavailable(f"{name} cannot be downloaded: {error}", adapter=manifest.name) from error
-            if (size, digest) != (file.size, file.sha256):
-                raise AdapterUnavailable(
-                    f"{name} in {self.store.uri} is damaged: got {size} bytes with SHA-256 {digest}, needed "
-                    f"{file.size} bytes with {file.sha256}; push the adapter again with --force",
-                    adapter=manifest.name,
-                )
+        try:
+            for name, file in manifest.files.items():
+                self.store.download(file.key, target / name)
+        except (StoreError, OSError) as error:
+            raise AdapterUnavailable(f"{name} cannot be downloaded: {error}", adapter=manifest.name) from error
+        manifest.check_files(target, self.store.uri)
+        if any(file.sha256 is None for file in manifest.files.values()):
+            # Sizes alone would let a file of another version pass, if it was replaced since the manifest was made.
+            again = self.manifest(manifest.name)
+            if again.version != manifest.version:
+                raise AdapterUnavailable("was replaced while it was downloaded; ask again", adapter=manifest.name)
 
     def push(self, folder: Path, *, force: bool = False) -> AdapterManifest:
         """Validate a PEFT folder and publish it under the folder's name.
