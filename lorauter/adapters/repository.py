@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,19 @@ class AdapterRepository:
             self.store.write(stored.key, folder / file)
         self.store.write(f"{name}/{MANIFEST_FILE}", content)
         return manifest
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out: from now on there is none of this name.
+
+        The files of its versions stay where `push` put them, as somebody may be reading them.
+
+        Raises:
+            AdapterNotFound, AdapterUnavailable, StoreError.
+        """
+        with suppress(AdapterRejected):  # a malformed one can be taken out too
+            self.manifest(name)
+        for file in (MANIFEST_FILE, *_FILES):
+            self.store.delete(f"{name}/{file}")
 
 
 def _may_be_called(name: str) -> bool:

@@ -112,7 +112,7 @@ def proxy(service: Any, s3_server: Any) -> Iterator[CountingProxy]:
 @pytest.fixture(scope="module")
 def nodes(proxy: CountingProxy, s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     work = tmp_path_factory.mktemp("nodes")
-    settings = CacheSettings(directory=str(work / "disk"), revalidate_s=0.5, disk_bytes=1 << 20)
+    settings = CacheSettings(directory=str(work / "disk"), revalidate_s=0.5, disk_bytes=200_000)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**s3_server.env, "AWS_ENDPOINT_URL_S3": proxy.endpoint}.items():
             patch.setenv(name, value)
@@ -272,12 +272,10 @@ def test_a_dead_node_holds_nobody_up_and_a_new_one_gets_its_own_cache(
     joined = nodes.join()
     assert fetch(joined, "survivor").path.is_dir()
     assert proxy.gets["survivor"] <= 2  # the new one took it from a node, or found it on the dead one's disk
-    ids = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     deadline = time.monotonic() + 20
     while len(running_caches(nodes.spec)) != 3:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert len(ids) == 4
 
 
 def test_the_budget_holds_for_what_is_lent(caches: list[Any], nodes: Nodes, push: Any) -> None:
