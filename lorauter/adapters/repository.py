@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from lorauter.names import RESERVED, RULE, is_valid_name
 
 MANIFEST_FILE = "adapter.json"
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_VERSION = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,7 @@ class AdapterRepository:
         return manifest
 
     def remove(self, name: str) -> None:
-        """Take an adapter out: from now on there is none of this name.
-
-        The files of its versions stay where `push` put them, as somebody may be reading them.
+        """Delete an adapter with all its versions, what says that it is there first.
 
         Raises:
             AdapterNotFound, AdapterUnavailable, StoreError.
@@ -200,6 +200,51 @@ class AdapterRepository:
             self.manifest(name)
         for file in (MANIFEST_FILE, *_FILES):
             self.store.delete(f"{name}/{file}")
+        for version in self._versions(name):
+            self._delete_version(name, version)
+
+    def prune(self, *, older_than_s: float) -> list[tuple[str, str]]:
+        """Delete the versions that are not current any more, and have not been for so many seconds.
+
+        Nobody starts to read such a version; who began before has that long to end. What was written lately stays
+        too: a push may be under way.
+
+        Returns:
+            Name and version of each that was deleted.
+
+        Raises:
+            AdapterUnavailable, StoreError.
+        """
+        pruned = []
+        before = time.time() - older_than_s
+        for name in self.names():
+            current, since = "", 0.0  # of a removal that was cut off, or a plain folder that took a pushed one's place
+            try:
+                current = self.manifest(name).version
+                since = self.store.modified(f"{name}/{MANIFEST_FILE}")
+            except AdapterRejected:  # a malformed manifest: nobody knows what it should say
+                continue
+            except (AdapterNotFound, ObjectNotFound):
+                pass
+            for version in self._versions(name):
+                if version != current and max(since, self._written(name, version)) < before:
+                    self._delete_version(name, version)
+                    pruned.append((name, version))
+        return pruned
+
+    def _versions(self, name: str) -> list[str]:
+        return [child for child in self.store.children(name) if _VERSION.fullmatch(child)]
+
+    def _written(self, name: str, version: str) -> float:
+        times = [0.0]
+        for file in _FILES:
+            with suppress(ObjectNotFound):
+                times.append(self.store.modified(f"{name}/{version}/{file}"))
+        return max(times)
+
+    def _delete_version(self, name: str, version: str) -> None:
+        for file in _FILES:
+            self.store.delete(f"{name}/{version}/{file}")
 
 
 def _may_be_called(name: str) -> bool:

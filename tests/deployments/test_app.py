@@ -43,10 +43,10 @@ def test_the_deployments_and_what_they_are_given() -> None:
 
 
 def test_an_editor_goes_with_stores_of_ones_own_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.app.resolve_catalog", lambda catalog: str(tmp_path))
     editor = parts(assemble(CONFIG, {}))["CatalogEditor"]
     assert (editor.init_args[0].adapters, editor.init_args[0].catalog) == (CONFIG.adapters, CONFIG.catalog)
     assert "autoscaling_config" in editor._deployment_config.user_configured_option_names
+    monkeypatch.setattr("deployments.app.resolve_catalog", lambda catalog: str(tmp_path))
     for default in ({"adapters": "default"}, {"catalog": "default"}):
         found = parts(assemble(CONFIG.model_copy(update=default), {}))
         assert set(found) == set(DEPLOYMENTS) - {"CatalogEditor"}
