@@ -29,6 +29,7 @@ from lorauter.errors import AdapterNotFound, InvalidRequest, ServiceUnavailable,
 from lorauter.tasks import Task
 
 _ATTEMPTS = 5
+_AT_ONCE = 16
 _IDLE_S = 300.0
 
 Files = Mapping[str, NDArray[np.uint8]]
@@ -76,8 +77,11 @@ class CatalogEditor:
     async def put_task(self, task: Task) -> dict[str, Any]:
         """Add a task, or replace the one of its name. Raises CatalogError, StoreError."""
         texts = [PROBE_TEXT, *dict.fromkeys(example.input for example in task.validation)]
-        vectors = await self._embedder.embed.remote(texts)
-        encoder = _Embedded(await self._embedder.name.remote(), dict(zip(texts, vectors, strict=True)))
+        vectors: dict[str, Embeddings] = {}
+        for start in range(0, len(texts), _AT_ONCE):  # few at once, as queries wait for the same encoder
+            some = texts[start : start + _AT_ONCE]
+            vectors |= zip(some, await self._embedder.embed.remote(some), strict=True)
+        encoder = _Embedded(await self._embedder.name.remote(), vectors)
         async with self._lock:
             catalog = await asyncio.to_thread(self._change, lambda before: with_tasks(before, [task], encoder))
         [entry] = [entry for entry in catalog.tasks if entry.name == task.name]
