@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from lorauter.tasks import Task
 ADMIN_KEY_SHA256 = "LORAUTER_ADMIN_KEY_SHA256"
 """The environment variable with the SHA-256, in hexadecimal, of the admin key."""
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_EXAMPLES = 512
 _PARTS = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
 
@@ -54,10 +56,10 @@ class Editor(Protocol):
 def require_admin(request: Request) -> None:
     """Raise HTTPException unless the request carries the admin key."""
     expected = os.environ.get(ADMIN_KEY_SHA256, "").strip().lower()
-    if not expected:
+    if not _SHA256.fullmatch(expected):
         raise HTTPException(
             403,
-            f"the admin API is off, as no key is set; set {ADMIN_KEY_SHA256} to what "
+            f"the admin API is off, as no key is set, or not by its hash; set {ADMIN_KEY_SHA256} to what "
             "'printf %s KEY | sha256sum' prints, where Ray is started",
         )
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -107,7 +109,7 @@ class _Admin:
         return JSONResponse(await editor.put_task(task))
 
     async def remove_task(self, request: Request) -> Response:
-        return JSONResponse(await self._open(request).remove_task(_name(request.path_params["name"])))
+        return JSONResponse(await self._open(request).remove_task(request.path_params["name"]))
 
     async def put_adapter(self, request: Request) -> Response:
         editor = self._open(request)
@@ -176,7 +178,7 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
 
 
 def _name(name: str) -> str:
-    """A name that a task or an adapter may have. Raises InvalidRequest."""
+    """A name that an adapter may have. Raises InvalidRequest."""
     if not is_valid_name(name) or name.lower() in RESERVED:
         raise InvalidRequest(f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}", param="name")
     return name

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ _AT_ONCE = 16
 _IDLE_S = 300.0
 
 Files = Mapping[str, NDArray[np.uint8]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class CatalogEditor:
         self._repository = AdapterRepository(open_store(config.adapters))
         self._embedder = embedder
         self._model = model
-        self._lock = asyncio.Lock()
+        self._worker = ThreadPoolExecutor(1)  # changes wait for each other, and one that began ends, whoever hung up
 
     async def put_task(self, task: Task) -> dict[str, Any]:
         """Add a task, or replace the one of its name. Raises CatalogError, StoreError."""
@@ -82,8 +84,7 @@ class CatalogEditor:
             some = texts[start : start + _AT_ONCE]
             vectors |= zip(some, await self._embedder.embed.remote(some), strict=True)
         encoder = _Embedded(await self._embedder.name.remote(), vectors)
-        async with self._lock:
-            catalog = await asyncio.to_thread(self._change, lambda before: with_tasks(before, [task], encoder))
+        catalog = await self._alone(lambda: self._change(lambda before: with_tasks(before, [task], encoder)))
         [entry] = [entry for entry in catalog.tasks if entry.name == task.name]
         served = [adapter.name for adapter in entry.adapters]
         return {"id": task.name, "object": "task", "adapters": served, "catalog_version": catalog.version}
@@ -99,8 +100,7 @@ class CatalogEditor:
                 raise InvalidRequest(f"task {name!r} is the catalog's last; add another first", param="name")
             return without_tasks(before, [name])
 
-        async with self._lock:
-            catalog = await asyncio.to_thread(self._change, without)
+        catalog = await self._alone(lambda: self._change(without))
         return {"id": name, "object": "task", "deleted": True, "catalog_version": catalog.version}
 
     async def put_adapter(self, name: str, files: Files | None) -> dict[str, Any]:
@@ -112,6 +112,10 @@ class CatalogEditor:
             AdapterUnavailable, CatalogError, StoreError.
         """
         fits = await self._model.shape.remote() if files is not None else None
+
+        def take_in() -> tuple[AdapterManifest, Catalog]:
+            manifest = push()
+            return manifest, self._change(lambda before: with_adapter(before, manifest))
 
         def push() -> AdapterManifest:
             if files is None or fits is None:
@@ -125,9 +129,7 @@ class CatalogEditor:
                 LoraWeights.load(folder, name=name, version="pushed").check_fits(shape, max_rank=max_rank)
                 return self._repository.push(folder)
 
-        async with self._lock:
-            manifest = await asyncio.to_thread(push)
-            catalog = await asyncio.to_thread(self._change, lambda before: with_adapter(before, manifest))
+        manifest, catalog = await self._alone(take_in)
         serves = [entry.name for entry in catalog.tasks if name in {adapter.name for adapter in entry.adapters}]
         head = {"id": name, "object": "adapter", "version": manifest.version, "bytes": manifest.size}
         return {**head, "rank": manifest.rank, "tasks": serves, "catalog_version": catalog.version}
@@ -140,18 +142,27 @@ class CatalogEditor:
             AdapterUnavailable, CatalogError, StoreError.
         """
 
-        def without(before: Catalog) -> Catalog:
-            return without_adapters(before, [name]) if name in before.adapters else before
+        known = False
 
-        async with self._lock:
-            known = name in (await asyncio.to_thread(Catalog.load, self._store)).adapters
-            catalog = await asyncio.to_thread(self._change, without)
+        def without(before: Catalog) -> Catalog:
+            nonlocal known
+            known = name in before.adapters
+            return without_adapters(before, [name]) if known else before
+
+        def remove() -> Catalog:
+            catalog = self._change(without)
             try:
-                await asyncio.to_thread(self._repository.remove, name)
+                self._repository.remove(name)
             except AdapterNotFound:
                 if not known:
                     raise
+            return catalog
+
+        catalog = await self._alone(remove)
         return {"id": name, "object": "adapter", "deleted": True, "catalog_version": catalog.version}
+
+    async def _alone(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
     def _change(self, edit: Callable[[Catalog], Catalog]) -> Catalog:
         """Publish what an edit makes of the current version, unless another one became current meanwhile."""

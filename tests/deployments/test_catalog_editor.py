@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deployments import catalog_editor
 from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig
 from lorauter.adapters import AdapterRepository, ModelShape, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
-from lorauter.catalog import Catalog, build_catalog, catalog_versions
+from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_tasks
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import AdapterNotFound, AdapterRejected, InvalidRequest, ServiceUnavailable, TaskNotFound
 from lorauter.tasks import Task
@@ -175,26 +178,45 @@ def test_no_change_is_lost_of_many_at_once(editor: Any, config: AppConfig, make_
     assert set(served(config)) == {"sums", *(f"t{i}" for i in range(6))}
 
 
+def test_a_change_that_began_ends_though_its_client_left(
+    editor: Any, config: AppConfig, make_task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = threading.Event()
+
+    def slowly(*args: Any) -> Catalog:
+        began.set()
+        time.sleep(0.05)
+        return with_tasks(*args)
+
+    monkeypatch.setattr(catalog_editor, "with_tasks", slowly)
+
+    async def scenario() -> None:
+        first = asyncio.create_task(editor.put_task(make_task("left")))
+        await asyncio.to_thread(began.wait, 10)
+        first.cancel()
+        await editor.put_task(make_task("stayed"))
+
+    asyncio.run(scenario())
+    assert {"left", "stayed"} < set(served(config))
+
+
 def test_who_publishes_by_other_means_meanwhile_loses_nothing(
     editor: Any, config: AppConfig, make_task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deployments import catalog_editor
-    from lorauter.catalog import with_tasks as original
-
     others = [make_task("theirs")]
 
     def while_another_publishes(catalog: Catalog, *args: Any) -> Catalog:
         if others:
-            original(catalog, [others.pop()], ENCODER).save(config.catalog)
-        return original(catalog, *args)
+            with_tasks(catalog, [others.pop()], ENCODER).save(config.catalog)
+        return with_tasks(catalog, *args)
 
     monkeypatch.setattr(catalog_editor, "with_tasks", while_another_publishes)
     asyncio.run(editor.put_task(make_task("ours")))
     assert set(served(config)) == {"sums", "poems", "theirs", "ours"}
 
     def forever(catalog: Catalog, *args: Any) -> Catalog:
-        original(catalog, [make_task(f"theirs{len(catalog.tasks)}")], ENCODER).save(config.catalog)
-        return original(catalog, *args)
+        with_tasks(catalog, [make_task(f"theirs{len(catalog.tasks)}")], ENCODER).save(config.catalog)
+        return with_tasks(catalog, *args)
 
     monkeypatch.setattr(catalog_editor, "with_tasks", forever)
     with pytest.raises(ServiceUnavailable, match="somebody else"):
