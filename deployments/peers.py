@@ -127,9 +127,11 @@ class PeerSource:
         """Copy the files into the folder `target`, verified. Raises AdapterUnavailable, if the store fails too."""
         flight = self._flights[manifest.name] = _Flight(manifest.version, Began(time.time(), self._tie))
         try:
-            for peer in self._lenders(manifest, flight):
+            lenders = self._lenders(manifest, flight)
+            until = time.monotonic() + _LEND_S
+            for peer in lenders:
                 flight.state = "waiting"
-                if _borrow(peer, manifest, target):
+                if self._borrow(peer, manifest, target, until):
                     return "peer"
             flight.state = "copying"
             self.repository.download(manifest, target)
@@ -160,21 +162,27 @@ class PeerSource:
         if now - self._found > _FIND_S:
             self._found = now
             self._peers = self.find()
-            self._muted = {peer: since for peer, since in self._muted.items() if now - since < _MUTE_S}
+            self._muted = {peer: since for peer, since in list(self._muted.items()) if now - since < _MUTE_S}
         peers = [peer for peer in self._peers if now - self._muted.get(peer, -_MUTE_S) >= _MUTE_S]
         return random.sample(peers, min(len(peers), _ASKED))
 
+    def _borrow(self, peer: Any, manifest: AdapterManifest, target: Path, until: float) -> bool:
+        """Whether a peer's files are in `target` now, as they must be. Raises OSError: the disk here fails."""
+        try:
+            wait = max(0.0, until - time.monotonic())
+            loan: Loan | None = ray.get(peer.lend.remote(manifest.name, manifest.version), timeout=wait)
+        except GetTimeoutError:
+            logger.warning("adapter %s: a peer did not lend it within %.0f s", manifest.name, _LEND_S)
+            self._muted[peer] = time.monotonic()
+            return False
+        except RayError:
+            return False
+        return loan is not None and _unpack(loan, manifest, target)
 
-def _borrow(peer: Any, manifest: AdapterManifest, target: Path) -> bool:
-    """Whether the files are in `target` now, each of the size and hash that it must have. Raises OSError (the disk)."""
-    try:
-        loan: Loan | None = ray.get(peer.lend.remote(manifest.name, manifest.version), timeout=_LEND_S)
-    except GetTimeoutError:
-        logger.warning("adapter %s: a peer did not lend it within %.0f s", manifest.name, _LEND_S)
-        return False
-    except RayError:
-        return False
-    if loan is None or set(loan.files) != set(manifest.files):
+
+def _unpack(loan: Loan, manifest: AdapterManifest, target: Path) -> bool:
+    """Write a loan's files; whether each has the size and hash that it must have."""
+    if set(loan.files) != set(manifest.files):
         return False
     for name, content in loan.files.items():
         content.tofile(target / name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deployments.peers import Began, PeerSource, Whereabouts, lend, order
+from deployments.peers import Began, Loan, PeerSource, Whereabouts, _unpack, lend, order
 from lorauter.adapters import AdapterManifest, AdapterRepository, MemoryStore
 from lorauter.errors import AdapterUnavailable
 
@@ -105,5 +106,25 @@ def test_what_is_lent_is_whole_or_nothing(pushed: tuple[MemoryStore, AdapterMani
         name: (tmp_path / name).read_bytes() for name in manifest.files
     }
     assert all(content.dtype == np.uint8 for content in loan.files.values())
+    (tmp_path / "got").mkdir()
+    assert _unpack(loan, manifest, tmp_path / "got")
+    config = loan.files["adapter_config.json"]
+    for files in ({**loan.files, "adapter_config.json": config[:-1]}, {"adapter_config.json": config}, {}):
+        assert not _unpack(Loan(manifest, files), manifest, tmp_path / "got")
     (tmp_path / "adapter_config.json").unlink()
     assert lend(manifest, tmp_path) is None
+
+
+def test_hashes_that_the_store_does_not_know_are_the_lenders(
+    pushed: tuple[MemoryStore, AdapterManifest], tmp_path: Path
+) -> None:
+    store, manifest = pushed
+    AdapterRepository(store).download(manifest, tmp_path)
+    plain = replace(manifest, files={name: replace(file, sha256=None) for name, file in manifest.files.items()})
+    assert lend(plain, tmp_path) is None, "nobody could check it"
+    loan = lend(manifest, tmp_path)
+    assert loan is not None
+    assert _unpack(loan, plain, tmp_path)
+    config = loan.files["adapter_config.json"].copy()
+    config[0] ^= 1
+    assert not _unpack(Loan(manifest, {**loan.files, "adapter_config.json": config}), plain, tmp_path)
