@@ -11,7 +11,7 @@ import hmac
 import json
 import os
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +21,6 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from deployments.config import ApiSettings, explain, first_field
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
@@ -32,6 +31,7 @@ from lorauter.tasks import Task
 ADMIN_KEY_SHA256 = "LORAUTER_ADMIN_KEY_SHA256"
 """The environment variable with the SHA-256, in hexadecimal, of the admin key."""
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_EXAMPLES = 512
 _PARTS = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
@@ -70,14 +70,14 @@ def require_admin(request: Request) -> None:
         )
 
 
-def admin_routes(editor: Editor | None, settings: ApiSettings) -> list[Route]:
-    """The admin API's routes over an editor; without one, where what is served is the examples, they refuse."""
+def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[str, str, Endpoint]]:
+    """Method, path and function of each; without an editor, where what is served is the examples, they refuse."""
     admin = _Admin(editor, settings)
     return [
-        Route("/v1/tasks", admin.put_task, methods=["POST"]),
-        Route("/v1/tasks/{name}", admin.remove_task, methods=["DELETE"]),
-        Route("/v1/adapters", admin.put_adapter, methods=["POST"]),
-        Route("/v1/adapters/{name}", admin.remove_adapter, methods=["DELETE"]),
+        ("POST", "/v1/tasks", admin.put_task),
+        ("DELETE", "/v1/tasks/{name}", admin.remove_task),
+        ("POST", "/v1/adapters", admin.put_adapter),
+        ("DELETE", "/v1/adapters/{name}", admin.remove_adapter),
     ]
 
 

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from deployments.admin import Endpoint
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
 from deployments.config import ApiSettings, explain, first_field
 from deployments.openai_types import ChatBody, CompletionBody, GenerationBody, RouteBody
@@ -88,8 +89,8 @@ class Service(Protocol):
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def build_api(service: Service, settings: ApiSettings, more: Sequence[Route] = ()) -> Starlette:
-    """The ASGI application over a service, with more routes than its own."""
+def build_api(service: Service, settings: ApiSettings, admin: Sequence[tuple[str, str, Endpoint]] = ()) -> Starlette:
+    """The ASGI application over a service, with the admin API's endpoints."""
     api = _Api(service, settings)
 
     @asynccontextmanager
@@ -106,7 +107,7 @@ def build_api(service: Service, settings: ApiSettings, more: Sequence[Route] = (
             Route("/v1/models/{model}", api.model),
             Route("/v1/tasks", api.tasks),
             Route("/healthz", api.health),
-            *more,
+            *[Route(path, endpoint, methods=[method]) for method, path, endpoint in admin],
         ],
         exception_handlers={LorauterError: _known, HTTPException: _http, Exception: _unknown},
         lifespan=lifespan,

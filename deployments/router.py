@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.adapter_cache import CacheSpec, running_caches
-from deployments.admin import admin_routes
+from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Retrieval
 from deployments.config import AppConfig
@@ -65,7 +65,7 @@ class Router:
         self._refreshed = -_REFRESH_S
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(self, self._config.api, admin_routes(self._editor, self._config.api))
+        return build_api(self, self._config.api, admin_endpoints(self._editor, self._config.api))
 
     async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""

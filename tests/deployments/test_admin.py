@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.admin import ADMIN_KEY_SHA256, admin_routes
+from deployments.admin import ADMIN_KEY_SHA256, admin_endpoints
 from deployments.api import build_api
 from deployments.config import ApiSettings
 from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, LorauterError, TaskNotFound
@@ -58,7 +58,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 def send(editor: FakeEditor | None, method: str, path: str, *, headers: Any = AUTHORIZED, **content: Any) -> Any:
     async def talk() -> httpx.Response:
         settings = ApiSettings(max_body_bytes=2000, max_adapter_bytes=3000)
-        app = build_api(object(), settings, admin_routes(editor, settings))  # type: ignore[arg-type]
+        app = build_api(object(), settings, admin_endpoints(editor, settings))  # type: ignore[arg-type]
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://lorauter") as client:
             return await client.request(method, path, headers=headers, **content)
