@@ -1,7 +1,9 @@
 """AdapterCache: one Ray actor on every node that serves models; it alone pulls adapters onto the node's disk.
 
 The actor is named and detached, and pinned to its node: replicas find it or start it, Ray restarts it when its
-process dies, and the disk outlives it. `NodeCache` is a replica's way to the one on its own node.
+process dies, and the disk outlives it. A node that joins gets its own with its first replica; one that leaves takes
+its own along. `NodeCache` is a replica's way to the one on its own node; `deployments.peers` is the caches' way to
+each other.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,10 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.config import CacheSettings
+from deployments.peers import Loan, PeerSource, Whereabouts, lend
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
 from lorauter.defaults import home
-from lorauter.errors import AdapterUnavailable
+from lorauter.errors import AdapterUnavailable, LorauterError
 
 NAMESPACE = "lorauter"
 _ATTEMPTS = 5
@@ -48,12 +52,16 @@ class AdapterCacheActor:
         settings = spec.settings
         base = home() / "adapters" if settings.directory == "default" else Path(settings.directory).expanduser()
         root, self._root_lock = _claim(base)
+        repository = AdapterRepository(open_store(spec.adapters))
+        self._peers = PeerSource(repository, lambda: _other_caches(spec))
+        self._lending = asyncio.Semaphore(settings.downloads)
         self._cache = AdapterDiskCache(
-            AdapterRepository(open_store(spec.adapters)),
+            repository,
             root,
             budget_bytes=settings.disk_bytes,
             revalidate_s=settings.revalidate_s,
             downloads=settings.downloads,
+            source=self._peers,
         )
 
     async def fetch(self, names: list[str]) -> list[LocalAdapter]:
@@ -69,6 +77,22 @@ class AdapterCacheActor:
     async def discard(self, name: str, version: str) -> None:
         """Forget a copy that turned out to be unusable."""
         self._cache.discard(name, version)
+
+    async def whereabouts(self, name: str, version: str) -> Whereabouts | None:
+        """Whether this cache has a version of an adapter, or is getting it in a way that a peer may wait for."""
+        if self._cache.entry(name, version) is not None:
+            return Whereabouts("here")
+        return self._peers.whereabouts(name, version)
+
+    async def lend(self, name: str, version: str) -> Loan | None:
+        """A version's files, once it is here if it is under way; None where it is not. Starts no fetch."""
+        flight = self._cache.in_flight(name)
+        if flight is not None and self._cache.entry(name, version) is None:
+            with suppress(LorauterError):
+                await asyncio.shield(asyncio.wrap_future(flight))
+        async with self._lending:
+            entry = self._cache.entry(name, version)
+            return await asyncio.to_thread(lend, *entry) if entry is not None else None
 
     async def pid(self) -> int:
         """The actor's process."""
@@ -99,9 +123,9 @@ def _claim(base: Path) -> tuple[Path, FileLock]:
     raise RuntimeError(f"all cache folders in {base} are taken")
 
 
-def start_cache(spec: CacheSpec) -> Any:
-    """The actor handle of this node's cache, started if it is not there."""
-    node = ray.get_runtime_context().get_node_id()
+def start_cache(spec: CacheSpec, node: str | None = None) -> Any:
+    """The actor handle of a node's cache, started if it is not there; of this node's, unless another is named."""
+    node = node or ray.get_runtime_context().get_node_id()
     return (
         ray.remote(AdapterCacheActor)
         .options(
@@ -119,16 +143,22 @@ def start_cache(spec: CacheSpec) -> Any:
 
 
 def running_caches(spec: CacheSpec) -> list[Any]:
-    """Actor handles of this cache on all nodes where it runs."""
-    names = [row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if row["namespace"] == NAMESPACE]
+    """Actor handles of this cache on all nodes that are alive and where it runs."""
+    named = {row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if row["namespace"] == NAMESPACE}
     handles = []
-    for name in names:
-        if name.startswith(spec.prefix):
-            try:
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"] and (name := spec.prefix + node["NodeID"]) in named:
+            with suppress(ValueError):  # died meanwhile
                 handles.append(ray.get_actor(name, namespace=NAMESPACE))
-            except ValueError:  # died meanwhile
-                continue
     return handles
+
+
+def _other_caches(spec: CacheSpec) -> list[Any]:
+    """The same without the one that asks."""
+    if not ray.is_initialized():  # a cache that runs on no cluster has no peers
+        return []
+    own = ray.get_runtime_context().get_actor_id()
+    return [handle for handle in running_caches(spec) if handle._actor_id.hex() != own]
 
 
 class NodeCache:

@@ -24,10 +24,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from deployments.admin import Endpoint
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
 from deployments.config import ApiSettings, explain, first_field
 from deployments.openai_types import ChatBody, CompletionBody, GenerationBody, RouteBody
-from lorauter.engine.types import Chunk
+from lorauter.engine.types import Chunk, SamplingParams
 from lorauter.errors import (
     AdapterNotFound,
     AdapterRejected,
@@ -39,6 +40,8 @@ from lorauter.errors import (
     Overloaded,
     ServiceUnavailable,
     StoreError,
+    TaskError,
+    TaskNotFound,
 )
 from lorauter.names import RULE, is_valid_name
 from lorauter.routing.compose import AdapterWeight, RoutingDecision
@@ -49,11 +52,14 @@ logger = logging.getLogger("lorauter.api")
 ROUTED_MODEL = "lorauter"
 BASE_MODEL = "base"
 _HEADER_ITEMS = 16
+_MAX_GONE = 8  # adapters that a request may find removed
 
 # (status, type, code) of each error that may reach a client; the first class that fits counts.
 _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
     (ContextLengthExceeded, 400, "invalid_request_error", "context_length_exceeded"),
     (InvalidRequest, 400, "invalid_request_error", None),
+    (TaskNotFound, 404, "invalid_request_error", "task_not_found"),
+    (TaskError, 400, "invalid_request_error", None),
     (AdapterNotFound, 404, "invalid_request_error", "model_not_found"),
     (AdapterRejected, 422, "invalid_request_error", "adapter_rejected"),
     (AdapterUnavailable, 503, "service_unavailable", "adapter_unavailable"),
@@ -83,8 +89,8 @@ class Service(Protocol):
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def build_api(service: Service, settings: ApiSettings) -> Starlette:
-    """The ASGI application over a service."""
+def build_api(service: Service, settings: ApiSettings, admin: Sequence[tuple[str, str, Endpoint]] = ()) -> Starlette:
+    """The ASGI application over a service, with the admin API's endpoints."""
     api = _Api(service, settings)
 
     @asynccontextmanager
@@ -101,6 +107,7 @@ def build_api(service: Service, settings: ApiSettings) -> Starlette:
             Route("/v1/models/{model}", api.model),
             Route("/v1/tasks", api.tasks),
             Route("/healthz", api.health),
+            *[Route(path, endpoint, methods=[method]) for method, path, endpoint in admin],
         ],
         exception_handlers={LorauterError: _known, HTTPException: _http, Exception: _unknown},
         lifespan=lifespan,
@@ -175,7 +182,8 @@ class _Api:
 
     async def tasks(self, _: Request) -> Response:
         catalog = await self._service.describe()
-        return JSONResponse({"object": "list", "catalog_version": catalog.version, "data": catalog.tasks})
+        refused = {"refused": dict(zip(("version", "reason"), catalog.refused, strict=True))} if catalog.refused else {}
+        return JSONResponse({"object": "list", "catalog_version": catalog.version, **refused, "data": catalog.tasks})
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -218,17 +226,38 @@ class _Api:
             None, (), tuple(AdapterWeight(name, weight) for name, weight in chosen.items() if weight)
         )
 
+    async def _admit(
+        self, body: GenerationBody, text: str, prompt: Prompt, sampling: SamplingParams
+    ) -> tuple[RoutingDecision, AsyncGenerator[Admitted | Chunk], Admitted]:
+        """The decision, and the answer as it comes; until it is admitted an error can still have its own status.
+
+        An adapter that was removed since the catalog was made is no fault of a request that named none: it is routed
+        anew, without that adapter.
+        """
+        gone: set[str] = set()
+        while True:
+            routed = body.lorauter.model_copy(update={"exclude_adapters": body.lorauter.exclude_adapters | gone})
+            decision = await self._decide(body.model_copy(update={"lorauter": routed}), text)
+            adapters = tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
+            stream = self._service.generate(GenerateCall(prompt, adapters, sampling))
+            try:
+                admitted = await anext(stream)
+            except AdapterNotFound as error:
+                if decision.catalog_version is None or error.adapter in gone or len(gone) == _MAX_GONE:
+                    raise
+                logger.warning("routed anew, as the catalog's adapter %s is not in the store", error.adapter)
+                gone.add(error.adapter)
+                continue
+            assert isinstance(admitted, Admitted)
+            return decision, stream, admitted
+
     async def _answer(self, body: GenerationBody, text: str, prompt: Prompt, shape: _Shape) -> Response:
         if not text.strip():
             raise InvalidRequest("the text to answer is empty", param="prompt" if shape is _TEXT else "messages")
         settings = self._settings
         sampling = body.sampling(max_tokens=settings.default_max_tokens, temperature=settings.default_temperature)
-        decision = await self._decide(body, text)
+        decision, stream, admitted = await self._admit(body, text, prompt, sampling)
         adapters = tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
-        stream = self._service.generate(GenerateCall(prompt, adapters, sampling))
-        # Until the replica has admitted the request an error can still have its own status.
-        admitted = await anext(stream)
-        assert isinstance(admitted, Admitted)
         head = {
             "id": f"{shape.prefix}-{uuid.uuid4().hex}",
             "object": shape.piece if body.stream else shape.whole,

@@ -12,15 +12,16 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
+from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig, explain
 from deployments.embedder import QueryEmbedder
 from deployments.model import LoraModel
 from deployments.retriever import TaskRetriever
 from deployments.router import Router
-from lorauter.defaults import resolve_adapters, resolve_catalog
+from lorauter.defaults import DEFAULT, resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
 
-DEPLOYMENTS = ("Router", "QueryEmbedder", "TaskRetriever", "LoraModel")
+DEPLOYMENTS = ("Router", "QueryEmbedder", "TaskRetriever", "LoraModel", "CatalogEditor")
 
 
 def build(config: AppConfig) -> Application:
@@ -34,6 +35,7 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
     Raises:
         ConfigError: an override names an unknown deployment or option.
     """
+    own = DEFAULT not in (config.adapters, config.catalog)  # the examples are nobody's to change
     config = config.with_absolute_paths(Path.cwd())
     config = config.model_copy(
         update={"adapters": resolve_adapters(config.adapters), "catalog": resolve_catalog(config.catalog)}
@@ -53,10 +55,11 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
             raise ConfigError(f"deployment {target.name}: {cause}", setting=f"deployments.{target.name}") from error
 
     embedder = deployment(QueryEmbedder).bind(config.encoder)
-    retriever = deployment(TaskRetriever).bind(config.catalog, config.routing)
+    retriever = deployment(TaskRetriever).bind(config.catalog, config.routing, embedder, config.catalog_refresh_s)
     model = deployment(
         LoraModel,
         max_ongoing_requests=config.engine.max_batch + config.engine.max_queue,
         max_queued_requests=config.engine.max_queue,
     ).bind(config)
-    return deployment(Router).bind(config, embedder, retriever, model)
+    editor = deployment(CatalogEditor).bind(config, embedder, model) if own else None
+    return deployment(Router).bind(config, embedder, retriever, model, editor)

@@ -43,8 +43,12 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class CatalogDescription:
-    """What a catalog holds, for people: `tasks` as JSON objects, `adapters` by name."""
+    """What a catalog holds, for people: `tasks` as JSON objects, `adapters` by name.
+
+    `refused` is the published version that is not used, and why not.
+    """
 
     version: str
     tasks: list[dict[str, Any]]
     adapters: list[str]
+    refused: tuple[str, str] | None = None

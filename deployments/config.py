@@ -75,6 +75,7 @@ class ApiSettings(_Settings):
         default_max_tokens: answers' bound where a request gives none.
         default_temperature: where a request gives none; 0 answers with the likeliest tokens.
         max_body_bytes: larger requests are answered with 413.
+        max_adapter_bytes: the same for adapters that are uploaded.
         max_adapters: adapters a request may mix by hand at most.
         max_inputs: texts that one request may have routed at most.
     """
@@ -83,6 +84,7 @@ class ApiSettings(_Settings):
     default_max_tokens: Positive = 256
     default_temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     max_body_bytes: Positive = 1 << 20
+    max_adapter_bytes: Positive = 512 << 20
     max_adapters: Annotated[int, Field(ge=1, le=1024)] = 64
     max_inputs: Positive = 256
 
@@ -96,6 +98,7 @@ class AppConfig(_Settings):
         encoder: "default" (all-MiniLM-L6-v2), a Hugging Face id, or a folder.
         adapters: the adapter store: "default" (the example pool), `s3://bucket/prefix`, or a folder.
         catalog: "default" (the example tasks), `s3://bucket/prefix`, or a folder.
+        catalog_refresh_s: seconds between two looks at which version of the catalog is published.
     """
 
     base_model: str = "default"
@@ -103,6 +106,7 @@ class AppConfig(_Settings):
     encoder: str = "default"
     adapters: str = "default"
     catalog: str = "default"
+    catalog_refresh_s: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
     routing: RoutingConfig = RoutingConfig()
     engine: EngineSettings = EngineSettings()
     cache: CacheSettings = CacheSettings()

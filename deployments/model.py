@@ -13,6 +13,7 @@ from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.config import AppConfig
 from deployments.host_adapters import HostAdapters
+from lorauter.adapters import ModelShape
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine import Chunk, EngineConfig, GenerationRequest, load_engine
 from lorauter.errors import InvalidRequest
@@ -80,6 +81,10 @@ class LoraModel:
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         codec = self._engine.codec
         return codec.chat(prompt.messages) if prompt.text is None else codec.plain(prompt.text)
+
+    async def shape(self) -> tuple[ModelShape, int]:
+        """What an adapter has to fit, and the largest rank served."""
+        return self._engine.slots.shape, self._engine.config.max_rank
 
     async def stats(self) -> dict[str, Any]:
         """What runs and waits, and hits, misses and load times of the replica's tiers of adapters."""

@@ -1,13 +1,26 @@
-"""TaskRetriever: the task catalog as a service. Embeddings in, nearest tasks with their adapters out."""
+"""TaskRetriever: the task catalog as a service. Embeddings in, nearest tasks with their adapters out.
+
+A catalog that is published while it serves takes over without a request being lost; see `deployments.live_catalog`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from deployments.calls import CatalogDescription, Retrieval
-from lorauter.catalog import Catalog
+from deployments.live_catalog import LiveCatalog
+from lorauter.adapters import open_store
+from lorauter.catalog.catalog import PROBE_TEXT
+from lorauter.defaults import home
 from lorauter.encoder import Embeddings
-from lorauter.routing import Retriever, RoutingConfig, RoutingOptions
+from lorauter.routing import RoutingConfig, RoutingOptions
+
+_PROBE_S = 600.0  # an encoder may have to be downloaded first
 
 
 @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=5)
@@ -17,23 +30,35 @@ class TaskRetriever:
     Args:
         catalog: folder or `s3://` URI.
         config: routing settings.
+        embedder: handle of QueryEmbedder; a catalog of another encoder is refused.
+        refresh_s: seconds between two looks at what is published.
     """
 
-    def __init__(self, catalog: str, config: RoutingConfig) -> None:
-        self._retriever = Retriever(Catalog.load(catalog), config)
+    def __init__(self, catalog: str, config: RoutingConfig, embedder: DeploymentHandle[Any], refresh_s: float) -> None:
+        def probe() -> tuple[Embeddings, str]:
+            [vector] = embedder.embed.remote([PROBE_TEXT]).result(timeout_s=_PROBE_S)
+            return vector, embedder.name.remote().result(timeout_s=_PROBE_S)
+
+        def load() -> LiveCatalog:
+            keep = home() / "catalogs" / f"used-{hashlib.sha256(catalog.encode()).hexdigest()[:16]}"
+            return LiveCatalog(open_store(catalog), config, probe, refresh_s=refresh_s, keep=keep)
+
+        with ThreadPoolExecutor(1) as other_thread:  # in this one, a loop runs, and handles cannot be waited for
+            self._live = other_thread.submit(load).result()
+        self._live.start()
 
     async def retrieve(self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]) -> Retrieval:
-        """See `Retriever.retrieve`."""
-        found = self._retriever.retrieve(embeddings, texts, options)
-        return Retrieval(self._retriever.catalog.version, found)
+        """See `Retriever.retrieve`; one catalog answers all of it."""
+        retriever = self._live.retriever
+        return Retrieval(retriever.catalog.version, retriever.retrieve(embeddings, texts, options))
 
     async def check_probe(self, probe: Embeddings, encoder: str) -> None:
         """See `Catalog.check_probe`."""
-        self._retriever.catalog.check_probe(probe, encoder)
+        self._live.retriever.catalog.check_probe(probe, encoder)
 
     async def describe(self) -> CatalogDescription:
-        """What the catalog holds."""
-        catalog = self._retriever.catalog
+        """What the catalog holds, and what is published in vain."""
+        catalog = self._live.retriever.catalog
         tasks = [
             {
                 "id": entry.name,
@@ -46,4 +71,8 @@ class TaskRetriever:
             }
             for entry in catalog.tasks
         ]
-        return CatalogDescription(catalog.version, tasks, sorted(catalog.adapters))
+        return CatalogDescription(catalog.version, tasks, sorted(catalog.adapters), self._live.refused)
+
+    def __del__(self) -> None:
+        if live := getattr(self, "_live", None):
+            live.close()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -17,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.adapter_cache import CacheSpec, running_caches
+from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Retrieval
 from deployments.config import AppConfig
@@ -25,6 +27,7 @@ from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.engine import Chunk
 from lorauter.errors import Overloaded, ServiceUnavailable, StoreError
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text, compose
+from lorauter.tasks import Task
 
 _REFRESH_S = 5.0
 _RETRY_AFTER_S = 1.0
@@ -40,6 +43,7 @@ class Router:
         embedder: handle of QueryEmbedder.
         retriever: handle of TaskRetriever.
         model: handle of LoraModel.
+        editor: handle of CatalogEditor, unless what is served cannot be changed.
     """
 
     def __init__(
@@ -48,18 +52,20 @@ class Router:
         embedder: DeploymentHandle[Any],
         retriever: DeploymentHandle[Any],
         model: DeploymentHandle[Any],
+        editor: DeploymentHandle[Any] | None,
     ) -> None:
         self._config = config
         self._embedder = embedder
         self._retriever = retriever
         self._model = model.options(stream=True)
+        self._editor = _EditorClient(editor) if editor is not None else None
         self._repository = AdapterRepository(open_store(config.adapters))
         self._cache_spec = CacheSpec(config.adapters, config.cache)
         self._caches: list[Any] = []
         self._refreshed = -_REFRESH_S
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(self, self._config.api)
+        return build_api(self, self._config.api, admin_endpoints(self._editor, self._config.api))
 
     async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
@@ -101,7 +107,7 @@ class Router:
             stored = await asyncio.to_thread(self._repository.names)
         except StoreError:  # the catalog's adapters may still be cached on the nodes
             stored = []
-        return CatalogDescription(catalog.version, catalog.tasks, sorted({*catalog.adapters, *stored}))
+        return replace(catalog, adapters=sorted({*catalog.adapters, *stored}))
 
     async def check_ready(self) -> None:
         """Raise unless the encoder in use is the catalog's own."""
@@ -122,6 +128,33 @@ class Router:
             self._caches = await asyncio.to_thread(running_caches, self._cache_spec)
         except RayError:  # prefetching is a courtesy; the replicas fetch for themselves
             self._caches = []
+
+
+class _EditorClient:
+    """The editor behind its handle."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def put_task(self, task: Task) -> dict[str, Any]:
+        return await _result(self._handle.put_task.remote(task))
+
+    async def remove_task(self, name: str) -> dict[str, Any]:
+        return await _result(self._handle.remove_task.remote(name))
+
+    async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+        return await _result(self._handle.put_adapter.remote(name, files))
+
+    async def remove_adapter(self, name: str) -> dict[str, Any]:
+        return await _result(self._handle.remove_adapter.remote(name))
+
+
+async def _result(response: Any) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = await response
+        return result
+    except Exception as error:
+        raise _translated(error) from error
 
 
 def _translated(error: Exception) -> Exception:

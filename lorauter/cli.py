@@ -94,6 +94,21 @@ def list_adapters(store: Annotated[str, typer.Argument(help="s3://bucket/prefix 
     notify(f"{len(names)} adapters in {repository.store.uri}")
 
 
+@adapters_app.command("prune")
+def prune(
+    store: Annotated[str, typer.Argument(help="s3://bucket/prefix or a folder.")],
+    older_than: Annotated[float, typer.Option(help="Hours for which a version has to be out of use.", min=0)] = 24,
+) -> None:
+    """Delete replaced versions of adapters, which nobody reads any more."""
+    from lorauter.adapters import AdapterRepository, open_store
+
+    repository = AdapterRepository(open_store(store))
+    pruned = repository.prune(older_than_s=older_than * 3600)
+    for name, version in pruned:
+        typer.echo(f"{name}\t{version}")
+    notify(f"{len(pruned)} versions deleted from {repository.store.uri}")
+
+
 @app.command()
 def route(
     catalog: Annotated[str, typer.Option(help="The catalog: a folder or s3://bucket/prefix.")],

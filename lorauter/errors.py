@@ -8,7 +8,8 @@ because they cross process boundaries.
     ├── InvalidRequest          the caller's input is wrong
     │   └── ContextLengthExceeded
     ├── ConfigError             a setting is wrong
-    ├── TaskError               a task file is wrong
+    ├── TaskError               a task or a task file is wrong
+    │   └── TaskNotFound
     ├── CatalogError            a catalog is missing, damaged or does not fit
     ├── StoreError
     │   ├── ObjectNotFound
@@ -74,6 +75,13 @@ class TaskError(LorauterError):
     def __init__(self, message: str, *, source: str) -> None:
         super().__init__(f"{source}: {message}")
         self.source = source
+
+
+class TaskNotFound(TaskError):
+    """No task of this name is in the catalog."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("no such task; see GET /v1/tasks", source=name)
 
 
 class CatalogError(LorauterError):

@@ -62,6 +62,8 @@ class Task:
         for key in ("domain", "description"):
             if not isinstance(data.get(key, ""), str):
                 raise TaskError(f"{key} must be a string, got {data[key]!r}", source=source)
+            if not is_encodable(data.get(key, "")):
+                raise TaskError(f"{key} holds half a character (a lone surrogate); mend the text", source=source)
         if data["metric"] not in METRICS:
             raise TaskError(f"metric {data['metric']!r} is not one of {', '.join(METRICS)}", source=source)
         validation = _examples(data["validation"], key="validation", source=source)

@@ -134,6 +134,22 @@ def test_a_list_names_what_cannot_be_read(cli: Callable[..., Ran], pool: Path, t
     assert sums.startswith("sums\t")
 
 
+def test_replaced_versions_are_pruned(
+    cli: Callable[..., Ran], pool: Path, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    store = tmp_path / "store"
+    cli("adapters", "push", pool, "--to", store)
+    old = AdapterRepository(open_store(store)).manifest("sums").version
+    make_adapter(pool, "sums", lora_alpha=9)
+    cli("adapters", "push", pool, "--to", store)
+    young = cli("adapters", "prune", store)
+    assert (young.code, young.out) == (0, "")
+    pruned = cli("adapters", "prune", store, "--older-than", "0")
+    assert (pruned.code, pruned.out) == (0, f"sums\t{old}\n")
+    assert pruned.err.startswith("1 versions deleted from ")
+    assert cli("adapters", "prune", store, "--older-than", "-1").code != 0
+
+
 @pytest.mark.parametrize("where", ["", "nowhere", "file"])
 def test_nothing_to_push(cli: Callable[..., Ran], tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")

@@ -15,6 +15,7 @@ ERRORS = {
     },
     errors.ConfigError("odd", setting="cache.disk_bytes"): {"setting": "cache.disk_bytes"},
     errors.TaskError("odd", source="tasks/x.json"): {"source": "tasks/x.json"},
+    errors.TaskNotFound("sums"): {"source": "sums"},
     errors.CatalogError("odd", uri="s3://b/c"): {"uri": "s3://b/c"},
     errors.StoreError("odd", uri="s3://b/k"): {"uri": "s3://b/k"},
     errors.ObjectNotFound("s3://b/k"): {"uri": "s3://b/k"},

@@ -45,6 +45,7 @@ def test_a_plain_name_is_taken(name) -> None:
     ("change", "said"),
     [
         ({"domain": 3}, "domain must be a string, got 3"),
+        ({"domain": "\ud800"}, "domain holds half a character"),
         ({"description": None}, "description must be a string"),
         ({"metric": "f1"}, "metric 'f1' is not one of em, rouge, bleu"),
         ({"metric": ["em"]}, "is not one of"),

@@ -2,9 +2,10 @@
 
     <root>/<name>/<version>/{adapter_config.json, adapter_model.safetensors, entry.json}
 
-An entry appears by one rename, after its files were verified; the folder's modification time is its last
-use. However many threads ask for an adapter at once, it is downloaded once. One process owns a root at a
-time. Knows nothing of Ray; `deployments.adapter_cache` puts one of these on every node.
+An entry appears by one rename, after its files were verified and are on the disk for good; the folder's
+modification time is its last use. However many threads ask for an adapter at once, it is downloaded once. One
+process owns a root at a time. Knows nothing of Ray; `deployments.adapter_cache` puts one of these on every node,
+and `deployments.peers` has them lend each other what they hold.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository
 from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, LorauterError
 
 _ENTRY_FILE = "entry.json"
 _INCOMING = ".incoming"
+
+Origin = Literal["store", "peer"]
+
+
+class Source(Protocol):
+    """Where an adapter's files come from."""
+
+    def fetch(self, manifest: AdapterManifest, target: Path) -> Origin:
+        """Copy the files into the folder `target`, verified; says whose they are. Raises AdapterUnavailable."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,17 @@ class LocalAdapter:
 
 @dataclass
 class CacheCounters:
-    """What the cache has done since it started. Sizes in bytes, times in seconds."""
+    """What the cache has done since it started. Sizes in bytes, times in seconds.
+
+    `downloads` are the store's alone; what other caches lent are `peer_copies`.
+    """
 
     hits: int = 0
     downloads: int = 0
     downloaded_bytes: int = 0
     download_seconds: float = 0.0
+    peer_copies: int = 0
+    peer_bytes: int = 0
     retries: int = 0
     evictions: int = 0
 
@@ -66,6 +82,8 @@ class AdapterDiskCache:
         attempts: downloads tried before an adapter is reported as unavailable; each rereads the manifest.
         backoff_s: the first pause between attempts, in seconds; it doubles.
         downloads: adapters downloaded at the same time.
+        source: is asked for an adapter's files at the first attempt; further ones, and all without it, go to the
+            repository.
     """
 
     def __init__(
@@ -78,8 +96,10 @@ class AdapterDiskCache:
         attempts: int = 3,
         backoff_s: float = 0.2,
         downloads: int = 8,
+        source: Source | None = None,
     ) -> None:
         self._repository = repository
+        self._source = source
         self._root = root
         self._budget = budget_bytes
         self._revalidate_s = revalidate_s
@@ -105,6 +125,17 @@ class AdapterDiskCache:
         """Name and version of every adapter on disk, the least recently used first."""
         with self._lock:
             return [key for key, _ in sorted(self._entries.items(), key=lambda item: item[1].last_used)]
+
+    def entry(self, name: str, version: str) -> tuple[AdapterManifest, Path] | None:
+        """What is on disk of this version: its manifest, every hash in it, and its folder, which may be evicted."""
+        with self._lock:
+            entry = self._entries.get((name, version))
+        return (entry.manifest, entry.path) if entry is not None else None
+
+    def in_flight(self, name: str) -> Future[LocalAdapter] | None:
+        """The `fetch` of an adapter that is under way. Do not cancel it."""
+        with self._lock:
+            return self._in_flight.get(name)
 
     def fetch(self, name: str) -> LocalAdapter:
         """The current version of an adapter, downloaded if need be.
@@ -158,7 +189,7 @@ class AdapterDiskCache:
         for attempt in range(1, self._attempts + 1):
             try:
                 manifest = self._current_manifest(name)
-                return self._on_disk(manifest) or self._download(manifest)
+                return self._on_disk(manifest) or self._download(manifest, self._source if attempt == 1 else None)
             except AdapterUnavailable:
                 if attempt == self._attempts:
                     raise
@@ -218,7 +249,7 @@ class AdapterDiskCache:
             self.counters.hits += 1
         return LocalAdapter(manifest.name, manifest.version, entry.path)
 
-    def _download(self, manifest: AdapterManifest) -> LocalAdapter:
+    def _download(self, manifest: AdapterManifest, source: Source | None) -> LocalAdapter:
         if manifest.size > self._budget:
             raise AdapterRejected(
                 f"has {manifest.size} bytes, but the disk cache holds {self._budget}; raise cache.disk_bytes",
@@ -231,8 +262,14 @@ class AdapterDiskCache:
             with self._scratch() as folder:
                 incoming = Path(folder) / "adapter"
                 incoming.mkdir()
-                self._repository.download(manifest, incoming)
+                origin: Origin = "store"
+                if source is None:
+                    self._repository.download(manifest, incoming)
+                else:
+                    origin = source.fetch(manifest, incoming)
+                manifest = manifest.with_hashes(incoming)
                 (incoming / _ENTRY_FILE).write_text(json.dumps(manifest.to_json()))
+                _settle(incoming)
                 final.parent.mkdir(exist_ok=True)
                 self._remove(final)
                 incoming.rename(final)
@@ -243,9 +280,13 @@ class AdapterDiskCache:
                 self._reserved -= manifest.size
         with self._lock:
             self._entries[manifest.name, manifest.version] = _Entry(manifest, final, time.time())
-            self.counters.downloads += 1
-            self.counters.downloaded_bytes += manifest.size
-            self.counters.download_seconds += time.monotonic() - started
+            if origin == "peer":
+                self.counters.peer_copies += 1
+                self.counters.peer_bytes += manifest.size
+            else:
+                self.counters.downloads += 1
+                self.counters.downloaded_bytes += manifest.size
+                self.counters.download_seconds += time.monotonic() - started
         self._evict()
         return LocalAdapter(manifest.name, manifest.version, final)
 
@@ -301,6 +342,16 @@ class AdapterDiskCache:
             except (OSError, ValueError, LorauterError):
                 self._remove(path)
         self._evict()
+
+
+def _settle(folder: Path) -> None:
+    """Have a folder's files on the disk before it gets its name: a crash of the machine then leaves no torn ones."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_whole(path: Path, manifest: AdapterManifest) -> bool:

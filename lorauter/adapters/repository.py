@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from lorauter.names import RESERVED, RULE, is_valid_name
 
 MANIFEST_FILE = "adapter.json"
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_VERSION = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,30 @@ class AdapterManifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
+
+    def with_hashes(self, folder: Path) -> AdapterManifest:
+        """The same, with the hashes of the folder's files where they were unknown. Raises OSError."""
+        if all(file.sha256 for file in self.files.values()):
+            return self
+        files = {
+            name: replace(file, sha256=file.sha256 or sha256_of(folder / name)) for name, file in self.files.items()
+        }
+        return replace(self, files=files)
+
+    def check_files(self, folder: Path, source: str) -> None:
+        """Raise AdapterUnavailable unless the folder's files, which `source` gave, have these sizes and hashes."""
+        for name, file in self.files.items():
+            path = folder / name
+            try:
+                size, digest = path.stat().st_size, file.sha256 and sha256_of(path)
+            except OSError as error:
+                raise AdapterUnavailable(f"{name} cannot be read: {error}", adapter=self.name) from error
+            if (size, digest) != (file.size, file.sha256):
+                raise AdapterUnavailable(
+                    f"{name} in {source} is damaged: got {size} bytes with SHA-256 {digest}, needed "
+                    f"{file.size} bytes with {file.sha256}; push the adapter again with --force",
+                    adapter=self.name,
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The manifest file's content."""
@@ -119,19 +146,17 @@ class AdapterRepository:
             AdapterUnavailable: the store fails, or a file is not what the manifest says (truncated, damaged,
                 or replaced meanwhile). Nothing in `target` may then be used.
         """
-        for name, file in manifest.files.items():
-            path = target / name
-            try:
-                self.store.download(file.key, path)
-                size, digest = path.stat().st_size, file.sha256 and sha256_of(path)
-            except (StoreError, OSError) as error:
-                raise AdapterUnavailable(f"{name} cannot be downloaded: {error}", adapter=manifest.name) from error
-            if (size, digest) != (file.size, file.sha256):
-                raise AdapterUnavailable(
-                    f"{name} in {self.store.uri} is damaged: got {size} bytes with SHA-256 {digest}, needed "
-                    f"{file.size} bytes with {file.sha256}; push the adapter again with --force",
-                    adapter=manifest.name,
-                )
+        try:
+            for name, file in manifest.files.items():
+                self.store.download(file.key, target / name)
+        except (StoreError, OSError) as error:
+            raise AdapterUnavailable(f"{name} cannot be downloaded: {error}", adapter=manifest.name) from error
+        manifest.check_files(target, self.store.uri)
+        if any(file.sha256 is None for file in manifest.files.values()):
+            # Sizes alone would let a file of another version pass, if it was replaced since the manifest was made.
+            again = self.manifest(manifest.name)
+            if again.version != manifest.version:
+                raise AdapterUnavailable("was replaced while it was downloaded; ask again", adapter=manifest.name)
 
     def push(self, folder: Path, *, force: bool = False) -> AdapterManifest:
         """Validate a PEFT folder and publish it under the folder's name.
@@ -164,6 +189,62 @@ class AdapterRepository:
             self.store.write(stored.key, folder / file)
         self.store.write(f"{name}/{MANIFEST_FILE}", content)
         return manifest
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter with all its versions, what says that it is there first.
+
+        Raises:
+            AdapterNotFound, AdapterUnavailable, StoreError.
+        """
+        with suppress(AdapterRejected):  # a malformed one can be taken out too
+            self.manifest(name)
+        for file in (MANIFEST_FILE, *_FILES):
+            self.store.delete(f"{name}/{file}")
+        for version in self._versions(name):
+            self._delete_version(name, version)
+
+    def prune(self, *, older_than_s: float) -> list[tuple[str, str]]:
+        """Delete the versions that are not current any more, and have not been for so many seconds.
+
+        Nobody starts to read such a version; who began before has that long to end. What was written lately stays
+        too: a push may be under way.
+
+        Returns:
+            Name and version of each that was deleted.
+
+        Raises:
+            AdapterUnavailable, StoreError.
+        """
+        pruned = []
+        before = time.time() - older_than_s
+        for name in self.names():
+            current, since = "", 0.0  # of a removal that was cut off, or a plain folder that took a pushed one's place
+            try:
+                current = self.manifest(name).version
+                since = self.store.modified(f"{name}/{MANIFEST_FILE}")
+            except AdapterRejected:  # a malformed manifest: nobody knows what it should say
+                continue
+            except (AdapterNotFound, ObjectNotFound):
+                pass
+            for version in self._versions(name):
+                if version != current and max(since, self._written(name, version)) < before:
+                    self._delete_version(name, version)
+                    pruned.append((name, version))
+        return pruned
+
+    def _versions(self, name: str) -> list[str]:
+        return [child for child in self.store.children(name) if _VERSION.fullmatch(child)]
+
+    def _written(self, name: str, version: str) -> float:
+        times = [0.0]
+        for file in _FILES:
+            with suppress(ObjectNotFound):
+                times.append(self.store.modified(f"{name}/{version}/{file}"))
+        return max(times)
+
+    def _delete_version(self, name: str, version: str) -> None:
+        for file in _FILES:
+            self.store.delete(f"{name}/{version}/{file}")
 
 
 def _may_be_called(name: str) -> bool:

@@ -106,6 +106,11 @@ class S3Store:
             head = _shared_client().head_object(Bucket=self._bucket, Key=self._prefix + key)
         return head["ContentLength"], head["ETag"].strip('"')
 
+    def modified(self, key: str) -> float:
+        with self._errors(key):
+            head = _shared_client().head_object(Bucket=self._bucket, Key=self._prefix + key)
+        return head["LastModified"].timestamp()
+
     def read(self, key: str) -> bytes:
         with self._errors(key):
             body: bytes = _shared_client().get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read()

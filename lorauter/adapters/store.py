@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,9 @@ class ObjectStore(Protocol):
 
     def fingerprint(self, key: str) -> tuple[int, str]:
         """Size in bytes and a tag that changes when the content does. Raises ObjectNotFound."""
+
+    def modified(self, key: str) -> float:
+        """When the object was written, in seconds since the epoch. Raises ObjectNotFound."""
 
     def read(self, key: str) -> bytes:
         """The whole object. Raises ObjectNotFound."""
@@ -85,6 +89,10 @@ class DirectoryStore:
                     self._digests[known] = hashlib.file_digest(file, "sha256").hexdigest()
         return status.st_size, self._digests[known]
 
+    def modified(self, key: str) -> float:
+        with self._at(key) as path:
+            return path.stat().st_mtime
+
     def read(self, key: str) -> bytes:
         with self._at(key) as path:
             return path.read_bytes()
@@ -126,6 +134,7 @@ class MemoryStore:
 
     def __init__(self, objects: dict[str, bytes] | None = None) -> None:
         self.objects = dict(objects or {})
+        self.times: dict[str, float] = {}
         self.down = False
         self.reads: list[str] = []
 
@@ -154,6 +163,10 @@ class MemoryStore:
         content = self._get(key)
         return len(content), str(hash(content))
 
+    def modified(self, key: str) -> float:
+        self._get(key)
+        return self.times.get(key, 0.0)
+
     def read(self, key: str) -> bytes:
         return self._get(key)
 
@@ -163,6 +176,7 @@ class MemoryStore:
     def write(self, key: str, content: bytes | Path) -> None:
         self._check_up()
         self.objects[key] = content if isinstance(content, bytes) else content.read_bytes()
+        self.times[key] = time.time()
 
     def delete(self, key: str) -> None:
         self._check_up()

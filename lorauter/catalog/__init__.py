@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorauter.catalog.change import (
         catalog_versions,
         use_version,
+        with_adapter,
         with_adapters,
         with_scores,
         with_tasks,
@@ -27,6 +28,7 @@ __all__ = [
     "catalog_versions",
     "current_version",
     "use_version",
+    "with_adapter",
     "with_adapters",
     "with_scores",
     "with_tasks",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lorauter.adapters.repository import AdapterRepository
+from lorauter.adapters.repository import AdapterManifest, AdapterRepository
 from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.catalog.build import assemble, describe, embed, of_own_name, sorted_tasks
 from lorauter.catalog.catalog import CURRENT_FILE, Catalog
@@ -79,6 +79,12 @@ def with_adapters(
         AdapterError, StoreError: the repository cannot be read.
     """
     return _changed(catalog, pool=describe(repository), added=scores)
+
+
+def with_adapter(catalog: Catalog, adapter: AdapterManifest) -> Catalog:
+    """Add one adapter, or another version of it, which keeps the scores of the one before."""
+    bases = {name for name in (*catalog.base_model.split(", "), adapter.base_model) if name}
+    return _changed(catalog, pool=({**catalog.adapters, adapter.name: adapter.version}, ", ".join(sorted(bases))))
 
 
 def without_adapters(catalog: Catalog, names: Iterable[str]) -> Catalog:

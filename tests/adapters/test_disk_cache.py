@@ -1,5 +1,8 @@
+import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorauter.adapters.disk_cache import AdapterDiskCache
-from lorauter.adapters.repository import AdapterRepository
+from lorauter.adapters.repository import AdapterManifest, AdapterRepository
 from lorauter.adapters.store import DirectoryStore, MemoryStore
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
 from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, LorauterError, StoreUnavailable
@@ -484,3 +487,106 @@ def test_a_store_that_does_not_answer_is_waited_for_once(store, make_cache) -> N
     assert asked == ["a"]
     with pytest.raises(AdapterUnavailable, match="no answer"):
         cache.fetch("c")
+
+
+class Lender:
+    """A source that copies what a peer has, or fails."""
+
+    def __init__(self, repository: AdapterRepository) -> None:
+        self.repository, self.asked, self.fails = repository, 0, False
+
+    def fetch(self, manifest, target):
+        self.asked += 1
+        if self.fails:
+            raise AdapterUnavailable("the source failed", adapter=manifest.name)
+        self.repository.download(manifest, target)
+        return "peer"
+
+
+def test_what_a_peer_lent_is_counted_apart_from_downloads(store, make_cache, one) -> None:
+    lender = Lender(AdapterRepository(store))
+    cache = make_cache(source=lender)
+    cache.fetch("a")
+    counters = cache.counters
+    assert (counters.downloads, counters.downloaded_bytes, counters.peer_copies, counters.peer_bytes) == (0, 0, 1, one)
+    manifest, path = cache.entry("a", AdapterRepository(store).manifest("a").version)
+    manifest.check_files(path, "the entry")
+    assert cache.entry("a", "another") is None
+
+
+def test_after_a_source_that_fails_the_store_is_asked(store, make_cache) -> None:
+    lender = Lender(AdapterRepository(store))
+    lender.fails = True
+    cache = make_cache(source=lender)
+    cache.fetch("a")
+    assert (lender.asked, cache.counters.downloads, cache.counters.retries) == (1, 1, 1)
+
+
+def test_an_entry_of_a_plain_folder_knows_its_hashes(store, make_cache, tmp_path, make_adapter) -> None:
+    folder = make_adapter(tmp_path / "plain", "plain")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        store.write(f"plain/{file}", folder / file)
+    first = make_cache()
+    version = first.fetch("plain").version
+    for cache in (first, make_cache()):
+        manifest, path = cache.entry("plain", version)
+        assert all(file.sha256 for file in manifest.files.values())
+        manifest.check_files(path, "the entry")
+
+
+def test_a_plain_folder_replaced_by_one_of_the_same_size_is_read_again(tmp_path, make_adapter) -> None:
+    class Replaced(DirectoryStore):
+        replaced = False
+
+        def download(self, key: str, target: Path) -> None:
+            if not self.replaced and key.endswith(WEIGHTS_FILE):
+                self.replaced = True
+                make_adapter(self.root, "sst2", fill=2.0)
+            super().download(key, target)
+
+    make_adapter(tmp_path / "root", "sst2", fill=1.0)
+    repository = AdapterRepository(Replaced(tmp_path / "root"))
+    cache = AdapterDiskCache(repository, tmp_path / "cache", budget_bytes=10**9, backoff_s=0.001)
+    local = cache.fetch("sst2")
+    cache.close()
+    assert local.version == repository.manifest("sst2").version
+    assert cache.counters.retries == 1
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from lorauter.adapters import AdapterDiskCache, AdapterRepository, DirectoryStore
+
+cache = AdapterDiskCache(
+    AdapterRepository(DirectoryStore(Path(sys.argv[1]))), Path(sys.argv[2]), budget_bytes=150_000, revalidate_s=0
+)
+print("go", flush=True)
+while True:
+    for flight in [cache.submit(name) for name in cache._repository.names()]:
+        flight.result()
+"""
+
+
+def test_killed_at_any_moment_it_leaves_whole_entries_alone(tmp_path, make_adapter) -> None:
+    store = DirectoryStore(tmp_path / "store")
+    for i in range(8):
+        AdapterRepository(store).push(make_adapter(tmp_path / "pushed", f"a{i}", rank=256))
+    root = tmp_path / "cache"
+    found = 0
+    for delay in (0.0, 0.03, 0.1):
+        command = [sys.executable, "-c", KILLED, str(store.root), str(root)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        # An entry under its name was whole before it got there, whatever came after.
+        for path in root.glob("[!.]*/*"):
+            AdapterManifest.from_json(
+                json.loads((path / "entry.json").read_bytes()), name=path.parent.name
+            ).check_files(path, "the disk")
+            found += 1
+    cache = AdapterDiskCache(AdapterRepository(store), root, budget_bytes=150_000)
+    cache.close()
+    assert found > 0
+    assert (cache.size_bytes <= 150_000, list((root / ".incoming").iterdir())) == (True, [])

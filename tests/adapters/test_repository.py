@@ -1,5 +1,6 @@
 import hashlib
 import json
+import time
 
 import pytest
 
@@ -284,3 +285,75 @@ def test_a_plain_folder_with_a_reserved_name_is_no_adapter(tmp_path, make_adapte
     assert repository.names() == []
     with pytest.raises(AdapterNotFound):
         repository.manifest(name)
+
+
+def test_what_is_removed_is_not_found_nor_listed_and_leaves_nothing(store, tmp_path, make_adapter) -> None:
+    repository = AdapterRepository(store)
+    for place, settings in (("old", {}), ("new", {"rank": 3})):
+        repository.push(make_adapter(tmp_path / place, "sst2", **settings))
+    repository.push(make_adapter(tmp_path / "old", "wic"))
+    repository.remove("sst2")
+    assert repository.names() == ["wic"]
+    for ask in (repository.manifest, repository.remove):
+        with pytest.raises(AdapterNotFound):
+            ask("sst2")
+    assert repository.manifest("wic")
+    with pytest.raises(AdapterNotFound):
+        repository.remove("../wic")
+
+
+def test_a_plain_folder_and_a_malformed_one_can_be_removed(memory, pushed, tmp_path, make_adapter) -> None:
+    folder = make_adapter(tmp_path / "plain", "plain")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        memory.write(f"plain/{file}", folder / file)
+    memory.objects[f"sst2/{MANIFEST_FILE}"] = b"{}"
+    pushed.remove("plain")
+    pushed.remove("sst2")
+    assert memory.objects == {}
+
+
+def test_replaced_versions_are_pruned_once_they_have_been_so_for_long(memory, pushed, tmp_path, make_adapter) -> None:
+    old = pushed.manifest("sst2")
+    new = pushed.push(make_adapter(tmp_path / "new", "sst2", rank=3))
+    assert pushed.prune(older_than_s=3600) == []
+    memory.times = dict.fromkeys(memory.times, 0.0)
+    memory.times[f"sst2/{MANIFEST_FILE}"] = time.time() - 60
+    assert pushed.prune(older_than_s=3600) == [], "it has been replaced a minute ago"
+    assert pushed.prune(older_than_s=30) == [("sst2", old.version)]
+    assert pushed.prune(older_than_s=0) == []
+    assert pushed.names() == ["sst2"]
+    pushed.download(new, tmp_path)
+    assert not any(old.version in key for key in memory.objects)
+
+
+def test_a_push_under_way_is_not_pruned(memory, pushed) -> None:
+    memory.times = dict.fromkeys(memory.times, 0.0)
+    memory.write(f"sst2/{'0' * 16}/{CONFIG_FILE}", b"{}")
+    memory.write(f"sst2/notes/{CONFIG_FILE}", b"no version")
+    assert pushed.prune(older_than_s=3600) == []
+    memory.times = dict.fromkeys(memory.times, 0.0)
+    assert pushed.prune(older_than_s=3600) == [("sst2", "0" * 16)]
+    assert f"sst2/notes/{CONFIG_FILE}" in memory.objects
+
+
+def test_pruning_leaves_a_malformed_adapter_alone_and_clears_what_a_removal_left(memory, pushed) -> None:
+    version = pushed.manifest("sst2").version
+    memory.times = {}
+    sound = memory.objects[f"sst2/{MANIFEST_FILE}"]
+    memory.objects[f"sst2/{MANIFEST_FILE}"] = b"{}"
+    assert pushed.prune(older_than_s=1) == []
+    memory.objects[f"sst2/{MANIFEST_FILE}"] = sound
+    assert pushed.prune(older_than_s=1) == []
+    del memory.objects[f"sst2/{MANIFEST_FILE}"]
+    assert pushed.prune(older_than_s=1) == [("sst2", version)]
+    assert memory.objects == {}
+
+
+def test_a_plain_folder_that_took_an_adapters_place_outlives_its_versions(memory, pushed, tmp_path, make_adapter):
+    version = pushed.manifest("sst2").version
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        memory.objects[f"sst2/{file}"] = memory.objects[f"sst2/{version}/{file}"]
+    del memory.objects[f"sst2/{MANIFEST_FILE}"]
+    memory.times = {}
+    assert pushed.prune(older_than_s=1) == [("sst2", version)]
+    assert pushed.manifest("sst2")

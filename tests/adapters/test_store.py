@@ -1,5 +1,6 @@
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,14 @@ from lorauter.adapters.store import DirectoryStore, MemoryStore, open_store
 from lorauter.errors import ConfigError, ObjectNotFound, StoreUnavailable
 
 KEY = "sst2/0a1b/adapter_model.safetensors"
+
+
+def test_when_an_object_was_written_is_known(store) -> None:
+    before = time.time()
+    store.write("a/b", b"content")
+    assert before - 2 <= store.modified("a/b") <= time.time() + 2
+    with pytest.raises(ObjectNotFound):
+        store.modified("a/none")
 
 
 def test_an_object_is_written_read_copied_and_replaced(store, tmp_path) -> None:

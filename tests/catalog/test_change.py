@@ -12,6 +12,7 @@ from lorauter.catalog import (
     catalog_versions,
     current_version,
     use_version,
+    with_adapter,
     with_adapters,
     with_scores,
     with_tasks,
@@ -159,6 +160,18 @@ def test_adapters_that_are_removed(tasks, repository, encoder, tmp_path, make_ad
     assert_same(changed, build_catalog(list(tasks.values()), encoder, repository=fewer, scores=scores))
     assert_same(with_scores(with_adapters(changed, repository), scores), before)
     assert_same(without_adapters(before, POOL), build_catalog(list(tasks.values()), encoder))
+
+
+def test_one_adapter_that_comes_or_is_replaced(tasks, repository, encoder, push) -> None:
+    scores = scores_of(("xsum",), POOL)
+    before = published(build_catalog(list(tasks.values()), encoder, repository=repository, scores=scores))
+    push(repository, "agnews", base="org/another")
+    push(repository, "sst2", lora_alpha=9)
+    encoder.texts.clear()
+    changed = with_adapter(with_adapter(before, repository.manifest("agnews")), repository.manifest("sst2"))
+    assert encoder.texts == []
+    assert_same(changed, build_catalog(list(tasks.values()), encoder, repository=repository, scores=scores))
+    assert changed.base_model == "org/another, org/tiny-base"
 
 
 def test_a_mapping_stays(tasks, repository, encoder, push) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -343,6 +343,56 @@ def test_models_tasks_and_health() -> None:
     assert [get(f"/v1/models/{model['id']}") for model in own + adapters] == own + adapters
     assert get("/v1/tasks") == {"object": "list", "catalog_version": "v1", "data": [{"id": "sums", "object": "task"}]}
     assert get("/healthz") == {"status": "ok"}
+
+
+def test_a_catalog_that_is_refused_is_told_of() -> None:
+    class Refusing(FakeService):
+        async def describe(self) -> CatalogDescription:
+            return CatalogDescription("v1", [], [], ("v2", "is damaged"))
+
+    told = send(Refusing(), "GET", "/v1/tasks").json()
+    assert (told["catalog_version"], told["refused"]) == ("v1", {"version": "v2", "reason": "is damaged"})
+
+
+# Adapters that were removed since the catalog was made
+
+
+@dataclass
+class Forgetful(FakeService):
+    """Lacks some adapters that its catalog has; routes to those that are not excluded."""
+
+    gone: frozenset[str] = frozenset()
+
+    async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
+        [decision] = await super().route(texts, options)
+        return [replace(decision, adapters=tuple(a for a in decision.adapters if options.allows(a.name)))]
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+        for name, _ in call.adapters:
+            if name in self.gone:
+                raise AdapterNotFound("not found", adapter=name)
+        async for item in super().generate(call):
+            yield item
+
+
+@BOTH
+@pytest.mark.parametrize(("gone", "left"), [({"adder"}, ["poet"]), ({"poet"}, ["adder"]), ({"adder", "poet"}, [])])
+def test_a_routed_request_goes_on_without_an_adapter_that_is_gone(
+    path: str, body: Any, gone: set[str], left: list[str]
+) -> None:
+    service = Forgetful(gone=frozenset(gone))
+    response = post(service, path, body(lorauter={"exclude_adapters": ["other"]}))
+    assert response.status_code == 200
+    assert [adapter["name"] for adapter in response.json()["lorauter"]["adapters"]] == left
+    assert service.routed[-1][1].exclude_adapters == gone | {"other"}
+
+
+@BOTH
+def test_who_names_an_adapter_that_is_gone_is_told(path: str, body: Any) -> None:
+    service = Forgetful(gone=frozenset({"adder"}))
+    for asked in (body(model="adder"), body(lorauter={"adapters": {"adder": 1.0}})):
+        assert refused(post(service, path, asked), 404, "model_not_found")
+    assert service.routed == []
 
 
 # Errors

@@ -36,8 +36,21 @@ def test_the_deployments_and_what_they_are_given() -> None:
     assert set(found) == set(DEPLOYMENTS)
     assert list(found)[-1] == "Router"
     assert found["QueryEmbedder"].init_args == ("default",)
-    assert found["TaskRetriever"].init_args == ("s3://bucket/catalog", CONFIG.routing)
+    catalog, routing, embedder, refresh_s = found["TaskRetriever"].init_args
+    assert (catalog, routing, refresh_s) == ("s3://bucket/catalog", CONFIG.routing, CONFIG.catalog_refresh_s)
+    assert embedder._bound_deployment.name == "QueryEmbedder"
     assert found["LoraModel"].init_args == (CONFIG,)
+
+
+def test_an_editor_goes_with_stores_of_ones_own_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = parts(assemble(CONFIG, {}))["CatalogEditor"]
+    assert (editor.init_args[0].adapters, editor.init_args[0].catalog) == (CONFIG.adapters, CONFIG.catalog)
+    assert "autoscaling_config" in editor._deployment_config.user_configured_option_names
+    monkeypatch.setattr("deployments.app.resolve_catalog", lambda catalog: str(tmp_path))
+    for default in ({"adapters": "default"}, {"catalog": "default"}):
+        found = parts(assemble(CONFIG.model_copy(update=default), {}))
+        assert set(found) == set(DEPLOYMENTS) - {"CatalogEditor"}
+        assert found["Router"].init_args[-1] is None
 
 
 def test_queues_follow_the_engines_settings_unless_overridden() -> None:

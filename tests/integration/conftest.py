@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import socket
@@ -20,6 +21,7 @@ import ray
 from ray import serve
 
 from deployments.adapter_cache import CacheSpec, running_caches
+from deployments.admin import ADMIN_KEY_SHA256
 from deployments.app import assemble
 from deployments.config import AppConfig
 from lorauter.tasks import read_task
@@ -27,6 +29,7 @@ from lorauter.tasks import read_task
 ROOT = Path(__file__).resolve().parents[2]
 CLI = Path(sys.executable).parent / "lorauter"
 BUCKET = "lorauter-test"
+ADMIN_KEY = "the tests' admin key"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Service:
     @property
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120)
+
+    @property
+    def admin(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120, headers={"Authorization": f"Bearer {ADMIN_KEY}"})
 
     @property
     def openai(self) -> openai.OpenAI:
@@ -85,7 +92,8 @@ def service(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     work = tmp_path_factory.mktemp("service")
     uri = s3_server.bucket(BUCKET)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**s3_server.env, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        admin = {ADMIN_KEY_SHA256: hashlib.sha256(ADMIN_KEY.encode()).hexdigest()}
+        for name, value in {**s3_server.env, **admin, "RAY_USAGE_STATS_ENABLED": "0"}.items():
             patch.setenv(name, value)
         pushed = cli("adapters", "push", "examples/adapters", "--to", f"{uri}/adapters")
         assert pushed.returncode == 0, pushed.stderr
@@ -98,6 +106,7 @@ def service(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             {
                 "adapters": f"{uri}/adapters",
                 "catalog": f"{uri}/catalog",
+                "catalog_refresh_s": 1,
                 "engine": {"max_batch": 8, "max_model_len": 1024, "max_queue": 16, "max_rank": 32},
                 "cache": {"directory": str(work / "disk"), "revalidate_s": 0.5},
                 "api": {"max_body_bytes": 100_000},
@@ -106,7 +115,7 @@ def service(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         port = _free_port()
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-        serve.run(assemble(config, {}), name="lorauter")
+        serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter")
         yield Service(
             f"http://127.0.0.1:{port}", config, s3_server.root / BUCKET / "adapters", work / "disk" / "cache-0"
         )

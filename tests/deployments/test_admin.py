@@ -1,0 +1,238 @@
+"""The admin API in process, over an editor that is a few lines long."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.admin import ADMIN_KEY_SHA256, admin_endpoints
+from deployments.api import build_api
+from deployments.config import ApiSettings
+from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, LorauterError, TaskNotFound
+from lorauter.tasks import Task
+
+KEY = "an admin's key"
+AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
+TASK = {"name": "sums", "domain": "maths", "metric": "em", "validation": [{"input": "1 + 1", "target": "2"}]}
+FILES = {"config": b"{}", "weights": b"\x00\xff" * 5}
+ENDPOINTS = [("POST", "/v1/tasks"), ("DELETE", "/v1/tasks/x"), ("POST", "/v1/adapters"), ("DELETE", "/v1/adapters/x")]
+
+
+@dataclass
+class FakeEditor:
+    """Says what it was asked to do."""
+
+    error: LorauterError | None = None
+    done: list[tuple[Any, ...]] = field(default_factory=list)
+
+    async def _do(self, *what: Any) -> dict[str, Any]:
+        if self.error:
+            raise self.error
+        self.done.append(what)
+        return {"id": str(what[0]), "catalog_version": "v2"}
+
+    async def put_task(self, task: Task) -> dict[str, Any]:
+        return await self._do("put_task", task)
+
+    async def remove_task(self, name: str) -> dict[str, Any]:
+        return await self._do("remove_task", name)
+
+    async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+        return await self._do("put_adapter", name, files and {key: of.tobytes() for key, of in files.items()})
+
+    async def remove_adapter(self, name: str) -> dict[str, Any]:
+        return await self._do("remove_adapter", name)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ADMIN_KEY_SHA256, hashlib.sha256(KEY.encode()).hexdigest())
+
+
+def send(editor: FakeEditor | None, method: str, path: str, *, headers: Any = AUTHORIZED, **content: Any) -> Any:
+    async def talk() -> httpx.Response:
+        settings = ApiSettings(max_body_bytes=2000, max_adapter_bytes=3000)
+        app = build_api(object(), settings, admin_endpoints(editor, settings))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://lorauter") as client:
+            return await client.request(method, path, headers=headers, **content)
+
+    return asyncio.run(talk())
+
+
+def upload(editor: FakeEditor, name: str | None = "adder", **parts: bytes) -> Any:
+    files = {part: (part, content) for part, content in parts.items()}
+    return send(editor, "POST", "/v1/adapters", data={} if name is None else {"name": name}, files=files)
+
+
+def message(response: Any) -> str:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["message"])
+
+
+def test_a_task_is_added_and_removed() -> None:
+    editor = FakeEditor()
+    added = send(editor, "POST", "/v1/tasks", json=TASK)
+    assert (added.status_code, added.json()["catalog_version"]) == (200, "v2")
+    assert send(editor, "DELETE", "/v1/tasks/sums").status_code == 200
+    assert editor.done == [("put_task", Task.from_json(TASK, source="")), ("remove_task", "sums")]
+
+
+def test_an_adapter_is_uploaded_named_and_removed() -> None:
+    editor = FakeEditor()
+    assert upload(editor, **FILES).status_code == 200
+    assert send(editor, "POST", "/v1/adapters", json={"name": "poet"}).status_code == 200
+    assert send(editor, "DELETE", "/v1/adapters/adder").status_code == 200
+    files = {"adapter_config.json": FILES["config"], "adapter_model.safetensors": FILES["weights"]}
+    assert editor.done == [("put_adapter", "adder", files), ("put_adapter", "poet", None), ("remove_adapter", "adder")]
+
+
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": KEY},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": "Bearer "},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": f"Bearer {KEY}x"},
+        {"Authorization": "Bearer \xff".encode("latin-1")},
+        {"Authorization": f"Bearer {hashlib.sha256(KEY.encode()).hexdigest()}"},
+    ],
+)
+def test_who_has_no_key_changes_nothing(method: str, path: str, headers: Any) -> None:
+    editor = FakeEditor()
+    response = send(editor, method, path, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert KEY not in message(response)
+    assert editor.done == []
+
+
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+@pytest.mark.parametrize("value", [None, "", "  ", "the key itself"])
+def test_without_a_configured_key_nobody_may_and_is_told_how(
+    method: str, path: str, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delenv(ADMIN_KEY_SHA256)
+    else:
+        monkeypatch.setenv(ADMIN_KEY_SHA256, value)
+    editor = FakeEditor()
+    response = send(editor, method, path, headers={"Authorization": "Bearer "})
+    assert response.status_code == 403
+    assert ADMIN_KEY_SHA256 in message(response)
+    assert editor.done == []
+
+
+def test_the_hash_may_be_written_as_tools_print_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ADMIN_KEY_SHA256, f" {hashlib.sha256(KEY.encode()).hexdigest().upper()}\n")
+    assert send(FakeEditor(), "DELETE", "/v1/tasks/sums").status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+def test_the_examples_are_not_changed(method: str, path: str) -> None:
+    response = send(None, method, path)
+    assert response.status_code == 409
+    assert "stores of your own" in message(response)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "no JSON"),
+        (b"[]", "a task is a JSON object"),
+        (b"[" * 900, "no JSON"),
+        (b'{"name": "x"}', "missing domain, metric, validation"),
+        (b'{"name": "../x", "domain": "", "metric": "em", "validation": []}', "not allowed"),
+        (b'{"name": "x", "domain": "", "metric": "em", "validation": []}', "validation is empty"),
+    ],
+)
+def test_a_wrong_task_is_refused(body: bytes, said: str) -> None:
+    response = send(FakeEditor(), "POST", "/v1/tasks", content=body)
+    assert response.status_code == 400
+    assert said in message(response)
+
+
+def test_a_task_of_too_many_examples_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.admin._MAX_EXAMPLES", 1)
+    response = send(FakeEditor(), "POST", "/v1/tasks", json={**TASK, "validation": TASK["validation"] * 2})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "validation")
+
+
+@pytest.mark.parametrize("name", ["../etc", "a b", "", "base", "Lorauter", "x" * 200])
+def test_a_wrong_name_is_refused(name: str) -> None:
+    editor = FakeEditor()
+    assert upload(editor, name, **FILES).status_code == 400
+    assert send(editor, "POST", "/v1/adapters", json={"name": name}).status_code == 400
+    assert editor.done == []
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (None, FILES),
+        ("adder", {"config": b"{}"}),
+        ("adder", {**FILES, "code": b"import os"}),
+        ("adder", {"config": b"{}", "weight": b""}),
+        ("adder", {}),
+    ],
+)
+def test_an_upload_of_other_parts_is_refused(name: str | None, parts: dict[str, bytes]) -> None:
+    editor = FakeEditor()
+    response = upload(editor, name, **parts)
+    assert response.status_code in (400, 415)
+    assert editor.done == []
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"", "multipart/form-data", 400),
+        (b"nonsense", "multipart/form-data; boundary=x", 400),
+        (b"{}", "text/plain", 415),
+        (b"{}", "", 415),
+        (b"{}", "application/json", 400),
+        (b'{"name": "x", "source": "file:///etc"}', "application/json", 400),
+        (b'{"name": 5}', "application/json", 400),
+    ],
+)
+def test_what_is_no_upload_is_refused(content: bytes, kind: str, status: int) -> None:
+    headers = {**AUTHORIZED, "Content-Type": kind}
+    assert send(FakeEditor(), "POST", "/v1/adapters", headers=headers, content=content).status_code == status
+
+
+def test_a_part_that_is_no_file_is_refused() -> None:
+    data = {"name": "adder", "config": "{}"}
+    response = send(FakeEditor(), "POST", "/v1/adapters", data=data, files={"weights": ("w", b"1")})
+    assert response.status_code == 400
+
+
+def test_bodies_have_their_limits() -> None:
+    editor = FakeEditor()
+    assert upload(editor, config=b"{}", weights=b"0" * 4000).status_code == 413
+    assert upload(editor, config=b"{}", weights=b"0" * 2100).status_code == 200
+    assert send(editor, "POST", "/v1/tasks", json={**TASK, "domain": "x" * 2000}).status_code == 413
+    assert send(editor, "POST", "/v1/adapters", json={"name": "x" * 2000}).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (TaskNotFound("sums"), 404),
+        (AdapterNotFound("not there", adapter="adder"), 404),
+        (AdapterRejected("has rank 1000", adapter="adder"), 422),
+        (CatalogError("is damaged", uri="s3://b/c"), 503),
+    ],
+)
+def test_what_the_editor_refuses_has_its_status(error: LorauterError, status: int) -> None:
+    response = send(FakeEditor(error), "DELETE", "/v1/tasks/sums")
+    assert (response.status_code, message(response)) == (status, str(error))

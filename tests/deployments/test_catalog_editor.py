@@ -1,0 +1,229 @@
+"""The editor without a cluster: handles that are a few lines long, a store in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments import catalog_editor
+from deployments.catalog_editor import CatalogEditor
+from deployments.config import AppConfig
+from lorauter.adapters import AdapterRepository, ModelShape, open_store
+from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
+from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_tasks
+from lorauter.encoder import HashingEncoder
+from lorauter.errors import AdapterNotFound, AdapterRejected, InvalidRequest, ServiceUnavailable, TaskNotFound
+from lorauter.tasks import Task
+
+ENCODER = HashingEncoder(64)
+SHAPE = ModelShape(("org/tiny-base",), 1, {"q_proj": (8, 8), "v_proj": (8, 8)})
+
+
+class Method:
+    """A deployment's method behind a handle."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        self._answer = answer
+
+    def remote(self, *args: Any) -> Coroutine[Any, Any, Any]:
+        async def later() -> Any:
+            await asyncio.sleep(0)
+            return self._answer(*args)
+
+        return later()
+
+
+@pytest.fixture
+def config(tmp_path: Path, make_task: Callable[..., Task]) -> AppConfig:
+    """A catalog of two tasks and no adapter, published."""
+    catalog, adapters = str(tmp_path / "catalog"), str(tmp_path / "adapters")
+    build_catalog([make_task("sums"), make_task("poems")], ENCODER).save(catalog)
+    return AppConfig(catalog=catalog, adapters=adapters)
+
+
+@pytest.fixture
+def editor(config: AppConfig) -> Any:
+    embedder = SimpleNamespace(embed=Method(ENCODER.encode), name=Method(lambda: ENCODER.name))
+    model = SimpleNamespace(shape=Method(lambda: (SHAPE, 4)))
+    return CatalogEditor.func_or_class(config, embedder, model)
+
+
+@pytest.fixture
+def files(tmp_path: Path, make_adapter: Callable[..., Path]) -> Callable[..., Any]:
+    """`files(name, **config)`: an adapter's files, as they are uploaded."""
+
+    def make(name: str, **settings: Any) -> dict[str, Any]:
+        folder = make_adapter(tmp_path / "made", name, **settings)
+        return {file: np.fromfile(folder / file, np.uint8) for file in (CONFIG_FILE, WEIGHTS_FILE)}
+
+    return make
+
+
+def served(config: AppConfig) -> dict[str, list[str]]:
+    return {entry.name: [a.name for a in entry.adapters] for entry in Catalog.load(config.catalog).tasks}
+
+
+def test_a_task_and_an_adapter_of_its_name_are_linked_whichever_comes_first(
+    editor: Any, config: AppConfig, files: Callable[..., Any], make_task: Callable[..., Task]
+) -> None:
+    async def scenario() -> None:
+        first = await editor.put_adapter("films", files("films"))
+        assert (first["id"], first["object"], first["tasks"], first["rank"]) == ("films", "adapter", [], 2)
+        second = await editor.put_task(make_task("films"))
+        assert (second["id"], second["object"], second["adapters"]) == ("films", "task", ["films"])
+        third = await editor.put_adapter("sums", files("sums"))
+        assert third["tasks"] == ["sums"]
+        assert third["catalog_version"] == Catalog.load(config.catalog).version
+
+    asyncio.run(scenario())
+    assert served(config) == {"films": ["films"], "poems": [], "sums": ["sums"]}
+
+
+def test_what_is_changed_is_what_would_be_built_anew(
+    editor: Any, config: AppConfig, files: Callable[..., Any], make_task: Callable[..., Task]
+) -> None:
+    async def scenario() -> None:
+        await editor.put_task(make_task("films"))
+        await editor.put_adapter("sums", files("sums"))
+
+    asyncio.run(scenario())
+    tasks = [make_task(name) for name in ("films", "poems", "sums")]
+    anew = build_catalog(tasks, ENCODER, repository=AdapterRepository(open_store(config.adapters)))
+    assert Catalog.load(config.catalog).version == anew.version
+
+
+def test_an_adapter_that_the_store_has_is_taken_in_by_its_name(
+    editor: Any, config: AppConfig, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    pushed = AdapterRepository(open_store(config.adapters)).push(make_adapter(tmp_path / "pushed", "poems"))
+    answer = asyncio.run(editor.put_adapter("poems", None))
+    assert (answer["version"], answer["tasks"]) == (pushed.version, ["poems"])
+    with pytest.raises(AdapterNotFound):
+        asyncio.run(editor.put_adapter("nowhere", None))
+
+
+def test_another_version_of_an_adapter_is_in_the_catalog(
+    editor: Any, config: AppConfig, files: Callable[..., Any]
+) -> None:
+    old = asyncio.run(editor.put_adapter("sums", files("sums")))
+    new = asyncio.run(editor.put_adapter("sums", files("sums", lora_alpha=9)))
+    assert new["version"] != old["version"]
+    assert Catalog.load(config.catalog).adapters == {"sums": new["version"]}
+
+
+def test_what_is_removed_is_gone_from_the_catalog_and_the_store(
+    editor: Any, config: AppConfig, files: Callable[..., Any]
+) -> None:
+    async def scenario() -> None:
+        await editor.put_adapter("sums", files("sums"))
+        gone = await editor.remove_adapter("sums")
+        assert (gone["id"], gone["object"], gone["deleted"]) == ("sums", "adapter", True)
+        assert (await editor.remove_task("poems"))["deleted"] is True
+        for again in (editor.remove_adapter("sums"), editor.remove_adapter("../sums")):
+            with pytest.raises(AdapterNotFound):
+                await again
+        with pytest.raises(TaskNotFound):
+            await editor.remove_task("poems")
+        with pytest.raises(InvalidRequest, match="last"):
+            await editor.remove_task("sums")
+
+    asyncio.run(scenario())
+    assert served(config) == {"sums": []}
+    with pytest.raises(AdapterNotFound):
+        AdapterRepository(open_store(config.adapters)).manifest("sums")
+
+
+def test_an_adapter_that_the_store_lost_can_be_taken_out_of_the_catalog(
+    editor: Any, config: AppConfig, files: Callable[..., Any]
+) -> None:
+    asyncio.run(editor.put_adapter("sums", files("sums")))
+    AdapterRepository(open_store(config.adapters)).remove("sums")
+    asyncio.run(editor.remove_adapter("sums"))
+    assert Catalog.load(config.catalog).adapters == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank": 8}, "rank 8; the engine serves up to 4"),
+        ({"base": "org/other"}, "org/other"),
+        ({"layers": 2}, "layer 1"),
+        ({"use_dora": True}, "use_dora"),
+        ({"fill": float("nan")}, "NaN"),
+    ],
+)
+def test_what_the_engine_would_refuse_is_not_taken(
+    editor: Any, config: AppConfig, files: Callable[..., Any], settings: dict[str, Any], said: str
+) -> None:
+    before = Catalog.load(config.catalog).version
+    with pytest.raises(AdapterRejected, match=said):
+        asyncio.run(editor.put_adapter("bad", files("bad", **settings)))
+    assert Catalog.load(config.catalog).version == before
+    assert AdapterRepository(open_store(config.adapters)).names() == []
+
+
+def test_no_change_is_lost_of_many_at_once(editor: Any, config: AppConfig, make_task: Callable[..., Task]) -> None:
+    async def scenario() -> None:
+        await asyncio.gather(*[editor.put_task(make_task(f"t{i}")) for i in range(6)], editor.remove_task("poems"))
+
+    asyncio.run(scenario())
+    assert set(served(config)) == {"sums", *(f"t{i}" for i in range(6))}
+
+
+def test_a_change_that_began_ends_though_its_client_left(
+    editor: Any, config: AppConfig, make_task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = threading.Event()
+
+    def slowly(*args: Any) -> Catalog:
+        began.set()
+        time.sleep(0.05)
+        return with_tasks(*args)
+
+    monkeypatch.setattr(catalog_editor, "with_tasks", slowly)
+
+    async def scenario() -> None:
+        first = asyncio.create_task(editor.put_task(make_task("left")))
+        await asyncio.to_thread(began.wait, 10)
+        first.cancel()
+        await editor.put_task(make_task("stayed"))
+
+    asyncio.run(scenario())
+    assert {"left", "stayed"} < set(served(config))
+
+
+def test_who_publishes_by_other_means_meanwhile_loses_nothing(
+    editor: Any, config: AppConfig, make_task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [make_task("theirs")]
+
+    def while_another_publishes(catalog: Catalog, *args: Any) -> Catalog:
+        if others:
+            with_tasks(catalog, [others.pop()], ENCODER).save(config.catalog)
+        return with_tasks(catalog, *args)
+
+    monkeypatch.setattr(catalog_editor, "with_tasks", while_another_publishes)
+    asyncio.run(editor.put_task(make_task("ours")))
+    assert set(served(config)) == {"sums", "poems", "theirs", "ours"}
+
+    def forever(catalog: Catalog, *args: Any) -> Catalog:
+        with_tasks(catalog, [make_task(f"theirs{len(catalog.tasks)}")], ENCODER).save(config.catalog)
+        return with_tasks(catalog, *args)
+
+    monkeypatch.setattr(catalog_editor, "with_tasks", forever)
+    with pytest.raises(ServiceUnavailable, match="somebody else"):
+        asyncio.run(editor.put_task(make_task("late")))
+
+
+def test_what_changes_nothing_makes_no_version(editor: Any, config: AppConfig, make_task: Callable[..., Task]) -> None:
+    before = catalog_versions(config.catalog)
+    asyncio.run(editor.put_task(make_task("sums")))
+    assert catalog_versions(config.catalog) == before
