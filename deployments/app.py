@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
+from deployments.adapter_cache import CacheSpec
 from deployments.config import AppConfig, explain
 from deployments.embedder import QueryEmbedder
 from deployments.model import LoraModel
+from deployments.residency_router import residency_routing
 from deployments.retriever import TaskRetriever
 from deployments.router import Router
 from lorauter.defaults import resolve_adapters, resolve_catalog
@@ -58,5 +60,8 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
         LoraModel,
         max_ongoing_requests=config.engine.max_batch + config.engine.max_queue,
         max_queued_requests=config.engine.max_queue,
+        request_router_config=residency_routing(
+            CacheSpec(config.adapters, config.cache), batch=config.engine.max_batch
+        ),
     ).bind(config)
     return deployment(Router).bind(config, embedder, retriever, model)
