@@ -4,8 +4,6 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
-import pytest
-
 from deployments.placement import BEAT_S, RAMP_S, REPORTED, SENT_S, STALE_S, Placement, report
 
 BATCH = 8
@@ -119,9 +117,7 @@ def test_with_stale_information_it_is_the_less_busy_of_two_at_random() -> None:
 
 def test_one_silent_replica_is_not_believed_but_not_shunned() -> None:
     chosen = placement(**{"r0": holding(device=["a"]), "r1": holding(), "r2": holding()})
-    chosen.update(
-        {"r0": holding(device=["a"]), "r1": holding(disk=["a"]), "r2": {**holding(), "beat": 1}}, STALE_S - 1
-    )
+    chosen.update({"r0": holding(device=["a"]), "r1": holding(disk=["a"]), "r2": {**holding(), "beat": 1}}, STALE_S - 1)
     assert chosen.rank([("a", 1.0)], idle(), STALE_S + 1)[0] == "r1"
     others_full = {"r0": 0, "r1": 3 * BATCH, "r2": 3 * BATCH}
     assert "r0" in {chosen.rank([("b", 1.0)], others_full, STALE_S + 1)[0] for _ in range(9)}
