@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from deployments.adapter_cache import CacheSpec, running_caches
-from deployments.app import assemble
+from deployments.app import DEPLOYMENTS, assemble
 from deployments.config import AppConfig
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.defaults import resolve_model
@@ -250,7 +250,7 @@ def main() -> None:
                      "ray_actor_options": {"num_cpus": 0.1, "resources": {"model": 1}}}  # fmt: skip
             if router == "default":
                 model["request_router_config"] = RequestRouterConfig()
-            overrides = {"Router": light, "QueryEmbedder": light, "TaskRetriever": light, "LoraModel": model}
+            overrides = {**dict.fromkeys(DEPLOYMENTS, light), "LoraModel": model}
             serve.run(assemble(config, overrides), name=router, route_prefix=f"/{router}")
             arms[router] = Arm(config)
         for turn in range(args.rounds):

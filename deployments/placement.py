@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-HOME = 0.2
+HOME = 0.1
 STALE_S = 30.0  # reports change at least every BEAT_S: after three missed ones nothing is believed
 BEAT_S = 10.0
 SENT_S = 3.0  # for how long an adapter just sent somewhere is taken to be there, reported or not
@@ -39,7 +39,7 @@ class Tier(IntEnum):
     STORE = 3
 
 
-COST = {Tier.DEVICE: 0.0, Tier.HOST: 0.3, Tier.DISK: 0.5, Tier.STORE: 1.0}
+COST = {Tier.DEVICE: 0.0, Tier.HOST: 0.15, Tier.DISK: 0.3, Tier.STORE: 0.6}
 """What bringing an adapter to the device costs, this request and those whose adapters must leave for it."""
 
 
@@ -140,8 +140,12 @@ class Placement:
         return share if share <= 1 else 2 * share - 1
 
     def _note_sent(self, replica: _Replica, names: Iterable[str], now: float) -> None:
-        replica.sent = {name: at for name, at in replica.sent.items() if now - at < SENT_S}
-        replica.sent.update(dict.fromkeys(names, now))
+        sent = replica.sent  # in the order of time
+        for name in names:
+            sent.pop(name, None)
+            sent[name] = now
+        while now - sent[first := next(iter(sent))] >= SENT_S:
+            del sent[first]
 
 
 def _tiers(raw: Mapping[str, Any]) -> dict[str, Tier]:

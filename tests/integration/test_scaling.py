@@ -13,7 +13,7 @@ import httpx
 import pytest
 from ray import serve
 
-from deployments.app import assemble
+from deployments.app import DEPLOYMENTS, assemble
 
 pytestmark = pytest.mark.integration
 
@@ -37,7 +37,7 @@ def url(service: Any) -> Iterator[str]:
     """A second app beside the session's, with caches of its own; its LoraModel has no replica yet."""
     cache = service.config.cache.model_copy(update={"directory": f"{service.config.cache.directory}-{APP}"})
     config = service.config.model_copy(update={"cache": cache})
-    overrides: dict[str, Any] = dict.fromkeys(("Router", "QueryEmbedder", "TaskRetriever"), SMALL)
+    overrides: dict[str, Any] = dict.fromkeys(DEPLOYMENTS, SMALL)
     overrides["LoraModel"] = {**SMALL, "autoscaling_config": SCALING}
     serve.run(assemble(config, overrides), name=APP, route_prefix=f"/{APP}")
     yield f"{service.url}/{APP}"
