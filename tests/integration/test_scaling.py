@@ -15,7 +15,10 @@ from ray import serve
 
 from deployments.app import DEPLOYMENTS, assemble
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),  # else it is 10 s
+]
 
 APP = "scaling"
 SMALL = {"ray_actor_options": {"num_cpus": 0.05}}
