@@ -50,6 +50,7 @@ class ResidencyRouter(RequestRouter):
         self._placement = Placement(batch=kwargs["batch"])
         self._cache_prefix: str = kwargs["caches"]
         self._caches: dict[str, tuple[Any, float]] = {}  # by node, and when they were looked for
+        self._looking: dict[str, asyncio.Task[None]] = {}
         self._own: dict[str, int] = {}  # requests from here in progress there: Serve's count lapses after a while
 
     async def choose_replicas(
@@ -58,12 +59,14 @@ class ResidencyRouter(RequestRouter):
         """Serve's hook: one replica a rank."""
         call = pending_request.args[0] if pending_request is not None and pending_request.args else None
         adapters = call.adapters if isinstance(call, GenerateCall) else ()
+        again = False
         if pending_request is not None:
+            again = pending_request.routing_context.should_backoff
             pending_request.routing_context.should_backoff = True  # once all ranks are full, wait before asking again
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         queues = {name: self._queue(name, replica.replica_id) for name, replica in replicas.items()}
         ranked = [replicas[name] for name in self._placement.rank(adapters, queues, time.monotonic())]
-        if adapters and ranked:
+        if adapters and ranked and not again:
             self._announce(ranked[0].node_id, [name for name, _ in adapters])
         return [[replica] for replica in ranked]
 
@@ -93,7 +96,7 @@ class ResidencyRouter(RequestRouter):
         cache, looked = self._caches.get(node, (None, -_LOOK_AGAIN_S))
         if time.monotonic() - looked > _LOOK_AGAIN_S:  # a node's cache may have been started anew
             self._caches[node] = cache, time.monotonic()
-            self._looking = asyncio.create_task(self._look(node))
+            self._looking[node] = asyncio.create_task(self._look(node))
         if cache is not None:
             cache.prefetch.remote(names)
 
