@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import time
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.config import CacheSettings
+from deployments.demand import Demand
 from deployments.peers import Loan, PeerSource, Whereabouts, lend
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
 from lorauter.defaults import home
@@ -63,16 +66,28 @@ class AdapterCacheActor:
             downloads=settings.downloads,
             source=self._peers,
         )
+        self._demand = Demand()
 
     async def fetch(self, names: list[str]) -> list[LocalAdapter]:
         """Local copies of the adapters' current versions, all at once; the first failure is raised."""
         flights = [asyncio.shield(asyncio.wrap_future(self._cache.submit(name))) for name in names]
-        return list(await asyncio.gather(*flights))
+        found = list(await asyncio.gather(*flights))
+        for name in names:
+            self._demand.note(name, time.monotonic())
+        return found
 
     async def prefetch(self, names: list[str]) -> None:
         """Start fetching; who needs the adapters will ask and be told of failures."""
         for name in names:
-            self._cache.submit(name).add_done_callback(lambda flight: flight.exception())
+            self._cache.submit(name).add_done_callback(self._note_prefetched)
+
+    def _note_prefetched(self, flight: Future[LocalAdapter]) -> None:
+        if flight.exception() is None:  # names that clients made up are not in demand
+            self._demand.note(flight.result().name, time.monotonic())
+
+    async def wanted(self, number: int) -> dict[str, float]:
+        """The adapters most wanted here lately, with counts that halve with time."""
+        return self._demand.top(number, time.monotonic())
 
     async def discard(self, name: str, version: str) -> None:
         """Forget a copy that turned out to be unusable."""
@@ -184,3 +199,8 @@ class NodeCache:
     async def discard(self, name: str, version: str) -> None:
         """See `AdapterCacheActor.discard`."""
         await self._actor.discard.remote(name, version)
+
+    async def resident(self) -> list[str]:
+        """Names of the adapters on the node's disk, the least recently used first. Raises RayError."""
+        stats: dict[str, Any] = await self._actor.stats.remote()
+        return [name for name, _ in stats["resident"]]

@@ -12,10 +12,12 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
+from deployments.adapter_cache import CacheSpec
 from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig, explain
 from deployments.embedder import QueryEmbedder
 from deployments.model import LoraModel
+from deployments.residency_router import residency_routing
 from deployments.retriever import TaskRetriever
 from deployments.router import Router
 from lorauter.defaults import DEFAULT, resolve_adapters, resolve_catalog
@@ -60,6 +62,9 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
         LoraModel,
         max_ongoing_requests=config.engine.max_batch + config.engine.max_queue,
         max_queued_requests=config.engine.max_queue,
+        request_router_config=residency_routing(
+            CacheSpec(config.adapters, config.cache), batch=config.engine.max_batch
+        ),
     ).bind(config)
     editor = deployment(CatalogEditor).bind(config, embedder, model) if own else None
     return deployment(Router).bind(config, embedder, retriever, model, editor)

@@ -71,6 +71,11 @@ class HostAdapters(Generic[P]):
         self._loading: dict[_Key, asyncio.Task[P]] = {}
         self.counters = TierCounters()
 
+    @property
+    def resident(self) -> list[_Key]:
+        """The adapters in memory in their current versions, the least recently used first."""
+        return [key for key in self._loaded if self._current.get(key[0], (None,))[0] == key]
+
     async def get(self, names: Sequence[str]) -> list[P]:
         """The current versions of the adapters.
 

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
 
+import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.config import AppConfig
 from deployments.host_adapters import HostAdapters
+from deployments.placement import report
+from deployments.warmup import most_wanted, warm_up
 from lorauter.adapters import ModelShape
 from lorauter.defaults import base_model_aliases, resolve_model
-from lorauter.engine import Chunk, EngineConfig, GenerationRequest, load_engine
+from lorauter.engine import Chunk, EngineConfig, GenerationRequest, SamplingParams, load_engine
+from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import InvalidRequest
 
+logger = logging.getLogger("lorauter.model")
 
-@serve.deployment(ray_actor_options={"num_cpus": 1}, health_check_period_s=5, graceful_shutdown_timeout_s=60)
+_ASK_S = 0.5
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 1}, health_check_period_s=5, graceful_shutdown_timeout_s=600)
 class LoraModel:
     """One replica: an engine, and its tiers of adapters.
+
+    It is ready once the adapters in demand are on its device (see `deployments.warmup`). When it is to go, it takes
+    no new requests, and ends when those it has are answered, however long their streams are (up to Serve's
+    `graceful_shutdown_timeout_s`).
 
     Args:
         config: the app's configuration.
     """
 
-    def __init__(self, config: AppConfig) -> None:
+    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = config.engine
         self._engine = load_engine(
             resolve_model(config.base_model),
@@ -44,12 +59,35 @@ class LoraModel:
             threads=settings.threads,
             aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
         )
+        spec = CacheSpec(config.adapters, config.cache)
+        self._node_cache = NodeCache(spec)
+        self._on_disk: list[str] = []
         self._adapters = HostAdapters(
-            NodeCache(CacheSpec(config.adapters, config.cache)),
+            self._node_cache,
             self._engine.pack,
             budget_bytes=settings.host_bytes,
             revalidate_s=config.cache.revalidate_s,
         )
+        try:
+            await warm_up(
+                await most_wanted(spec),
+                self._load,
+                self._place,
+                room_bytes=min(self._engine.slots.budget_bytes, settings.host_bytes),
+                at_once=min(settings.max_batch, config.cache.downloads),
+            )
+        except Exception:  # a cold replica is better than none
+            logger.exception("the replica starts without the adapters in demand")
+
+    async def _load(self, name: str) -> PackedAdapter:
+        [packed] = await self._adapters.get([name])
+        return packed
+
+    async def _place(self, packed: PackedAdapter) -> None:
+        """Bring an adapter to the device as any request does: by a token under it."""
+        request = GenerationRequest((0,), ((packed, 1.0),), SamplingParams(max_tokens=1))
+        async for _ in self._engine.stream(request):
+            pass
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call; closing the stream cancels it.
@@ -87,9 +125,11 @@ class LoraModel:
         return self._engine.slots.shape, self._engine.config.max_rank
 
     async def stats(self) -> dict[str, Any]:
-        """What runs and waits, and hits, misses and load times of the replica's tiers of adapters."""
+        """Who this is, what runs and waits, and hits, misses and load times of the replica's tiers of adapters."""
         running, waiting = self._engine.load
         return {
+            "replica": serve.get_replica_context().replica_id.unique_id,
+            "node": ray.get_runtime_context().get_node_id(),
             "running": running,
             "waiting": waiting,
             "resident": self._engine.slots.resident,
@@ -97,6 +137,22 @@ class LoraModel:
             "device": asdict(self._engine.slots.counters),
             "host": asdict(self._adapters.counters),
         }
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Serve's hook: what the routers are told of this replica (see `deployments.placement`)."""
+        try:
+            async with asyncio.timeout(_ASK_S):
+                self._on_disk = await self._node_cache.resident()
+        except (RayError, TimeoutError):
+            pass  # the node's cache is down or busy: what it had will mostly be there
+        current = self._adapters.resident
+        fresh = set(current)  # a replaced version on the device is of no use to a new request
+        return report(
+            [name for name, version in self._engine.slots.resident if (name, version) in fresh],
+            [name for name, _ in current],
+            self._on_disk,
+            time.monotonic(),
+        )
 
     def check_health(self) -> None:
         """Serve's health check."""

@@ -1,4 +1,4 @@
-"""Router: the ingress. It routes a query, has the adapters prefetched, and passes the answer on.
+"""Router: the ingress. It routes a query and passes the answer on.
 
 Holds no model and no catalog; it talks to the other deployments through their handles. The HTTP side is
 `deployments.api`.
@@ -7,7 +7,6 @@ Holds no model and no catalog; it talks to the other deployments through their h
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,6 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Retrieval
@@ -29,11 +27,15 @@ from lorauter.errors import Overloaded, ServiceUnavailable, StoreError
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text, compose
 from lorauter.tasks import Task
 
-_REFRESH_S = 5.0
 _RETRY_AFTER_S = 1.0
 
 
-@serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.3}, health_check_period_s=5)
+@serve.deployment(
+    max_ongoing_requests=1000,
+    ray_actor_options={"num_cpus": 0.3},
+    health_check_period_s=5,
+    graceful_shutdown_timeout_s=600,  # streams in flight end by themselves, as in LoraModel
+)
 @serve.ingress()
 class Router:
     """The ingress.
@@ -60,9 +62,6 @@ class Router:
         self._model = model.options(stream=True)
         self._editor = _EditorClient(editor) if editor is not None else None
         self._repository = AdapterRepository(open_store(config.adapters))
-        self._cache_spec = CacheSpec(config.adapters, config.cache)
-        self._caches: list[Any] = []
-        self._refreshed = -_REFRESH_S
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_api(self, self._config.api, admin_endpoints(self._editor, self._config.api))
@@ -85,8 +84,6 @@ class Router:
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call on some replica; closing the stream cancels it. Raises what the replica raises."""
-        if call.adapters:
-            self._prefetch([name for name, _ in call.adapters])
         stream: Any = self._model.generate.remote(call)
         try:
             async for item in stream:
@@ -111,23 +108,8 @@ class Router:
 
     async def check_ready(self) -> None:
         """Raise unless the encoder in use is the catalog's own."""
-        await self._find_caches()
         embeddings = await self._embedder.embed.remote([PROBE_TEXT])
         await self._retriever.check_probe.remote(embeddings[0], await self._embedder.name.remote())
-
-    def _prefetch(self, names: list[str]) -> None:
-        """Tell the nodes' caches which adapters will be wanted; nobody waits for it."""
-        if time.monotonic() - self._refreshed > _REFRESH_S:
-            self._refreshed = time.monotonic()
-            self._refresh = asyncio.create_task(self._find_caches())
-        for cache in self._caches:
-            cache.prefetch.remote(names)
-
-    async def _find_caches(self) -> None:
-        try:
-            self._caches = await asyncio.to_thread(running_caches, self._cache_spec)
-        except RayError:  # prefetching is a courtesy; the replicas fetch for themselves
-            self._caches = []
 
 
 class _EditorClient:

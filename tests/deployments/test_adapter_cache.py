@@ -78,6 +78,8 @@ def test_the_actor_keeps_one_copy_for_all_who_ask(actor: Callable[..., AdapterCa
         assert stats["downloads"] == 3
         assert {name for name, _ in stats["resident"]} == {"a", "b", "c"}
         assert stats["size_bytes"] == stats["downloaded_bytes"] > 0
+        assert await cache.wanted(9) == pytest.approx({"a": 10, "b": 10, "c": 2}, rel=1e-2), "what there is not, is not"
+        assert set(await cache.wanted(2)) == {"a", "b"}
         await cache.discard("c", c.version)
         assert not c.path.exists()
         with pytest.raises(AdapterNotFound, match="nowhere"):

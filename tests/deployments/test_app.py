@@ -7,9 +7,11 @@ import pytest
 from pydantic import ValidationError
 from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call_as_serve_does
+from ray.serve.config import RequestRouterConfig
 
 from deployments.app import DEPLOYMENTS, assemble, build
 from deployments.config import AppConfig
+from deployments.residency_router import ResidencyRouter
 from lorauter.errors import ConfigError
 
 CONFIG = AppConfig(adapters="s3://bucket/adapters", catalog="s3://bucket/catalog")
@@ -62,6 +64,15 @@ def test_queues_follow_the_engines_settings_unless_overridden() -> None:
     model = found["LoraModel"]
     assert (model.max_ongoing_requests, model.max_queued_requests, model.num_replicas) == (8, 9, 2)
     assert found["Router"].num_replicas == 3
+
+
+def test_replicas_are_chosen_by_what_they_hold_unless_overridden() -> None:
+    routing = parts(assemble(CONFIG, {}))["LoraModel"]._deployment_config.request_router_config
+    assert routing.get_request_router_class() is ResidencyRouter
+    assert routing.request_router_kwargs["batch"] == CONFIG.engine.max_batch
+    overrides = {"LoraModel": {"request_router_config": RequestRouterConfig()}}
+    routing = parts(assemble(CONFIG, overrides))["LoraModel"]._deployment_config.request_router_config
+    assert routing.get_request_router_class() is not ResidencyRouter
 
 
 def test_relative_folders_are_resolved_where_the_app_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

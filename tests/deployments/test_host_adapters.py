@@ -153,6 +153,7 @@ def test_a_replaced_version_is_picked_up_and_an_unchanged_one_kept(files: FakeFi
         files.add("a", "v2", fill=1.0)
         [replaced, kept] = await adapters.get(["a", "b"])
         assert replaced.key == ("a", "v2")
+        assert set(adapters.resident) == {("b", "v1"), ("a", "v2")}, "what a new request would be served with"
         assert not torch.equal(replaced.tensors[0, "q_proj"][0], a.tensors[0, "q_proj"][0])
         assert kept is b
 

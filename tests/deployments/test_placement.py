@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+
+from deployments.placement import BEAT_S, RAMP_S, REPORTED, SENT_S, STALE_S, Placement, report
+
+BATCH = 8
+NAMES = ["r0", "r1", "r2"]
+
+
+def holding(device: Sequence[str] = (), host: Sequence[str] = (), disk: Sequence[str] = ()) -> dict[str, object]:
+    return report(device, host, disk, 0.0)
+
+
+def placement(now: float = 0.0, **held: dict[str, object]) -> Placement:
+    """A router that has heard of the replicas `held`, long ago enough that none is new."""
+    found = Placement(batch=BATCH, seed=0)
+    found.update(held or {name: holding() for name in NAMES}, now)
+    return found
+
+
+def idle(*names: str) -> dict[str, int]:
+    return dict.fromkeys(names or NAMES, 0)
+
+
+def later(start: float = 0.0) -> Callable[[], float]:
+    """A clock whose every reading is so late that what was sent before is forgotten, and reports are not yet stale."""
+    times = iter([start + SENT_S * i for i in range(1, int(STALE_S / SENT_S))])
+    return lambda: next(times)
+
+
+def test_the_nearest_tier_wins_among_equally_busy_replicas() -> None:
+    chosen = placement(r0=holding(host=["a"]), r1=holding(device=["a"]), r2=holding(disk=["a"]))
+    assert chosen.rank([("a", 1.0)], idle(), 1.0) == ["r1", "r0", "r2"]
+
+
+def test_a_mixture_goes_where_its_heavier_adapters_are() -> None:
+    for weights, winner in (((0.7, 0.3), "r0"), ((0.3, 0.7), "r1"), ((-0.7, 0.3), "r0")):
+        chosen = placement(r0=holding(device=["a"]), r1=holding(device=["b"]))
+        assert chosen.rank(list(zip("ab", weights, strict=True)), idle("r0", "r1"), 1.0)[0] == winner
+    both = placement(r0=holding(device=["a"]), r1=holding(device=["b"]), r2=holding(device=["a", "b"]))
+    assert both.rank([("a", 0.9), ("b", 0.1)], idle(), 1.0)[0] == "r2"
+    assert placement().rank([("a", 0.0)], idle(), 1.0)[0] in NAMES
+
+
+def test_a_long_queue_outweighs_a_resident_adapter_and_a_short_one_does_not() -> None:
+    held = {"r0": holding(device=["a"]), "r1": holding(), "r2": holding()}
+    assert placement(**held).rank([("a", 1.0)], {"r0": 2, "r1": 0, "r2": 0}, 1.0)[0] == "r0"
+    assert placement(**held).rank([("a", 1.0)], {"r0": 3 * BATCH, "r1": 0, "r2": 0}, 1.0)[0] != "r0"
+
+
+def test_an_adapter_that_is_nowhere_has_one_home_for_every_router() -> None:
+    homes = {}
+    for name in (f"adapter-{i}" for i in range(300)):
+        found = {Placement(batch=BATCH, seed=seed).rank([(name, 1.0)], idle(), 0.0)[0] for seed in range(4)}
+        assert len(found) == 1
+        homes[name] = found.pop()
+    assert all(70 < count < 130 for count in Counter(homes.values()).values())
+    moved = [name for name, home in homes.items() if placement().rank([(name, 1.0)], idle("r0", "r1"), 0.0)[0] != home]
+    assert set(moved) == {name for name, home in homes.items() if home == "r2"}, "only the lost replica's move"
+
+
+def test_a_burst_for_one_adapter_loads_it_on_one_replica_before_any_report() -> None:
+    chosen = placement()
+    queues = idle()
+    for _ in range(BATCH // 2):
+        queues[chosen.rank([("a", 1.0)], queues, 1.0)[0]] += 1
+    assert sorted(queues.values()) == [0, 0, BATCH // 2]
+    [home] = [name for name, queue in queues.items() if queue]
+    elsewhere = {"r0": 1, "r1": 1, "r2": 1, home: 4}
+    assert chosen.rank([("a", 1.0)], elsewhere, 1.1)[0] == home
+    assert chosen._replicas[home].tier("a", 2.0 + SENT_S).name == "STORE", "what no report confirms is forgotten"
+
+
+def test_a_hot_adapter_is_spread_and_then_kept_where_it_spread_to() -> None:
+    chosen = placement()
+    queues = idle()
+    for _ in range(3 * BATCH):
+        queues[chosen.rank([("hot", 1.0)], queues, 1.0)[0]] += 1
+    assert min(queues.values()) >= BATCH // 2
+    clock = later()
+    chosen.update({name: holding(device=["hot"]) for name in NAMES}, 0.0)
+    winners = Counter(chosen.rank([("hot", 1.0)], idle(), clock())[0] for _ in range(8))
+    assert len(winners) > 1, "replicas that all hold it share it"
+
+
+def test_no_herd_onto_a_new_replica() -> None:
+    chosen = placement(**{name: holding(device=["a"]) for name in NAMES})
+    busy = dict.fromkeys(NAMES, BATCH)
+    now = 100.0
+    chosen.update({name: holding(device=["a"]) | {"beat": 9} for name in NAMES} | {"new": holding(device=["a"])}, now)
+
+    def share(age: float) -> float:
+        return sum(chosen.rank([("a", 1.0)], {**busy, "new": 0}, now + age)[0] == "new" for _ in range(400)) / 400
+
+    assert 0.1 < share(0.0) < 0.45, "as busy as the others are, at first"
+    assert share(RAMP_S) == 1.0
+    queues = {**busy, "new": 0}
+    for _ in range(8):
+        queues[chosen.rank([("a", 1.0)], queues, now + 0.5 * RAMP_S)[0]] += 1
+    assert 3 <= queues["new"] <= BATCH + 1, "half way it is filled up to the others, not beyond"
+
+
+def test_with_stale_information_it_is_the_less_busy_of_two_at_random() -> None:
+    chosen = placement(**{"r0": holding(device=["a"]), "r1": holding(), "r2": holding()})
+    busy = {"r0": 5, "r1": 1, "r2": 3}
+    winners = Counter(chosen.rank([("a", 1.0)], busy, STALE_S + 1)[0] for _ in range(300))
+    assert set(winners) == {"r1", "r2"}
+    assert winners["r1"] > winners["r2"] > 0
+    chosen.update({"r0": holding(device=["a"]), "r1": holding(), "r2": holding()}, STALE_S + 2)
+    assert set(Counter(chosen.rank([("a", 1.0)], busy, STALE_S + 2)[0] for _ in range(99))) == {"r1", "r2"}, "no news"
+    chosen.update({"r0": {**holding(device=["a"]), "beat": 7}, "r1": holding(), "r2": holding()}, STALE_S + 3)
+    assert chosen.rank([("a", 1.0)], idle(), STALE_S + 4)[0] == "r0"
+
+
+def test_one_silent_replica_is_not_believed_but_not_shunned() -> None:
+    chosen = placement(**{"r0": holding(device=["a"]), "r1": holding(), "r2": holding()})
+    chosen.update({"r0": holding(device=["a"]), "r1": holding(disk=["a"]), "r2": {**holding(), "beat": 1}}, STALE_S - 1)
+    assert chosen.rank([("a", 1.0)], idle(), STALE_S + 1)[0] == "r1"
+    others_full = {"r0": 0, "r1": 3 * BATCH, "r2": 3 * BATCH}
+    assert "r0" in {chosen.rank([("b", 1.0)], others_full, STALE_S + 1)[0] for _ in range(9)}
+
+
+def test_calls_without_adapters_go_to_the_less_busy_of_two() -> None:
+    chosen = placement()
+    for _ in range(50):
+        ranked = chosen.rank([], {"r0": 9, "r1": 1, "r2": 5}, 1.0)
+        assert len(ranked) == 2
+        assert ranked[0] != "r0"
+    assert chosen.rank([], {}, 1.0) == []
+    assert chosen.rank([("a", 1.0)], {"only": 99}, 1.0) == ["only"]
+
+
+def test_a_replica_that_has_gone_is_forgotten() -> None:
+    chosen = placement(**{"r0": holding(device=["a"]), "r1": holding()})
+    chosen.update({"r1": holding()}, 1.0)
+    chosen.update({"r0": {}, "r1": holding()}, 2.0)
+    assert set(chosen._replicas) == {"r0", "r1"}
+    assert not chosen._replicas["r0"].tiers
+
+
+def test_a_report_is_bounded_names_the_nearest_tier_and_is_quiet_when_nothing_changes() -> None:
+    many = [f"n{i}" for i in range(2 * REPORTED)]
+    told = report(["b", "a"], ["a", "c"], ["c", "d", *many], 1.0)
+    assert (told["device"], told["host"]) == (["a", "b"], ["c"])
+    assert len(told["disk"]) == REPORTED
+    assert set(told["disk"]) == set(many[-REPORTED:])
+    assert report(["a", "b"], [], [], 1.0) == report(["b", "a"], [], [], 2.0)
+    assert report([], [], [], 0.0) != report([], [], [], BEAT_S)
+
+
+def two_loads(policy: Callable[[list[tuple[str, float]], dict[str, int], float], str], tell: Placement) -> int:
+    """Loads of 40-slot replicas under Zipf traffic over 200 adapters; each answer takes 24 requests' time."""
+    draw = random.Random(1)
+    held = {name: OrderedDict[str, None]() for name in NAMES}
+    queues, ends, loads = idle(), [], 0
+    for step in range(4000):
+        now = step / 10
+        if step % 10 == 0:
+            tell.update({name: report(list(slots), [], [], now) for name, slots in held.items()}, now)
+        ends = [(end, name) for end, name in ends if end > step or queues.update({name: queues[name] - 1})]
+        adapter = f"a{draw.choices(range(200), [1 / (i + 1) for i in range(200)])[0]}"
+        name = policy([(adapter, 1.0)], queues, now)
+        queues[name] += 1
+        ends.append((step + draw.randint(4, 20), name))
+        loads += adapter not in held[name]
+        held[name][adapter] = None
+        held[name].move_to_end(adapter)
+        if len(held[name]) > 40:
+            held[name].popitem(last=False)
+        assert queues[name] <= 2 * BATCH
+    return loads
+
+
+def test_at_least_half_of_the_loads_are_spared_under_zipf_traffic() -> None:
+    ours = Placement(batch=BATCH, seed=0)
+    draw = random.Random(2)
+
+    def two_choices(_: object, queues: dict[str, int], now: float) -> str:
+        return min(draw.sample(NAMES, 2), key=lambda name: queues[name])
+
+    spared = two_loads(lambda adapters, queues, now: ours.rank(adapters, queues, now)[0], ours)
+    assert 2 * spared <= two_loads(two_choices, Placement(batch=BATCH))

@@ -1,0 +1,137 @@
+"""The shell around the policy, with Serve's real base class and hand-written replicas; integration has the rest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import ray
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.request_router import PendingRequest
+
+from deployments.adapter_cache import CacheSpec
+from deployments.calls import GenerateCall, Prompt
+from deployments.config import CacheSettings
+from deployments.placement import report
+from deployments.residency_router import ResidencyRouter, residency_routing
+from lorauter.engine.types import SamplingParams
+
+SPEC = CacheSpec("s3://bucket/a", CacheSettings())
+DEPLOYMENT = DeploymentID("LoraModel", "lorauter")
+Scenario = Callable[[ResidencyRouter, list[Any]], Coroutine[Any, Any, None]]
+
+
+class FakeReplica:
+    """A running replica as Serve's routers see it."""
+
+    max_ongoing_requests = 8
+
+    def __init__(self, name: str, *, device: tuple[str, ...] = (), queue: int = 0) -> None:
+        self.replica_id = ReplicaID(name, DEPLOYMENT)
+        self.node_id = f"node-of-{name}"
+        self.routing_stats = report(device, (), (), 0.0)
+        self.queue = queue
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return self.queue
+
+
+class FakeCache:
+    """A node's cache that keeps what it was told of."""
+
+    def __init__(self) -> None:
+        self.told: list[list[str]] = []
+        self.prefetch = self
+
+    def remote(self, names: list[str]) -> None:
+        self.told.append(names)
+
+
+def pending(*adapters: str) -> PendingRequest:
+    call = GenerateCall(Prompt(text="x"), tuple((name, 1.0) for name in adapters), SamplingParams())
+    return PendingRequest([call], {}, RequestMetadata("request", "internal"))
+
+
+@pytest.fixture
+def route(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`route(scenario, *replicas)`: run `scenario(router, replicas)` with a router that knows the replicas."""
+
+    def no_actor(name: str, namespace: str) -> Any:
+        raise ValueError(name)
+
+    monkeypatch.setattr(ray, "get_actor", no_actor)
+
+    def run(
+        scenario: Callable[[ResidencyRouter, list[Any]], Coroutine[Any, Any, None]], *replicas: FakeReplica
+    ) -> None:
+        async def whole() -> None:
+            router = ResidencyRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+            router.initialize_state(**residency_routing(SPEC, batch=8).request_router_kwargs)
+            router.update_replicas(list(replicas))  # type: ignore[arg-type]
+            await asyncio.sleep(0.01)  # Serve asks for the queues
+            await scenario(router, list(replicas))
+
+        asyncio.run(whole())
+
+    return run
+
+
+def test_the_configuration_leads_serve_to_the_router() -> None:
+    config = residency_routing(SPEC, batch=5)
+    assert config.get_request_router_class() is ResidencyRouter
+    assert config.request_router_kwargs == {"batch": 5, "caches": SPEC.prefix}
+
+
+def test_a_call_goes_to_the_replica_that_holds_its_adapters(route: Callable[..., None]) -> None:
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        request = pending("b")
+        [first, *_] = await router.choose_replicas(replicas, request)
+        assert first == [replicas[1]]
+        assert request.routing_context.should_backoff, "or Serve asks full replicas again without a pause"
+
+    route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1", device=("b",)), FakeReplica("r2"))
+
+
+def test_queues_count_what_replicas_say_and_what_was_sent(route: Callable[..., None]) -> None:
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        assert (await router.choose_replicas(replicas, pending("a")))[0] == [replicas[1]], "r0 says it is full"
+        for _ in range(12):
+            router.on_send_request(replicas[1].replica_id)
+        router.replica_queue_len_cache.invalidate_key(replicas[1].replica_id)  # as it does after a while
+        assert (await router.choose_replicas(replicas[1:], pending("a")))[0] == [replicas[2]]
+        for _ in range(13):
+            router.on_request_completed(replicas[1].replica_id, "internal")
+        firsts = [(await router.choose_replicas(replicas[1:], pending("a")))[0][0] for _ in range(30)]
+        assert set(map(id, firsts)) == set(map(id, replicas[1:])), "idle again, and both have it now"
+
+    replicas = [FakeReplica("r0", device=("a",), queue=24), FakeReplica("r1", device=("a",)), FakeReplica("r2")]
+    route(scenario, *replicas)
+
+
+def test_other_calls_and_calls_without_adapters_go_to_any_two(route: Callable[..., None]) -> None:
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        for request in (None, PendingRequest([], {}, RequestMetadata("request", "internal")), pending()):
+            assert len(await router.choose_replicas(replicas, request)) == 2
+        assert await router.choose_replicas([], pending("a")) == []
+
+    route(scenario, *[FakeReplica(f"r{i}") for i in range(3)])
+
+
+def test_the_chosen_replicas_node_is_told_which_adapters_will_be_wanted(
+    route: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: dict[str, FakeCache] = {}
+
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        monkeypatch.setattr(ray, "get_actor", lambda name, namespace: caches.setdefault(name, FakeCache()))
+        await router.choose_replicas(replicas, pending("a"))
+        await asyncio.sleep(0.05)  # it looks for the cache meanwhile
+        request = pending("a", "c")
+        for _ in range(3):  # as long as all replicas are full
+            await router.choose_replicas(replicas, request)
+        await router.choose_replicas(replicas, pending())
+
+    route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1"))
+    assert {name: cache.told for name, cache in caches.items()} == {SPEC.prefix + "node-of-r0": [["a", "c"]]}

@@ -1,0 +1,149 @@
+"""LoraModel follows its load from zero to two replicas and back, and loses nothing on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from deployments.app import DEPLOYMENTS, assemble
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),  # else it is 10 s
+]
+
+APP = "scaling"
+SMALL = {"ray_actor_options": {"num_cpus": 0.05}}
+SCALING = {
+    "min_replicas": 0,
+    "max_replicas": 2,
+    "target_ongoing_requests": 3,
+    "upscale_delay_s": 0.5,
+    "downscale_delay_s": 6,
+    "downscale_to_zero_delay_s": 3,
+    "metrics_interval_s": 0.2,
+    "look_back_period_s": 1,
+}
+COUNTING = "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25"
+
+
+@pytest.fixture
+def url(service: Any) -> Iterator[str]:
+    """A second app beside the session's, with caches of its own; its LoraModel has no replica yet."""
+    cache = service.config.cache.model_copy(update={"directory": f"{service.config.cache.directory}-{APP}"})
+    config = service.config.model_copy(update={"cache": cache})
+    overrides: dict[str, Any] = dict.fromkeys(DEPLOYMENTS, SMALL)
+    overrides["LoraModel"] = {**SMALL, "autoscaling_config": SCALING}
+    serve.run(assemble(config, overrides), name=APP, route_prefix=f"/{APP}")
+    yield f"{service.url}/{APP}"
+    serve.delete(APP)
+
+
+def running(deployment: str = "LoraModel") -> int:
+    return serve.status().applications[APP].deployments[deployment].replica_states.get("RUNNING", 0)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, serve.status().applications[APP]
+        await asyncio.sleep(0.2)
+
+
+async def replicas(number: int) -> dict[str, dict[str, Any]]:
+    """The stats of as many replicas, by their ids."""
+    handle = serve.get_deployment_handle("LoraModel", APP)
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(60):
+        stats = await handle.stats.remote()
+        found[stats["replica"]] = stats
+        if len(found) == number:
+            return found
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"found {len(found)} replicas, not {number}")
+
+
+class Client:
+    """Asks the app; every answer is checked, so that one that is lost, or cut short, fails the test."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.AsyncClient(base_url=url, timeout=180)
+        self.answers = 0
+
+    async def ask(self, model: str, max_tokens: int = 4) -> str:
+        body = {"model": model, "prompt": COUNTING, "max_tokens": max_tokens}
+        answer = await self._http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        self.answers += 1
+        return str(answer.json()["choices"][0]["text"])
+
+    async def stream(self, max_tokens: int) -> None:
+        body = {"model": "base", "prompt": COUNTING, "max_tokens": max_tokens, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        async with self._http.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200
+            events = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line]
+        assert events[-1] == "[DONE]", events[-1]
+        assert json.loads(events[-2])["usage"]["completion_tokens"] == max_tokens
+        self.answers += 1
+
+    @asynccontextmanager
+    async def load(self, clients: int, what: Callable[[], Any]) -> AsyncIterator[None]:
+        """So many clients ask again and again; on leaving, all are answered."""
+        going = True
+
+        async def one() -> None:
+            while going:
+                await what()
+
+        tasks = [asyncio.create_task(one()) for _ in range(clients)]
+        try:
+            yield
+        finally:
+            going = False
+            await asyncio.gather(*tasks)
+
+
+def test_replicas_follow_the_load_and_no_request_is_lost(url: str) -> None:
+    async def scenario() -> None:
+        client = Client(url)
+        assert running() == 0
+        await client.ask("sst2")  # waits for the first replica
+        assert running() == 1
+        for name in ("rte", "tomqa"):
+            await client.ask(name)
+
+        async with client.load(12, lambda: client.ask("sst2", 24)):
+            await until(lambda: running() == 2)
+            both = await replicas(2)
+            for stats in both.values():  # the second one never answered under these two: it was warmed
+                assert {"rte", "tomqa"} <= {name for name, _ in stats["resident"]}
+            await asyncio.sleep(2)
+        for stats in (await replicas(2)).values():
+            assert stats["device"]["hits"] > 3, "both answered"
+
+        # Where nobody is busy, each adapter stays with one replica.
+        before = sum(stats["host"]["misses"] for stats in (await replicas(2)).values())
+        fresh = ["agnews", "boolq", "dbpedia", "mrpc"]
+        for _ in range(3):
+            for name in fresh:
+                await client.ask(name, 1)
+        assert sum(stats["host"]["misses"] for stats in (await replicas(2)).values()) == before + len(fresh)
+
+        asked = client.answers
+        async with client.load(2, lambda: client.stream(400)):
+            await until(lambda: all(stats["running"] == 1 for stats in asyncio.run(replicas(2)).values()))
+            await until(lambda: running() == 1)
+        assert client.answers >= asked + 2
+        await until(lambda: running() == 0)
+        assert [running(name) for name in ("Router", "QueryEmbedder", "TaskRetriever")] == [1, 1, 1]
+
+    asyncio.run(scenario())
