@@ -15,7 +15,8 @@ from deployments.config import AppConfig
 from deployments.host_adapters import HostAdapters
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine import Chunk, EngineConfig, GenerationRequest, load_engine
-from lorauter.errors import InvalidRequest
+from lorauter.engine.load import warm_up
+from lorauter.errors import AdapterUnavailable, InvalidRequest
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 1}, health_check_period_s=5, graceful_shutdown_timeout_s=60)
@@ -37,12 +38,15 @@ class LoraModel:
                 prefill_tokens=settings.prefill_tokens,
                 max_rank=settings.max_rank,
                 adapter_bytes=settings.adapter_bytes,
+                max_slowdown=settings.max_slowdown,
             ),
             device=settings.device,
             dtype=settings.dtype,
             threads=settings.threads,
             aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
         )
+        warm_up(self._engine)
+        self._fetch_s = config.cache.fetch_s
         self._adapters = HostAdapters(
             NodeCache(CacheSpec(config.adapters, config.cache)),
             self._engine.pack,
@@ -60,11 +64,18 @@ class LoraModel:
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         names = [name for name, _ in call.adapters]
-        weights = await self._adapters.get(names)
+        try:
+            async with asyncio.timeout(self._fetch_s):
+                weights = await self._adapters.get(names)
+        except TimeoutError as error:
+            raise AdapterUnavailable(
+                f"not here within {self._fetch_s:g} s; try again later", adapter=names[0]
+            ) from error
         request = GenerationRequest(
             prompt,
             tuple((w, share) for w, (_, share) in zip(weights, call.adapters, strict=True)),
             call.sampling,
+            call.generated,
         )
         stream = self._engine.stream(request)
         try:
@@ -72,7 +83,7 @@ class LoraModel:
             async for chunk in stream:
                 if not admitted:
                     admitted = True
-                    yield Admitted(len(prompt))
+                    yield Admitted(len(prompt), tuple(w.key[1] for w in weights))
                 yield chunk
         finally:
             await stream.aclose()

@@ -20,6 +20,7 @@ from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Retrieval
 from deployments.config import AppConfig
+from deployments.retries import answered, generated
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.engine import Chunk
@@ -65,10 +66,12 @@ class Router:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
         for i, text in enumerate(texts):
             check_text(text, param=f"input[{i}]")
+        timeout_s = self._config.api.first_token_s
         try:
-            embeddings = await self._embedder.embed.remote(list(texts))
-            retrieval: Retrieval = await self._retriever.retrieve.remote(
-                embeddings, list(texts), [options] * len(texts)
+            embeddings = await answered(lambda: self._embedder.embed.remote(list(texts)), timeout_s=timeout_s)
+            retrieval: Retrieval = await answered(
+                lambda: self._retriever.retrieve.remote(embeddings, list(texts), [options] * len(texts)),
+                timeout_s=timeout_s,
             )
         except Exception as error:
             raise _translated(error) from error
@@ -78,23 +81,24 @@ class Router:
         ]
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
-        """Answer a call on some replica; closing the stream cancels it. Raises what the replica raises."""
+        """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
         if call.adapters:
             self._prefetch([name for name, _ in call.adapters])
-        stream: Any = self._model.generate.remote(call)
+        stream = generated(self._model.generate.remote, call, timeout_s=self._config.api.first_token_s)
         try:
             async for item in stream:
                 yield item
-        except (GeneratorExit, asyncio.CancelledError):
-            stream.cancel()
-            raise
         except Exception as error:
             raise _translated(error) from error
+        finally:
+            await stream.aclose()
 
     async def describe(self) -> CatalogDescription:
         """The catalog; its `adapters` with those that only the store has."""
         try:
-            catalog: CatalogDescription = await self._retriever.describe.remote()
+            catalog: CatalogDescription = await answered(
+                self._retriever.describe.remote, timeout_s=self._config.api.first_token_s
+            )
         except Exception as error:
             raise _translated(error) from error
         try:
