@@ -47,7 +47,7 @@ class EngineSettings(_Settings):
     max_batch: Positive = 16
     max_model_len: Annotated[int, Field(ge=2)] = 2048
     max_queue: Positive = 64
-    max_slowdown: Annotated[float, Field(gt=1)] | None = 2.0
+    max_slowdown: Annotated[float, Field(gt=1, le=1000)] | None = 2.0
     prefill_tokens: Positive = 512
     max_rank: Positive = 128
     adapter_bytes: Positive | None = None
@@ -72,7 +72,7 @@ class CacheSettings(_Settings):
     disk_bytes: Positive = 20 << 30
     revalidate_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
     downloads: Annotated[int, Field(ge=1, le=64)] = 8
-    fetch_s: Annotated[float, Field(gt=0)] = 30.0
+    fetch_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
 
 
 class ApiSettings(_Settings):
@@ -95,7 +95,7 @@ class ApiSettings(_Settings):
     max_body_bytes: Positive = 1 << 20
     max_adapters: Annotated[int, Field(ge=1, le=1024)] = 64
     max_inputs: Positive = 256
-    first_token_s: Annotated[float, Field(gt=0)] = 60.0
+    first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 
 class AppConfig(_Settings):

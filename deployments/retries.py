@@ -78,6 +78,7 @@ async def generated(
                 admitted = first
                 yield admitted
             elif admitted.versions != first.versions:
+                stream.cancel()
                 raise ServiceUnavailable("the replica died, and an adapter was replaced meanwhile; ask again")
             async for chunk in stream:
                 call = replace(call, generated=(*call.generated, *chunk.token_ids))
@@ -91,7 +92,6 @@ async def generated(
             if ended:  # all of it was there
                 return
             if attempt == _ATTEMPTS - 1 or not _is_gone(error):
-                stream.cancel()
                 raise
         await asyncio.sleep(_PAUSE_S * 2**attempt)
 
@@ -101,6 +101,7 @@ async def _first(stream: Any, timeout_s: float) -> Any:
         async with asyncio.timeout(timeout_s):
             return await anext(stream)
     except TimeoutError as error:
+        stream.cancel()
         raise ServiceUnavailable(f"no replica has begun to answer within {timeout_s:g} s") from error
 
 

@@ -10,7 +10,9 @@ from lorauter.encoder import Embeddings
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions
 
 
-@serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=5)
+@serve.deployment(
+    max_ongoing_requests=256, max_queued_requests=256, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=5
+)
 class TaskRetriever:
     """Holds the catalog.
 

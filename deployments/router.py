@@ -31,7 +31,13 @@ _REFRESH_S = 5.0
 _RETRY_AFTER_S = 1.0
 
 
-@serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.3}, health_check_period_s=5)
+@serve.deployment(
+    max_ongoing_requests=1000,
+    max_queued_requests=1000,  # in each proxy, which answers what is more by itself:
+    backpressure_config={"status_code": 429, "retry_after_s": _RETRY_AFTER_S},
+    ray_actor_options={"num_cpus": 0.3},
+    health_check_period_s=5,
+)
 @serve.ingress()
 class Router:
     """The ingress.
