@@ -7,9 +7,12 @@ is asked.
 
 from __future__ import annotations
 
+import math
+
 from lorauter.errors import Overloaded
 
 _NEWEST = 0.1  # share of the newest step in what is known of steps like it
+_OUTLIER = 2.0  # times what is known: longer steps, in which the machine did something else, count as this long
 _KEPT = 0.95  # share of what is known of prompts and of answers' lengths that stays when one more is seen
 
 
@@ -32,9 +35,12 @@ class Pace:
     def step(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step of so many decoding rows and prompt tokens."""
         if not prompt_tokens:
-            known = self._decode[decoding] or 0.0
-            share = max(_NEWEST, 1 / max(1, self._steps[decoding]))  # the second replaces the first, which has set up
-            self._decode[decoding] = known + share * (seconds - known)
+            known, seen = self._decode[decoding], self._steps[decoding]
+            if known is None or seen == 1:  # the first of its size may have had to set up; the second replaces it
+                self._decode[decoding] = seconds
+            else:
+                seconds = min(seconds, _OUTLIER * known)
+                self._decode[decoding] = known + max(_NEWEST, 1 / seen) * (seconds - known)
             self._steps[decoding] += 1
             return
         self._prefill_seconds = _KEPT * self._prefill_seconds + max(0.0, seconds - self._step_seconds(decoding))
@@ -72,15 +78,15 @@ class Pace:
         return requests / rows * (answer * self._step_seconds(rows) + rows * prompt * per_token)
 
     def _step_seconds(self, rows: int) -> float:
-        """A step of so many decoding rows; between those seen in proportion, beyond them as if rows shared nothing."""
-        if rows == 0:
+        """A step of so many decoding rows, by the line of least squares through those that were seen.
+
+        A line, as a size that one slow step has made look bad might never be tried again.
+        """
+        known = [(n, seconds) for n, seconds in enumerate(self._decode) if n and seconds is not None]
+        if not known or not rows:
             return 0.0
-        below = next(((n, s) for n in range(rows, 0, -1) if (s := self._decode[n]) is not None), None)
-        above = next(((n, s) for n in range(rows, len(self._decode)) if (s := self._decode[n]) is not None), None)
-        if below is None:
-            return above[1] if above is not None else 0.0
-        if above is None:
-            return below[1] * rows / below[0]
-        if above[0] == below[0]:
-            return below[1]
-        return below[1] + (above[1] - below[1]) * (rows - below[0]) / (above[0] - below[0])
+        mean_n, mean_s = (sum(values) / len(known) for values in zip(*known, strict=True))
+        spread = sum((n - mean_n) ** 2 for n, _ in known)
+        slope = sum((n - mean_n) * s for n, s in known) / spread if spread else math.inf
+        slope = min(max(slope, 0.0), mean_s / mean_n)  # no row comes free of charge, or dearer than alone
+        return mean_s + slope * (rows - mean_n)

@@ -47,10 +47,18 @@ def test_between_what_was_seen_a_step_is_in_proportion():
     assert admits(pace) == 3
 
 
-def test_beyond_what_was_seen_rows_share_nothing():
+def test_one_size_alone_promises_nothing_of_batching():
     pace = learnt(d2=0.2)
-    assert pace.seconds(1) == pace.seconds(2) == pytest.approx(10.0)
-    assert pace.seconds(4) == pytest.approx(20.0)
+    assert [pace.seconds(n) for n in (1, 2, 4)] == pytest.approx([5.0, 10.0, 20.0])
+
+
+def test_one_slow_step_changes_little():
+    pace = learnt(d1=0.1, d2=0.12, d4=0.16, d8=0.24)
+    before = admits(pace)
+    for rows, seconds in ((1, 0.1), (2, 0.12), (4, 0.16), (8, 0.24)) * 20:
+        pace.step(rows, 0, seconds)
+    pace.step(8, 0, 60.0)
+    assert admits(pace) >= before - 1
 
 
 def test_each_row_beside_takes_in_a_prompt_meanwhile():
