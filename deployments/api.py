@@ -73,6 +73,9 @@ class Service(Protocol):
     def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """`Admitted`, then the answer's chunks. Closing the iterator cancels the call."""
 
+    def check_load(self) -> None:
+        """Raise Overloaded if `generate` would."""
+
     async def describe(self) -> CatalogDescription:
         """The tasks and adapters there are."""
 
@@ -223,6 +226,7 @@ class _Api:
             raise InvalidRequest("the text to answer is empty", param="prompt" if shape is _TEXT else "messages")
         settings = self._settings
         sampling = body.sampling(max_tokens=settings.default_max_tokens, temperature=settings.default_temperature)
+        self._service.check_load()
         decision = await self._decide(body, text)
         adapters = tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
         stream = self._service.generate(GenerateCall(prompt, adapters, sampling))

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayError, RayTaskError
 
 from deployments.calls import Admitted, GenerateCall
 from lorauter.engine.types import Chunk
@@ -40,12 +40,12 @@ async def answered(send: Callable[[], Any], *, timeout_s: float) -> Any:
                 response = send()
                 try:
                     return await response
-                except asyncio.CancelledError:
-                    response.cancel()
-                    raise
-                except Exception as error:
-                    if attempt == _ATTEMPTS - 1 or not _is_gone(error):
+                except (Exception, asyncio.CancelledError) as error:
+                    if _cancelled(error):
+                        response.cancel()
                         raise
+                    if attempt == _ATTEMPTS - 1 or not _is_gone(error):
+                        raise _named(error) from error
                 await asyncio.sleep(_PAUSE_S * 2**attempt)
     except TimeoutError as error:
         raise ServiceUnavailable(f"no replica has answered within {timeout_s:g} s") from error
@@ -85,14 +85,14 @@ async def generated(
                 ended = chunk.finish_reason is not None
                 yield chunk
             return
-        except (GeneratorExit, asyncio.CancelledError):
-            stream.cancel()
-            raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError, GeneratorExit) as error:
+            if isinstance(error, GeneratorExit) or _cancelled(error):
+                stream.cancel()
+                raise
             if ended:  # all of it was there
                 return
             if attempt == _ATTEMPTS - 1 or not _is_gone(error):
-                raise
+                raise _named(error) from error
         await asyncio.sleep(_PAUSE_S * 2**attempt)
 
 
@@ -105,6 +105,17 @@ async def _first(stream: Any, timeout_s: float) -> Any:
         raise ServiceUnavailable(f"no replica has begun to answer within {timeout_s:g} s") from error
 
 
-def _is_gone(error: Exception) -> bool:
+def _cancelled(error: BaseException) -> bool:
+    """Whether the caller is cancelled, and not the call on its dying replica, which Serve tells in the same way."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+def _is_gone(error: BaseException) -> bool:
     """Whether this is Ray's word on a dead or unreachable replica, and not the replica's own."""
-    return isinstance(error, RayError) and not isinstance(error, RayTaskError | TaskCancelledError)
+    return isinstance(error, RayError | asyncio.CancelledError) and not isinstance(error, RayTaskError)
+
+
+def _named(error: BaseException) -> Exception:
+    """An error that no event loop takes for its own."""
+    return error if isinstance(error, Exception) else ServiceUnavailable("the request was cancelled on its replica")

@@ -29,6 +29,7 @@ from lorauter.routing import RoutingDecision, RoutingOptions, check_text, compos
 
 _REFRESH_S = 5.0
 _RETRY_AFTER_S = 1.0
+_SPARED = 1 / 16  # of `retry_after_s`, for which a replica's refusal stands for all, and nobody is asked again
 
 
 @serve.deployment(
@@ -64,6 +65,8 @@ class Router:
         self._cache_spec = CacheSpec(config.adapters, config.cache)
         self._caches: list[Any] = []
         self._refreshed = -_REFRESH_S
+        self._refusal: Overloaded | None = None
+        self._refused_until = 0.0
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_api(self, self._config.api)
@@ -95,9 +98,18 @@ class Router:
             async for item in stream:
                 yield item
         except Exception as error:
-            raise _translated(error) from error
+            translated = _translated(error)
+            if isinstance(translated, Overloaded):
+                self._refusal = translated
+                self._refused_until = time.monotonic() + _SPARED * translated.retry_after_s
+            raise translated from error
         finally:
             await stream.aclose()
+
+    def check_load(self) -> None:
+        """Raise Overloaded if a replica has just refused a call: to route one would only slow the others down."""
+        if self._refusal is not None and time.monotonic() < self._refused_until:
+            raise Overloaded(str(self._refusal), retry_after_s=self._refusal.retry_after_s)
 
     async def describe(self) -> CatalogDescription:
         """The catalog; its `adapters` with those that only the store has."""

@@ -85,7 +85,8 @@ class Pace:
         known = [(n, seconds) for n, seconds in enumerate(self._decode) if n and seconds is not None]
         if not known or not rows:
             return 0.0
-        mean_n, mean_s = (sum(values) / len(known) for values in zip(*known, strict=True))
+        mean_n = sum(n for n, _ in known) / len(known)
+        mean_s = sum(s for _, s in known) / len(known)
         spread = sum((n - mean_n) ** 2 for n, _ in known)
         slope = sum((n - mean_n) * s for n, s in known) / spread if spread else math.inf
         slope = min(max(slope, 0.0), mean_s / mean_n)  # no row comes free of charge, or dearer than alone

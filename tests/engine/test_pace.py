@@ -1,5 +1,9 @@
 """What an engine's steps say about how many requests it may hold."""
 
+import random
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 
 from lorauter.engine.pace import Pace
@@ -87,3 +91,74 @@ def test_the_refusal_says_when_to_come_again():
     with pytest.raises(Overloaded, match=r"4 requests run or wait.*2.5 times") as caught:
         learnt(d1=0.1, d5=0.25).check(5)
     assert caught.value.retry_after_s == pytest.approx(50 * 0.2125)
+
+
+@dataclass
+class Machine:
+    """An engine's steps on paper: seconds of a step, more for each decoding row, more for each prompt token."""
+
+    step: float
+    row: float
+    prompt_token: float
+    max_batch: int
+
+    SIZES = ((60, 3), (90, 3), (60, 20), (80, 12), (100, 8), (70, 32))  # prompt, answer
+
+    def serve(self, pace, arrivals, seconds):
+        """Serve requests that `arrivals(held)` lets come before each step; returns their times."""
+        draw, now, rows, waiting, times = random.Random(0), 0.0, [], [], []
+        while now < seconds:
+            for _ in range(arrivals(now, len(rows) + len(waiting))):
+                try:
+                    pace.check(len(rows) + len(waiting) + 1)
+                except Overloaded:
+                    continue
+                prompt, answer = draw.choice(self.SIZES)
+                waiting.append({"since": now, "prompt": prompt, "left": answer, "size": (prompt, answer)})
+            while waiting and len(rows) < self.max_batch:
+                rows.append(waiting.pop(0))
+            if not rows:
+                now += self.step
+                continue
+            decoding = sum(not row["prompt"] for row in rows)
+            prompts = sum(row["prompt"] for row in rows)
+            took = self.step + self.row * decoding + self.prompt_token * prompts
+            took *= 1 + 0.1 * abs(draw.gauss(0, 1))
+            pace.step(decoding, prompts, took)
+            now += took
+            for row in rows:
+                row["prompt"], row["left"] = 0, row["left"] - 1
+            for row in [row for row in rows if not row["left"]]:
+                rows.remove(row)
+                pace.answered(*row["size"])
+                times.append(now - row["since"])
+        return times
+
+    def warm(self, max_slowdown):
+        pace = Pace(self.max_batch, max_slowdown)
+        self.serve(pace, lambda now, held: self.max_batch - held, 100 * self.step)
+        return pace
+
+
+@pytest.mark.parametrize(
+    "machine", [Machine(0.022, 0.004, 6e-4, 16), Machine(0.03, 0.02, 2e-3, 8), Machine(6e-3, 1e-4, 2e-5, 32)]
+)
+def test_three_times_the_load_leaves_what_is_accepted_within_three_times_its_time(machine):
+    seconds = 8000 * machine.step
+    alone = machine.serve(machine.warm(None), lambda now, held: held == 0, seconds)
+    pace = machine.warm(2.0)
+    most = machine.serve(pace, lambda now, held: 64 - held, seconds)
+    draw, next_at, rate = random.Random(1), [0.0], 3 * len(most) / seconds
+
+    def arrivals(now, _):
+        come = 0
+        while next_at[0] <= now:
+            next_at[0] += draw.expovariate(rate)
+            come += 1
+        return come
+
+    times = machine.serve(pace, arrivals, seconds)
+    assert np.percentile(times, 99) <= 3 * np.percentile(alone, 99)
+    assert len(times) >= 0.85 * len(most)
+    unbounded = machine.serve(machine.warm(None), lambda now, held: machine.max_batch - held, seconds)
+    assert len(most) >= 0.7 * len(unbounded)

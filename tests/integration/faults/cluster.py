@@ -25,6 +25,7 @@ ON_HEAD = {"num_cpus": 0.1, "resources": {"head": 0.01}}
 
 
 def main() -> None:
+    said, sys.stdout = sys.stdout, sys.stderr  # Ray prints what it thinks of all that dies
     config, port = AppConfig.parse(json.loads(Path(sys.argv[1]).read_text())), int(sys.argv[2])
     head = {"num_cpus": 2, "resources": {"head": 1}, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -35,15 +36,15 @@ def main() -> None:
     overrides = {name: {"ray_actor_options": ON_HEAD} for name in ("Router", "QueryEmbedder", "TaskRetriever")}
     overrides["LoraModel"] = {"num_replicas": 2, "ray_actor_options": NODE}
     serve.run(assemble(config, overrides), name="lorauter")
-    print("ready", flush=True)
+    print("ready", file=said, flush=True)
     for line in sys.stdin:
         if line.strip() == "add":
             cluster.add_node(**NODE)
-            print("added", flush=True)
+            print("added", file=said, flush=True)
         else:
             deployments = serve.status().applications["lorauter"].deployments
             running = {name: d.replica_states.get("RUNNING", 0) for name, d in deployments.items()}
-            print(json.dumps(running), flush=True)
+            print(json.dumps(running), file=said, flush=True)
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()
