@@ -79,6 +79,9 @@ class Service(Protocol):
     def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """`Admitted`, then the answer's chunks. Closing the iterator cancels the call."""
 
+    def check_load(self) -> None:
+        """Raise Overloaded if `generate` would."""
+
     async def describe(self) -> CatalogDescription:
         """The tasks and adapters there are."""
 
@@ -256,6 +259,7 @@ class _Api:
             raise InvalidRequest("the text to answer is empty", param="prompt" if shape is _TEXT else "messages")
         settings = self._settings
         sampling = body.sampling(max_tokens=settings.default_max_tokens, temperature=settings.default_temperature)
+        self._service.check_load()
         decision, stream, admitted = await self._admit(body, text, prompt, sampling)
         adapters = tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
         head = {

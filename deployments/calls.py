@@ -19,18 +19,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """What the ingress asks of a replica: a prompt to be answered under adapters by name and weight."""
+    """What the ingress asks of a replica: a prompt to be answered under adapters by name and weight.
+
+    `generated` is what another replica has answered before it died: the answer goes on after these tokens.
+    """
 
     prompt: Prompt
     adapters: tuple[tuple[str, float], ...]
     sampling: SamplingParams
+    generated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """The first thing a replica says: the request is valid, its adapters are here, and this is its prompt's size."""
+    """The first thing a replica says: the request is valid, its adapters are here, and this is its prompt's size.
+
+    `versions` are those of the call's adapters, in its order.
+    """
 
     prompt_tokens: int
+    versions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

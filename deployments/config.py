@@ -30,6 +30,11 @@ class EngineSettings(_Settings):
         max_batch: sequences that run at once.
         max_model_len: positions of a sequence, prompt and answer together; the model's own limit bounds it.
         max_queue: requests that may wait in a replica; more are answered with 429.
+        max_slowdown: a request is answered with 429 if its replica, by the speed that it has measured, would take
+            more than this many times as long over it as alone, for the company it would have in the batch and for its
+            wait; null refuses by `max_queue` only, for the most throughput. It bounds the mean: the slowest of a
+            hundred take up to half as long again. To scale by load, a replica's `target_ongoing_requests` must be
+            below the number of requests at which it begins to refuse.
         prefill_tokens: prompt tokens processed in one step at most.
         max_rank: the largest adapter rank served.
         adapter_bytes: bytes of adapters on the device at most; null takes a quarter of a GPU's free memory, or 1 GiB.
@@ -42,6 +47,7 @@ class EngineSettings(_Settings):
     max_batch: Positive = 16
     max_model_len: Annotated[int, Field(ge=2)] = 2048
     max_queue: Positive = 64
+    max_slowdown: Annotated[float, Field(gt=1, le=1000)] | None = 2.0
     prefill_tokens: Positive = 512
     max_rank: Positive = 128
     adapter_bytes: Positive | None = None
@@ -59,12 +65,14 @@ class CacheSettings(_Settings):
         disk_bytes: bytes of adapters to keep at most.
         revalidate_s: seconds for which an adapter's version is trusted before the store is asked again.
         downloads: adapters downloaded at the same time.
+        fetch_s: seconds for which a request waits for its adapters; then it is answered with 503.
     """
 
     directory: str = "default"
     disk_bytes: Positive = 20 << 30
     revalidate_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
     downloads: Annotated[int, Field(ge=1, le=64)] = 8
+    fetch_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
 
 
 class ApiSettings(_Settings):
@@ -78,6 +86,8 @@ class ApiSettings(_Settings):
         max_adapter_bytes: the same for adapters that are uploaded.
         max_adapters: adapters a request may mix by hand at most.
         max_inputs: texts that one request may have routed at most.
+        first_token_s: seconds until an answer begins, or a part of the service answers, at most, the wait for a
+            replica in a dead one's place included; then the request is answered with 503.
     """
 
     route_on: Literal["last_user_message", "conversation"] = "last_user_message"
@@ -87,6 +97,7 @@ class ApiSettings(_Settings):
     max_adapter_bytes: Positive = 512 << 20
     max_adapters: Annotated[int, Field(ge=1, le=1024)] = 64
     max_inputs: Positive = 256
+    first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 
 class AppConfig(_Settings):

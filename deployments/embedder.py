@@ -14,6 +14,7 @@ from lorauter.encoder import Embeddings
 
 @serve.deployment(
     max_ongoing_requests=256,
+    max_queued_requests=256,
     ray_actor_options={"num_cpus": 0.3},
     health_check_period_s=5,
     graceful_shutdown_timeout_s=10,

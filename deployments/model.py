@@ -22,8 +22,9 @@ from deployments.warmup import most_wanted, warm_up
 from lorauter.adapters import ModelShape
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine import Chunk, EngineConfig, GenerationRequest, SamplingParams, load_engine
+from lorauter.engine.load import warm_up as warm_up_engine
 from lorauter.engine.slots import PackedAdapter
-from lorauter.errors import InvalidRequest
+from lorauter.errors import AdapterUnavailable, InvalidRequest
 
 logger = logging.getLogger("lorauter.model")
 
@@ -53,15 +54,18 @@ class LoraModel:
                 prefill_tokens=settings.prefill_tokens,
                 max_rank=settings.max_rank,
                 adapter_bytes=settings.adapter_bytes,
+                max_slowdown=settings.max_slowdown,
             ),
             device=settings.device,
             dtype=settings.dtype,
             threads=settings.threads,
             aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
         )
+        await asyncio.to_thread(warm_up_engine, self._engine)
         spec = CacheSpec(config.adapters, config.cache)
         self._node_cache = NodeCache(spec)
         self._on_disk: list[str] = []
+        self._fetch_s = config.cache.fetch_s
         self._adapters = HostAdapters(
             self._node_cache,
             self._engine.pack,
@@ -99,11 +103,18 @@ class LoraModel:
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         names = [name for name, _ in call.adapters]
-        weights = await self._adapters.get(names)
+        try:
+            async with asyncio.timeout(self._fetch_s):
+                weights = await self._adapters.get(names)
+        except TimeoutError as error:
+            raise AdapterUnavailable(
+                f"not here within {self._fetch_s:g} s; try again later", adapter=names[0]
+            ) from error
         request = GenerationRequest(
             prompt,
             tuple((w, share) for w, (_, share) in zip(weights, call.adapters, strict=True)),
             call.sampling,
+            call.generated,
         )
         stream = self._engine.stream(request)
         try:
@@ -111,7 +122,7 @@ class LoraModel:
             async for chunk in stream:
                 if not admitted:
                     admitted = True
-                    yield Admitted(len(prompt))
+                    yield Admitted(len(prompt), tuple(w.key[1] for w in weights))
                 yield chunk
         finally:
             await stream.aclose()

@@ -23,7 +23,9 @@ from lorauter.routing import RoutingConfig, RoutingOptions
 _PROBE_S = 600.0  # an encoder may have to be downloaded first
 
 
-@serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=5)
+@serve.deployment(
+    max_ongoing_requests=256, max_queued_requests=256, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=5
+)
 class TaskRetriever:
     """Holds the catalog.
 

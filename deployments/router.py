@@ -7,6 +7,7 @@ Holds no model and no catalog; it talks to the other deployments through their h
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Retrieval
 from deployments.config import AppConfig
+from deployments.retries import answered, generated
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.engine import Chunk
@@ -28,10 +30,13 @@ from lorauter.routing import RoutingDecision, RoutingOptions, check_text, compos
 from lorauter.tasks import Task
 
 _RETRY_AFTER_S = 1.0
+_SPARED = 1 / 16  # of `retry_after_s`, for which a replica's refusal stands for all, and nobody is asked again
 
 
 @serve.deployment(
     max_ongoing_requests=1000,
+    max_queued_requests=1000,  # in each proxy, which answers what is more by itself:
+    backpressure_config={"status_code": 429, "retry_after_s": _RETRY_AFTER_S},
     ray_actor_options={"num_cpus": 0.3},
     health_check_period_s=5,
     graceful_shutdown_timeout_s=600,  # streams in flight end by themselves, as in LoraModel
@@ -62,6 +67,8 @@ class Router:
         self._model = model.options(stream=True)
         self._editor = _EditorClient(editor) if editor is not None else None
         self._repository = AdapterRepository(open_store(config.adapters))
+        self._refusal: Overloaded | None = None
+        self._refused_until = 0.0
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_api(self, self._config.api, admin_endpoints(self._editor, self._config.api))
@@ -70,10 +77,12 @@ class Router:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
         for i, text in enumerate(texts):
             check_text(text, param=f"input[{i}]")
+        timeout_s = self._config.api.first_token_s
         try:
-            embeddings = await self._embedder.embed.remote(list(texts))
-            retrieval: Retrieval = await self._retriever.retrieve.remote(
-                embeddings, list(texts), [options] * len(texts)
+            embeddings = await answered(lambda: self._embedder.embed.remote(list(texts)), timeout_s=timeout_s)
+            retrieval: Retrieval = await answered(
+                lambda: self._retriever.retrieve.remote(embeddings, list(texts), [options] * len(texts)),
+                timeout_s=timeout_s,
             )
         except Exception as error:
             raise _translated(error) from error
@@ -83,21 +92,31 @@ class Router:
         ]
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
-        """Answer a call on some replica; closing the stream cancels it. Raises what the replica raises."""
-        stream: Any = self._model.generate.remote(call)
+        """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
+        stream = generated(self._model.generate.remote, call, timeout_s=self._config.api.first_token_s)
         try:
             async for item in stream:
                 yield item
-        except (GeneratorExit, asyncio.CancelledError):
-            stream.cancel()
-            raise
         except Exception as error:
-            raise _translated(error) from error
+            translated = _translated(error)
+            if isinstance(translated, Overloaded):
+                self._refusal = translated
+                self._refused_until = time.monotonic() + _SPARED * translated.retry_after_s
+            raise translated from error
+        finally:
+            await stream.aclose()
+
+    def check_load(self) -> None:
+        """Raise Overloaded if a replica has just refused a call: to route one would only slow the others down."""
+        if self._refusal is not None and time.monotonic() < self._refused_until:
+            raise Overloaded(str(self._refusal), retry_after_s=self._refusal.retry_after_s)
 
     async def describe(self) -> CatalogDescription:
         """The catalog; its `adapters` with those that only the store has."""
         try:
-            catalog: CatalogDescription = await self._retriever.describe.remote()
+            catalog: CatalogDescription = await answered(
+                self._retriever.describe.remote, timeout_s=self._config.api.first_token_s
+            )
         except Exception as error:
             raise _translated(error) from error
         try:

@@ -17,6 +17,8 @@ class EngineConfig:
         max_queue: requests that may wait, beside those that run.
         prefill_tokens: prompt tokens processed in one step at most.
         max_rank: the largest adapter rank served.
+        max_slowdown: a request is refused if it would take more than this many times as long as alone; None refuses
+            by `max_queue` only.
         adapter_bytes: bytes of adapters resident on the device at most; None takes a quarter of what is free on a
             GPU once the model and the cache are there, and 1 GiB on a CPU.
     """
@@ -27,6 +29,7 @@ class EngineConfig:
     prefill_tokens: int = 512
     max_rank: int = 128
     adapter_bytes: int | None = None
+    max_slowdown: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -11,6 +11,7 @@ import asyncio
 import queue
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from weakref import WeakValueDictionary
@@ -23,9 +24,10 @@ from lorauter.engine.graphs import NOT_FINITE, DecodeGraphs, Flight
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.lora import LoraBatch
 from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
+from lorauter.engine.pace import Pace
 from lorauter.engine.sampling import sample
 from lorauter.engine.sequence import ActiveSequence, Sink
-from lorauter.engine.slots import AdapterKey, AdapterSlots, Mixture, PackedAdapter
+from lorauter.engine.slots import AdapterKey, AdapterSlots, Mixture, PackedAdapter, default_budget
 from lorauter.engine.stacks import to_device
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Completion, FinishReason, GenerationRequest
@@ -63,11 +65,12 @@ class MultiLoraEngine:
         )
         self.slots = AdapterSlots(
             model.shape,
-            budget_bytes=self.config.adapter_bytes or _default_adapter_bytes(model.device),
+            budget_bytes=self.config.adapter_bytes or default_budget(model.device),
             max_rank=self.config.max_rank,
             dtype=model.dtype,
             device=model.device,
         )
+        self.pace = Pace(self.config.max_batch, self.config.max_slowdown)
         self._graphs = DecodeGraphs(model, self._cache, self.config.max_batch) if on_gpu else None
         self._flights: deque[tuple[list[ActiveSequence], Flight]] = deque()  # steps whose tokens are not taken yet
         self._graph_rows: list[ActiveSequence] = []  # whose next tokens the graphs' buffers hold
@@ -184,11 +187,14 @@ class MultiLoraEngine:
             sink,
             self.codec.stream(sampling.stop),
             random.Random(sampling.seed),
-            list(request.prompt),
+            [*request.prompt, *request.generated],
             limit=min(self.max_model_len, prompt + sampling.max_tokens),
             adapters=[packed for packed, _ in mixture],
             mixture=tuple((packed.key, weight) for packed, weight in mixture),
         )
+        for token in request.generated:  # their text is known, and their random numbers are drawn
+            sequence.text.push(token)
+            sequence.random.random()
         with self._wake:
             if wait:
                 self._wake.wait_for(lambda: self._closed or not self._full)
@@ -199,6 +205,8 @@ class MultiLoraEngine:
                     f"{len(self._rows)} requests run and {len(self._waiting)} wait, and no more may; try again later",
                     retry_after_s=_RETRY_AFTER_S,
                 )
+            if not wait and not request.generated:  # what has begun elsewhere is to end
+                self.pace.check(len(self._rows) + len(self._waiting) + 1)
             self._waiting.append(sequence)
             self._wake.notify_all()
         return sequence
@@ -221,7 +229,9 @@ class MultiLoraEngine:
                     self._drop_cancelled()
                     self._admit()
                     if self._rows:
-                        self._step()
+                        started = time.perf_counter()
+                        work = self._step()
+                        self.pace.step(*work, time.perf_counter() - started)
                 except Exception as error:  # noqa: BLE001 (one bad step must not end the service)
                     self._flights.clear()
                     for sequence in self._rows:
@@ -270,7 +280,7 @@ class MultiLoraEngine:
             try:
                 soon = {key for other in blocked or [sequence] for key, _ in other.mixture}
                 admitted = self.slots.acquire(sequence.adapters, wanted_soon=soon)
-            except Exception as error:  # noqa: BLE001 (out of device memory, say: this request's trouble alone)
+            except Exception as error:  # noqa: BLE001 (this request's trouble alone)
                 self._deliver(sequence, error)
             else:
                 if not admitted:
@@ -285,26 +295,29 @@ class MultiLoraEngine:
                     self._rows.append(sequence)
                 self._wake.notify_all()
 
-    def _step(self) -> None:
+    def _step(self) -> tuple[int, int]:
+        """One step; returns how many rows decoded and how many prompt tokens went through."""
         decoding = sum(sequence.decoding for sequence in self._rows)
         if self._flights and (self._rows_changed or decoding < len(self._rows)):
             self._land()  # what it ends changes the rows again
-            return
+            return 0, 0
         if self._graphs is None:
-            self._packed_step(decoding)
-            return
+            return decoding, self._packed_step(decoding)
         if self._rows_changed:
             self._lora = self.slots.batch([sequence.mixture for sequence in self._rows])
             self._rows_changed = False
             self._graphs.set_mixtures(self._lora)
+        prompt_tokens = 0
         if decoding < len(self._rows):
-            self._packed_step(decoding, prompts_only=True)
+            prompt_tokens = self._packed_step(decoding, prompts_only=True)
         # What a prompt has ended leaves the rows as they were planned, or changes them: then the next step decodes.
-        if decoding and not self._rows_changed:
-            self._graph_step(self._graphs, self._rows[:decoding])
+        if not decoding or self._rows_changed:
+            return 0, prompt_tokens
+        self._graph_step(self._graphs, self._rows[:decoding])
+        return decoding, prompt_tokens
 
-    def _packed_step(self, decoding: int, *, prompts_only: bool = False) -> None:
-        """One forward pass of prompt pieces and, unless a graph does it, of the decoding rows."""
+    def _packed_step(self, decoding: int, *, prompts_only: bool = False) -> int:
+        """One forward pass of prompt pieces, whose tokens it counts, and, unless a graph does it, of decoding rows."""
         spans = self._plan_prefill(decoding)
         batch, sampled = self._pack(0 if prompts_only else decoding, spans)
         logits = self.decoder.forward(batch, self._cache)
@@ -313,6 +326,7 @@ class MultiLoraEngine:
         for sequence in self._rows[: batch.decoding]:
             sequence.cached += 1
         self._advance([self._rows[row] for row in sampled], self._sample(sampled, logits))
+        return sum(span.length for span in spans)
 
     def _graph_step(self, graphs: DecodeGraphs, rows: list[ActiveSequence]) -> None:
         """Decode by a graph. Greedy rows go on before the last step's tokens are taken: device and host overlap."""
@@ -460,9 +474,11 @@ class MultiLoraEngine:
 
     def _remove(self, row: int) -> None:
         """Free a row, keeping the rows dense and the decoding ones first."""
-        if not self._rows[row].sound:
-            self._cache.clear(row, len(self._rows[row].tokens))
-        self.slots.release([key for key, _ in self._rows[row].mixture])
+        sequence = self._rows[row]
+        if not sequence.sound:
+            self._cache.clear(row, len(sequence.tokens))
+        self.slots.release([key for key, _ in sequence.mixture])
+        self.pace.answered(len(sequence.request.prompt), len(sequence.tokens) - len(sequence.request.prompt))
         decoding = sum(sequence.decoding for sequence in self._rows)
         if row < decoding:
             self._move(decoding - 1, row)
@@ -484,7 +500,3 @@ class MultiLoraEngine:
             sequence.sink(item)
         except RuntimeError:  # the event loop that waited is gone
             sequence.cancelled = True
-
-
-def _default_adapter_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 1 << 30

@@ -14,6 +14,7 @@ from lorauter.engine.config import EngineConfig
 from lorauter.engine.engine import MultiLoraEngine
 from lorauter.engine.model import Decoder
 from lorauter.engine.text import TextCodec
+from lorauter.engine.types import GenerationRequest, SamplingParams
 from lorauter.errors import ConfigError
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
@@ -39,6 +40,20 @@ def load_engine(
     """
     decoder, codec = load_decoder(model, device=device, dtype=dtype, threads=threads, aliases=aliases)
     return MultiLoraEngine(decoder, codec, config)
+
+
+def warm_up(engine: MultiLoraEngine) -> None:
+    """Run batches of several sizes, so that the first requests find kernels and graphs ready, and `engine.pace` known.
+
+    Takes seconds on a CPU.
+    """
+    prompt = (0,) * min(32, engine.max_model_len - 1)
+    request = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
+    size = 1
+    while size < engine.config.max_batch:
+        engine.generate([request] * size)
+        size *= 2
+    engine.generate([request] * engine.config.max_batch)
 
 
 def load_decoder(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from lorauter.adapters.counters import TierCounters
 from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine.lora import LoraBatch, mix
-from lorauter.engine.stacks import FREE, make_groups
+from lorauter.engine.stacks import FREE, Stack, make_groups
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 AdapterKey = tuple[str, str]
@@ -107,6 +108,7 @@ class AdapterSlots:
         self._resident: dict[AdapterKey, _Resident] = {}
         self._free_slots: list[int] = []
         self._clock = 0
+        self._tight = False  # the device had no memory for more, and no request has let go of any since
         self.counters = TierCounters()
 
     @property
@@ -146,11 +148,32 @@ class AdapterSlots:
     def acquire(self, adapters: Sequence[PackedAdapter], *, wanted_soon: Container[AdapterKey] = ()) -> bool:
         """Make adapters resident and pin them; False, and nothing pinned, if running requests hold the room.
 
-        Of what may leave, the least recently used goes first, but what is wanted soon only after all the rest.
+        Of what may leave, the least recently used goes first, but what is wanted soon only after all the rest. Where
+        the device has no memory for what the budget allows, the columns that are there have to do.
+
+        Raises:
+            AdapterUnavailable: they are too few even with nothing else in them.
         """
+        if self._tight and not self.has(packed.key for packed in adapters):
+            return False
+        try:
+            return self._acquire(adapters, wanted_soon, self.budget_bytes)
+        except torch.OutOfMemoryError:
+            there = sum(stack.capacity * stack.column_bytes for stack in self.stacks.values())
+        with suppress(torch.OutOfMemoryError):
+            if self._acquire(adapters, wanted_soon, there):
+                return True
+        self._tight = any(resident.pins for resident in self._resident.values())
+        if not self._tight:
+            raise AdapterUnavailable("the device has no memory left for it", adapter=adapters[-1].name)
+        return False
+
+    def _acquire(
+        self, adapters: Sequence[PackedAdapter], wanted_soon: Container[AdapterKey], budget_bytes: int
+    ) -> bool:
         wanted = {packed.key: packed for packed in adapters}
         missing = [packed for key, packed in wanted.items() if key not in self._resident]
-        excess = self.used_bytes + sum(self._cost(packed.ranks) for packed in missing) - self.budget_bytes
+        excess = self.used_bytes + sum(self._cost(packed.ranks) for packed in missing) - budget_bytes
         leaving = []
         for key in sorted(self.resident, key=lambda key: key in wanted_soon):
             if excess <= 0:
@@ -177,6 +200,7 @@ class AdapterSlots:
 
     def release(self, keys: Sequence[AdapterKey]) -> None:
         """Undo one `acquire` of these adapters; they stay resident until their room is needed."""
+        self._tight = False
         for key in set(keys):
             self._resident[key].pins -= 1
 
@@ -217,11 +241,20 @@ class AdapterSlots:
         needed = stack.used() + rank
         if needed <= stack.capacity:
             return
-        self._generation += 1
         others = [other for other in self.stacks.values() if other is not stack]
         if sum(s.capacity * s.column_bytes for s in others) + needed * stack.column_bytes > self.budget_bytes:
             for other in others:
-                other.resize(other.used())
+                self._resize(other, other.used())
         room = (self.budget_bytes - sum(s.capacity * s.column_bytes for s in others)) // stack.column_bytes
         first = _FIRST_COLUMNS_GPU if self._device.type == "cuda" else _FIRST_COLUMNS
-        stack.resize(max(needed, min(room, max(first, 2 * stack.capacity))))
+        self._resize(stack, max(needed, min(room, max(first, 2 * stack.capacity))))
+
+    def _resize(self, stack: Stack, capacity: int) -> None:
+        if capacity != stack.capacity:
+            stack.resize(capacity)
+            self._generation += 1  # last: what has failed has changed nothing
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes for adapters where no setting says how many: a quarter of what a GPU has free, or 1 GiB."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 1 << 30

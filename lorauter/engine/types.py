@@ -60,15 +60,20 @@ class GenerationRequest:
             every adapted layer computes `y = W x + sum_k w_k s_k B_k A_k x`. An adapter that serves many requests is
             best packed once (`MultiLoraEngine.pack`).
         sampling: how tokens are chosen.
+        generated: the answer's first tokens, which another engine has made: what comes is what would have come after
+            them. Repeatable sampling needs a seed.
     """
 
     prompt: tuple[int, ...]
     adapters: tuple[tuple[LoraWeights | PackedAdapter, float], ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    generated: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
+        if len(self.generated) >= self.sampling.max_tokens:
+            raise InvalidRequest("as many tokens as max_tokens are generated already", param="generated")
         for weights, weight in self.adapters:
             if not math.isfinite(weight):
                 raise InvalidRequest(f"the weight of adapter {weights.name!r} is {weight}", param="adapters")
@@ -106,7 +111,7 @@ class Engine(Protocol):
         """The answer as it comes. Closing the iterator cancels the request.
 
         Raises (on the first step):
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, or too long for `max_slowdown`.
             ContextLengthExceeded: the prompt leaves no room for an answer.
             AdapterRejected, AdapterUnavailable: an adapter does not fit the model or the memory.
         """

@@ -51,12 +51,14 @@ class FakeService:
 
     Attributes:
         route_error: raised by `route`, `describe` and `check_ready`.
+        load_error: raised by `check_load`.
         first_error: raised by `generate` at once.
         late_error: raised by `generate` after its first chunk.
         pause: awaited by `generate` after its first chunk.
     """
 
     route_error: Exception | None = None
+    load_error: Exception | None = None
     first_error: Exception | None = None
     late_error: Exception | None = None
     pause: Callable[[], Awaitable[object]] | None = None
@@ -70,6 +72,10 @@ class FakeService:
         await self.check_ready()
         self.routed.append((list(texts), options))
         return [DECISION] * len(texts)
+
+    def check_load(self) -> None:
+        if self.load_error:
+            raise self.load_error
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         self.calls.append(call)
@@ -587,6 +593,16 @@ def test_the_other_endpoints_tell_of_errors_likewise(
         assert refused(send(service, "GET", path), status, code)["type"] == kind
     assert refused(post(service, ROUTE, {"input": "a"}), status, code)["message"] == str(error)
     assert send(service, "GET", "/v1/models/base").status_code == 200
+
+
+@BOTH
+def test_where_the_replicas_are_full_nothing_is_routed(path: str, body: Any) -> None:
+    service = FakeService(load_error=Overloaded("full", retry_after_s=2))
+    response = post(service, path, body())
+    refused(response, 429, "overloaded")
+    assert response.headers["retry-after"] == "2"
+    assert (service.routed, service.calls) == ([], [])
+    assert post(service, ROUTE, {"input": "a"}).status_code == 200
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.0, "1"), (0.4, "1"), (1.0, "1"), (1.2, "2"), (2.5, "3")])

@@ -308,6 +308,69 @@ def test_a_failing_acquire_fails_its_own_request_alone(pool, start, paced, monke
     assert after.token_ids == pool.continued("llama", prompt, 20)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("known", [1, 6, 19])
+def test_an_answer_goes_on_where_another_engine_left_it(pool, start, sampling, known):
+    mixture, sampling = (("one-layer", 1.5),), SamplingParams(max_tokens=20, stop=("never",), **sampling)
+    whole, other = (GenerationRequest(prompt, pool.mix(mixture), sampling) for prompt in (prompts()[1], prompts()[4]))
+    first, second = start(pool.decoder("llama")), start(pool.decoder("llama"), prefill_tokens=7)
+    [expected] = first.generate([whole])
+    rest, _ = second.generate([replace(whole, generated=expected.token_ids[:known]), other])
+    assert rest.token_ids == expected.token_ids[known:]
+    assert expected.text.endswith(rest.text)
+    assert rest.finish_reason == expected.finish_reason
+
+
+def test_an_answer_that_is_whole_goes_no_further():
+    with pytest.raises(InvalidRequest, match="already"):
+        replace(ask("a", max_tokens=2), generated=(1, 2))
+
+
+def test_out_of_memory_at_admission_is_told_and_harms_nobody(pool, start, monkeypatch):
+    """The request whose adapter has no room hears of it, the others are answered right, and nothing leaks."""
+    engine = start(pool.decoder("llama"), max_batch=4)
+    prompt, sampling = prompts()[0], SamplingParams(max_tokens=12, ignore_eos=True)
+    small, wide = (("one-layer", 1.0),), (("patterns", 1.0), ("mlp-rslora", 0.5))
+    requests = [GenerationRequest(prompt, pool.mix(m), sampling) for m in (small, wide, (), small)]
+    assert together(engine, requests[0])[0].token_ids == pool.continued("llama", prompt, 12, small)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("the device is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorauter.engine.stacks.Stack.resize", full)
+        for _ in range(3):
+            answers = together(engine, *requests)
+            assert isinstance(answers[1], AdapterUnavailable)
+            assert "mlp-rslora" in str(answers[1])
+            expected = [pool.continued("llama", prompt, 12, mixture) for mixture in (small, (), small)]
+            assert [answers[i].token_ids for i in (0, 2, 3)] == expected
+    assert engine.load == (0, 0)
+    answers = together(engine, *requests)  # there is memory again, and no pin was leaked
+    assert answers[1].token_ids == pool.continued("llama", prompt, 12, wide)
+    engine.check_health()
+
+
+def test_who_would_take_too_long_is_refused(start, counting, paced):
+    decoder = paced(counting)
+    engine = start(decoder, max_batch=4, max_slowdown=2.0)
+    engine.pace.answered(10, 10)
+    for rows, seconds in ((1, 0.1), (2, 0.15), (4, 0.25)):
+        engine.pace.step(rows, 0, seconds)
+
+    async def run():
+        asked = [asyncio.create_task(collect(engine, ask("a", max_tokens=2))) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        decoder.permits.release(100)
+        return await gather(*asked)
+
+    answers = asyncio.run(run())
+    assert [type(answer) for answer in answers] == [Completion] * 3 + [Overloaded] * 2
+    assert "2.5 times" in str(answers[-1])
+    assert answers[-1].retry_after_s == pytest.approx(2.0)
+    assert len(engine.generate([ask("a", max_tokens=2)] * 9)) == 9  # who waits for a place is not refused
+
+
 def test_a_failing_step_fails_who_is_running_alone(start, counting, paced):
     decoder = paced(counting)
     engine = start(decoder, max_batch=2)

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams, load_engine
+from lorauter.engine.load import warm_up
 from lorauter.errors import AdapterRejected, ConfigError
 
 
@@ -48,6 +49,13 @@ def test_settings_reach_the_engine(pool, folder, made, dtype):
         assert len(answer.token_ids) == 4
     finally:
         engine.close()
+
+
+def test_warming_up_tells_the_engine_its_pace(pool, start):
+    engine = start(pool.decoder("llama"), max_batch=3, max_model_len=20)
+    warm_up(engine)
+    assert 0 < engine.pace.seconds(1) < engine.pace.seconds(6)
+    assert engine.load == (0, 0)
 
 
 def test_what_is_no_model_is_a_wrong_setting(tmp_path):

@@ -88,32 +88,46 @@ def cli(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
-def service(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def published(s3_server: Any) -> str:
+    """The URI below which the store holds the example `adapters` and their `catalog`."""
+    uri: str = s3_server.bucket(BUCKET)
+    pushed = cli("adapters", "push", "examples/adapters", "--to", f"{uri}/adapters", **s3_server.env)
+    assert pushed.returncode == 0, pushed.stderr
+    built = cli(
+        *("catalog", "build", "--tasks", "examples/tasks"),
+        *("--adapters", f"{uri}/adapters", "--out", f"{uri}/catalog"),
+        **s3_server.env,
+    )
+    assert built.returncode == 0, built.stderr
+    return uri
+
+
+@pytest.fixture(scope="session")
+def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     work = tmp_path_factory.mktemp("service")
-    uri = s3_server.bucket(BUCKET)
+    uri = published
     with pytest.MonkeyPatch.context() as patch:
         admin = {ADMIN_KEY_SHA256: hashlib.sha256(ADMIN_KEY.encode()).hexdigest()}
         for name, value in {**s3_server.env, **admin, "RAY_USAGE_STATS_ENABLED": "0"}.items():
             patch.setenv(name, value)
-        pushed = cli("adapters", "push", "examples/adapters", "--to", f"{uri}/adapters")
-        assert pushed.returncode == 0, pushed.stderr
-        built = cli(
-            *("catalog", "build", "--tasks", "examples/tasks"),
-            *("--adapters", f"{uri}/adapters", "--out", f"{uri}/catalog"),
-        )
-        assert built.returncode == 0, built.stderr
         config = AppConfig.parse(
             {
                 "adapters": f"{uri}/adapters",
                 "catalog": f"{uri}/catalog",
                 "catalog_refresh_s": 1,
-                "engine": {"max_batch": 8, "max_model_len": 1024, "max_queue": 16, "max_rank": 32},
+                "engine": {
+                    "max_batch": 8,
+                    "max_model_len": 1024,
+                    "max_queue": 16,
+                    "max_rank": 32,
+                    "max_slowdown": None,
+                },
                 "cache": {"directory": str(work / "disk"), "revalidate_s": 0.5},
                 "api": {"max_body_bytes": 100_000},
             }
         )
         port = _free_port()
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
         serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter")
         yield Service(

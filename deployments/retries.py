@@ -1,0 +1,121 @@
+"""Calls that outlive what they were sent to: what is sent again, how often, and until when.
+
+A call is sent again only if the replica or its node is gone; what a replica has said, be it an error, counts. An
+answer that was under way goes on from its last token on another replica, so that nothing comes twice. Knows nothing
+of which deployment is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+
+from deployments.calls import Admitted, GenerateCall
+from lorauter.engine.types import Chunk
+from lorauter.errors import ServiceUnavailable
+
+_ATTEMPTS = 3  # a request that kills whoever takes it must not get through them all
+_PAUSE_S = 0.1  # before the second attempt; it doubles
+
+
+async def answered(send: Callable[[], Any], *, timeout_s: float) -> Any:
+    """The result of a call that may be made more than once.
+
+    Args:
+        send: makes the call; returns a DeploymentResponse.
+        timeout_s: for all attempts together, the wait for a new replica included.
+
+    Raises:
+        ServiceUnavailable: no answer in time.
+        Exception: what the replica raised, or the last of Ray's own errors.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            for attempt in range(_ATTEMPTS):
+                response = send()
+                try:
+                    return await response
+                except (Exception, asyncio.CancelledError) as error:
+                    if _cancelled(error):
+                        response.cancel()
+                        raise
+                    if attempt == _ATTEMPTS - 1 or not _is_gone(error):
+                        raise _named(error) from error
+                await asyncio.sleep(_PAUSE_S * 2**attempt)
+    except TimeoutError as error:
+        raise ServiceUnavailable(f"no replica has answered within {timeout_s:g} s") from error
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+async def generated(
+    send: Callable[[GenerateCall], Any], call: GenerateCall, *, timeout_s: float
+) -> AsyncGenerator[Admitted | Chunk]:
+    """An answer's stream: `Admitted` once, and every chunk once, whichever replicas it takes.
+
+    Args:
+        send: makes a streaming call; returns a DeploymentResponseGenerator.
+        call: what is asked. Without a seed it gets one, so that another replica would draw the same.
+        timeout_s: until each replica's first token, the wait for a replica included.
+
+    Raises:
+        ServiceUnavailable: no token in time, or an adapter was replaced between two replicas of one answer.
+        Exception: what the replica raised, or the last of Ray's own errors.
+    """
+    if call.sampling.temperature > 0 and call.sampling.seed is None:
+        call = replace(call, sampling=replace(call.sampling, seed=random.getrandbits(63)))
+    admitted: Admitted | None = None
+    ended = False
+    for attempt in range(_ATTEMPTS):
+        stream = send(call)
+        try:
+            first = await _first(stream, timeout_s)
+            if admitted is None:
+                admitted = first
+                yield admitted
+            elif admitted.versions != first.versions:
+                stream.cancel()
+                raise ServiceUnavailable("the replica died, and an adapter was replaced meanwhile; ask again")
+            async for chunk in stream:
+                call = replace(call, generated=(*call.generated, *chunk.token_ids))
+                ended = chunk.finish_reason is not None
+                yield chunk
+            return
+        except (Exception, asyncio.CancelledError, GeneratorExit) as error:
+            if isinstance(error, GeneratorExit) or _cancelled(error):
+                stream.cancel()
+                raise
+            if ended:  # all of it was there
+                return
+            if attempt == _ATTEMPTS - 1 or not _is_gone(error):
+                raise _named(error) from error
+        await asyncio.sleep(_PAUSE_S * 2**attempt)
+
+
+async def _first(stream: Any, timeout_s: float) -> Any:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await anext(stream)
+    except TimeoutError as error:
+        stream.cancel()
+        raise ServiceUnavailable(f"no replica has begun to answer within {timeout_s:g} s") from error
+
+
+def _cancelled(error: BaseException) -> bool:
+    """Whether the caller is cancelled, and not the call on its dying replica, which Serve tells in the same way."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether this is Ray's word on a dead or unreachable replica, and not the replica's own."""
+    return isinstance(error, RayError | asyncio.CancelledError) and not isinstance(error, RayTaskError)
+
+
+def _named(error: BaseException) -> Exception:
+    """An error that no event loop takes for its own."""
+    return error if isinstance(error, Exception) else ServiceUnavailable("the request was cancelled on its replica")

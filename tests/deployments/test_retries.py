@@ -1,0 +1,178 @@
+"""What is sent again when a replica dies, and what is not; with replicas that are a few lines long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+import deployments.retries
+from deployments.calls import Admitted, GenerateCall, Prompt
+from deployments.retries import answered, generated
+from lorauter.engine import Chunk, SamplingParams
+from lorauter.errors import Overloaded, ServiceUnavailable
+
+GONE = [ActorDiedError(), ActorUnavailableError("away", b"0" * 16), asyncio.CancelledError()]
+ANSWER = [Chunk(letter, (i,), "length" if i == 4 else None) for i, letter in enumerate("abcde")]
+CALL = GenerateCall(Prompt(text="?"), (("one", 1.0),), SamplingParams(max_tokens=5))
+HANG = "hang"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployments.retries, "_PAUSE_S", 0)
+
+
+@dataclass
+class Replicas:
+    """Calls in turn: each outcome is an error, a value, or how many chunks come before which error."""
+
+    outcomes: list[Any]
+    calls: list[GenerateCall] = field(default_factory=list)
+    cancelled: int = 0
+    version: str = "v1"
+
+    def send(self, *call: GenerateCall) -> Response:
+        self.calls += call
+        return Response(self, self.outcomes.pop(0), *call)
+
+
+class Response:
+    def __init__(self, replicas: Replicas, outcome: Any, call: GenerateCall | None = None) -> None:
+        self._replicas = replicas
+        self._stream = self._say(outcome, call) if call is not None else None
+        self._outcome = outcome
+
+    def __await__(self) -> Any:
+        return self._answer().__await__()
+
+    async def _answer(self) -> Any:
+        if self._outcome == HANG:
+            await asyncio.sleep(60)
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+    async def _say(self, outcome: Any, call: GenerateCall) -> AsyncGenerator[Any]:
+        chunks, error = outcome if isinstance(outcome, tuple) else (5, outcome)
+        if chunks:
+            yield Admitted(3, (self._replicas.version,))
+        for chunk in ANSWER[len(call.generated) : chunks]:
+            yield chunk
+        if error == HANG:
+            await asyncio.sleep(60)
+        if error is not None:
+            raise error
+
+    def __aiter__(self) -> Any:
+        return self
+
+    async def __anext__(self) -> Any:
+        assert self._stream is not None
+        return await anext(self._stream)
+
+    def cancel(self) -> None:
+        self._replicas.cancelled += 1
+
+
+def call(outcomes: Iterable[Any], timeout_s: float = 5) -> Any:
+    return asyncio.run(answered(Replicas(list(outcomes)).send, timeout_s=timeout_s))
+
+
+def listen(replicas: Replicas, call: GenerateCall = CALL, timeout_s: float = 5) -> list[Any]:
+    """All that comes, and the error that ends it."""
+    heard: list[Any] = []
+
+    async def run() -> None:
+        async for item in generated(replicas.send, call, timeout_s=timeout_s):
+            heard.append(item)  # noqa: PERF401 (what came before an error counts)
+
+    try:
+        asyncio.run(run())
+    except Exception as error:  # noqa: BLE001
+        heard.append(error)
+    return heard
+
+
+@pytest.mark.parametrize("error", GONE)
+def test_a_call_is_sent_again_while_replicas_die_but_not_forever(error: BaseException) -> None:
+    assert call([error, error, "answer"]) == "answer"
+    with pytest.raises(ServiceUnavailable if isinstance(error, asyncio.CancelledError) else type(error)):
+        call([error] * 3 + ["too late"])
+
+
+@pytest.mark.parametrize("error", [Overloaded("full", retry_after_s=1), RayTaskError("f", "", ValueError("x"))])
+def test_what_a_replica_has_said_is_not_asked_again(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        call([error, "another answer"])
+    assert [type(item) for item in listen(Replicas([(0, error), None]))] == [type(error)]
+    assert [type(item) for item in listen(Replicas([(2, error), None]))] == [Admitted, Chunk, Chunk, type(error)]
+
+
+def test_nobody_waits_longer_than_said() -> None:
+    replicas = Replicas([HANG])
+    with pytest.raises(ServiceUnavailable, match=r"0\.01 s"):
+        asyncio.run(answered(replicas.send, timeout_s=0.01))
+    assert replicas.cancelled == 1
+    replicas = Replicas([(0, HANG)])
+    [error] = listen(replicas, timeout_s=0.01)
+    assert isinstance(error, ServiceUnavailable)
+    assert replicas.cancelled == 1
+
+
+@pytest.mark.parametrize("error", GONE)
+@pytest.mark.parametrize("deaths", [[0], [1], [3], [1, 4], [0, 0], [2, 2], [5]])
+def test_an_answer_goes_on_from_its_last_token(deaths: list[int], error: BaseException) -> None:
+    replicas = Replicas([*((said, error) for said in deaths), None])
+    assert listen(replicas) == [Admitted(3, ("v1",)), *ANSWER]
+    said = [0] + [death for death in deaths if death < 5]
+    assert [len(sent.generated) for sent in replicas.calls] == said
+
+
+def test_an_answer_survives_few_deaths_only() -> None:
+    heard = listen(Replicas([(1, GONE[0]), (2, GONE[0]), (3, GONE[0]), None]))
+    assert heard[:-1] == [Admitted(3, ("v1",)), *ANSWER[:3]]
+    assert heard[-1] is GONE[0]
+
+
+def test_an_answer_does_not_go_on_under_another_version_of_its_adapter() -> None:
+    replicas = Replicas([(2, GONE[0]), None])
+    versions = iter(["v1", "v2"])
+    send = replicas.send
+
+    def send_to_next(call: GenerateCall) -> Response:
+        replicas.version = next(versions)
+        return send(call)
+
+    replicas.send = send_to_next  # type: ignore[method-assign]
+    heard = listen(replicas)
+    assert heard[:-1] == [Admitted(3, ("v1",)), *ANSWER[:2]]
+    assert isinstance(heard[-1], ServiceUnavailable)
+
+
+def test_sampling_gets_a_seed_that_all_replicas_share() -> None:
+    replicas = Replicas([(2, GONE[0]), None])
+    listen(replicas, GenerateCall(CALL.prompt, CALL.adapters, SamplingParams(max_tokens=5, temperature=1.0)))
+    first, second = (sent.sampling.seed for sent in replicas.calls)
+    assert first is not None
+    assert first == second
+    replicas = Replicas([None])
+    listen(replicas, GenerateCall(CALL.prompt, CALL.adapters, SamplingParams(max_tokens=5, temperature=1.0, seed=3)))
+    assert replicas.calls[0].sampling.seed == 3
+
+
+def test_who_stops_listening_cancels_the_call() -> None:
+    replicas = Replicas([(2, HANG)])
+
+    async def run() -> None:
+        stream = generated(replicas.send, CALL, timeout_s=5)
+        await anext(stream)
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(run())
+    assert replicas.cancelled == 1

@@ -1,0 +1,100 @@
+"""Processes and nodes that die under load: no answer is lost, doubled or wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        await asyncio.sleep(0.02)
+
+
+def test_a_replica_killed_while_streaming(cluster: Any, clients: Any, stories: Any) -> None:
+    """What it was saying goes on, exactly, on the other one."""
+
+    async def run() -> Any:
+        async with clients.asking(stories, 4) as count:
+            await until(lambda: count.right >= 4 and count.under_way >= 3)
+            cluster.replicas("LoraModel")[0].kill()
+            right = count.right
+            await until(lambda: count.right >= right + 6)
+        return count
+
+    asyncio.run(run()).assert_all_right(at_least=10)
+
+
+def test_a_replica_killed_before_the_first_token(cluster: Any, clients: Any, unseen: Any) -> None:
+    """Requests that wait for their adapters there are sent to the other one."""
+    questions = unseen(4)
+
+    async def run() -> Any:
+        with cluster.s3:
+            cluster.s3.delay_s = 0.5
+            asking = asyncio.create_task(clients.ask_all(questions))
+            await asyncio.sleep(0.7)
+            assert not asking.done()
+            cluster.replicas("LoraModel")[0].kill()
+            return await asking
+
+    asyncio.run(run()).assert_all_right(at_least=4)
+
+
+@pytest.mark.parametrize("deployment", ["QueryEmbedder", "TaskRetriever"])
+def test_a_routing_replica_killed(cluster: Any, clients: Any, routed: Any, deployment: str) -> None:
+    """Queries wait for its successor."""
+
+    async def run() -> Any:
+        async with clients.asking(routed, 3) as count:
+            await until(lambda: count.right >= 3)
+            [replica] = cluster.replicas(deployment)
+            replica.kill()
+            await asyncio.sleep(0.5)
+            right = count.right
+            await until(lambda: count.right >= right + 6)
+        return count
+
+    asyncio.run(run()).assert_all_right(at_least=9)
+
+
+def test_node_caches_killed_while_they_fetch(cluster: Any, clients: Any, unseen: Any) -> None:
+    questions = unseen(6)
+
+    async def run() -> Any:
+        with cluster.s3:
+            cluster.s3.delay_s = 0.3
+            asking = asyncio.create_task(clients.ask_all(questions))
+            await asyncio.sleep(0.5)
+            caches = cluster.processes("AdapterCache")
+            assert caches
+            for cache in caches:
+                cache.kill()
+            return await asking
+
+    asyncio.run(run()).assert_all_right(at_least=6)
+
+
+def test_a_whole_node_killed(cluster: Any, clients: Any, stories: Any) -> None:
+    """The other node takes over what its replica was saying, and a new node serves again."""
+
+    async def run() -> Any:
+        async with clients.asking(stories, 4) as count:
+            await until(lambda: count.right >= 4 and count.under_way >= 3)
+            cluster.kill_node(cluster.replicas("LoraModel")[0])
+            right = count.right
+            await until(lambda: count.right >= right + 6)
+        return count
+
+    asyncio.run(run()).assert_all_right(at_least=10)
+    cluster.add_node()
+    cluster.wait_until_whole()
+    asyncio.run(clients.ask_all(stories)).assert_all_right(at_least=4)
