@@ -19,6 +19,8 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.config import CacheSettings
+from deployments.metrics import RayRecorder
+from deployments.samplers import Sampling, disk_sampler
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
 from lorauter.defaults import home
 from lorauter.errors import AdapterUnavailable
@@ -55,6 +57,7 @@ class AdapterCacheActor:
             revalidate_s=settings.revalidate_s,
             downloads=settings.downloads,
         )
+        self._sampling = Sampling(disk_sampler(self._cache, RayRecorder()))
 
     async def fetch(self, names: list[str]) -> list[LocalAdapter]:
         """Local copies of the adapters' current versions, all at once; the first failure is raised."""

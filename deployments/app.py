@@ -14,6 +14,7 @@ from ray.serve import Application
 
 from deployments.config import AppConfig, explain
 from deployments.embedder import QueryEmbedder
+from deployments.limits import limits_actor
 from deployments.model import LoraModel
 from deployments.retriever import TaskRetriever
 from deployments.router import Router
@@ -59,4 +60,5 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
         max_ongoing_requests=config.engine.max_batch + config.engine.max_queue,
         max_queued_requests=config.engine.max_queue,
     ).bind(config)
-    return deployment(Router).bind(config, embedder, retriever, model)
+    actors = {"deployment_actors": [limits_actor()]} if config.access.closed else {}
+    return deployment(Router, **actors).bind(config, embedder, retriever, model)

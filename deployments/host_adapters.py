@@ -71,6 +71,12 @@ class HostAdapters(Generic[P]):
         self._loading: dict[_Key, asyncio.Task[P]] = {}
         self.counters = TierCounters()
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many adapters are in memory, and their bytes; may be asked for by any thread."""
+        loaded = list(self._loaded.values())
+        return len(loaded), sum(packed.nbytes for packed in loaded)
+
     async def get(self, names: Sequence[str]) -> list[P]:
         """The current versions of the adapters.
 

@@ -13,6 +13,10 @@ from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.config import AppConfig
 from deployments.host_adapters import HostAdapters
+from deployments.logs import join_serve_logs
+from deployments.metrics import RayRecorder
+from deployments.samplers import Sampling, model_sampler
+from deployments.tracing import span
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine import Chunk, EngineConfig, GenerationRequest, load_engine
 from lorauter.errors import InvalidRequest
@@ -27,6 +31,7 @@ class LoraModel:
     """
 
     def __init__(self, config: AppConfig) -> None:
+        join_serve_logs()
         settings = config.engine
         self._engine = load_engine(
             resolve_model(config.base_model),
@@ -49,6 +54,7 @@ class LoraModel:
             budget_bytes=settings.host_bytes,
             revalidate_s=config.cache.revalidate_s,
         )
+        self._sampling = Sampling(model_sampler(self._engine, self._adapters, RayRecorder()))
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call; closing the stream cancels it.
@@ -67,15 +73,22 @@ class LoraModel:
             call.sampling,
         )
         stream = self._engine.stream(request)
-        try:
-            admitted = False
-            async for chunk in stream:
-                if not admitted:
-                    admitted = True
-                    yield Admitted(len(prompt))
-                yield chunk
-        finally:
-            await stream.aclose()
+        tokens = 0
+        with span("generate", current=False) as traced:
+            try:
+                admitted = False
+                async for chunk in stream:
+                    if not admitted:
+                        admitted = True
+                        yield Admitted(len(prompt))
+                    tokens += len(chunk.token_ids)
+                    yield chunk
+            finally:
+                if traced is not None:
+                    traced.set_attributes(
+                        {"prompt_tokens": len(prompt), "completion_tokens": tokens, "adapters": len(names)}
+                    )
+                await stream.aclose()
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         codec = self._engine.codec

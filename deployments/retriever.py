@@ -5,6 +5,8 @@ from __future__ import annotations
 from ray import serve
 
 from deployments.calls import CatalogDescription, Retrieval
+from deployments.logs import join_serve_logs
+from deployments.scope import within_scope
 from lorauter.catalog import Catalog
 from lorauter.encoder import Embeddings
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions
@@ -20,10 +22,12 @@ class TaskRetriever:
     """
 
     def __init__(self, catalog: str, config: RoutingConfig) -> None:
+        join_serve_logs()
         self._retriever = Retriever(Catalog.load(catalog), config)
 
     async def retrieve(self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]) -> Retrieval:
         """See `Retriever.retrieve`."""
+        options = [within_scope(self._retriever.catalog, option) for option in options]
         found = self._retriever.retrieve(embeddings, texts, options)
         return Retrieval(self._retriever.catalog.version, found)
 
