@@ -152,17 +152,15 @@ class Access:
         if self._file is None or now - self._checked < _RECHECK_S:
             return
         self._checked = now
+        stamp = _stamp(self._file)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
         try:
-            stamp = _stamp(self._file)
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
             self._load(self._file.read_text(), str(self._file))
             logger.info("read %d API keys from %s", len(self._rows), self._file)
         except (OSError, UnicodeDecodeError) as error:
-            if self._stamp is not None:
-                logger.error("the API keys stay as they are: %s cannot be read (%s)", self._file, type(error).__name__)
-            self._stamp = None  # it is read once it is back
+            logger.error("the API keys stay as they are: %s cannot be read (%s)", self._file, type(error).__name__)
         except ConfigError as error:
             logger.error("the API keys stay as they are: %s", error)
 
@@ -183,6 +181,10 @@ class Reservation:
             await self._limits.settle(f"{self._caller.name} tokens", difference, self._limit)
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file; None while there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

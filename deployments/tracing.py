@@ -79,7 +79,10 @@ def _span(name: str, *, current: bool) -> Iterator[Any]:
 
     attributes = {"request_id": _get_serve_request_context().request_id}
     if current:
-        with _tracer.start_as_current_span(name, attributes=attributes, record_exception=False) as made:
+        # An error's text stays out: it may quote what a client sent.
+        with _tracer.start_as_current_span(
+            name, attributes=attributes, record_exception=False, set_status_on_exception=False
+        ) as made:
             yield made
         return
     made = _tracer.start_span(name, attributes=attributes)

@@ -17,9 +17,8 @@ because they cross process boundaries.
     │   ├── AdapterNotFound
     │   ├── AdapterRejected     the adapter can never be served as it is
     │   └── AdapterUnavailable  the adapter cannot be had just now
-    ├── AccessError
-    │   ├── Unauthenticated     no valid key came with the request
-    │   └── PermissionDenied    the key may not do this
+    ├── Unauthenticated         no valid key came with the request
+    ├── PermissionDenied        the key may not do this
     ├── ServiceUnavailable      a part of the running service is down
     └── Overloaded              a queue is full; try again later
         └── RateLimited         the key's own limit is reached
@@ -127,15 +126,11 @@ class AdapterUnavailable(AdapterError):
     """The adapter exists, but cannot be fetched or placed at the moment."""
 
 
-class AccessError(LorauterError):
-    """The caller may not do what it asks for."""
-
-
-class Unauthenticated(AccessError):
+class Unauthenticated(LorauterError):
     """The request carries no key, or one that nobody has."""
 
 
-class PermissionDenied(AccessError):
+class PermissionDenied(LorauterError):
     """The caller is known, and has not the role that this takes."""
 
 

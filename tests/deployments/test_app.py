@@ -9,7 +9,7 @@ from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call_as_serve_does
 
 from deployments.app import DEPLOYMENTS, assemble, build
-from deployments.config import AppConfig
+from deployments.config import AccessSettings, AppConfig
 from lorauter.errors import ConfigError
 
 CONFIG = AppConfig(adapters="s3://bucket/adapters", catalog="s3://bucket/catalog")
@@ -49,6 +49,13 @@ def test_queues_follow_the_engines_settings_unless_overridden() -> None:
     model = found["LoraModel"]
     assert (model.max_ongoing_requests, model.max_queued_requests, model.num_replicas) == (8, 9, 2)
     assert found["Router"].num_replicas == 3
+
+
+def test_keys_bring_their_shared_counters() -> None:
+    secured = CONFIG.model_copy(update={"access": AccessSettings(keys_file="/etc/keys.yaml")})
+    [actor] = parts(assemble(secured, {}))["Router"]._deployment_config.deployment_actors
+    assert actor.name == "limits"
+    assert not parts(assemble(CONFIG, {}))["Router"]._deployment_config.deployment_actors
 
 
 def test_relative_folders_are_resolved_where_the_app_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from lorauter.tasks import read_task
 ROOT = Path(__file__).resolve().parents[2]
 CLI = Path(sys.executable).parent / "lorauter"
 BUCKET = "lorauter-test"
+LOGS = {"encoding": "JSON", "log_level": "INFO"}
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def service(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         )
         port = _free_port()
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-        serve.run(assemble(config, {}), name="lorauter")
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGS)
+        serve.run(assemble(config, {}), name="lorauter", logging_config=LOGS)
         yield Service(
             f"http://127.0.0.1:{port}", config, s3_server.root / BUCKET / "adapters", work / "disk" / "cache-0"
         )

@@ -1,0 +1,222 @@
+"""A second ingress of two replicas that asks for keys, before the same model: tenants, roles, limits, and the logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+import yaml
+from ray import serve
+
+from deployments.config import AccessSettings
+from deployments.limits import limits_actor
+from deployments.router import Router
+from lorauter.keys import hash_key, new_key
+
+pytestmark = pytest.mark.integration
+
+CANARY = "xylophagous-canary"
+QUESTION = f"Short movie review: a joy to watch, {CANARY}.\nDid the critic think positively or negatively of the movie?"
+
+
+@dataclass(frozen=True)
+class Secured:
+    url: str
+    file: Path
+    keys: dict[str, str]
+
+    def client(self, name: str, **headers: str) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.keys[name]}", **headers}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+
+    def ask(self, name: str, model: str = "lorauter", **options: Any) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4, **options}
+        with self.client(name) as client:
+            return client.post("/v1/chat/completions", json=body)
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "films": {"adapters": ["sst*", "senti*"]},
+    "few": {"requests_per_minute": 5},
+    "frugal": {"tokens_per_minute": 120},
+    "operator": {"roles": ["admin"]},
+}
+
+
+def write(file: Path, keys: dict[str, str]) -> None:
+    rows = [{"name": name, "sha256": hash_key(key), **ROWS.get(name, {})} for name, key in keys.items()]
+    partial = file.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(rows))
+    partial.replace(file)
+
+
+@pytest.fixture(scope="module")
+def secured(service: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    file = tmp_path_factory.mktemp("access") / "keys.yaml"
+    keys = {name: new_key() for name in ROWS}
+    write(file, keys)
+    config = service.config.model_copy(update={"access": AccessSettings(keys_file=str(file))})
+    below = [serve.get_deployment_handle(name, "lorauter") for name in ("QueryEmbedder", "TaskRetriever", "LoraModel")]
+    router = Router.options(
+        num_replicas=2, ray_actor_options={"num_cpus": 0.1}, deployment_actors=[limits_actor()]
+    ).bind(config, *below)
+    serve.run(router, name="secured", route_prefix="/secured", logging_config={"encoding": "JSON"})
+    yield Secured(f"{service.url}/secured", file, keys)
+    serve.delete("secured")
+
+
+def test_no_key_no_answer(secured: Secured) -> None:
+    with httpx.Client(base_url=secured.url, timeout=60) as client:
+        assert client.get("/healthz").status_code == 200
+        refused = client.get("/v1/models")
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{secured.url}/v1", api_key="lr-wrong", max_retries=0).models.list()
+    own = openai.OpenAI(base_url=f"{secured.url}/v1", api_key=secured.keys["all"], max_retries=0)
+    assert "sst2" in [model.id for model in own.models.list()]
+    assert secured.ask("operator").status_code == 403
+
+
+def test_a_tenant_gets_and_sees_its_own_adapters_alone(secured: Secured) -> None:
+    own = {"sst2", "sentiment140"}
+    texts = [
+        QUESTION,
+        "Translate to English: Ein Hund schläft.",
+        "Title: Anax\nText: A dragonfly.\nWhat kind of thing?",
+    ]
+    with secured.client("films") as client:
+        assert {row["id"] for row in client.get("/v1/models").json()["data"]} == {"lorauter", "base", *own}
+        assert {row["id"] for row in client.get("/v1/tasks").json()["data"]} == own
+        decisions = client.post("/v1/route", json={"input": texts}).json()["data"]
+        assert client.get("/v1/models/mrpc").status_code == 404
+        for options in ({}, {"allow_adapters": ["mrpc", "sst2"]}):
+            routed = client.post("/v1/route", json={"input": texts, **options}).json()["data"]
+            assert all({row["name"] for row in decision["adapters"]} <= own for decision in routed)
+            assert all({row["name"] for row in decision["tasks"]} <= own for decision in routed)
+    assert decisions[0]["adapters"][0]["name"] == "sst2"
+    with secured.client("all") as client:
+        everybody = client.post("/v1/route", json={"input": texts}).json()["data"]
+    assert everybody[1]["adapters"][0]["name"] == "multi30k_deen"
+    assert secured.ask("films", "sst2").status_code == 200
+    others, missing = secured.ask("films", "mrpc"), secured.ask("films", "no-such")
+    assert others.status_code == missing.status_code == 404
+    assert others.text.replace("mrpc", "no-such") == missing.text
+    by_hand = secured.ask("films", lorauter={"adapters": {"sst2": 0.5, "mrpc": 0.5}})
+    assert by_hand.status_code == 404
+    assert secured.ask("films").headers["x-lorauter-adapters"].startswith("s")
+
+
+def test_two_replicas_do_not_double_a_limit(secured: Secured) -> None:
+    def get(_: int) -> httpx.Response:
+        with secured.client("few") as client:
+            return client.post("/v1/route", json={"input": "Is the sky blue?"})
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(get, range(20)))
+    codes = [answer.status_code for answer in answers]
+    assert codes.count(200) == 5
+    assert codes.count(429) == 15
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert 1 <= int(refused.headers["retry-after"]) <= 12
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_tokens_are_counted_as_they_were(secured: Secured) -> None:
+    first = secured.ask("frugal", stream=True)
+    assert first.status_code == 200
+    codes = [secured.ask("frugal").status_code for _ in range(6)]
+    used = secured.ask("all").json()["usage"]["total_tokens"]
+    assert 0 < codes.count(200) <= 120 // used + 1
+    assert codes[-1] == 429
+
+
+def test_the_limits_come_back_when_their_actor_dies(secured: Secured) -> None:
+    rows = ray.util.list_named_actors(all_namespaces=True)
+    [row] = [row for row in rows if "limits" in row["name"]]
+    actor = ray.get_actor(row["name"], namespace=row["namespace"])
+    ray.kill(actor)
+    deadline = time.monotonic() + 60
+    while (answer := secured.ask("frugal")).status_code != 200:
+        assert answer.status_code in (429, 503), answer.text
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_a_changed_file_counts(secured: Secured) -> None:
+    keys = {name: key for name, key in secured.keys.items() if name != "operator"} | {"late": new_key()}
+    late = Secured(secured.url, secured.file, keys)
+
+    def statuses(who: Secured, name: str) -> set[int]:
+        """Of as many requests as meet both replicas."""
+        with who.client(name) as client:
+            return {client.get("/v1/models/base").status_code for _ in range(20)}
+
+    assert statuses(late, "late") == {401}
+    write(secured.file, keys)
+    deadline = time.monotonic() + 30
+    while statuses(late, "late") != {200}:
+        assert time.monotonic() < deadline
+    assert statuses(secured, "operator") == {401}
+    secured.file.write_text("[{name: broken")
+    time.sleep(1.2)
+    assert statuses(late, "late") == {200}
+
+
+def log_files() -> list[Path]:
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_one_id_on_the_lines_of_all_deployments_and_nothing_that_is_secret(secured: Secured) -> None:
+    request_id = f"test-{os.getpid()}"
+    body = {"model": "lorauter", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8}
+    with secured.client("all", **{"x-request-id": request_id}) as client:
+        answered = client.post("/v1/chat/completions", json=body)
+        streamed = client.post("/v1/chat/completions", json={**body, "stream": True})
+        client.post("/v1/completions", json={"model": "sst2", "prompt": QUESTION, "max_tokens": 1})
+        client.post("/v1/chat/completions", json={**body, "surprise": CANARY})
+        client.post("/v1/chat/completions", json={**body, "temperature": CANARY})
+        client.post("/v1/chat/completions", content=b'{"model": "' + CANARY.encode())
+        client.post("/v1/route", json={"input": [QUESTION, ""]})
+        client.post("/v1/completions", json={"model": "base", "prompt": f"{CANARY} " * 3000})
+        client.get("/v1/models", params={"q": CANARY})
+    assert answered.headers["x-request-id"] == request_id
+    assert streamed.status_code == 200
+    wrong = f"lr-{CANARY}"
+    httpx.get(f"{secured.url}/v1/models", headers={"Authorization": f"Bearer {wrong}"})
+    assert secured.ask("all").headers["x-request-id"] not in ("", request_id)
+    insane = httpx.get(f"{secured.url}/v1/models", headers={"x-request-id": "x" * 300})
+    assert insane.status_code == 400
+    time.sleep(1)
+
+    seen: dict[str, list[dict[str, Any]]] = {}
+    for path in log_files():
+        text = path.read_bytes().decode(errors="replace")
+        assert CANARY not in text, path
+        for key in secured.keys.values():
+            assert key not in text, path
+        if path.parent.name == "serve":
+            for line in text.splitlines():
+                if request_id in line:
+                    row = json.loads(line)
+                    if row.get("request_id") == request_id:
+                        seen.setdefault(row.get("deployment", row.get("component_name")), []).append(row)
+    assert set(seen) >= {"Router", "QueryEmbedder", "TaskRetriever", "LoraModel", "proxy"}, set(seen)
+    [line] = [row for row in seen["Router"] if row.get("model") == "lorauter"][:1]
+    assert line["endpoint"] == "/v1/chat/completions"
+    assert (line["status"], line["key_name"]) == (200, "all")
+    assert line["completion_tokens"] == answered.json()["usage"]["completion_tokens"]
+    assert 0 < line["first_token_seconds"] <= line["seconds"]
