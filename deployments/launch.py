@@ -26,6 +26,7 @@ from ray.serve.schema import (
     HTTPOptionsSchema,
     ServeApplicationSchema,
     ServeDeploySchema,
+    TracingConfig,
 )
 
 from deployments.adapter_cache import CacheSpec, running_caches
@@ -37,7 +38,7 @@ from lorauter.errors import ConfigError
 
 APP_NAME = "lorauter"
 _IMPORT_PATH = "deployments.app:build"
-_USED = {"applications", "http_options", "proxy_location", "logging_config"}
+_USED = {"applications", "http_options", "proxy_location", "logging_config", "tracing_config"}
 _USED_OF_APPLICATION = {"name", "route_prefix", "import_path", "args", "deployments"}
 Phase = Callable[[str], AbstractContextManager[object]]
 
@@ -54,6 +55,7 @@ class ServeFile:
     proxy_location: str | None = None
     route_prefix: str = "/"
     logs: Mapping[str, Any] = field(default_factory=dict)
+    traces: Mapping[str, Any] | None = None
 
     @property
     def is_open_to_others(self) -> bool:
@@ -89,6 +91,7 @@ class ServeFile:
             raise ConfigError(f"import_path must be {_IMPORT_PATH!r}", setting="import_path")
         http = data.get("http_options", {})
         _known(http, HTTPOptionsSchema, "http_options")
+        _known(data.get("tracing_config") or {}, TracingConfig, "tracing_config")
         if not 1 <= schema.http_options.port <= 65535:
             raise ConfigError("http_options.port must be between 1 and 65535", setting="http_options.port")
         overrides = {}
@@ -104,7 +107,8 @@ class ServeFile:
             http,
             data.get("proxy_location"),
             application.get("route_prefix", "/"),
-            schema.logging_config.model_dump(mode="json") if schema.logging_config else {},
+            data.get("logging_config") or {},
+            data.get("tracing_config"),
         )
 
 
@@ -139,7 +143,7 @@ def serve_forever(
         LorauterError: the defaults cannot be made ready.
     """
     _check_port(file.host, file.port)
-    traces = tracing_config(os.environ)
+    traces = dict(file.traces) if file.traces else tracing_config(os.environ)
     if file.is_open_to_others:
         notify(f"warning: no API keys are configured, and {file.host} lets others in; see README, Access")
     with phase("preparing the model, the encoder and the catalog"):

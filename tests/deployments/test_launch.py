@@ -210,7 +210,11 @@ def test_the_logs_are_as_the_file_says(read: Callable[[object], ServeFile]) -> N
     application = {"import_path": "deployments.app:build"}
     assert read({"applications": [application]}).logs == {}
     logs = read({"applications": [application], "logging_config": {"log_level": "ERROR"}}).logs
-    assert logs["log_level"] == "ERROR"
+    assert logs == {"log_level": "ERROR"}
+    traces = {"enabled": True, "exporter_import_path": "deployments.tracing:otlp"}
+    assert read({"applications": [application], "tracing_config": traces}).traces == traces
+    with pytest.raises(ConfigError, match="surprise"):
+        read({"applications": [application], "tracing_config": {"surprise": 1}})
     for wrong in ({"surprise": 1}, {"log_level": "LOUD"}, {"encoding": "XML"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             read({"applications": [application], "logging_config": wrong})

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from google.protobuf.json_format import MessageToJson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from deployments import metrics
+from lorauter.keys import hash_key, new_key
 from lorauter.tasks import read_task
 
 pytestmark = pytest.mark.integration
@@ -112,12 +114,16 @@ def test_a_requests_spans_reach_the_collector_as_one_trace(
 ) -> None:
     config = yaml.safe_load((root / "serve_config.yaml").read_text())
     config["http_options"]["port"] = free_port
+    config["applications"][0]["args"]["access"] = {"keys_env": "SOME_KEYS"}
+    key = new_key()
+    row = {"name": "one", "sha256": hash_key(key), "requests_per_minute": 2}
     path = tmp_path / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     env = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    env["SOME_KEYS"] = yaml.safe_dump([row])
     url, log = f"http://127.0.0.1:{free_port}", tmp_path / "log"
     with log.open("w") as out:
-        cli = Path(os.sys.executable).parent / "lorauter"  # type: ignore[attr-defined]
+        cli = Path(sys.executable).parent / "lorauter"
         process = subprocess.Popen([cli, "serve", "--config", path], env=env, cwd=root, stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + 180
@@ -126,8 +132,12 @@ def test_a_requests_spans_reach_the_collector_as_one_trace(
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
         body = {"model": "lorauter", "messages": [{"role": "user", "content": f"{CANARY}: good?"}], "max_tokens": 4}
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": "traced-1"}, timeout=120)
+        headers = {"x-request-id": "traced-1", "Authorization": f"Bearer {key}"}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=120)
         assert answer.status_code == 200, answer.text
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 401
+        limited = [httpx.get(f"{url}/v1/models/base", headers=headers).status_code for _ in range(3)]
+        assert limited == [200, 429, 429]
         names = {f"lorauter.{name}" for name in ("route", "embed", "retrieve", "compose", "generate")}
         deadline = time.monotonic() + 60
         while not names <= {span.name for span in collector.spans}:
