@@ -311,15 +311,22 @@ class _Api:
 async def _metered(
     stream: AsyncGenerator[Admitted | Chunk], reservation: Reservation
 ) -> AsyncGenerator[Admitted | Chunk]:
-    """The same stream; however it ends, what it took is counted in place of what was reserved."""
-    used = 0
+    """The same stream; what it took is counted in place of what was reserved.
+
+    If the client leaves before the first token, nobody knows what it took, and the reservation stands.
+    """
+    used: int | None = None
     try:
         async for item in stream:
-            used += item.prompt_tokens if isinstance(item, Admitted) else len(item.token_ids)
+            used = (used or 0) + (item.prompt_tokens if isinstance(item, Admitted) else len(item.token_ids))
             yield item
+    except Exception:
+        used = used or 0
+        raise
     finally:
         await stream.aclose()
-        await reservation.settle(used)
+        if used is not None:
+            await reservation.settle(used)
 
 
 def _scoped(options: RoutingOptions, caller: Caller) -> RoutingOptions:

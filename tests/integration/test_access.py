@@ -214,8 +214,9 @@ def test_one_id_on_the_lines_of_all_deployments_and_nothing_that_is_secret(secur
                     row = json.loads(line)
                     if row.get("request_id") == request_id:
                         seen.setdefault(row.get("deployment", row.get("component_name")), []).append(row)
-    assert set(seen) >= {"Router", "QueryEmbedder", "TaskRetriever", "LoraModel", "proxy"}, set(seen)
-    [line] = [row for row in seen["Router"] if row.get("model") == "lorauter"][:1]
+    below = {f"lorauter_{name}" for name in ("QueryEmbedder", "TaskRetriever", "LoraModel")}
+    assert set(seen) == {"secured_Router", "proxy", *below}
+    line = next(row for row in seen["secured_Router"] if row.get("model") == "lorauter")
     assert line["endpoint"] == "/v1/chat/completions"
     assert (line["status"], line["key_name"]) == (200, "all")
     assert line["completion_tokens"] == answered.json()["usage"]["completion_tokens"]
