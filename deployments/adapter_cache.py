@@ -25,7 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.config import CacheSettings
 from deployments.demand import Demand
+from deployments.metrics import RayRecorder
 from deployments.peers import Loan, PeerSource, Whereabouts, lend
+from deployments.samplers import Sampling, disk_sampler
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
 from lorauter.defaults import home
 from lorauter.errors import AdapterUnavailable, LorauterError
@@ -67,6 +69,7 @@ class AdapterCacheActor:
             source=self._peers,
         )
         self._demand = Demand()
+        self._sampling = Sampling(disk_sampler(self._cache, RayRecorder()))
 
     async def fetch(self, names: list[str]) -> list[LocalAdapter]:
         """Local copies of the adapters' current versions, all at once; the first failure is raised."""

@@ -24,11 +24,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from deployments import observe
+from deployments.access import Access, Caller, Reservation
 from deployments.admin import Endpoint
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
-from deployments.config import ApiSettings, explain, first_field
+from deployments.config import AccessSettings, ApiSettings, explain, first_field
 from deployments.openai_types import ChatBody, CompletionBody, GenerationBody, RouteBody
-from lorauter.engine.types import Chunk, SamplingParams
+from deployments.scope import ScopedOptions, visible_tasks
+from lorauter.engine.types import Chunk
 from lorauter.errors import (
     AdapterNotFound,
     AdapterRejected,
@@ -38,11 +41,15 @@ from lorauter.errors import (
     InvalidRequest,
     LorauterError,
     Overloaded,
+    PermissionDenied,
+    RateLimited,
     ServiceUnavailable,
     StoreError,
     TaskError,
     TaskNotFound,
+    Unauthenticated,
 )
+from lorauter.keys import Role
 from lorauter.names import RULE, is_valid_name
 from lorauter.routing.compose import AdapterWeight, RoutingDecision
 from lorauter.routing.options import RoutingOptions
@@ -53,6 +60,7 @@ ROUTED_MODEL = "lorauter"
 BASE_MODEL = "base"
 _HEADER_ITEMS = 16
 _MAX_GONE = 8  # adapters that a request may find removed
+_CHARS_A_TOKEN = 4  # about; an answer's end settles what it was
 
 # (status, type, code) of each error that may reach a client; the first class that fits counts.
 _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
@@ -63,6 +71,9 @@ _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
     (AdapterNotFound, 404, "invalid_request_error", "model_not_found"),
     (AdapterRejected, 422, "invalid_request_error", "adapter_rejected"),
     (AdapterUnavailable, 503, "service_unavailable", "adapter_unavailable"),
+    (Unauthenticated, 401, "invalid_request_error", "invalid_api_key"),
+    (PermissionDenied, 403, "permission_error", "permission_denied"),
+    (RateLimited, 429, "rate_limit_error", "rate_limit_exceeded"),
     (Overloaded, 429, "rate_limit_error", "overloaded"),
     (StoreError, 503, "service_unavailable", "store_unavailable"),
     (CatalogError, 503, "service_unavailable", "catalog_unavailable"),
@@ -90,11 +101,29 @@ class Service(Protocol):
 
 
 Body = TypeVar("Body", bound=BaseModel)
+_Answer = AsyncGenerator[Admitted | Chunk]
 
 
-def build_api(service: Service, settings: ApiSettings, admin: Sequence[tuple[str, str, Endpoint]] = ()) -> Starlette:
-    """The ASGI application over a service, with the admin API's endpoints."""
-    api = _Api(service, settings)
+def build_api(
+    service: Service,
+    settings: ApiSettings,
+    access: Access | None = None,
+    admin: Sequence[tuple[str, str, Endpoint]] = (),
+) -> Starlette:
+    """The ASGI application over a service, with the admin API's endpoints; without `access` everybody may use it."""
+    access = access or Access(AccessSettings())
+    api = _Api(service, settings, access)
+
+    def route(path: str, endpoint: Endpoint, *roles: Role, method: str = "GET") -> Route:
+        """A route for callers with one of the roles; for everybody where none is given."""
+
+        async def guarded(request: Request) -> Response:
+            observe.current().endpoint = path
+            if roles:
+                request.state.caller = await access.require(request, *roles)
+            return await endpoint(request)
+
+        return Route(path, guarded, methods=[method])
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -103,14 +132,14 @@ def build_api(service: Service, settings: ApiSettings, admin: Sequence[tuple[str
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", api.chat, methods=["POST"]),
-            Route("/v1/completions", api.completion, methods=["POST"]),
-            Route("/v1/route", api.route, methods=["POST"]),
-            Route("/v1/models", api.models),
-            Route("/v1/models/{model}", api.model),
-            Route("/v1/tasks", api.tasks),
-            Route("/healthz", api.health),
-            *[Route(path, endpoint, methods=[method]) for method, path, endpoint in admin],
+            route("/v1/chat/completions", api.chat, "inference", method="POST"),
+            route("/v1/completions", api.completion, "inference", method="POST"),
+            route("/v1/route", api.route, "inference", method="POST"),
+            route("/v1/models", api.models, "inference", "admin"),
+            route("/v1/models/{model}", api.model, "inference", "admin"),
+            route("/v1/tasks", api.tasks, "inference", "admin"),
+            route("/healthz", api.health),
+            *[route(path, endpoint, "admin", method=method) for method, path, endpoint in admin],
         ],
         exception_handlers={LorauterError: _known, HTTPException: _http, Exception: _unknown},
         lifespan=lifespan,
@@ -148,18 +177,19 @@ _TEXT = _Shape(
 
 
 class _Api:
-    def __init__(self, service: Service, settings: ApiSettings) -> None:
+    def __init__(self, service: Service, settings: ApiSettings, access: Access) -> None:
         self._service = service
         self._settings = settings
+        self._access = access
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
         text = body.routed_text(self._settings.route_on)
-        return await self._answer(body, text, Prompt(messages=body.turns()), _CHAT)
+        return await self._answer(request, body, text, Prompt(messages=body.turns()), _CHAT)
 
     async def completion(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        return await self._answer(body, body.text, Prompt(text=body.text), _TEXT)
+        return await self._answer(request, body, body.text, Prompt(text=body.text), _TEXT)
 
     async def route(self, request: Request) -> Response:
         body = await self._body(request, RouteBody)
@@ -168,25 +198,30 @@ class _Api:
             raise InvalidRequest(
                 f"got {len(texts)} texts; at most {self._settings.max_inputs} are routed at once", param="input"
             )
-        decisions = await self._service.route(texts, body)
+        self._check_length(max(map(len, texts)), "input")
+        decisions = await self._service.route(texts, _scoped(body, request.state.caller))
         data = [{"index": i, **decision.to_json()} for i, decision in enumerate(decisions)]
         return JSONResponse({"object": "list", "data": data})
 
-    async def models(self, _: Request) -> Response:
+    async def models(self, request: Request) -> Response:
         catalog = await self._service.describe()
-        rows = [_model_row(name) for name in (ROUTED_MODEL, BASE_MODEL, *catalog.adapters)]
+        permitted = filter(request.state.caller.permits, catalog.adapters)
+        rows = [_model_row(name) for name in (ROUTED_MODEL, BASE_MODEL, *permitted)]
         return JSONResponse({"object": "list", "data": rows})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        if name not in (ROUTED_MODEL, BASE_MODEL) and name not in (await self._service.describe()).adapters:
+        if name not in (ROUTED_MODEL, BASE_MODEL) and not (
+            request.state.caller.permits(name) and name in (await self._service.describe()).adapters
+        ):
             raise AdapterNotFound("no such model; see GET /v1/models", adapter=_short(name))
         return JSONResponse(_model_row(name))
 
-    async def tasks(self, _: Request) -> Response:
+    async def tasks(self, request: Request) -> Response:
         catalog = await self._service.describe()
         refused = {"refused": dict(zip(("version", "reason"), catalog.refused, strict=True))} if catalog.refused else {}
-        return JSONResponse({"object": "list", "catalog_version": catalog.version, **refused, "data": catalog.tasks})
+        tasks = visible_tasks(catalog.tasks, request.state.caller.permitted)
+        return JSONResponse({"object": "list", "catalog_version": catalog.version, **refused, "data": tasks})
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -204,8 +239,15 @@ class _Api:
         except ValidationError as error:
             raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
 
-    async def _decide(self, body: GenerationBody, text: str) -> RoutingDecision:
-        """The adapters for a request: by hand, by the model's name, or routed."""
+    def _check_length(self, characters: int, param: str) -> None:
+        """Raise InvalidRequest for a text that is not even to be tokenised."""
+        if characters > self._settings.max_prompt_chars:
+            raise InvalidRequest(
+                f"got {characters} characters; at most {self._settings.max_prompt_chars} are taken", param=param
+            )
+
+    async def _decide(self, body: GenerationBody, text: str, caller: Caller) -> RoutingDecision:
+        """The adapters for a request: by hand, by the model's name, or routed; all such as the caller may use."""
         chosen = body.lorauter.adapters
         if chosen is not None and body.model != ROUTED_MODEL:
             raise InvalidRequest(
@@ -219,19 +261,24 @@ class _Api:
                     param="lorauter.adapters",
                 )
         elif body.model == ROUTED_MODEL:
-            return (await self._service.route([text], body.lorauter))[0]
+            decision = (await self._service.route([text], _scoped(body.lorauter, caller)))[0]
+            if not all(caller.permits(adapter.name) for adapter in decision.adapters):
+                raise LorauterError("the router chose an adapter that the key may not use")
+            return decision
         else:
             chosen = {} if body.model == BASE_MODEL else {body.model: 1.0}
         for name in chosen:
             if not is_valid_name(name):
                 raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=_short(name))
+            if not caller.permits(name):  # whether it exists or not
+                raise AdapterNotFound("no such adapter; see GET /v1/models", adapter=name)
         return RoutingDecision(
             None, (), tuple(AdapterWeight(name, weight) for name, weight in chosen.items() if weight)
         )
 
     async def _admit(
-        self, body: GenerationBody, text: str, prompt: Prompt, sampling: SamplingParams
-    ) -> tuple[RoutingDecision, AsyncGenerator[Admitted | Chunk], Admitted]:
+        self, body: GenerationBody, text: str, caller: Caller, ask: Callable[[RoutingDecision], _Answer]
+    ) -> tuple[RoutingDecision, _Answer, Admitted]:
         """The decision, and the answer as it comes; until it is admitted an error can still have its own status.
 
         An adapter that was removed since the catalog was made is no fault of a request that named none: it is routed
@@ -240,9 +287,8 @@ class _Api:
         gone: set[str] = set()
         while True:
             routed = body.lorauter.model_copy(update={"exclude_adapters": body.lorauter.exclude_adapters | gone})
-            decision = await self._decide(body.model_copy(update={"lorauter": routed}), text)
-            adapters = tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
-            stream = self._service.generate(GenerateCall(prompt, adapters, sampling))
+            decision = await self._decide(body.model_copy(update={"lorauter": routed}), text, caller)
+            stream = ask(decision)
             try:
                 admitted = await anext(stream)
             except AdapterNotFound as error:
@@ -254,14 +300,29 @@ class _Api:
             assert isinstance(admitted, Admitted)
             return decision, stream, admitted
 
-    async def _answer(self, body: GenerationBody, text: str, prompt: Prompt, shape: _Shape) -> Response:
+    async def _answer(
+        self, request: Request, body: GenerationBody, text: str, prompt: Prompt, shape: _Shape
+    ) -> Response:
+        param = "prompt" if shape is _TEXT else "messages"
         if not text.strip():
-            raise InvalidRequest("the text to answer is empty", param="prompt" if shape is _TEXT else "messages")
-        settings = self._settings
+            raise InvalidRequest("the text to answer is empty", param=param)
+        self._check_length(prompt.characters, param)
+        settings, caller = self._settings, request.state.caller
         sampling = body.sampling(max_tokens=settings.default_max_tokens, temperature=settings.default_temperature)
         self._service.check_load()
-        decision, stream, admitted = await self._admit(body, text, prompt, sampling)
-        adapters = tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
+        reservation = await self._access.reserve(caller, prompt.characters // _CHARS_A_TOKEN + sampling.max_tokens)
+
+        def ask(decision: RoutingDecision) -> _Answer:
+            call = GenerateCall(prompt, _pairs(decision), sampling)
+            return _metered(self._service.generate(call), reservation)
+
+        try:
+            decision, stream, admitted = await self._admit(body, text, caller, ask)
+        except Exception:
+            await reservation.settle(0)
+            raise
+        adapters = _pairs(decision)
+        observe.current().decided(body.model, len(adapters), decision.confidence)
         head = {
             "id": f"{shape.prefix}-{uuid.uuid4().hex}",
             "object": shape.piece if body.stream else shape.whole,
@@ -287,6 +348,34 @@ class _Api:
         return JSONResponse(
             {**head, "choices": [choice], "usage": usage, "lorauter": decision.to_json()}, headers=headers
         )
+
+
+def _pairs(decision: RoutingDecision) -> tuple[tuple[str, float], ...]:
+    return tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
+
+
+async def _metered(stream: _Answer, reservation: Reservation) -> _Answer:
+    """The same stream; what it took is counted in place of what was reserved.
+
+    If the client leaves before the first token, nobody knows what it took, and the reservation stands.
+    """
+    used: int | None = None
+    try:
+        async for item in stream:
+            used = (used or 0) + (item.prompt_tokens if isinstance(item, Admitted) else len(item.token_ids))
+            yield item
+    except Exception:
+        used = used or 0
+        raise
+    finally:
+        await stream.aclose()
+        if used is not None:
+            await reservation.settle(used)
+
+
+def _scoped(options: RoutingOptions, caller: Caller) -> RoutingOptions:
+    """A request's routing options within what its caller may use."""
+    return options if caller.permitted is None else ScopedOptions.of(options, caller.permitted)
 
 
 class _EventStream(StreamingResponse):
@@ -375,6 +464,8 @@ def _error(error: Exception) -> tuple[int, dict[str, Any]]:
 async def _known(_: Request, error: Exception) -> Response:
     status, body = _error(error)
     headers = {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return JSONResponse(body, status, headers)

@@ -16,6 +16,7 @@ from deployments.adapter_cache import CacheSpec
 from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig, explain
 from deployments.embedder import QueryEmbedder
+from deployments.limits import limits_actor
 from deployments.model import LoraModel
 from deployments.residency_router import residency_routing
 from deployments.retriever import TaskRetriever
@@ -67,4 +68,5 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
         ),
     ).bind(config)
     editor = deployment(CatalogEditor).bind(config, embedder, model) if own else None
-    return deployment(Router).bind(config, embedder, retriever, model, editor)
+    actors = {"deployment_actors": [limits_actor()]} if config.access.closed else {}
+    return deployment(Router, **actors).bind(config, embedder, retriever, model, editor)

@@ -16,6 +16,11 @@ class Prompt:
     messages: tuple[dict[str, str], ...] = ()
     text: str | None = None
 
+    @property
+    def characters(self) -> int:
+        """The length of all its text."""
+        return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
+
 
 @dataclass(frozen=True)
 class GenerateCall:

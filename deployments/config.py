@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from lorauter.defaults import DEFAULT
@@ -84,6 +84,7 @@ class ApiSettings(_Settings):
         default_temperature: where a request gives none; 0 answers with the likeliest tokens.
         max_body_bytes: larger requests are answered with 413.
         max_adapter_bytes: the same for adapters that are uploaded.
+        max_prompt_chars: characters of a prompt, or of a text to route, at most; the model's context bounds its tokens.
         max_adapters: adapters a request may mix by hand at most.
         max_inputs: texts that one request may have routed at most.
         first_token_s: seconds until an answer begins, or a part of the service answers, at most, the wait for a
@@ -95,9 +96,33 @@ class ApiSettings(_Settings):
     default_temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     max_body_bytes: Positive = 1 << 20
     max_adapter_bytes: Positive = 512 << 20
+    max_prompt_chars: Positive = 200_000
     max_adapters: Annotated[int, Field(ge=1, le=1024)] = 64
     max_inputs: Positive = 256
     first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
+
+
+class AccessSettings(_Settings):
+    """Who may use the service; README's "Access" has the keys' format. With neither setting everybody may.
+
+    Attributes:
+        keys_file: a YAML or JSON list of keys' hashes, on every node that runs a Router; read again when it changes.
+        keys_env: the environment variable that holds the same; read once.
+    """
+
+    keys_file: str | None = None
+    keys_env: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "AccessSettings":
+        if self.keys_file is not None and self.keys_env is not None:
+            raise ValueError("give keys_file or keys_env, not both")
+        return self
+
+    @property
+    def closed(self) -> bool:
+        """Whether a key is needed."""
+        return self.keys_file is not None or self.keys_env is not None
 
 
 class AppConfig(_Settings):
@@ -122,6 +147,7 @@ class AppConfig(_Settings):
     engine: EngineSettings = EngineSettings()
     cache: CacheSettings = CacheSettings()
     api: ApiSettings = ApiSettings()
+    access: AccessSettings = AccessSettings()
 
     @classmethod
     def parse(cls, args: dict[str, Any]) -> "AppConfig":
@@ -146,7 +172,10 @@ class AppConfig(_Settings):
         cache = self.cache
         if cache.directory != DEFAULT:
             cache = cache.model_copy(update={"directory": _absolute(root, cache.directory)})
-        return self.model_copy(update={**resolved, "cache": cache})
+        access = self.access
+        if access.keys_file is not None:
+            access = access.model_copy(update={"keys_file": _absolute(root, access.keys_file)})
+        return self.model_copy(update={**resolved, "cache": cache, "access": access})
 
 
 def _absolute(root: Path, path: str) -> str:

@@ -8,6 +8,7 @@ import os
 import numpy as np
 from ray import serve
 
+from deployments.logs import join_serve_logs
 from lorauter.defaults import load_encoder
 from lorauter.encoder import Embeddings
 
@@ -29,6 +30,7 @@ class QueryEmbedder:
     def __init__(self, encoder: str) -> None:
         import torch
 
+        join_serve_logs()
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to the actor's CPUs
         self._encoder = load_encoder(encoder)
         self._encoder.encode(["warm-up"])

@@ -76,6 +76,12 @@ class HostAdapters(Generic[P]):
         """The adapters in memory in their current versions, the least recently used first."""
         return [key for key in self._loaded if self._current.get(key[0], (None,))[0] == key]
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many adapters are in memory, and their bytes; may be asked for by any thread."""
+        loaded = list(self._loaded.values())
+        return len(loaded), sum(packed.nbytes for packed in loaded)
+
     async def get(self, names: Sequence[str]) -> list[P]:
         """The current versions of the adapters.
 

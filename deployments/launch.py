@@ -5,6 +5,7 @@ defaults are made ready with their progress shown, and Ctrl-C leaves nothing beh
 """
 
 import io
+import ipaddress
 import logging
 import os
 import signal
@@ -20,24 +21,31 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig
-from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import (
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+    TracingConfig,
+)
 
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.app import assemble
 from deployments.config import AppConfig, explain
+from deployments.tracing import tracing_config
 from lorauter.defaults import resolve_adapters, resolve_catalog, resolve_encoder, resolve_model
 from lorauter.errors import ConfigError
 
 APP_NAME = "lorauter"
 _IMPORT_PATH = "deployments.app:build"
-_USED = {"applications", "http_options", "proxy_location"}
+_USED = {"applications", "http_options", "proxy_location", "logging_config", "tracing_config"}
 _USED_OF_APPLICATION = {"name", "route_prefix", "import_path", "args", "deployments"}
 Phase = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
 class ServeFile:
-    """What serve_config.yaml says: the app's settings, Serve options by deployment, and how HTTP is served."""
+    """What serve_config.yaml says: the app's settings, Serve options by deployment, HTTP, and the logs."""
 
     config: AppConfig
     overrides: Mapping[str, Mapping[str, Any]]
@@ -46,6 +54,13 @@ class ServeFile:
     http: Mapping[str, Any] = field(default_factory=dict)
     proxy_location: str | None = None
     route_prefix: str = "/"
+    logs: Mapping[str, Any] = field(default_factory=dict)
+    traces: Mapping[str, Any] | None = None
+
+    @property
+    def is_open_to_others(self) -> bool:
+        """Whether other machines can reach a service that needs no key."""
+        return not self.config.access.closed and not _is_loopback(self.host)
 
     @classmethod
     def read(cls, path: Path) -> "ServeFile":
@@ -76,6 +91,7 @@ class ServeFile:
             raise ConfigError(f"import_path must be {_IMPORT_PATH!r}", setting="import_path")
         http = data.get("http_options", {})
         _known(http, HTTPOptionsSchema, "http_options")
+        _known(data.get("tracing_config") or {}, TracingConfig, "tracing_config")
         if not 1 <= schema.http_options.port <= 65535:
             raise ConfigError("http_options.port must be between 1 and 65535", setting="http_options.port")
         overrides = {}
@@ -91,6 +107,8 @@ class ServeFile:
             http,
             data.get("proxy_location"),
             application.get("route_prefix", "/"),
+            data.get("logging_config") or {},
+            data.get("tracing_config"),
         )
 
 
@@ -99,6 +117,13 @@ def _known(data: object, schema: type[BaseModel], where: str) -> None:
         raise ConfigError(f"{where} must be a mapping, got {type(data).__name__}", setting=where)
     if unknown := sorted(set(map(str, data)) - set(schema.model_fields)):
         raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}", setting=unknown[0])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def serve_forever(
@@ -118,12 +143,16 @@ def serve_forever(
         LorauterError: the defaults cannot be made ready.
     """
     _check_port(file.host, file.port)
+    traces = dict(file.traces) if file.traces else tracing_config(os.environ)
+    if file.is_open_to_others:
+        notify(f"warning: no API keys are configured, and {file.host} lets others in; see README, Access")
     with phase("preparing the model, the encoder and the catalog"):
         resolve_model(file.config.base_model, notify)
         resolve_encoder(file.config.encoder, notify)
         resolve_catalog(file.config.catalog, notify)
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("OTEL_SERVICE_NAME", "lorauter")
     try:
         with phase("starting Ray"):
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
@@ -132,10 +161,11 @@ def serve_forever(
             serve.start(
                 proxy_location=file.proxy_location,
                 http_options={**file.http, "host": file.host, "port": file.port},
-                logging_config={"log_level": "WARNING"},
+                logging_config=dict(file.logs),
+                tracing_config=traces,
             )
             try:
-                serve.run(app, name=APP_NAME, route_prefix=file.route_prefix)
+                serve.run(app, name=APP_NAME, route_prefix=file.route_prefix, logging_config=dict(file.logs))
             except RuntimeError as error:
                 raise ConfigError(f"the app did not start: {_deepest(error)}") from error
         ready(f"http://{file.host}:{file.port}{file.route_prefix.rstrip('/')}")

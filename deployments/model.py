@@ -17,7 +17,11 @@ from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.config import AppConfig
 from deployments.host_adapters import HostAdapters
+from deployments.logs import join_serve_logs
+from deployments.metrics import RayRecorder
 from deployments.placement import report
+from deployments.samplers import Sampling, model_sampler
+from deployments.tracing import span
 from deployments.warmup import most_wanted, warm_up
 from lorauter.adapters import ModelShape
 from lorauter.defaults import base_model_aliases, resolve_model
@@ -44,6 +48,7 @@ class LoraModel:
     """
 
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        join_serve_logs()
         settings = config.engine
         self._engine = load_engine(
             resolve_model(config.base_model),
@@ -72,6 +77,7 @@ class LoraModel:
             budget_bytes=settings.host_bytes,
             revalidate_s=config.cache.revalidate_s,
         )
+        self._sampling = Sampling(model_sampler(self._engine, self._adapters, RayRecorder()))
         try:
             await warm_up(
                 await most_wanted(spec),
@@ -117,15 +123,22 @@ class LoraModel:
             call.generated,
         )
         stream = self._engine.stream(request)
-        try:
-            admitted = False
-            async for chunk in stream:
-                if not admitted:
-                    admitted = True
-                    yield Admitted(len(prompt), tuple(w.key[1] for w in weights))
-                yield chunk
-        finally:
-            await stream.aclose()
+        tokens = 0
+        with span("generate", current=False) as traced:
+            try:
+                admitted = False
+                async for chunk in stream:
+                    if not admitted:
+                        admitted = True
+                        yield Admitted(len(prompt), tuple(w.key[1] for w in weights))
+                    tokens += len(chunk.token_ids)
+                    yield chunk
+            finally:
+                if traced is not None:
+                    traced.set_attributes(
+                        {"prompt_tokens": len(prompt), "completion_tokens": tokens, "adapters": len(names)}
+                    )
+                await stream.aclose()
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         codec = self._engine.codec

@@ -14,6 +14,8 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.calls import CatalogDescription, Retrieval
 from deployments.live_catalog import LiveCatalog
+from deployments.logs import join_serve_logs
+from deployments.scope import within_scope
 from lorauter.adapters import open_store
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.defaults import home
@@ -37,6 +39,8 @@ class TaskRetriever:
     """
 
     def __init__(self, catalog: str, config: RoutingConfig, embedder: DeploymentHandle[Any], refresh_s: float) -> None:
+        join_serve_logs()
+
         def probe() -> tuple[Embeddings, str]:
             [vector] = embedder.embed.remote([PROBE_TEXT]).result(timeout_s=_PROBE_S)
             return vector, embedder.name.remote().result(timeout_s=_PROBE_S)
@@ -52,6 +56,7 @@ class TaskRetriever:
     async def retrieve(self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]) -> Retrieval:
         """See `Retriever.retrieve`; one catalog answers all of it."""
         retriever = self._live.retriever
+        options = [within_scope(retriever.catalog, option) for option in options]
         return Retrieval(retriever.catalog.version, retriever.retrieve(embeddings, texts, options))
 
     async def check_probe(self, probe: Embeddings, encoder: str) -> None:

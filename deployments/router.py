@@ -17,11 +17,18 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments import observe
+from deployments.access import Access
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Retrieval
 from deployments.config import AppConfig
+from deployments.limits import SharedLimits
+from deployments.logs import join_serve_logs
+from deployments.metrics import RayRecorder
 from deployments.retries import answered, generated
+from deployments.routing_metrics import RoutingMetrics
+from deployments.tracing import span
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.engine import Chunk
@@ -61,7 +68,11 @@ class Router:
         model: DeploymentHandle[Any],
         editor: DeploymentHandle[Any] | None,
     ) -> None:
+        join_serve_logs()
         self._config = config
+        self._access = Access(config.access, SharedLimits() if config.access.closed else None)
+        self._recorder = RayRecorder()
+        self._metrics = RoutingMetrics(self._recorder)
         self._embedder = embedder
         self._retriever = retriever
         self._model = model.options(stream=True)
@@ -71,31 +82,43 @@ class Router:
         self._refused_until = 0.0
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(self, self._config.api, admin_endpoints(self._editor, self._config.api))
+        api = build_api(self, self._config.api, self._access, admin_endpoints(self._editor, self._config.api))
+        return observe.Observed(api, self._recorder)
 
     async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
         for i, text in enumerate(texts):
             check_text(text, param=f"input[{i}]")
         timeout_s = self._config.api.first_token_s
-        try:
-            embeddings = await answered(lambda: self._embedder.embed.remote(list(texts)), timeout_s=timeout_s)
-            retrieval: Retrieval = await answered(
-                lambda: self._retriever.retrieve.remote(embeddings, list(texts), [options] * len(texts)),
-                timeout_s=timeout_s,
-            )
-        except Exception as error:
-            raise _translated(error) from error
-        return [
-            compose(found, options, self._config.routing, catalog_version=retrieval.catalog_version)
-            for found in retrieval.found
-        ]
+        with span("route"):
+            try:
+                with self._metrics.step("embed"), span("embed"):
+                    embeddings = await answered(lambda: self._embedder.embed.remote(list(texts)), timeout_s=timeout_s)
+                with self._metrics.step("retrieve"), span("retrieve"):
+                    retrieval: Retrieval = await answered(
+                        lambda: self._retriever.retrieve.remote(embeddings, list(texts), [options] * len(texts)),
+                        timeout_s=timeout_s,
+                    )
+            except Exception as error:
+                raise _translated(error) from error
+            with self._metrics.step("compose"), span("compose"):
+                decisions = [
+                    compose(found, options, self._config.routing, catalog_version=retrieval.catalog_version)
+                    for found in retrieval.found
+                ]
+        self._metrics.decided(decisions)
+        return decisions
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
+        record = observe.current()
         stream = generated(self._model.generate.remote, call, timeout_s=self._config.api.first_token_s)
         try:
             async for item in stream:
+                if isinstance(item, Admitted):
+                    record.prompt_tokens = item.prompt_tokens
+                else:
+                    record.token_arrived(len(item.token_ids))
                 yield item
         except Exception as error:
             translated = _translated(error)

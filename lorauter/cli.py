@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from lorauter.cli_catalog import catalog_app
 from lorauter.cli_console import console, notify, phase, warn
 from lorauter.cli_eval import eval_app
+from lorauter.cli_keys import keys_app
 from lorauter.defaults import DEFAULT
 from lorauter.errors import AdapterError, ConfigError, InvalidRequest, LorauterError
 
@@ -35,6 +36,7 @@ adapters_app = typer.Typer(no_args_is_help=True, help="Adapters in an object sto
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(eval_app, name="eval")
+app.add_typer(keys_app, name="keys")
 
 _BATCH = 256
 
@@ -213,6 +215,9 @@ def chat(
     url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="'lorauter' routes; 'base', or an adapter's name.")] = "lorauter",
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    key: Annotated[
+        str | None, typer.Option("--key", envvar="LORAUTER_API_KEY", help="An API key.", show_envvar=True)
+    ] = None,
 ) -> None:
     """Ask a running server; prints the routing, then the answer as it comes."""
     body = {
@@ -223,9 +228,10 @@ def chat(
     }
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"url {url!r} must begin with http:// or https://", setting="url")
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         request = urllib.request.Request(  # noqa: S310 (the scheme is checked above)
-            f"{url.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{url.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(), headers
         )
         response = urllib.request.urlopen(request)  # noqa: S310
     except urllib.error.HTTPError as error:

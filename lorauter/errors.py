@@ -18,8 +18,11 @@ because they cross process boundaries.
     │   ├── AdapterNotFound
     │   ├── AdapterRejected     the adapter can never be served as it is
     │   └── AdapterUnavailable  the adapter cannot be had just now
+    ├── Unauthenticated         no valid key came with the request
+    ├── PermissionDenied        the key may not do this
     ├── ServiceUnavailable      a part of the running service is down
     └── Overloaded              a queue is full; try again later
+        └── RateLimited         the key's own limit is reached
 """
 
 from __future__ import annotations
@@ -131,6 +134,14 @@ class AdapterUnavailable(AdapterError):
     """The adapter exists, but cannot be fetched or placed at the moment."""
 
 
+class Unauthenticated(LorauterError):
+    """The request carries no key, or one that nobody has."""
+
+
+class PermissionDenied(LorauterError):
+    """The caller is known, and has not the role that this takes."""
+
+
 class ServiceUnavailable(LorauterError):
     """A part of the running service is down; its replacement is on the way."""
 
@@ -141,3 +152,7 @@ class Overloaded(LorauterError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """A key's limit of requests or tokens is reached, whatever room there is."""

@@ -19,6 +19,7 @@ from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import Catalog
 from lorauter.cli import main
 from lorauter.encoder import HashingEncoder
+from lorauter.keys import hash_key, parse_keys
 from lorauter.routing import Router, RoutingConfig
 from lorauter.tasks import Task
 
@@ -401,6 +402,7 @@ class Server(ThreadingHTTPServer):
     headers: dict[str, str]
     body: bytes
     asked: list[Any]
+    authorization: str | None = None
 
     @property
     def url(self) -> str:
@@ -418,6 +420,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server
         assert isinstance(server, Server)
+        server.authorization = self.headers["Authorization"]
         server.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
         if server.status:
             self.send_response(server.status)
@@ -442,6 +445,29 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
+def test_chat_sends_a_key(cli: Callable[..., Ran], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("chat", "--url", server.url, "--key", "lr-a", "hi").code == 0
+    assert server.authorization == "Bearer lr-a"
+    monkeypatch.setenv("LORAUTER_API_KEY", "lr-b")
+    assert cli("chat", "--url", server.url, "hi").code == 0
+    assert server.authorization == "Bearer lr-b"
+
+
+def test_a_new_key_is_shown_beside_its_row(cli: Callable[..., Ran]) -> None:
+    ran = cli("keys", "new", "--name", "a", "--adapter", "a-*", "--tokens-per-minute", 9, "--role", "admin")
+    [row] = parse_keys(ran.out, "stdout")
+    assert (row.name, row.adapters, row.tokens_per_minute, row.requests_per_minute) == ("a", ("a-*",), 9, None)
+    assert row.roles == {"admin"}
+    key = ran.err.split()[-1]
+    assert hash_key(key) == row.sha256
+    assert key not in ran.out
+    both = ran.out + cli("keys", "new", "--name", "b").out
+    assert [row.name for row in parse_keys(both, "two")] == ["a", "b"]
+    cli("keys", "new", "--name", "a b").refused("name: ")
+    cli("keys", "new", "--name", "a", "--role", "root").refused("roles: ")
+    cli("keys", "new", "--name", "a", "--requests-per-minute", 0).refused("requests_per_minute: ")
+
+
 def test_chat_prints_the_routing_and_the_answer(cli: Callable[..., Ran], server: Server) -> None:
     server.headers = {"x-lorauter-tasks": "sums=0.9,rain=0.2", "x-lorauter-adapters": ""}
     server.body = b": a proxy says it is alive\n\n" + server.body
@@ -450,6 +476,7 @@ def test_chat_prints_the_routing_and_the_answer(cli: Callable[..., Ran], server:
     assert ran.err.splitlines() == ["tasks: sums=0.9  rain=0.2", "adapters: none"]
     [(path, body)] = server.asked
     assert path == "/v1/chat/completions"
+    assert server.authorization is None
     assert body == {
         "model": "poet",
         "messages": [{"role": "user", "content": "Is [bold]this[/bold] it?"}],

@@ -24,8 +24,11 @@ ERRORS = {
     errors.AdapterNotFound("odd", adapter="sst2"): {"adapter": "sst2"},
     errors.AdapterRejected("odd", adapter="sst2"): {"adapter": "sst2"},
     errors.AdapterUnavailable("odd", adapter="sst2"): {"adapter": "sst2"},
+    errors.Unauthenticated("odd"): {},
+    errors.PermissionDenied("odd"): {},
     errors.ServiceUnavailable("odd"): {},
     errors.Overloaded("odd", retry_after_s=1.5): {"retry_after_s": 1.5},
+    errors.RateLimited("odd", retry_after_s=1.5): {"retry_after_s": 1.5},
 }
 
 

@@ -10,7 +10,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary 
 from ray.serve.config import RequestRouterConfig
 
 from deployments.app import DEPLOYMENTS, assemble, build
-from deployments.config import AppConfig
+from deployments.config import AccessSettings, AppConfig
 from deployments.residency_router import ResidencyRouter
 from lorauter.errors import ConfigError
 
@@ -73,6 +73,13 @@ def test_replicas_are_chosen_by_what_they_hold_unless_overridden() -> None:
     overrides = {"LoraModel": {"request_router_config": RequestRouterConfig()}}
     routing = parts(assemble(CONFIG, overrides))["LoraModel"]._deployment_config.request_router_config
     assert routing.get_request_router_class() is not ResidencyRouter
+
+
+def test_keys_bring_their_shared_counters() -> None:
+    secured = CONFIG.model_copy(update={"access": AccessSettings(keys_file="/etc/keys.yaml")})
+    [actor] = parts(assemble(secured, {}))["Router"]._deployment_config.deployment_actors
+    assert actor.name == "limits"
+    assert not parts(assemble(CONFIG, {}))["Router"]._deployment_config.deployment_actors
 
 
 def test_relative_folders_are_resolved_where_the_app_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from deployments.config import ApiSettings, AppConfig, CacheSettings, EngineSettings
+from deployments.config import AccessSettings, ApiSettings, AppConfig, CacheSettings, EngineSettings
 from lorauter.errors import ConfigError
 from lorauter.routing import RoutingConfig
 
-SECTIONS = ["routing", "engine", "cache", "api"]
+SECTIONS = ["routing", "engine", "cache", "api", "access"]
 
 
 def refusal(args: object) -> str:
@@ -51,6 +51,7 @@ def refusal(args: object) -> str:
         ({"api": {"route_on": "all"}}, "setting api.route_on: "),
         ({"api": {"default_temperature": 3}}, "setting api.default_temperature: "),
         ({"api": {"max_adapters": 0}}, "setting api.max_adapters: "),
+        ({"access": {"keys_file": "a", "keys_env": "B"}}, "give keys_file or keys_env, not both"),
         ([], "dictionary"),
     ],
 )
@@ -80,7 +81,7 @@ def test_defaults_and_documentation() -> None:
     assert {config.base_model, config.encoder, config.adapters, config.catalog} == {"default"}
     assert config.routing == RoutingConfig()
     assert (config.api.route_on, config.api.default_temperature) == ("last_user_message", 0.0)
-    for settings in (EngineSettings, CacheSettings, ApiSettings, AppConfig):
+    for settings in (EngineSettings, CacheSettings, ApiSettings, AccessSettings, AppConfig):
         documented = settings.__doc__ or ""
         missing = [name for name in settings.model_fields if f"{name}:" not in documented]
         assert [name for name in missing if name not in SECTIONS] == []
@@ -121,3 +122,11 @@ def test_relative_folders_become_absolute(tmp_path: Path, given: str, resolved: 
         assert getattr(config, name) == given
     assert absolute.routing.top_k == 7
     assert absolute.with_absolute_paths(Path("/")) == absolute
+
+
+def test_the_file_of_keys_is_found_from_any_folder(tmp_path: Path) -> None:
+    config = AppConfig(access=AccessSettings(keys_file="keys.yaml")).with_absolute_paths(tmp_path)
+    assert config.access.keys_file == str(tmp_path / "keys.yaml")
+    assert config.access.closed
+    assert AppConfig(access=AccessSettings(keys_env="KEYS")).with_absolute_paths(tmp_path).access.closed
+    assert not AppConfig().access.closed

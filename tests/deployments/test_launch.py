@@ -183,3 +183,38 @@ def test_what_it_would_not_do_is_refused(
     with pytest.raises(ConfigError, match=named) as caught:
         read({"applications": [{"import_path": "deployments.app:build"}], **extra})
     assert caught.value.setting == named
+
+
+@pytest.mark.parametrize(
+    ("host", "access", "warned"),
+    [
+        ("0.0.0.0", {}, True),
+        ("192.0.2.1", {}, True),
+        ("::", {}, True),
+        ("some.machine", {}, True),
+        ("127.0.0.1", {}, False),
+        ("127.1.2.3", {}, False),
+        ("::1", {}, False),
+        ("localhost", {}, False),
+        ("0.0.0.0", {"keys_file": "keys.yaml"}, False),
+        ("0.0.0.0", {"keys_env": "KEYS"}, False),
+    ],
+)
+def test_a_service_that_others_reach_wants_keys(host: str, access: dict[str, str], warned: bool) -> None:
+    config = AppConfig.parse({"access": access})
+    assert replace(ServeFile.read(SHIPPED), config=config, host=host).is_open_to_others == warned
+
+
+def test_the_logs_are_as_the_file_says(read: Callable[[object], ServeFile]) -> None:
+    assert ServeFile.read(SHIPPED).logs["encoding"] == "JSON"
+    application = {"import_path": "deployments.app:build"}
+    assert read({"applications": [application]}).logs == {}
+    logs = read({"applications": [application], "logging_config": {"log_level": "ERROR"}}).logs
+    assert logs == {"log_level": "ERROR"}
+    traces = {"enabled": True, "exporter_import_path": "deployments.tracing:otlp"}
+    assert read({"applications": [application], "tracing_config": traces}).traces == traces
+    with pytest.raises(ConfigError, match="surprise"):
+        read({"applications": [application], "tracing_config": {"surprise": 1}})
+    for wrong in ({"surprise": 1}, {"log_level": "LOUD"}, {"encoding": "XML"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            read({"applications": [application], "logging_config": wrong})

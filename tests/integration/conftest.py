@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import shutil
 import socket
@@ -18,18 +17,21 @@ import httpx
 import openai
 import pytest
 import ray
+import yaml
 from ray import serve
 
 from deployments.adapter_cache import CacheSpec, running_caches
-from deployments.admin import ADMIN_KEY_SHA256
 from deployments.app import assemble
-from deployments.config import AppConfig
+from deployments.config import AccessSettings, AppConfig
+from deployments.limits import limits_actor
+from deployments.router import Router
+from lorauter.keys import hash_key, new_key
 from lorauter.tasks import read_task
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = Path(sys.executable).parent / "lorauter"
 BUCKET = "lorauter-test"
-ADMIN_KEY = "the tests' admin key"
+LOGS = {"encoding": "JSON", "log_level": "INFO"}
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,6 @@ class Service:
     @property
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120)
-
-    @property
-    def admin(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120, headers={"Authorization": f"Bearer {ADMIN_KEY}"})
 
     @property
     def openai(self) -> openai.OpenAI:
@@ -107,8 +105,7 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
     work = tmp_path_factory.mktemp("service")
     uri = published
     with pytest.MonkeyPatch.context() as patch:
-        admin = {ADMIN_KEY_SHA256: hashlib.sha256(ADMIN_KEY.encode()).hexdigest()}
-        for name, value in {**s3_server.env, **admin, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        for name, value in {**s3_server.env, "RAY_USAGE_STATS_ENABLED": "0"}.items():
             patch.setenv(name, value)
         config = AppConfig.parse(
             {
@@ -128,8 +125,8 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
         )
         port = _free_port()
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-        serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter")
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGS)
+        serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter", logging_config=LOGS)
         yield Service(
             f"http://127.0.0.1:{port}", config, s3_server.root / BUCKET / "adapters", work / "disk" / "cache-0"
         )
@@ -154,3 +151,46 @@ def root() -> Path:
 def free_port() -> int:
     """A port of the loopback that nothing listens on."""
     return _free_port()
+
+
+@dataclass(frozen=True)
+class Secured:
+    """A second ingress, of two replicas, that asks for keys, before the same model."""
+
+    url: str
+    file: Path
+    keys: dict[str, str]
+
+    def write(self) -> None:
+        rows = [{"name": name, "sha256": hash_key(key), **KEYS.get(name, {})} for name, key in self.keys.items()]
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(rows))
+        partial.replace(self.file)
+
+    def client(self, name: str, **headers: str) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.keys[name]}", **headers}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+
+
+KEYS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "films": {"adapters": ["sst*", "senti*"]},
+    "few": {"requests_per_minute": 5},
+    "frugal": {"tokens_per_minute": 120},
+    "operator": {"roles": ["admin"]},
+}
+
+
+@pytest.fixture(scope="session")
+def secured(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    file = tmp_path_factory.mktemp("access") / "keys.yaml"
+    secured = Secured(f"{service.url}/secured", file, {name: new_key() for name in KEYS})
+    secured.write()
+    config = service.config.model_copy(update={"access": AccessSettings(keys_file=str(file))})
+    names = ("QueryEmbedder", "TaskRetriever", "LoraModel", "CatalogEditor")
+    router = Router.options(
+        num_replicas=2, ray_actor_options={"num_cpus": 0.1}, deployment_actors=[limits_actor()]
+    ).bind(config, *[serve.get_deployment_handle(name, "lorauter") for name in names])
+    serve.run(router, name="secured", route_prefix="/secured", logging_config={"encoding": "JSON"})
+    yield secured
+    serve.delete("secured")

@@ -145,7 +145,7 @@ def test_a_broken_catalog_is_refused_and_told_of(service: Any, catalog: Catalog,
 
 
 def test_adapters_and_tasks_come_and_go_over_the_admin_api(
-    service: Any, catalog: Catalog, files: dict[str, bytes]
+    service: Any, secured: Any, catalog: Catalog, files: dict[str, bytes]
 ) -> None:
     task = {
         "name": "weather",
@@ -156,7 +156,7 @@ def test_adapters_and_tasks_come_and_go_over_the_admin_api(
     upload = {part: (part, content) for part, content in files.items()}
     with service.http as nobody:
         assert nobody.post("/v1/tasks", json=task).status_code == 401
-    with Traffic(service, WEATHER[0]) as traffic, service.admin as client:
+    with Traffic(service, WEATHER[0]) as traffic, secured.client("operator") as client:
         added = client.post("/v1/adapters", data={"name": "weather"}, files=upload)
         assert added.status_code == 200, added.text
         assert added.json()["tasks"] == []
@@ -188,10 +188,10 @@ def test_adapters_and_tasks_come_and_go_over_the_admin_api(
 
 
 def test_a_wrong_adapter_is_refused_and_changes_nothing(
-    service: Any, catalog: Catalog, files: dict[str, bytes]
+    service: Any, secured: Any, catalog: Catalog, files: dict[str, bytes]
 ) -> None:
     config = json.loads(files["config"])
-    with service.admin as client:
+    with secured.client("operator") as client:
         for wrong, said in (
             ({**files, "weights": b"\xff" * 1000}, "cannot be read"),
             ({**files, "config": json.dumps({**config, "use_dora": True}).encode()}, "use_dora"),
@@ -204,14 +204,14 @@ def test_a_wrong_adapter_is_refused_and_changes_nothing(
     assert "wrong" not in AdapterRepository(open_store(service.config.adapters)).names()
 
 
-def test_admins_who_change_at_once_lose_nothing(service: Any, catalog: Catalog) -> None:
+def test_admins_who_change_at_once_lose_nothing(service: Any, secured: Any, catalog: Catalog) -> None:
     names = [f"at-once-{i}" for i in range(4)]
     rows = [{"input": f"{word} {text}", "target": "x"} for word in ("really", "maybe") for text in WEATHER[:3]]
     statuses = []
 
     def add(name: str) -> None:
         task = {"name": name, "domain": "tests", "metric": "em", "validation": rows}
-        with service.admin as client:
+        with secured.client("operator") as client:
             statuses.append(client.post("/v1/tasks", json=task).status_code)
 
     threads = [threading.Thread(target=add, args=(name,)) for name in names]

@@ -1,0 +1,148 @@
+"""What is noted of each HTTP request while it is answered, its log line, and its metrics.
+
+The line carries facts and figures alone: no key, prompt or answer, and of what a client chose only what is known to
+be a name. The request's id is Serve's, and is on every line that any deployment logs for it. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments import metrics
+from deployments.metrics import Metric
+from lorauter.names import is_valid_name
+
+logger = logging.getLogger("lorauter.requests")
+
+REQUEST_ID = "x-request-id"
+_SANE_ID = re.compile(r"[!-~]{1,200}")  # what is taken from outside into every log line
+
+
+class Recorder(Protocol):
+    """Where metrics go."""
+
+    def add(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
+        """Add to a counter."""
+
+    def observe(self, metric: Metric, value: float, **labels: str) -> None:
+        """Add an observation to a histogram."""
+
+
+@dataclass
+class RequestRecord:
+    """One request so far. Times in seconds of `time.perf_counter`.
+
+    Attributes:
+        endpoint: the path's pattern.
+        key_name: whose key it came with.
+        model: what is to answer, if that is a name.
+        adapters: how many adapters are in the mixture; None until that is decided.
+    """
+
+    started: float = field(default_factory=time.perf_counter)
+    endpoint: str = "other"
+    key_name: str | None = None
+    model: str | None = None
+    adapters: int | None = None
+    confidence: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def decided(self, model: str, adapters: int, confidence: float | None) -> None:
+        """Note what is to answer."""
+        self.model = model if is_valid_name(model) else None
+        self.adapters = adapters
+        self.confidence = confidence
+
+    def token_arrived(self, count: int) -> None:
+        """Note that tokens of the answer are here."""
+        self.last_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = self.last_token
+        self.completion_tokens += count
+
+    def facts(self, status: int) -> dict[str, Any]:
+        """What the log line says."""
+        facts: dict[str, Any] = {
+            "endpoint": self.endpoint,
+            "status": status,
+            "seconds": round(time.perf_counter() - self.started, 6),
+            "key_name": self.key_name,
+            "model": self.model,
+            "adapters": self.adapters,
+            "confidence": self.confidence,
+        }
+        if self.first_token is not None:
+            facts["first_token_seconds"] = round(self.first_token - self.started, 6)
+        if self.prompt_tokens:
+            facts |= {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+_record: ContextVar[RequestRecord | None] = ContextVar("lorauter_request", default=None)
+
+
+def current() -> RequestRecord:
+    """The record of the request that is being answered here; outside of one, a record that nobody reads."""
+    return _record.get() or RequestRecord()
+
+
+class Observed:
+    """An ASGI application, its requests noted, counted and logged."""
+
+    def __init__(self, app: ASGIApp, recorder: Recorder) -> None:
+        self._app = app
+        self._recorder = recorder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord()
+        token = _record.set(record)
+        status = 500
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            given = Headers(scope=scope).get(REQUEST_ID)
+            if given is None or _SANE_ID.fullmatch(given):
+                await self._app(scope, receive, send_noted)
+            else:
+                message = f"the header {REQUEST_ID} must be 1 to 200 visible ASCII characters"
+                body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+                await JSONResponse({"error": body}, 400)(scope, receive, send_noted)
+        finally:
+            _record.reset(token)
+            self._finish(record, status)
+
+    def _finish(self, record: RequestRecord, status: int) -> None:
+        recorder = self._recorder
+        recorder.add(metrics.REQUESTS, endpoint=record.endpoint, status=str(status))
+        recorder.observe(metrics.REQUEST_SECONDS, time.perf_counter() - record.started, endpoint=record.endpoint)
+        if record.prompt_tokens:
+            recorder.add(metrics.PROMPT_TOKENS, record.prompt_tokens)
+        if record.first_token is not None and record.last_token is not None:
+            recorder.add(metrics.COMPLETION_TOKENS, record.completion_tokens)
+            recorder.observe(metrics.FIRST_TOKEN_SECONDS, record.first_token - record.started)
+            if record.completion_tokens > 1:
+                each = (record.last_token - record.first_token) / (record.completion_tokens - 1)
+                recorder.observe(metrics.TOKEN_SECONDS, each)
+        level = logging.INFO if record.endpoint != "/healthz" else logging.DEBUG
+        if logger.isEnabledFor(level):
+            logger.log(level, "request answered", extra=record.facts(status))

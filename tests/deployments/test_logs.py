@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from deployments.logs import join_serve_logs
+
+
+class Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def serve_log() -> Iterator[Kept]:
+    """What Serve's logger is given; all loggers are as before in the end."""
+    loggers = [logging.getLogger(name) for name in ("ray.serve", "lorauter")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    kept = Kept()
+    loggers[0].handlers = [kept]
+    loggers[0].setLevel(logging.INFO)
+    yield kept
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_lines_go_to_serve_once_and_at_its_level(serve_log: Kept, capsys: pytest.CaptureFixture[str]) -> None:
+    join_serve_logs()
+    join_serve_logs()
+    ours = logging.getLogger("lorauter.requests")
+    ours.debug("a detail")
+    ours.info("a line")
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # as a new configuration does
+    ours.warning("too little")
+    ours.error("a fault")
+    assert serve_log.lines == ["a line", "a fault"]
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.scope import ScopedOptions, permits, visible_tasks, within_scope
+from lorauter.catalog import Catalog, CatalogTask, RankedAdapter
+from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
+
+NEAR = np.array([[1, 0]], np.float32)
+
+
+@pytest.fixture
+def catalog(make_task: Callable[..., Any]) -> Catalog:
+    """Four tasks, the nearest to NEAR first: of a, of b, of both, of nobody."""
+    angles = np.linspace(0.1, 0.4, 4)
+    centroids = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    served = {"of-a": "a-1 a-2", "of-b": "b-1", "shared": "b-1 a-1", "free": ""}
+    tasks = tuple(
+        CatalogTask(make_task(name), tuple(map(RankedAdapter, adapters.split()))) for name, adapters in served.items()
+    )
+    adapters = dict.fromkeys(("a-1", "a-2", "b-1"), "0a1b2c3d")
+    return Catalog(tasks, centroids, np.repeat(centroids, 2, axis=0), centroids[0], adapters, "flat", "")
+
+
+@pytest.mark.parametrize(
+    ("permitted", "names"),
+    [
+        (None, "a-1 a-2 b-1 A-1"),
+        ((), ""),
+        (("*",), "a-1 a-2 b-1 A-1"),
+        (("a-*",), "a-1 a-2"),
+        (("a-1", "b-1"), "a-1 b-1"),
+        (("a",), ""),
+        (("[ab]-1",), "a-1 b-1"),
+        (("?-2",), "a-2"),
+        ((".*",), ""),
+    ],
+)
+def test_patterns(permitted: tuple[str, ...] | None, names: str) -> None:
+    assert [name for name in "a-1 a-2 b-1 A-1".split() if permits(permitted, name)] == names.split()
+
+
+@pytest.mark.parametrize("composition", ["tasks", "utility"])
+@pytest.mark.parametrize(
+    ("asked", "permitted", "adapters", "tasks"),
+    [
+        ({}, ("a-*",), {"a-1", "a-2"}, {"of-a", "shared", "free"}),
+        ({}, ("b-*",), {"b-1"}, {"of-b", "shared", "free"}),
+        ({}, ("c-*",), set(), {"free"}),
+        ({}, (), set(), {"free"}),
+        ({"allow_adapters": frozenset({"b-1", "a-2"})}, ("a-*",), {"a-2"}, {"of-a", "shared", "free"}),
+        ({"exclude_adapters": frozenset({"a-1"})}, ("a-*",), {"a-2"}, {"of-a", "shared", "free"}),
+        ({"exclude_tasks": frozenset({"of-a"})}, ("a-*",), {"a-1"}, {"shared", "free"}),
+    ],
+)
+def test_routing_stays_within_what_a_caller_may_use(
+    catalog: Catalog,
+    composition: str,
+    asked: dict[str, Any],
+    permitted: tuple[str, ...],
+    adapters: set[str],
+    tasks: set[str],
+) -> None:
+    config = RoutingConfig.model_validate({"preset": "paper", "composition": composition, "top_k": 8})
+    options = pickle.loads(pickle.dumps(ScopedOptions.of(RoutingOptions(**asked), permitted)))
+    options = within_scope(catalog, options)
+    [found] = Retriever(catalog, config).retrieve(NEAR, ["a query"], [options])
+    decision = compose(found, options, config, catalog_version="v1")
+    assert {task.name for task in decision.tasks} == tasks
+    assert {adapter.name for adapter in decision.adapters} <= adapters
+    assert bool(decision.adapters) == bool(adapters)
+    assert {name for task in found.tasks for name in task.adapters} <= adapters
+
+
+def test_without_a_scope_options_stay_as_they_are(catalog: Catalog) -> None:
+    options = RoutingOptions(top_k=3)
+    assert within_scope(catalog, options) is options
+    everything = ScopedOptions.of(options, ("*",))
+    assert within_scope(catalog, everything) is everything
+    assert everything.top_k == 3
+
+
+def test_a_catalog_that_is_gone_is_not_kept(catalog: Catalog) -> None:
+    twin = Catalog(*(getattr(catalog, name) for name in catalog.__dataclass_fields__))
+    within_scope(twin, ScopedOptions(permitted=("a-*",)))
+    gone = weakref.ref(twin)
+    del twin
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_is_listed() -> None:
+    tasks = [
+        {"id": "of-a", "adapters": [{"name": "a-1"}, {"name": "b-1"}]},
+        {"id": "of-b", "adapters": [{"name": "b-1"}]},
+        {"id": "free", "adapters": []},
+    ]
+    assert visible_tasks(tasks, None) == tasks
+    assert visible_tasks(tasks, ("a-*",)) == [{"id": "of-a", "adapters": [{"name": "a-1"}]}, tasks[2]]
+    assert tasks[0]["adapters"] == [{"name": "a-1"}, {"name": "b-1"}]
