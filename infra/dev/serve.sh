@@ -24,6 +24,7 @@ finish() {
   # The service first: what it still writes needs the store.
   if [ -n "$service" ]; then kill "$service" 2>/dev/null || true; wait "$service" || true; fi
   kill "$store" 2>/dev/null || true
+  wait "$store" || true
 }
 trap finish EXIT
 trap 'exit 0' INT TERM
