@@ -88,9 +88,11 @@ def test_serve_config_is_the_shipped_one_with_stores_in_s3(serve_file: ServeFile
     config = serve_file.config
     assert config.adapters.startswith("s3://")
     assert config.catalog.startswith("s3://")
-    ours = {"adapters": config.adapters, "catalog": config.catalog, "cache": config.cache}
+    assert config.access.closed
+    ours = {name: getattr(config, name) for name in ("adapters", "catalog", "cache", "access")}
     assert config == shipped.config.model_copy(update=ours)
-    assert set(serve_file.overrides) == set(shipped.overrides) == set(DEPLOYMENTS)
+    # The default catalog is the package's own, which nobody edits.
+    assert set(serve_file.overrides) == {*shipped.overrides, "CatalogEditor"} == set(DEPLOYMENTS)
     assert serve_file.host == "0.0.0.0"
     assert assemble(config, serve_file.overrides)  # Serve takes each deployment's options
 
@@ -113,8 +115,10 @@ def test_each_deployment_fits_one_kind_of_worker_up_to_its_largest_scale(one: An
         fitting = [n for n, has in nodes.items() if all(has.get(key, 0) >= need for key, need in demand.items())]
         assert fitting == [expected[deployment]], deployment
         for key in used[fitting[0]]:
-            used[fitting[0]][key] += demand[key] * options["autoscaling_config"]["max_replicas"]
-        if deployment != "LoraModel":
+            used[fitting[0]][key] += demand[key] * options.get("autoscaling_config", {"max_replicas": 1})["max_replicas"]
+        if "autoscaling_config" not in options:
+            assert options["num_replicas"] == 1
+        elif deployment != "LoraModel":
             assert options["max_replicas_per_node"] == 1
             assert options["autoscaling_config"]["max_replicas"] <= groups["cpu"]["maxReplicas"]
     for name, demand in used.items():

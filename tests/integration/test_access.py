@@ -6,6 +6,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_a_changed_file_counts(secured: Any) -> None:
     keys = {name: key for name, key in secured.keys.items() if name != "operator"} | {"late": new_key()}
     late = replace(secured, keys=keys)
 
-    def statuses(who: Secured, name: str) -> set[int]:
+    def statuses(who: Any, name: str) -> set[int]:
         """Of as many requests as meet both replicas."""
         with who.client(name) as client:
             return {client.get("/v1/models/base").status_code for _ in range(20)}
