@@ -115,7 +115,8 @@ def test_each_deployment_fits_one_kind_of_worker_up_to_its_largest_scale(one: An
         fitting = [n for n, has in nodes.items() if all(has.get(key, 0) >= need for key, need in demand.items())]
         assert fitting == [expected[deployment]], deployment
         for key in used[fitting[0]]:
-            used[fitting[0]][key] += demand[key] * options.get("autoscaling_config", {"max_replicas": 1})["max_replicas"]
+            most = options.get("autoscaling_config", {"max_replicas": 1})["max_replicas"]
+            used[fitting[0]][key] += demand[key] * most
         if "autoscaling_config" not in options:
             assert options["num_replicas"] == 1
         elif deployment != "LoraModel":
