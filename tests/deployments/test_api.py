@@ -978,3 +978,27 @@ def test_a_prompt_too_long_is_refused_before_anything_is_done(path: str, body: A
     assert error["param"] == param
     assert "at most 10" in error["message"]
     assert service.calls == service.routed == []
+
+
+def test_who_leaves_before_the_first_token_pays_what_was_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FakeService):
+        async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+            await asyncio.sleep(10)
+            yield Admitted(1)
+
+    monkeypatch.setenv("KEYS", json.dumps(KEYS))
+    access = Access(AccessSettings(keys_env="KEYS"), LocalLimits())
+
+    async def ask(service: FakeService, timeout_s: float) -> int:
+        headers = {"Authorization": "Bearer lr-poets"}
+        app = build_api(service, ApiSettings(), access)
+        async with httpx.AsyncClient(transport=transport(app), base_url="http://lorauter", headers=headers) as client:
+            asked = client.post(CHAT, json=chat("poet", max_tokens=390))
+            return (await asyncio.wait_for(asked, timeout_s)).status_code
+
+    async def talk() -> int:
+        with pytest.raises(TimeoutError):
+            await ask(Slow(), 0.1)
+        return await ask(FakeService(), 10)
+
+    assert asyncio.run(talk()) == 429

@@ -165,7 +165,8 @@ def test_a_requests_spans_reach_the_collector_as_one_trace(
             assert "LoraModel" in above(span)[0]
         assert any(name.startswith("proxy_http_request") for name in above(span)), above(span)
     trace = ours[0].trace_id
-    [embedder] = [span for span in collector.spans if "QueryEmbedder embed" in span.name and span.trace_id == trace]
+    replica = "replica_handle_request QueryEmbedder embed"
+    [embedder] = [span for span in collector.spans if span.name == replica and span.trace_id == trace]
     assert "lorauter.embed" in above(embedder)
     assert '"stringValue": "lorauter"' in collector.text  # the service's name
     assert CANARY not in collector.text
