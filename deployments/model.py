@@ -46,7 +46,7 @@ class LoraModel:
             aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
         )
         warm_up(self._engine)
-        self._fetch_s = config.cache.fetch_s
+        self._adapter_wait_s = settings.adapter_wait_s
         self._adapters = HostAdapters(
             NodeCache(CacheSpec(config.adapters, config.cache)),
             self._engine.pack,
@@ -65,12 +65,11 @@ class LoraModel:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         names = [name for name, _ in call.adapters]
         try:
-            async with asyncio.timeout(self._fetch_s):
+            async with asyncio.timeout(self._adapter_wait_s):
                 weights = await self._adapters.get(names)
         except TimeoutError as error:
-            raise AdapterUnavailable(
-                f"not here within {self._fetch_s:g} s; try again later", adapter=names[0]
-            ) from error
+            problem = f"not here within {self._adapter_wait_s:g} s; try again later"
+            raise AdapterUnavailable(problem, adapter=names[0]) from error
         request = GenerationRequest(
             prompt,
             tuple((w, share) for w, (_, share) in zip(weights, call.adapters, strict=True)),
@@ -93,11 +92,12 @@ class LoraModel:
         return codec.chat(prompt.messages) if prompt.text is None else codec.plain(prompt.text)
 
     async def stats(self) -> dict[str, Any]:
-        """What runs and waits, and hits, misses and load times of the replica's tiers of adapters."""
+        """What runs and waits, what a request takes beside how many, and hits, misses and load times of the tiers."""
         running, waiting = self._engine.load
         return {
             "running": running,
             "waiting": waiting,
+            "seconds": [round(self._engine.pace.seconds(n), 3) for n in range(1, self._engine.config.max_batch + 1)],
             "resident": self._engine.slots.resident,
             "resident_bytes": self._engine.slots.used_bytes,
             "device": asdict(self._engine.slots.counters),
