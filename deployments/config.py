@@ -37,6 +37,7 @@ class EngineSettings(_Settings):
             below the number of requests at which it begins to refuse.
         prefill_tokens: prompt tokens processed in one step at most.
         max_rank: the largest adapter rank served.
+        adapter_wait_s: seconds for which a request waits for its adapters to come; then it is answered with 503.
         adapter_bytes: bytes of adapters on the device at most; null takes a quarter of a GPU's free memory, or 1 GiB.
         host_bytes: bytes of adapters in a replica's host memory at most.
         device: "auto" (a GPU if the replica has one), "cpu", "cuda".
@@ -50,6 +51,7 @@ class EngineSettings(_Settings):
     max_slowdown: Annotated[float, Field(gt=1, le=1000)] | None = 2.0
     prefill_tokens: Positive = 512
     max_rank: Positive = 128
+    adapter_wait_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
     adapter_bytes: Positive | None = None
     host_bytes: Positive = 4 << 30
     device: str = "auto"
@@ -65,14 +67,12 @@ class CacheSettings(_Settings):
         disk_bytes: bytes of adapters to keep at most.
         revalidate_s: seconds for which an adapter's version is trusted before the store is asked again.
         downloads: adapters downloaded at the same time.
-        fetch_s: seconds for which a request waits for its adapters; then it is answered with 503.
     """
 
     directory: str = "default"
     disk_bytes: Positive = 20 << 30
     revalidate_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
     downloads: Annotated[int, Field(ge=1, le=64)] = 8
-    fetch_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
 
 
 class ApiSettings(_Settings):

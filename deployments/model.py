@@ -70,7 +70,7 @@ class LoraModel:
         spec = CacheSpec(config.adapters, config.cache)
         self._node_cache = NodeCache(spec)
         self._on_disk: list[str] = []
-        self._fetch_s = config.cache.fetch_s
+        self._adapter_wait_s = settings.adapter_wait_s
         self._adapters = HostAdapters(
             self._node_cache,
             self._engine.pack,
@@ -110,12 +110,11 @@ class LoraModel:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         names = [name for name, _ in call.adapters]
         try:
-            async with asyncio.timeout(self._fetch_s):
+            async with asyncio.timeout(self._adapter_wait_s):
                 weights = await self._adapters.get(names)
         except TimeoutError as error:
-            raise AdapterUnavailable(
-                f"not here within {self._fetch_s:g} s; try again later", adapter=names[0]
-            ) from error
+            problem = f"not here within {self._adapter_wait_s:g} s; try again later"
+            raise AdapterUnavailable(problem, adapter=names[0]) from error
         request = GenerationRequest(
             prompt,
             tuple((w, share) for w, (_, share) in zip(weights, call.adapters, strict=True)),
@@ -149,13 +148,15 @@ class LoraModel:
         return self._engine.slots.shape, self._engine.config.max_rank
 
     async def stats(self) -> dict[str, Any]:
-        """Who this is, what runs and waits, and hits, misses and load times of the replica's tiers of adapters."""
+        """Who this is, what runs and waits, what a request takes beside how many, and hits, misses and load times of
+        the replica's tiers of adapters."""
         running, waiting = self._engine.load
         return {
             "replica": serve.get_replica_context().replica_id.unique_id,
             "node": ray.get_runtime_context().get_node_id(),
             "running": running,
             "waiting": waiting,
+            "seconds": [round(self._engine.pace.seconds(n), 3) for n in range(1, self._engine.config.max_batch + 1)],
             "resident": self._engine.slots.resident,
             "resident_bytes": self._engine.slots.used_bytes,
             "device": asdict(self._engine.slots.counters),

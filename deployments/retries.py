@@ -69,9 +69,10 @@ async def generated(
     if call.sampling.temperature > 0 and call.sampling.seed is None:
         call = replace(call, sampling=replace(call.sampling, seed=random.getrandbits(63)))
     admitted: Admitted | None = None
+    tokens: list[int] = []
     ended = False
     for attempt in range(_ATTEMPTS):
-        stream = send(call)
+        stream = send(replace(call, generated=tuple(tokens)) if tokens else call)
         try:
             first = await _first(stream, timeout_s)
             if admitted is None:
@@ -81,7 +82,7 @@ async def generated(
                 stream.cancel()
                 raise ServiceUnavailable("the replica died, and an adapter was replaced meanwhile; ask again")
             async for chunk in stream:
-                call = replace(call, generated=(*call.generated, *chunk.token_ids))
+                tokens += chunk.token_ids
                 ended = chunk.finish_reason is not None
                 yield chunk
             return

@@ -47,7 +47,7 @@ def warm_up(engine: MultiLoraEngine) -> None:
 
     Takes seconds on a CPU.
     """
-    prompt = (0,) * min(32, engine.max_model_len - 1)
+    prompt = (0,) * min(16, engine.max_model_len - 1)
     request = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
     size = 1
     while size < engine.config.max_batch:

@@ -12,6 +12,7 @@ import math
 from lorauter.errors import Overloaded
 
 _NEWEST = 0.1  # share of the newest step in what is known of steps like it
+_SLOWER, _FASTER = 0.02, 0.2  # the same where one request is alone: what is slower has company outside the engine
 _OUTLIER = 2.0  # times what is known: longer steps, in which the machine did something else, count as this long
 _KEPT = 0.95  # share of what is known of prompts and of answers' lengths that stays when one more is seen
 
@@ -30,10 +31,16 @@ class Pace:
         self._decode: list[float | None] = [None] * (max_batch + 1)  # seconds, by decoding rows
         self._steps = [0] * (max_batch + 1)
         self._prefill_seconds = self._prefill_tokens = 0.0
+        self._alone_step: float | None = None  # seconds, of one decoding row
+        self._alone_token: float | None = None  # seconds, of a prompt's token
         self._answers = self._prompt_tokens = self._answer_tokens = 0.0
 
     def step(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step of so many decoding rows and prompt tokens."""
+        if (decoding, prompt_tokens) == (1, 0):
+            self._alone_step = _nearly_least(self._alone_step, seconds)
+        elif not decoding and prompt_tokens:
+            self._alone_token = _nearly_least(self._alone_token, seconds / prompt_tokens)
         if not prompt_tokens:
             known, seen = self._decode[decoding], self._steps[decoding]
             if known is None or seen == 1:  # the first of its size may have had to set up; the second replaces it
@@ -56,13 +63,21 @@ class Pace:
         """Raise Overloaded if this many requests, running and waiting, are too many for `max_slowdown`."""
         if self._max_slowdown is None or requests < 2:
             return
-        slowdown = self.seconds(requests) / (self.seconds(1) or 1)
+        slowdown = self.seconds(requests) / (self.seconds_alone or 1)
         if slowdown > self._max_slowdown:
             raise Overloaded(
                 f"{requests - 1} requests run or wait, and beside them this one would take {slowdown:.1f} times as "
                 "long as alone; try again later",
                 retry_after_s=self.seconds(requests - 1),
             )
+
+    @property
+    def seconds_alone(self) -> float:
+        """What a request of mean size takes on an idle machine; 0 while nothing is known."""
+        if not self._answers:
+            return 0.0
+        seconds = self._prompt_tokens * (self._alone_token or 0.0) + self._answer_tokens * (self._alone_step or 0.0)
+        return seconds / self._answers or self.seconds(1)
 
     def seconds(self, requests: int) -> float:
         """What a request of mean size takes, from its arrival to its last token, where this many always are there.
@@ -91,3 +106,7 @@ class Pace:
         slope = sum((n - mean_n) * s for n, s in known) / spread if spread else math.inf
         slope = min(max(slope, 0.0), mean_s / mean_n)  # no row comes free of charge, or dearer than alone
         return mean_s + slope * (rows - mean_n)
+
+
+def _nearly_least(known: float | None, seconds: float) -> float:
+    return seconds if known is None else known + (_FASTER if seconds < known else _SLOWER) * (seconds - known)

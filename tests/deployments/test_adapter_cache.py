@@ -35,14 +35,11 @@ def test_each_claimant_has_a_folder_and_a_free_one_is_found_again(tmp_path: Path
 
 
 def test_a_spec_has_its_own_prefix_by_store_and_settings() -> None:
-    other = {"directory": "/d", "disk_bytes": 1, "revalidate_s": 1, "downloads": 1, "fetch_s": 1}
+    other = {"directory": "/d", "disk_bytes": 1, "revalidate_s": 1, "downloads": 1}
     specs = [
         CacheSpec("s3://bucket/a", CacheSettings()),
         CacheSpec("s3://bucket/b", CacheSettings()),
-        *[
-            CacheSpec("s3://bucket/a", CacheSettings.model_validate({name: value}))
-            for name, value in other.items()
-        ],
+        *[CacheSpec("s3://bucket/a", CacheSettings.model_validate({name: value})) for name, value in other.items()],
     ]
     assert set(CacheSettings.model_fields) == other.keys()
     prefixes = [spec.prefix for spec in specs]

@@ -38,7 +38,7 @@ def refusal(args: object) -> str:
         ({"engine": {"max_model_len": 1}}, "setting engine.max_model_len: "),
         ({"engine": {"max_batch": 2.5}}, "setting engine.max_batch: "),
         ({"engine": {"max_slowdown": 1}}, "setting engine.max_slowdown"),
-        ({"cache": {"fetch_s": 0}}, "setting cache.fetch_s: "),
+        ({"engine": {"adapter_wait_s": float("inf")}}, "setting engine.adapter_wait_s"),
         ({"api": {"first_token_s": float("nan")}}, "setting api.first_token_s: "),
         ({"engine": {"dtype": "int8"}}, "setting engine.dtype: "),
         ({"cache": {"disk_bytes": "many"}}, "setting cache.disk_bytes: "),

@@ -65,6 +65,16 @@ def test_one_slow_step_changes_little():
     assert admits(pace) >= before - 1
 
 
+def test_company_outside_the_engine_does_not_pass_for_being_alone():
+    pace = learnt(d1=0.1, d4=0.16)
+    before = admits(pace)
+    for _ in range(20):
+        pace.step(1, 0, 0.15)
+        pace.step(4, 0, 0.24)
+    assert pace.seconds_alone < 0.6 * pace.seconds(1) + 0.4 * 5
+    assert admits(pace) < before
+
+
 def test_each_row_beside_takes_in_a_prompt_meanwhile():
     pace = learnt(d1=0.1, d2=0.1, d4=0.1)
     pace.step(0, 200, 2.0)
@@ -159,6 +169,6 @@ def test_three_times_the_load_leaves_what_is_accepted_within_three_times_its_tim
 
     times = machine.serve(pace, arrivals, seconds)
     assert np.percentile(times, 99) <= 3 * np.percentile(alone, 99)
-    assert len(times) >= 0.85 * len(most)
+    assert len(times) >= 0.75 * len(most)
     unbounded = machine.serve(machine.warm(None), lambda now, held: machine.max_batch - held, seconds)
-    assert len(most) >= 0.7 * len(unbounded)
+    assert len(most) >= 0.65 * len(unbounded)

@@ -89,8 +89,15 @@ def _cluster(
         "adapters": f"{published}/adapters",
         "catalog": f"{published}/catalog",
         # float32, so that an answer is the same in any company.
-        "engine": {"max_batch": 8, "max_model_len": 512, "max_queue": 32, "dtype": "float32", "threads": 1},
-        "cache": {"directory": str(work / "disk"), "revalidate_s": 2, "fetch_s": 20},
+        "engine": {
+            "max_batch": 8,
+            "max_model_len": 512,
+            "max_queue": 32,
+            "dtype": "float32",
+            "threads": 1,
+            "adapter_wait_s": 20,
+        },
+        "cache": {"directory": str(work / "disk"), "revalidate_s": 2},
     }
     (work / "config.json").write_text(json.dumps(config))
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:  # a short path

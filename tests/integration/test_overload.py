@@ -1,0 +1,42 @@
+"""More load than the service sustains, in short; `benchmarks/overload.py` is the long version."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from overload import measure, percentile, questions
+from ray import serve
+
+from deployments.app import DEPLOYMENTS, assemble
+from deployments.config import EngineSettings
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def url(service: Any) -> Iterator[str]:
+    """A second app of the running cluster, with the default engine, which refuses what would take too long."""
+    config = service.config.model_copy(
+        update={
+            "engine": EngineSettings(max_batch=8, max_model_len=512),
+            "cache": service.config.cache.model_copy(update={"revalidate_s": 10.0}),
+        }
+    )
+    few = {name: {"ray_actor_options": {"num_cpus": 0.05}, "num_replicas": 1} for name in DEPLOYMENTS}
+    serve.run(assemble(config, few), name="overload", route_prefix="/overload")
+    yield f"{service.url}/overload"
+    serve.delete("overload")
+
+
+def test_overload_is_refused_and_what_is_accepted_stays_fast(url: str) -> None:
+    """By the ninth decile, as the slowest of so few requests says little."""
+    report = asyncio.run(measure(url, questions(each=2), factor=3, seconds=15, alone=20, clients=12, saturate_s=6))
+    print(report)
+    assert report.other == []
+    assert report.refused > len(report.accepted)
+    assert report.without_retry_after == 0
+    assert len(report.accepted) / report.seconds > 0.5 * report.sustainable
+    assert percentile(report.accepted, 90) <= 3 * percentile(report.unloaded, 90)
