@@ -69,7 +69,7 @@ async def replicas(handle: Any, number: int) -> list[dict[str, Any]]:
     """The stats of as many replicas; many ask together, so that the busier one is asked as well."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(20):
-        for stats in await asyncio.gather(*[handle.stats.remote() for _ in range(24)]):
+        for stats in await asyncio.gather(*[handle.stats.remote() for _ in range(14)]):
             found[stats["replica"]] = stats
         if len(found) == number:
             return list(found.values())
@@ -132,7 +132,7 @@ def test_replicas_follow_the_load_and_no_request_is_lost(url: str) -> None:
             await client.ask(name)
 
         handle = serve.get_deployment_handle("LoraModel", APP)
-        async with client.load(12, lambda: client.ask("sst2", 24)):
+        async with client.load(10, lambda: client.ask("sst2", 24)):
             await until_running(2)
             for stats in await replicas(handle, 2):  # the second one never answered under these two: it was warmed
                 assert {"rte", "tomqa"} <= {name for name, _ in stats["resident"]}
