@@ -19,11 +19,13 @@ Positive = Annotated[int, Field(ge=1)]
 _NAMED, _LISTED = 5, 1000  # wrong fields that a message names; that are listed at all
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Settings that do not change, and know their names."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class EngineSettings(_Settings):
+class EngineSettings(Settings):
     """The engine of each `LoraModel` replica.
 
     Attributes:
@@ -51,7 +53,7 @@ class EngineSettings(_Settings):
     threads: Positive | None = None
 
 
-class CacheSettings(_Settings):
+class CacheSettings(Settings):
     """The adapter cache on each node's disk.
 
     Attributes:
@@ -67,7 +69,7 @@ class CacheSettings(_Settings):
     downloads: Annotated[int, Field(ge=1, le=64)] = 8
 
 
-class ApiSettings(_Settings):
+class ApiSettings(Settings):
     """The HTTP API.
 
     Attributes:
@@ -87,7 +89,7 @@ class ApiSettings(_Settings):
     max_inputs: Positive = 256
 
 
-class AppConfig(_Settings):
+class AppConfig(Settings):
     """The `args` of the Serve app.
 
     Attributes:

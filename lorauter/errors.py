@@ -17,6 +17,7 @@ because they cross process boundaries.
     │   ├── AdapterNotFound
     │   ├── AdapterRejected     the adapter can never be served as it is
     │   └── AdapterUnavailable  the adapter cannot be had just now
+    ├── BatchError              a batch job stopped before its end
     ├── ServiceUnavailable      a part of the running service is down
     └── Overloaded              a queue is full; try again later
 """
@@ -121,6 +122,10 @@ class AdapterRejected(AdapterError):
 
 class AdapterUnavailable(AdapterError):
     """The adapter exists, but cannot be fetched or placed at the moment."""
+
+
+class BatchError(LorauterError):
+    """A batch job stopped; what was written stays, and the same job started again goes on from there."""
 
 
 class ServiceUnavailable(LorauterError):

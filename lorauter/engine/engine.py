@@ -85,7 +85,7 @@ class MultiLoraEngine:
         """See `Engine.stream`. Chunks that are ready together come as one."""
         loop = asyncio.get_running_loop()
         ready: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
-        sequence = self._submit(request, lambda item: loop.call_soon_threadsafe(ready.put_nowait, item))
+        sequence = self.submit(request, lambda item: loop.call_soon_threadsafe(ready.put_nowait, item))
         try:
             while True:
                 items = [await ready.get()]
@@ -128,7 +128,7 @@ class MultiLoraEngine:
                 with self._wake:  # one step for all that come together, not one for each
                     while remaining and unfinished < self.config.max_batch + self.config.max_queue:
                         request, pieces = remaining.popleft()
-                        sequences.append(self._submit(request, sink_to(pieces), wait=True))
+                        sequences.append(self.submit(request, sink_to(pieces), wait=True))
                         unfinished += 1
                 error = ended.get()
                 if error is not None:
@@ -151,9 +151,13 @@ class MultiLoraEngine:
         """How many requests run, and how many wait."""
         return len(self._rows), len(self._waiting)
 
+    def held(self) -> threading.Condition:
+        """While this is entered no step begins that would admit a request: those submitted meanwhile begin together."""
+        return self._wake
+
     def check_health(self) -> None:
         """Raise RuntimeError if the engine's thread is gone."""
-        if not self._thread.is_alive():
+        if self._closed or not self._thread.is_alive():
             raise RuntimeError("the engine's thread has ended")
 
     def close(self) -> None:
@@ -163,7 +167,8 @@ class MultiLoraEngine:
             self._wake.notify_all()
         self._thread.join()
 
-    def _submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> ActiveSequence:
+    def submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> ActiveSequence:
+        """Take a request; `sink` is told each chunk, or the error that ended it, by the engine's thread."""
         prompt = len(request.prompt)
         if prompt >= self.max_model_len:
             raise ContextLengthExceeded(prompt, self.max_model_len)
