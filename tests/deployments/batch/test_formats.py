@@ -80,8 +80,26 @@ def test_columns_of_jsonl_have_the_type_that_fits_all_rows() -> None:
     assert schema is not None
     table = pq.read_table(io.BytesIO(encode(rows, "parquet", schema)))
     assert table.to_pylist() == [
-        {"int": 1, "real": 1.0, "text": None, "mixed": "1", "nested": '{"a": 1}', "empty": None, "late": None, "big": None},
-        {"int": 2, "real": 0.5, "text": "x", "mixed": "y", "nested": None, "empty": None, "late": True, "big": str(1 << 70)},
+        {
+            "int": 1,
+            "real": 1.0,
+            "text": None,
+            "mixed": "1",
+            "nested": '{"a": 1}',
+            "empty": None,
+            "late": None,
+            "big": None,
+        },
+        {
+            "int": 2,
+            "real": 0.5,
+            "text": "x",
+            "mixed": "y",
+            "nested": None,
+            "empty": None,
+            "late": True,
+            "big": str(1 << 70),
+        },
     ]
 
 

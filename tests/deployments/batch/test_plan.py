@@ -38,7 +38,10 @@ def test_a_folders_files_are_one_input_and_hidden_ones_none(place) -> None:
 def test_one_file_is_an_input(place) -> None:
     open_store(place).write("a.csv", b"x,y\n1,2\n3,4\n")
     plan = planned(f"{place}/a.csv", output="parquet")
-    assert [row.values for shard in plan.shards for row in plan.read(shard)] == [{"x": "1", "y": "2"}, {"x": "3", "y": "4"}]
+    assert [row.values for shard in plan.shards for row in plan.read(shard)] == [
+        {"x": "1", "y": "2"},
+        {"x": "3", "y": "4"},
+    ]
     assert plan.schema.names == ["x", "y"]
 
 
