@@ -88,18 +88,3 @@ def test_an_engine_that_ends_is_noticed(engine) -> None:
 
     with pytest.raises(RuntimeError):
         feed(engine, closing())
-
-
-def test_answers_do_not_depend_on_which_adapters_came_before(start, pool) -> None:
-    names = ["attention", "mlp-rslora", "patterns", "one-layer"]
-
-    def mixture(i):
-        return pool.mix(tuple((names[(i + k) % 4], 0.3 + 0.2 * k) for k in range(3)))
-
-    asked = requests(12, mixture)
-    fresh = start(pool.decoder("llama"), max_queue=4, max_model_len=64)
-    expected = texts(feed(fresh, asked))
-    for first in names[1:]:
-        used = start(pool.decoder("llama"), max_queue=4, max_model_len=64)
-        feed(used, [GenerationRequest((1, 2), pool.mix(((first, 1.0),)), SamplingParams(max_tokens=2))])
-        assert texts(feed(used, asked)) == expected
