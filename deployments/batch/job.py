@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,7 +32,10 @@ from deployments.batch.plan import Plan, find_files, make_plan
 from deployments.batch.rows import result_schema
 from deployments.batch.stages import finished
 from deployments.batch.tally import Tally
-from lorauter.errors import BatchError, ConfigError
+from lorauter.errors import BatchError, ConfigError, LorauterError
+
+_Done = queue.Queue[dict[str, Any] | BaseException | None]
+"""What comes out of the pipeline: what `stages.finished` gives, an error, or None in the end."""
 
 _POLL_S = 0.25
 _OBJECT_STORE = 1 << 30  # bytes, of a local Ray: shards on their way, beyond which reading waits
@@ -129,7 +132,8 @@ def run_job(
             with _ray(config, address, notify):
                 job.run(version)
     except BaseException:
-        job.note("stopped")
+        with suppress(LorauterError):  # the store may be what has failed
+            job.note("stopped")
         raise
     job.note("complete")
     return job.status
@@ -169,10 +173,20 @@ class _Job:
         pending = [shard for shard in self._plan.shards if shard.number not in self._tallies]
         meter: Any = ray.remote(_Meter).options(num_cpus=0, max_restarts=-1).remote()
         dataset = shards_pipeline(self._plan, pending, self._config, version, self._output, _Reporter(meter))
-        done: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
+        done: _Done = queue.Queue()
         # Ray Data's iterator waits for whole shards, but the rows' progress, and --max-errors, shall not.
-        threading.Thread(target=_consume, args=(dataset, done), name="consume", daemon=True).start()
-        started = noted = time.time()
+        stopped = threading.Event()
+        threading.Thread(target=_consume, args=(dataset, done, stopped), name="consume", daemon=True).start()
+        try:
+            self._follow(done, meter)
+        finally:
+            stopped.set()
+        if missing := len(self._plan.shards) - len(self._tallies):
+            raise BatchError(f"{missing} shards were not done; start the job again")
+
+    def _follow(self, done: _Done, meter: Any) -> None:
+        """Take what comes out of the pipeline until it ends, and show how far it is."""
+        started = noted = written = time.time()
         while True:
             try:
                 item = done.get(timeout=_POLL_S)
@@ -182,9 +196,10 @@ class _Job:
                 break
             if isinstance(item, BaseException):
                 raise BatchError(f"the workers cannot go on: {_cause(item)}") from item
-            if item:
+            if item and item["shard"] not in self._tallies:
                 self._take(item)
-            self._update(ray.get(meter.running.remote(list(self._tallies))), started)
+                written = item["time"]
+            self._update(ray.get(meter.running.remote(list(self._tallies))), started, time.time())
             if self._config.max_errors is not None and self.status.errors > self._config.max_errors:
                 raise BatchError(
                     f"{self.status.errors} rows failed, and max_errors is {self._config.max_errors}; the shards in "
@@ -193,9 +208,7 @@ class _Job:
             if item and time.time() - noted > _MANIFEST_S:
                 noted = time.time()
                 self.note("running")
-        self._update([], started)
-        if missing := len(self._plan.shards) - len(self._tallies):
-            raise BatchError(f"{missing} shards were not done; start the job again")
+        self._update([], started, written)
 
     def _take(self, item: dict[str, Any]) -> None:
         self._tallies[item["shard"]] = item["tally"]
@@ -203,19 +216,21 @@ class _Job:
         if item["facts"]:
             self.status.workers[f"{item['facts']['node']} {item['facts']['worker']}"] = item["facts"]
 
-    def _update(self, running: list[tuple[int, int, int]], started: float) -> None:
+    def _update(self, running: list[tuple[int, int, int]], started: float, now: float) -> None:
         status, tally = self.status, self.status.tally
         rows, tokens, errors = (sum(column) for column in zip((0, 0, 0), *running, strict=True))
         status.rows, status.tokens = tally.rows + rows, tally.completion_tokens + tokens
         status.errors = tally.errors + errors
         began = min((facts["ready"] for facts in status.workers.values()), default=started)
-        status.seconds = time.time() - began
+        status.seconds = max(now - began, 0.0)
         self._progress(status)
 
 
-def _consume(dataset: ray.data.Dataset, done: queue.Queue[dict[str, Any] | BaseException | None]) -> None:
+def _consume(dataset: ray.data.Dataset, done: _Done, stopped: threading.Event) -> None:
     try:
         for row in dataset.iter_rows():
+            if stopped.is_set():
+                return
             done.put(finished(row))
         done.put(None)
     except BaseException as error:  # noqa: BLE001 (a thread's last word)
