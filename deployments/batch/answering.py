@@ -145,12 +145,11 @@ class Answering:
             try:
                 [packed] = await self._adapters.get([name])
                 return packed
-            except AdapterUnavailable as error:
-                if patience is None:
-                    return error
-                await asyncio.sleep(patience)
             except LorauterError as error:
-                return error
+                if patience is None or not isinstance(error, AdapterUnavailable):
+                    cause = getattr(error, "cause", None)  # what Ray has wrapped, traceback and all
+                    return cause if isinstance(cause, LorauterError) else error
+                await asyncio.sleep(patience)
         raise AssertionError("unreachable")
 
     def _wait(self, awaitable: Coroutine[Any, Any, T]) -> T:

@@ -294,7 +294,7 @@ def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]
                 )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         yield
     finally:
         for cache in running_caches(spec):

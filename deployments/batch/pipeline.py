@@ -67,7 +67,7 @@ def shards_pipeline(
     work = ray.data.read_datasource(
         _Shards(plan, shards),
         override_num_blocks=len(shards),
-        ray_remote_args={"num_cpus": TASK_CPUS},
+        num_cpus=TASK_CPUS,
         concurrency=_TASKS,
     )
     return _stages(work, config, version, report).map_batches(
