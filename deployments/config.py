@@ -19,11 +19,13 @@ Positive = Annotated[int, Field(ge=1)]
 _NAMED, _LISTED = 5, 1000  # wrong fields that a message names; that are listed at all
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Settings that do not change, and know their names."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class EngineSettings(_Settings):
+class EngineSettings(Settings):
     """The engine of each `LoraModel` replica.
 
     Attributes:
@@ -59,7 +61,7 @@ class EngineSettings(_Settings):
     threads: Positive | None = None
 
 
-class CacheSettings(_Settings):
+class CacheSettings(Settings):
     """The adapter cache on each node's disk.
 
     Attributes:
@@ -75,7 +77,7 @@ class CacheSettings(_Settings):
     downloads: Annotated[int, Field(ge=1, le=64)] = 8
 
 
-class ApiSettings(_Settings):
+class ApiSettings(Settings):
     """The HTTP API.
 
     Attributes:
@@ -102,7 +104,7 @@ class ApiSettings(_Settings):
     first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 
-class AccessSettings(_Settings):
+class AccessSettings(Settings):
     """Who may use the service; README's "Access" has the keys' format. With neither setting everybody may.
 
     Attributes:
@@ -125,7 +127,7 @@ class AccessSettings(_Settings):
         return self.keys_file is not None or self.keys_env is not None
 
 
-class AppConfig(_Settings):
+class AppConfig(Settings):
     """The `args` of the Serve app.
 
     Attributes:

@@ -1,6 +1,6 @@
 """The command line. Parses arguments, shows progress, and turns errors into one line; the work is the library's.
 
-`serve` alone needs Ray, and imports it only then.
+`serve` and `batch` alone need Ray, and import it only then.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from lorauter.cli_batch import batch
 from lorauter.cli_catalog import catalog_app
 from lorauter.cli_console import console, notify, phase, warn
 from lorauter.cli_eval import eval_app
@@ -37,6 +38,7 @@ app.add_typer(adapters_app, name="adapters")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(eval_app, name="eval")
 app.add_typer(keys_app, name="keys")
+app.command()(batch)
 
 _BATCH = 256
 

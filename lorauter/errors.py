@@ -20,6 +20,7 @@ because they cross process boundaries.
     │   └── AdapterUnavailable  the adapter cannot be had just now
     ├── Unauthenticated         no valid key came with the request
     ├── PermissionDenied        the key may not do this
+    ├── BatchError              a batch job stopped before its end
     ├── ServiceUnavailable      a part of the running service is down
     └── Overloaded              a queue is full; try again later
         └── RateLimited         the key's own limit is reached
@@ -140,6 +141,10 @@ class Unauthenticated(LorauterError):
 
 class PermissionDenied(LorauterError):
     """The caller is known, and has not the role that this takes."""
+
+
+class BatchError(LorauterError):
+    """A batch job stopped; what was written stays, and the same job started again goes on from there."""
 
 
 class ServiceUnavailable(LorauterError):

@@ -8,12 +8,13 @@ stores that break on botocore's default checksums. Knows nothing of what the obj
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -27,13 +28,17 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _CONCURRENCY = 8
-_client: S3Client | None = None
+_PART = 4 << 20  # bytes of a ranged read at least
+_client: tuple[S3Client, S3Client] | None = None  # for whole objects, and for parts of them
 _client_pid = 0
 _client_lock = threading.Lock()
 
 
-def _shared_client() -> S3Client:
-    """One client a process: clients are thread-safe, sessions are not, and a fork must not share sockets."""
+def _shared_client(*, parts: bool = False) -> S3Client:
+    """One client a process: clients are thread-safe, sessions are not, and a fork must not share sockets.
+
+    The one for parts asks for no checksums: some stores send the whole object's, which no part of it has.
+    """
     global _client, _client_pid
     with _client_lock:
         if _client is None or _client_pid != os.getpid():
@@ -46,11 +51,16 @@ def _shared_client() -> S3Client:
             )
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
             try:
-                _client = boto3.session.Session().client("s3", region_name=region, config=config)
+                session = boto3.session.Session()
+                unchecked = config.merge(Config(response_checksum_validation="when_required"))
+                _client = (
+                    session.client("s3", region_name=region, config=config),
+                    session.client("s3", region_name=region, config=unchecked),
+                )
             except (BotoCoreError, ValueError) as error:
                 raise ConfigError(f"the AWS settings of the environment are wrong: {error}") from error
             _client_pid = os.getpid()
-        return _client
+        return _client[parts]
 
 
 class S3Store:
@@ -101,6 +111,30 @@ class S3Store:
                 for entry in page.get("CommonPrefixes", [])
             )
 
+    def files(self, prefix: str = "") -> dict[str, int]:
+        base = self._prefix + (f"{prefix}/" if prefix else "")
+        with self._errors(prefix):
+            pages = _shared_client().get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=base)
+            found = {
+                entry["Key"].removeprefix(self._prefix): entry["Size"]
+                for page in pages
+                for entry in page.get("Contents", [])
+            }
+        return {key: found[key] for key in sorted(found) if not any(p.startswith(".") for p in key.split("/"))}
+
+    def open(self, key: str) -> BinaryIO:
+        size, _ = self.fingerprint(key)
+        return io.BufferedReader(_Parts(self, key, size), _PART)
+
+    def read_part(self, key: str, start: int, length: int) -> bytes:
+        """Bytes of an object from `start`; at least one, and none beyond its end may be asked for."""
+        with self._errors(key):
+            part = _shared_client(parts=True).get_object(
+                Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{start + length - 1}"
+            )
+            body: bytes = part["Body"].read()
+            return body
+
     def fingerprint(self, key: str) -> tuple[int, str]:
         with self._errors(key):
             head = _shared_client().head_object(Bucket=self._bucket, Key=self._prefix + key)
@@ -136,3 +170,34 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._errors(key):
             _shared_client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+
+class _Parts(io.RawIOBase):
+    """An object as a file, read by ranges."""
+
+    def __init__(self, store: S3Store, key: str, size: int) -> None:
+        super().__init__()
+        self._store, self._key, self._size, self._place = store, key, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, origin + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._size - self._place)
+        if length <= 0:
+            return 0
+        content = self._store.read_part(self._key, self._place, length)
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)

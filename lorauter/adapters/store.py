@@ -7,6 +7,7 @@ A store maps keys (relative, `/`-separated) to bytes. It knows nothing of adapte
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from lorauter.errors import ConfigError, ObjectNotFound, StoreUnavailable
 
@@ -28,6 +29,12 @@ class ObjectStore(Protocol):
 
     def children(self, prefix: str = "") -> list[str]:
         """The first path parts below `prefix` that have objects under them, sorted."""
+
+    def files(self, prefix: str = "") -> dict[str, int]:
+        """The keys of all objects below `prefix` with their sizes in bytes, sorted; hidden files are left out."""
+
+    def open(self, key: str) -> BinaryIO:
+        """The object as a file to read and seek in. Raises ObjectNotFound, here or when it is read."""
 
     def fingerprint(self, key: str) -> tuple[int, str]:
         """Size in bytes and a tag that changes when the content does. Raises ObjectNotFound."""
@@ -80,6 +87,16 @@ class DirectoryStore:
         except ObjectNotFound:
             return []
 
+    def files(self, prefix: str = "") -> dict[str, int]:
+        with self._at(prefix, root=not prefix) as folder:
+            found = {path.relative_to(self.root): path for path in folder.rglob("*") if path.is_file()}
+            shown = {key.as_posix(): path for key, path in found.items() if not _is_hidden(key)}
+            return {key: shown[key].stat().st_size for key in sorted(shown)}
+
+    def open(self, key: str) -> BinaryIO:
+        with self._at(key) as path:
+            return path.open("rb")
+
     def fingerprint(self, key: str) -> tuple[int, str]:
         with self._at(key) as path:
             status = path.stat()
@@ -125,6 +142,10 @@ class DirectoryStore:
             path.unlink(missing_ok=True)
 
 
+def _is_hidden(key: Path) -> bool:
+    return any(part.startswith(".") for part in key.parts)
+
+
 def _holds_files(path: Path) -> bool:
     return path.is_dir() and any(below.is_file() for below in path.rglob("*"))
 
@@ -158,6 +179,14 @@ class MemoryStore:
         inside = f"{prefix}/" if prefix else ""
         below = [key.removeprefix(inside) for key in self.objects if key.startswith(inside)]
         return sorted({key.split("/")[0] for key in below if "/" in key})
+
+    def files(self, prefix: str = "") -> dict[str, int]:
+        self._check_up()
+        inside = f"{prefix}/" if prefix else ""
+        return {key: len(self.objects[key]) for key in sorted(self.objects) if key.startswith(inside)}
+
+    def open(self, key: str) -> BinaryIO:
+        return io.BytesIO(self._get(key))
 
     def fingerprint(self, key: str) -> tuple[int, str]:
         content = self._get(key)

@@ -2,6 +2,7 @@
 
 from lorauter.engine.config import EngineConfig
 from lorauter.engine.engine import MultiLoraEngine
+from lorauter.engine.feed import Outcome, feed
 from lorauter.engine.load import load_engine
 from lorauter.engine.types import Chunk, Completion, EchoEngine, Engine, GenerationRequest, SamplingParams
 
@@ -13,6 +14,8 @@ __all__ = [
     "EngineConfig",
     "GenerationRequest",
     "MultiLoraEngine",
+    "Outcome",
     "SamplingParams",
+    "feed",
     "load_engine",
 ]

@@ -30,7 +30,7 @@ from lorauter.engine.sequence import ActiveSequence, Sink
 from lorauter.engine.slots import AdapterKey, AdapterSlots, Mixture, PackedAdapter, default_budget
 from lorauter.engine.stacks import to_device
 from lorauter.engine.text import TextCodec
-from lorauter.engine.types import Chunk, Completion, FinishReason, GenerationRequest
+from lorauter.engine.types import Chunk, Completion, GenerationRequest
 from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
 
 _RETRY_AFTER_S = 1.0
@@ -91,7 +91,7 @@ class MultiLoraEngine:
         """See `Engine.stream`. Chunks that are ready together come as one."""
         loop = asyncio.get_running_loop()
         ready: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
-        sequence = self._submit(request, lambda item: loop.call_soon_threadsafe(ready.put_nowait, item))
+        sequence = self.submit(request, lambda item: loop.call_soon_threadsafe(ready.put_nowait, item))
         try:
             while True:
                 items = [await ready.get()]
@@ -134,7 +134,7 @@ class MultiLoraEngine:
                 with self._wake:  # one step for all that come together, not one for each
                     while remaining and unfinished < self.config.max_batch + self.config.max_queue:
                         request, pieces = remaining.popleft()
-                        sequences.append(self._submit(request, sink_to(pieces), wait=True))
+                        sequences.append(self.submit(request, sink_to(pieces), wait=True))
                         unfinished += 1
                 error = ended.get()
                 if error is not None:
@@ -157,9 +157,13 @@ class MultiLoraEngine:
         """How many requests run, and how many wait."""
         return len(self._rows), len(self._waiting)
 
+    def held(self) -> threading.Condition:
+        """While this is entered no step begins that would admit a request: those submitted meanwhile begin together."""
+        return self._wake
+
     def check_health(self) -> None:
         """Raise RuntimeError if the engine's thread is gone."""
-        if not self._thread.is_alive():
+        if self._closed or not self._thread.is_alive():
             raise RuntimeError("the engine's thread has ended")
 
     def close(self) -> None:
@@ -169,7 +173,8 @@ class MultiLoraEngine:
             self._wake.notify_all()
         self._thread.join()
 
-    def _submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> ActiveSequence:
+    def submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> ActiveSequence:
+        """Take a request; `sink` is told each chunk, or the error that ended it, by the engine's thread."""
         prompt = len(request.prompt)
         if prompt >= self.max_model_len:
             raise ContextLengthExceeded(prompt, self.max_model_len)
@@ -434,7 +439,9 @@ class MultiLoraEngine:
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.sound = token != NOT_FINITE
             if sequence.sound:
-                sequence.ended = self._take(sequence, token)
+                chunk = sequence.take(token, self.codec.eos_ids)
+                sequence.ended = chunk.finish_reason is not None
+                self._deliver(sequence, chunk)
                 continue
             names = [packed.name for packed in sequence.adapters]
             error = (
@@ -452,25 +459,6 @@ class MultiLoraEngine:
             for row in reversed(range(len(self._rows))):
                 if self._rows[row].ended:
                     self._remove(row)
-
-    def _take(self, sequence: ActiveSequence, token: int) -> bool:
-        """Append a token and deliver its text; True if the sequence has ended."""
-        sampling = sequence.request.sampling
-        sequence.tokens.append(token)
-        reason: FinishReason | None = None
-        text = ""
-        if token in self.codec.eos_ids and not sampling.ignore_eos:
-            reason = "stop"
-        else:
-            text, stopped = sequence.text.push(token)
-            if stopped:
-                reason = "stop"
-            elif len(sequence.tokens) >= sequence.limit:
-                reason = "length"
-        if reason is not None:
-            text += sequence.text.flush()
-        self._deliver(sequence, Chunk(text, (token,), reason))
-        return reason is not None
 
     def _remove(self, row: int) -> None:
         """Free a row, keeping the rows dense and the decoding ones first."""

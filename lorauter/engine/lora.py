@@ -82,18 +82,20 @@ class LoraBatch:
         )
 
 
-def mix(groups: Sequence[StackGroup], weights: Tensor, generation: int) -> LoraBatch:
+def mix(groups: Sequence[StackGroup], weights: Tensor, generation: int, order: Tensor) -> LoraBatch:
     """The mixtures of n tokens.
 
     Args:
         groups: the stacks.
         weights: (n, slots) float32 on the host, each token's weight of every slot.
         generation: of the stacks' tensors.
+        order: (slots,) the place of each slot's adapter among all by key. Columns are summed in this order, so that
+            sums round the same wherever loading and evicting has put the adapters.
     """
     used = weights.any(dim=0)
     mixtures = {}
     for group in groups:
-        places = [used[stack.owner].nonzero()[:, 0] for stack in group.stacks.values()]
+        places = [_in_order(stack.owner, used[stack.owner].nonzero()[:, 0], order) for stack in group.stacks.values()]
         bounds = [0]
         for columns in places:
             bounds.append(bounds[-1] + len(columns))
@@ -113,3 +115,7 @@ def mix(groups: Sequence[StackGroup], weights: Tensor, generation: int) -> LoraB
             mask=to_device(weights[:, owners].to(group.a.dtype), device),
         )
     return LoraBatch(mixtures, generation)
+
+
+def _in_order(owner: Tensor, columns: Tensor, order: Tensor) -> Tensor:
+    return columns[order[owner[columns]].argsort(stable=True)]

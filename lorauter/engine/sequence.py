@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from lorauter.engine.slots import Mixture, PackedAdapter
 from lorauter.engine.text import TextStream
-from lorauter.engine.types import Chunk, GenerationRequest
+from lorauter.engine.types import Chunk, FinishReason, GenerationRequest
 
 Sink = Callable[[Chunk | BaseException], object]
 
@@ -48,3 +48,21 @@ class ActiveSequence:
     def decoding(self) -> bool:
         """Whether its prompt is in the cache and its next token is due."""
         return self.cached == len(self.tokens) - 1 and len(self.tokens) > len(self.request.prompt)
+
+    def take(self, token: int, eos_ids: Collection[int]) -> Chunk:
+        """Append a token; what it adds to the answer, with the reason if it ends it."""
+        sampling = self.request.sampling
+        self.tokens.append(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token in eos_ids and not sampling.ignore_eos:
+            reason = "stop"
+        else:
+            text, stopped = self.text.push(token)
+            if stopped:
+                reason = "stop"
+            elif len(self.tokens) >= self.limit:
+                reason = "length"
+        if reason is not None:
+            text += self.text.flush()
+        return Chunk(text, (token,), reason)

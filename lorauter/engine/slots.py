@@ -213,7 +213,9 @@ class AdapterSlots:
         for row, mixture in enumerate(mixtures):
             for key, weight in mixture:
                 weights[row, self._resident[key].slot] += weight
-        batch = mix(self._groups, weights, self._generation)
+        order = torch.zeros(highest + 1, dtype=torch.long)
+        order[[self._resident[key].slot for key in sorted(self._resident)]] = torch.arange(len(self._resident))
+        batch = mix(self._groups, weights, self._generation, order)
         return batch if batch.groups else None
 
     def _cost(self, ranks: Mapping[str, int]) -> int:

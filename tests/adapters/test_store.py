@@ -182,3 +182,29 @@ def test_a_store_is_opened_by_its_uri(tmp_path, monkeypatch) -> None:
 def test_a_wrong_uri_is_a_config_error(uri, said) -> None:
     with pytest.raises(ConfigError, match=said):
         open_store(uri)
+
+
+def test_files_are_listed_with_their_sizes_below_a_prefix(store) -> None:
+    assert store.files() == {}
+    for key in ("b/x", "a/1/x", "a/top", "ab/x", "top"):
+        store.write(key, key.encode())
+    assert store.files() == {"a/1/x": 5, "a/top": 5, "ab/x": 4, "b/x": 3, "top": 3}
+    assert store.files("a") == {"a/1/x": 5, "a/top": 5}
+    assert store.files("none") == {}
+
+
+def test_an_object_is_read_in_parts(store) -> None:
+    content = bytes(range(256)) * 40_000  # of more than one part in S3
+    store.write(KEY, content)
+    with store.open(KEY) as file:
+        assert file.read(3) == content[:3]
+        assert file.seek(-5, 2) == len(content) - 5
+        assert file.read(10) == content[-5:]
+        file.seek(4_999_999)
+        assert file.tell() == 4_999_999
+        assert file.read(100) == content[4_999_999:5_000_099]
+        file.seek(0)
+        assert file.read() == content
+        assert file.read() == b""
+    with pytest.raises(ObjectNotFound), store.open("none/none") as file:
+        file.read()

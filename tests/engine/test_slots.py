@@ -214,3 +214,21 @@ def test_numbers_too_large_for_the_dtype_are_rejected(slots_of, adapter):
     assert caught.value.adapter == "large"
     assert slots.resident == [a.key]
     assert slots.used_bytes == used
+
+
+def test_columns_are_summed_in_the_same_order_whatever_was_loaded_before(slots_of, adapter):
+    a, b, c, other = (adapter(name, q_proj=2, down_proj=1) for name in ("a", "b", "c", "other"))
+
+    def columns(*loaded):
+        slots = slots_of(1 << 20)
+        for weights in loaded:
+            assert slots.acquire([weights])
+        batch = slots.batch([[(b.key, 0.5), (a.key, 0.3)], [(c.key, 1.0), (a.key, 0.2)]])
+        groups = [batch.groups[target] for target in SHAPE.linears]
+        return [(g.a[:, g.a_places], torch.cat([s[:, g.b_places] for s in g.bs]), g.mask) for g in groups]
+
+    expected = columns(a, b, c)
+    for loaded in ((c, a, b), (other, b, a, c), (b, other, c, a)):
+        for found, wanted in zip(columns(*loaded), expected, strict=True):
+            for one, two in zip(found, wanted, strict=True):
+                assert torch.equal(one, two)

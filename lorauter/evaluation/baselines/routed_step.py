@@ -138,7 +138,7 @@ def group_routers(decoder: Decoder, adapters: Sequence[LoraWeights], router: Tok
         stack.resize(sum(a.shape[1] for a, _ in pairs.values()))
         for slot, (a, b) in pairs.items():
             stack.write(slot, a, b)
-    mixtures = mix(groups, torch.ones(1, len(adapters) + 1), generation=0).groups
+    mixtures = mix(groups, torch.ones(1, len(adapters) + 1), 0, torch.arange(len(adapters) + 1)).groups
     firsts = {next(iter(group.stacks)): group for group in groups}
     return {first: _group_router(firsts[first], mixture, adapters, router) for first, mixture in mixtures.items()}
 

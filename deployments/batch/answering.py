@@ -1,0 +1,170 @@
+"""The answering of a batch's rows by one engine, their adapters fetched as they are needed. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from deployments.batch.config import BatchConfig
+from deployments.batch.rows import RowRequest, Work, decision_columns, described, read_request
+from deployments.host_adapters import HostAdapters
+from lorauter.engine import GenerationRequest, MultiLoraEngine, Outcome, feed
+from lorauter.engine.slots import PackedAdapter
+from lorauter.errors import AdapterUnavailable, InvalidRequest, LorauterError
+from lorauter.routing import RoutingDecision
+
+_AHEAD = 256  # requests that are ready before the engine takes them: what a shard holds of adapters at most
+_TOGETHER = 64  # rows whose adapters are fetched at once
+_PATIENCE_S = (1.0, 4.0, 15.0)  # waits before an adapter that cannot be fetched is tried again
+_ANSWERED = ("answer", "finish_reason", "prompt_tokens", "completion_tokens", "latency_s")
+
+T = TypeVar("T")
+Ready = tuple[GenerationRequest, int] | Exception
+Fetched = PackedAdapter | Exception
+
+
+class Answering:
+    """One engine at work on shards.
+
+    Several threads may answer a shard each: one has the engine, and the others make theirs ready meanwhile. A shard is
+    alone in the engine, so that its answers depend on nothing but itself.
+
+    Args:
+        engine: the engine.
+        adapters: their host-memory tier.
+        config: the job's.
+    """
+
+    def __init__(
+        self,
+        engine: MultiLoraEngine,
+        adapters: HostAdapters[PackedAdapter],
+        config: BatchConfig,
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._turn = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="adapters", daemon=True).start()
+        self._adapters = adapters
+
+    @property
+    def loads(self) -> int:
+        """How often an adapter was read from the disk, and made ready for the engine."""
+        return self._adapters.counters.misses
+
+    def answer(self, work: Work, told: Callable[[Outcome], None] = lambda outcome: None) -> None:
+        """Answer routed rows: sets `work.results`. `told` hears of each row as it ends.
+
+        Raises:
+            RuntimeError: the engine has ended.
+        """
+        ready: queue.Queue[Ready | None] = queue.Queue(maxsize=_AHEAD)
+        stopped = threading.Event()
+        sizes: list[int] = []
+        preparer = threading.Thread(target=self._prepare, args=(work, ready, stopped), name="prepare", daemon=True)
+        preparer.start()
+
+        def requests() -> Iterator[GenerationRequest | Exception]:
+            while (item := ready.get()) is not None:
+                sizes.append(0 if isinstance(item, Exception) else item[1])
+                yield item if isinstance(item, Exception) else item[0]
+
+        try:
+            with self._turn:
+                outcomes = feed(self._engine, requests(), told)
+        finally:
+            stopped.set()
+        if len(outcomes) < len(work.rows):
+            last = outcomes[-1].result if outcomes else None
+            raise RuntimeError(f"{len(outcomes)} of {len(work.rows)} rows were made ready: {last!r}")
+        results: list[dict[str, Any]] = [{}] * len(work.rows)
+        for place, outcome, size in zip(work.order, outcomes, sizes, strict=True):
+            results[place] = _columns(work.decisions[place], outcome, size)
+        work.results = results
+
+    def _prepare(self, work: Work, ready: queue.Queue[Ready | None], stopped: threading.Event) -> None:
+        """Put the rows' requests, in the work's order, to where the engine takes them from; None in the end."""
+
+        def put(item: Ready | None) -> None:
+            placed = False
+            while not (placed or stopped.is_set()):
+                with suppress(queue.Full):
+                    ready.put(item, timeout=1)
+                    placed = True
+
+        try:
+            for start in range(0, len(work.order), _TOGETHER):
+                places = work.order[start : start + _TOGETHER]
+                names = {
+                    adapter.name
+                    for place in places
+                    if not isinstance(decision := work.decisions[place], Exception)
+                    for adapter in decision.adapters
+                }
+                fetched = self._wait(self._fetch_all(sorted(names)))
+                for place in places:
+                    put(self._request(work, place, fetched))
+        except BaseException as error:  # noqa: BLE001 (a thread's last word: else the engine would wait for ever)
+            put(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+        put(None)
+
+    def _request(self, work: Work, place: int, fetched: dict[str, Fetched]) -> Ready:
+        decision = work.decisions[place]
+        if isinstance(decision, Exception):
+            return decision
+        try:
+            request = read_request(work.rows[place], self._config)
+            prompt = self._encode(request)
+            mixture = []
+            for adapter in decision.adapters:
+                packed = fetched[adapter.name]
+                if isinstance(packed, Exception):
+                    raise packed
+                mixture.append((packed, adapter.weight))
+            return GenerationRequest(prompt, tuple(mixture), request.sampling), len(prompt)
+        except Exception as error:  # noqa: BLE001 (this row's trouble alone)
+            return error.with_traceback(None)
+
+    def _encode(self, request: RowRequest) -> tuple[int, ...]:
+        codec = self._engine.codec
+        prompt = codec.chat(request.messages) if request.prompt is None else codec.plain(request.prompt)
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        return prompt
+
+    async def _fetch_all(self, names: Sequence[str]) -> dict[str, Fetched]:
+        return dict(zip(names, await asyncio.gather(*map(self._fetch, names)), strict=True))
+
+    async def _fetch(self, name: str) -> Fetched:
+        for patience in (*_PATIENCE_S, None):
+            try:
+                [packed] = await self._adapters.get([name])
+                return packed
+            except LorauterError as error:
+                if patience is None or not isinstance(error, AdapterUnavailable):
+                    cause = getattr(error, "cause", None)  # what Ray has wrapped, traceback and all
+                    return cause if isinstance(cause, LorauterError) else error
+                await asyncio.sleep(patience)
+        raise AssertionError("unreachable")
+
+    def _wait(self, awaitable: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result()
+
+
+def _columns(decision: RoutingDecision | Exception, outcome: Outcome, prompt_tokens: int) -> dict[str, Any]:
+    result = outcome.result
+    if isinstance(result, Exception):
+        return {**dict.fromkeys(_ANSWERED), **decision_columns(decision), "error": described(result)}
+    return {
+        **decision_columns(decision),
+        "answer": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": len(result.token_ids),
+        "latency_s": round(outcome.seconds, 6),
+    }

@@ -1,0 +1,159 @@
+"""The typed configuration of a batch job: every setting, its default and its bounds. No logic but checks."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
+
+from deployments.config import AppConfig, CacheSettings, EngineSettings, Positive, Settings, explain
+from lorauter.errors import ConfigError
+from lorauter.routing.options import RoutingConfig
+
+Format = Literal["jsonl", "csv", "parquet"]
+
+
+class Columns(Settings):
+    """The columns that a row is read from; null leaves one unread. A row need not have any but one of the first two.
+
+    Attributes:
+        prompt: a text.
+        messages: a chat, `[{"role", "content"}, ...]`; it goes before the prompt.
+        adapters: adapters chosen by hand: a name, or `{name: weight}`, or `[{"name", "weight"}, ...]`; `{}` is the base
+            model alone, and null routes the row.
+        options: routing options, `{"top_k", "temperature", "exclude_tasks", "exclude_adapters", "allow_adapters"}`.
+        max_tokens, temperature, top_p, stop, seed: the row's sampling, in place of the job's.
+    """
+
+    prompt: str = "prompt"
+    messages: str | None = "messages"
+    adapters: str | None = "adapters"
+    options: str | None = "lorauter"
+    max_tokens: str | None = "max_tokens"
+    temperature: str | None = "temperature"
+    top_p: str | None = "top_p"
+    stop: str | None = "stop"
+    seed: str | None = "seed"
+
+
+class Sampling(Settings):
+    """How answers are sampled where a row does not say.
+
+    Attributes:
+        temperature: 0 answers with the likeliest tokens.
+        seed: each row draws from its own numbers, made of this and of the row's place in the input.
+    """
+
+    max_tokens: Positive = 256
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Pool(Settings):
+    """A pool of workers.
+
+    Attributes:
+        workers: how many.
+        cpus, gpus: that each takes of the cluster; how many threads an engine has is `engine.threads`.
+    """
+
+    workers: Positive = 1
+    cpus: Annotated[float, Field(ge=0)] = 0.5
+    gpus: Annotated[float, Field(ge=0)] = 0
+
+
+class BatchConfig(Settings):
+    """A batch job, but for where its input and output are.
+
+    Attributes:
+        base_model, base_model_aliases, encoder, adapters, catalog, engine, cache: as for the service
+            (`deployments.config`); `engine.max_queue` is not used.
+        routing: the router's settings; a row's `tasks` are the first `num_tasks`.
+        columns: where a row's prompt and settings are.
+        prompts: "chat" makes a prompt the user's message of a chat; "plain" continues it as it is.
+        system: the system message of such chats.
+        route_on: the text of a chat that is routed: its last user message, or the whole conversation.
+        sampling: for rows without settings of their own.
+        route_only: decide, and generate nothing.
+        format: the output's; null takes the input's.
+        shard_rows: rows that are read, ordered, answered and written together, and done again if a worker is lost.
+            More of them keep a large engine busier between two shards.
+        max_errors: the job stops once more rows than this have failed; null never stops it.
+        route_workers, answer_workers: the pools of the two stages.
+    """
+
+    base_model: str = "default"
+    base_model_aliases: tuple[str, ...] = ()
+    encoder: str = "default"
+    adapters: str = "default"
+    catalog: str = "default"
+    routing: RoutingConfig = RoutingConfig(num_tasks=3)
+    engine: EngineSettings = EngineSettings()
+    cache: CacheSettings = CacheSettings(revalidate_s=86400)
+    columns: Columns = Columns()
+    prompts: Literal["chat", "plain"] = "chat"
+    system: str | None = None
+    route_on: Literal["last_user_message", "conversation"] = "last_user_message"
+    sampling: Sampling = Sampling()
+    route_only: bool = False
+    format: Format | None = None
+    shard_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    max_errors: Annotated[int, Field(ge=0)] | None = None
+    route_workers: Pool = Pool()
+    answer_workers: Pool = Pool(cpus=1)
+
+    @model_validator(mode="after")
+    def _system_needs_chats(self) -> "BatchConfig":
+        if self.system is not None and self.prompts == "plain":
+            raise ValueError("system needs prompts: chat")
+        return self
+
+    @classmethod
+    def parse(cls, settings: object) -> "BatchConfig":
+        """Validate raw settings. Raises ConfigError with what is wrong, by its name."""
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise ConfigError(explain(error, "setting")) from error
+
+    @classmethod
+    def read(cls, path: Path, **changes: Any) -> "BatchConfig":
+        """Read a YAML file; `changes` other than None go before it. Raises ConfigError."""
+        try:
+            data = yaml.safe_load(path.read_bytes())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        if not isinstance(data, dict | None):
+            raise ConfigError(f"{path} must be a mapping of settings, got {type(data).__name__}")
+        return cls.parse(data or {}).changed(**changes)
+
+    def changed(self, **changes: Any) -> "BatchConfig":
+        """The same with other values; None leaves one as it is. Raises ConfigError."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return self.parse({**self.model_dump(exclude_unset=True), **given}) if given else self
+
+    def with_absolute_paths(self, root: Path) -> "BatchConfig":
+        """The same with relative folders resolved against `root`; see `AppConfig.with_absolute_paths`."""
+        shared = {name: getattr(self, name) for name in ("base_model", "encoder", "adapters", "catalog", "cache")}
+        resolved = AppConfig(**shared).with_absolute_paths(root)
+        return self.model_copy(update={name: getattr(resolved, name) for name in shared})
+
+    def decides(self) -> dict[str, Any]:
+        """The settings that the output depends on: a job is resumed with the same ones only."""
+        settings = self.model_dump(mode="json")
+        for name in ("cache", "max_errors", "route_workers", "answer_workers", "format", "catalog"):
+            del settings[name]
+        settings["engine"] = {name: settings["engine"][name] for name in ("max_model_len", "max_rank", "dtype")}
+        if self.route_only:
+            for name in ("base_model", "base_model_aliases", "adapters", "engine", "sampling", "prompts", "system"):
+                del settings[name]
+        return settings
+
+
+def row_seed(seed: int, number: int) -> int:
+    """The seed of a row by its number in the whole input."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, number]).encode()).digest()[:8], "big")

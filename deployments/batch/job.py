@@ -1,0 +1,328 @@
+"""A batch job from files to files: planned, run on Ray, resumed where it was cut off, and counted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+import lorauter
+from deployments.adapter_cache import CacheSpec, running_caches
+from deployments.batch.config import BatchConfig
+from deployments.batch.output import (
+    MANIFEST_FORMAT,
+    Output,
+    check_same,
+    read_manifest,
+    write_manifest,
+)
+from deployments.batch.pipeline import TASK_CPUS, catalog_version, resolved, shards_pipeline
+from deployments.batch.plan import Plan, find_files, make_plan
+from deployments.batch.rows import result_schema
+from deployments.batch.stages import finished
+from deployments.batch.tally import Tally
+from lorauter.errors import BatchError, ConfigError, LorauterError
+
+_Done = queue.Queue[dict[str, Any] | BaseException | None]
+"""What comes out of the pipeline: what `stages.finished` gives, an error, or None in the end."""
+
+_POLL_S = 0.25
+_OBJECT_STORE = 1 << 30  # bytes, of a local Ray: shards on their way, beyond which reading waits
+_MANIFEST_S = 10.0  # between two notes of the counts, so that others can see how far a job is
+
+
+@dataclass
+class Status:
+    """How far a job is.
+
+    Attributes:
+        total, rows, errors, tokens: rows of the input; those that are done; errors and new tokens among them.
+        begun, begun_tokens: rows and tokens of an earlier run.
+        seconds: since the first answering worker was ready, or without any since the pipeline began.
+        tally: of the shards that are done.
+        workers: what each answering worker says of itself, the latest.
+    """
+
+    total: int
+    rows: int = 0
+    errors: int = 0
+    tokens: int = 0
+    begun: int = 0
+    begun_tokens: int = 0
+    seconds: float = 0.0
+    tally: Tally = field(default_factory=Tally)
+    workers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def adapter_loads(self) -> int:
+        """How often workers of this run read an adapter from their disks."""
+        return sum(facts["loads"] for facts in self.workers.values())
+
+
+def run_job(
+    input: str,
+    output: str,
+    config: BatchConfig,
+    *,
+    address: str | None = None,
+    notify: Callable[[str], None] = lambda text: None,
+    progress: Callable[[Status], None] = lambda status: None,
+) -> Status:
+    """Answer the rows of an input's files, and write them to a folder; what is there already is not done again.
+
+    Args:
+        input: a `.jsonl`, `.csv` or `.parquet` file or a folder of such, local or `s3://`.
+        output: a folder, or `s3://bucket/prefix`.
+        config: everything else.
+        address: a running Ray cluster; None is RAY_ADDRESS's, a Ray that this process has started, or a local one
+            that is started and stopped.
+        notify: is told what the job is about to do.
+        progress: is told some times a second how far it is.
+
+    Raises:
+        ConfigError: a setting is wrong, the input is not there, or the output is another job's.
+        BatchError: more rows failed than `max_errors`, or the workers cannot go on. What was written stays.
+        StoreError: input or output cannot be reached.
+    """
+    config = resolved(config)
+    input, output = _absolute(input), _absolute(output)
+    _check_places(input, output)
+    before = read_manifest(output)
+    store, kind, files = find_files(input)
+    version = catalog_version(config)
+    identity = {
+        "input": {"uri": input, "files": [vars(file) for file in files]},
+        "output_format": config.format or kind,
+        "catalog": {"uri": config.catalog, "version": version},
+        "model": None if config.route_only else config.base_model,
+        "settings": config.decides(),
+    }
+    if before is None:
+        notify(f"reading through {input}")
+        plan = make_plan(store, kind, files, config.shard_rows, config.format or kind)
+    else:
+        check_same(output, {name: before.get(name) for name in identity}, identity)
+        plan = Plan.from_json(before["plan"])
+    place = Output(output, config.format or kind, plan.schema, result_schema(route_only=config.route_only))
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "lorauter": lorauter.__version__,
+        **identity,
+        "plan": plan.to_json(),
+        "begun": before["begun"] if before else time.time(),
+    }
+    tallies = {} if before is None else place.done(len(plan.shards))
+    job = _Job(plan, place, config, manifest, tallies, progress)
+    job.note("running")
+    if tallies:
+        notify(f"{len(tallies)} of {len(plan.shards)} shards are done already")
+    try:
+        if len(tallies) < len(plan.shards):
+            with _ray(config, address, notify):
+                job.run(version)
+    except BaseException:
+        with suppress(LorauterError):  # the store may be what has failed
+            job.note("stopped")
+        raise
+    job.note("complete")
+    return job.status
+
+
+class _Job:
+    def __init__(
+        self,
+        plan: Plan,
+        output: Output,
+        config: BatchConfig,
+        manifest: dict[str, Any],
+        tallies: dict[int, Tally],
+        progress: Callable[[Status], None],
+    ) -> None:
+        self._plan, self._output, self._config, self._manifest = plan, output, config, manifest
+        self._tallies, self._progress = tallies, progress
+        tally = Tally.sum(tallies.values())
+        self.status = Status(
+            total=plan.rows,
+            rows=tally.rows,
+            errors=tally.errors,
+            tokens=tally.completion_tokens,
+            begun=tally.rows,
+            begun_tokens=tally.completion_tokens,
+            tally=tally,
+        )
+
+    def note(self, state: str) -> None:
+        """Write the manifest with the counts so far."""
+        counts = {"total": self._plan.rows, "shards": len(self._tallies), **self.status.tally.to_json()}
+        self._manifest |= {"state": state, "updated": time.time(), "counts": counts}
+        write_manifest(self._output.uri, self._manifest)
+
+    def run(self, version: str) -> None:
+        """Do what is not done. Raises BatchError."""
+        pending = [shard for shard in self._plan.shards if shard.number not in self._tallies]
+        meter: Any = ray.remote(_Meter).options(num_cpus=0, max_restarts=-1).remote()
+        dataset = shards_pipeline(self._plan, pending, self._config, version, self._output, _Reporter(meter))
+        done: _Done = queue.Queue()
+        # Ray Data's iterator waits for whole shards, but the rows' progress, and --max-errors, shall not.
+        stopped = threading.Event()
+        threading.Thread(target=_consume, args=(dataset, done, stopped), name="consume", daemon=True).start()
+        try:
+            self._follow(done, meter)
+        finally:
+            stopped.set()
+        if missing := len(self._plan.shards) - len(self._tallies):
+            raise BatchError(f"{missing} shards were not done; start the job again")
+
+    def _follow(self, done: _Done, meter: Any) -> None:
+        """Take what comes out of the pipeline until it ends, and show how far it is."""
+        started = noted = written = time.time()
+        while True:
+            try:
+                item = done.get(timeout=_POLL_S)
+            except queue.Empty:
+                item = {}
+            if item is None:
+                break
+            if isinstance(item, BaseException):
+                raise BatchError(f"the workers cannot go on: {_cause(item)}") from item
+            if item and item["shard"] not in self._tallies:
+                self._take(item)
+                written = item["time"]
+            self._update(ray.get(meter.running.remote(list(self._tallies))), started, time.time())
+            if self._config.max_errors is not None and self.status.errors > self._config.max_errors:
+                raise BatchError(
+                    f"{self.status.errors} rows failed, and max_errors is {self._config.max_errors}; the shards in "
+                    f"{self._output.uri} say why; start the job again with a larger one to go on"
+                )
+            if item and time.time() - noted > _MANIFEST_S:
+                noted = time.time()
+                self.note("running")
+        self._update([], started, written)
+
+    def _take(self, item: dict[str, Any]) -> None:
+        self._tallies[item["shard"]] = item["tally"]
+        self.status.tally = Tally.sum([self.status.tally, item["tally"]])
+        if item["facts"]:
+            self.status.workers[f"{item['facts']['node']} {item['facts']['worker']}"] = item["facts"]
+
+    def _update(self, running: list[tuple[int, int, int]], started: float, now: float) -> None:
+        status, tally = self.status, self.status.tally
+        rows, tokens, errors = (sum(column) for column in zip((0, 0, 0), *running, strict=True))
+        status.rows, status.tokens = tally.rows + rows, tally.completion_tokens + tokens
+        status.errors = tally.errors + errors
+        began = min((facts["ready"] for facts in status.workers.values()), default=started)
+        status.seconds = max(now - began, 0.0)
+        self._progress(status)
+
+
+def _consume(dataset: ray.data.Dataset, done: _Done, stopped: threading.Event) -> None:
+    try:
+        for row in dataset.iter_rows():
+            if stopped.is_set():
+                return
+            done.put(finished(row))
+        done.put(None)
+    except BaseException as error:  # noqa: BLE001 (a thread's last word)
+        done.put(error)
+
+
+class _Meter:
+    """Where workers say how far their shards are, for people to look at."""
+
+    def __init__(self) -> None:
+        self._shards: dict[int, tuple[int, int, int]] = {}
+
+    def report(self, shard: int, rows: int, tokens: int, errors: int) -> None:
+        self._shards[shard] = rows, tokens, errors
+
+    def running(self, done: list[int]) -> list[tuple[int, int, int]]:
+        """Rows, tokens and errors of the shards that are not done."""
+        return [counts for shard, counts in self._shards.items() if shard not in set(done)]
+
+
+class _Reporter:
+    """A `Report` to the meter, from wherever the worker runs."""
+
+    def __init__(self, meter: Any) -> None:
+        self._meter = meter
+
+    def __call__(self, *counts: int) -> None:
+        self._meter.report.remote(*counts)
+
+
+@contextmanager
+def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]) -> Iterator[None]:
+    """Ray, and nothing left of the job in it afterwards. Raises ConfigError: the pools do not fit the cluster."""
+    pools = [config.route_workers, *([] if config.route_only else [config.answer_workers])]
+    cpus = sum(pool.workers * pool.cpus for pool in pools) + 2 * TASK_CPUS
+    gpus = sum(pool.workers * pool.gpus for pool in pools)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    mine = not ray.is_initialized()
+    if mine:
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        notify("starting Ray" if address == "local" else f"connecting to Ray at {address}")
+        local: dict[str, Any] = {}
+        if address == "local":  # logical CPUs: as many as the pools ask for, were there fewer
+            local = {"num_cpus": max(os.cpu_count() or 1, -(-cpus // 1)), "object_store_memory": _OBJECT_STORE}
+        try:
+            ray.init(
+                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, **local
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"Ray at {address} cannot be used: {error}", setting="address") from error
+    spec = CacheSpec(config.adapters, config.cache)
+    kept = {cache._actor_id for cache in running_caches(spec)}
+    try:
+        there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        for name, needed in (("CPU", cpus), ("GPU", gpus)):
+            if there.get(name, 0) < needed:
+                raise ConfigError(
+                    f"the pools need {needed:g} {name}s, and the cluster has {there.get(name, 0):g}; "
+                    "ask for fewer workers, or for less for each",
+                    setting="answer_workers",
+                )
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        yield
+    finally:
+        for cache in running_caches(spec):
+            if cache._actor_id not in kept:
+                ray.kill(cache)
+        if mine:
+            ray.shutdown()
+
+
+def _absolute(uri: str) -> str:
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def _check_places(input: str, output: str) -> None:
+    if f"{output}/".startswith(f"{input}/"):
+        raise ConfigError(f"output {output} lies in the input {input}; choose a place outside it", setting="output")
+    if PurePosixPath(output).suffix in (".jsonl", ".csv", ".parquet"):
+        raise ConfigError(
+            f"output {output} is named like a file, but is a folder of parts; leave the ending out, and set the "
+            "format with --format",
+            setting="output",
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """What is behind Ray's wrapping."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and isinstance(inner, BaseException):
+        error = inner
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = text[-1] if isinstance(error, RayError) and text else " ".join(text)
+    return f"{type(error).__name__}: {said}"

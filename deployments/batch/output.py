@@ -1,0 +1,133 @@
+"""The output of a job: parts that appear whole, a record beside each, and a manifest. Knows no Ray.
+
+    _manifest.json              what is made of what, with which settings, and the counts
+    part-00000.jsonl ...        the shards, in the order of the input
+    _shards/part-00000.json     the shard's counts; written last, so that it says that the part is there
+
+Names with an underscore are what readers of data sets leave out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from deployments.batch.config import Format
+from deployments.batch.formats import encode
+from deployments.batch.rows import Work
+from deployments.batch.tally import Tally
+from lorauter.adapters.store import open_store
+from lorauter.errors import ConfigError, ObjectNotFound
+
+MANIFEST = "_manifest.json"
+MANIFEST_FORMAT = 1
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a job writes.
+
+    Attributes:
+        uri: a folder, or `s3://bucket/prefix`.
+        kind: the format of its parts.
+        source: the columns of the input, where the format needs them.
+        added: the columns that the job adds.
+    """
+
+    uri: str
+    kind: Format
+    source: pa.Schema | None
+    added: pa.Schema
+
+    def write(self, work: Work) -> Tally:
+        """Write a shard's part, then its record. Written again, it is the same again. Raises StoreError."""
+        assert len(work.results) == len(work.rows)
+        schema = None
+        if self.source is not None:
+            kept = [field for field in self.source if field.name not in self.added.names]
+            schema = pa.schema([*kept, *self.added])
+        rows = [{**row.values, **result} for row, result in zip(work.rows, work.results, strict=True)]
+        tally = Tally.of(work.results)
+        store = open_store(self.uri)
+        store.write(self._part(work.shard), encode(rows, self.kind, schema))
+        store.write(_record(work.shard), json.dumps(tally.to_json()).encode())
+        return tally
+
+    def done(self, shards: int) -> dict[int, Tally]:
+        """The counts of the shards, of so many, that are there already. Raises StoreError."""
+        store = open_store(self.uri)
+        there = store.files()
+        numbers = [number for number in range(shards) if {self._part(number), _record(number)} <= there.keys()]
+        with ThreadPoolExecutor(_READERS) as pool:
+            contents = pool.map(lambda number: store.read(_record(number)), numbers)
+            return {number: Tally(**json.loads(content)) for number, content in zip(numbers, contents, strict=True)}
+
+    def _part(self, shard: int) -> str:
+        return f"part-{shard:05d}.{self.kind}"
+
+
+def _record(shard: int) -> str:
+    return f"_shards/part-{shard:05d}.json"
+
+
+def read_manifest(uri: str) -> dict[str, Any] | None:
+    """The manifest of an output; None where there is nothing yet.
+
+    Raises:
+        ConfigError: there are files but no manifest, or one that this version does not know.
+    """
+    store = open_store(uri)
+    try:
+        manifest = json.loads(store.read(MANIFEST))
+        if manifest["format"] != MANIFEST_FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}")
+    except ObjectNotFound:
+        if there := list(store.files()):
+            raise ConfigError(
+                f"output {uri} holds {there[0]} but no {MANIFEST}: it is not a batch job's; choose an empty place",
+                setting="output",
+            ) from None
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{uri}/{MANIFEST} cannot be used ({error}); choose another output", setting="output"
+        ) from error
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def write_manifest(uri: str, manifest: Mapping[str, Any]) -> None:
+    """Write it whole. Raises StoreError."""
+    open_store(uri).write(MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def check_same(uri: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a job that is started again is the same: `before` and `now` describe both."""
+    differing = _differing(before, now)
+    if differing:
+        name, (was, is_now) = next(iter(differing.items()))
+        more = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
+        raise ConfigError(
+            f"output {uri} was begun with other settings: {name} was {_short(was)}, and is {_short(is_now)} now{more}; "
+            "start it as before to finish it, or choose another output",
+            setting=name,
+        )
+
+
+def _differing(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        pairs = [_differing(before.get(k), now.get(k), f"{name}.{k}" if name else k) for k in keys]
+        return {key: pair for found in pairs for key, pair in found.items()}
+    return {} if before == now else {name: (before, now)}
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,175 @@
+"""The Ray Data pipeline: read, route and order, answer, write. Streams: what is on its way is bounded, however long.
+
+`answer_dataset` is for a data set in hand; `shards_pipeline` is what a job runs. Both have the same stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from deployments.batch.config import BatchConfig
+from deployments.batch.output import Output
+from deployments.batch.plan import Plan, Shard
+from deployments.batch.rows import SourceRow, Work, result_schema
+from deployments.batch.stages import AnswerStage, Report, RouteStage, pack, unpack, write
+from lorauter.catalog import current_version
+from lorauter.defaults import resolve_adapters, resolve_catalog
+from lorauter.errors import ConfigError
+
+TASK_CPUS = 0.25
+"""CPUs that reading or writing a shard takes: there is always room for it beside the pools."""
+
+_TASKS = 2  # shards that are read, or written, at the same time
+_ONE: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+_SOURCE = "source"  # key of a data set's own columns in a piece of work
+
+
+def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Dataset:
+    """Route and answer a data set's rows, lazily, as `lorauter batch` does those of files.
+
+    Args:
+        dataset: its columns are named by `config.columns`; those that answers add replace others of the same name.
+        config: the job's; `shard_rows` of the data set's rows are ordered and answered together, those of one block.
+            `format` and `max_errors` are not used.
+
+    Returns:
+        The rows with the columns of `rows.result_schema`, in no certain order of batches.
+
+    Raises:
+        ConfigError: the catalog is not there.
+    """
+    config = resolved(config or BatchConfig())
+    version = catalog_version(config)
+    work = dataset.map_batches(_gather, batch_size=config.shard_rows, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    answered = _stages(work, config, version, None)
+    return answered.map_batches(
+        _scatter,  # type: ignore[arg-type]
+        fn_kwargs={"added": result_schema(route_only=config.route_only)},
+        num_cpus=TASK_CPUS,
+        **_ONE,
+    )
+
+
+def shards_pipeline(
+    plan: Plan, shards: Sequence[Shard], config: BatchConfig, version: str, output: Output, report: Report | None
+) -> Dataset:
+    """The pipeline that does shards and writes each; its rows are what `stages.finished` takes."""
+    work = ray.data.read_datasource(
+        _Shards(plan, shards),
+        override_num_blocks=len(shards),
+        num_cpus=TASK_CPUS,
+        concurrency=_TASKS,
+    )
+    return _stages(work, config, version, report).map_batches(
+        write,  # type: ignore[arg-type]
+        fn_kwargs={"output": output},
+        num_cpus=TASK_CPUS,
+        compute=TaskPoolStrategy(_TASKS),
+        **_ONE,
+    )
+
+
+def resolved(config: BatchConfig) -> BatchConfig:
+    """The same as workers anywhere take it: folders absolute, the default catalog built. Raises ConfigError."""
+    config = config.with_absolute_paths(Path.cwd())
+    return config.model_copy(
+        update={"adapters": resolve_adapters(config.adapters), "catalog": resolve_catalog(config.catalog)}
+    )
+
+
+def catalog_version(config: BatchConfig) -> str:
+    """The version that a job begun now uses. Raises ConfigError."""
+    version = current_version(config.catalog)
+    if version is None:
+        raise ConfigError(f"there is no catalog at {config.catalog}", setting="catalog")
+    return version
+
+
+def _stages(work: Dataset, config: BatchConfig, version: str, report: Report | None) -> Dataset:
+    routing = config.route_workers
+    routed = work.map_batches(
+        RouteStage,
+        fn_constructor_args=(config, version),
+        compute=ActorPoolStrategy(size=routing.workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=routing.cpus,
+        num_gpus=routing.gpus or None,
+        **_ONE,
+    )
+    if config.route_only:
+        return routed
+    answering = config.answer_workers
+    return routed.map_batches(
+        AnswerStage,
+        fn_constructor_args=(config, report),
+        # Two shards a worker: while one is answered, the other is made ready.
+        compute=ActorPoolStrategy(
+            size=answering.workers,
+            max_tasks_in_flight_per_actor=2,
+            max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=answering.cpus,
+        num_gpus=answering.gpus or None,
+        **_ONE,
+    )
+
+
+class _Shards(Datasource):
+    """A plan's shards: one task, one block and one row for each."""
+
+    def __init__(self, plan: Plan, shards: Sequence[Shard]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._plan, self._shards = plan, shards
+
+    def get_name(self) -> str:
+        return "Shards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None  # unknown, or Ray Data would split what cannot be split
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
+        root, kind = self._plan.root, self._plan.kind
+        reader = Plan(root, kind, (), (), None)  # what reading needs, and not all shards in each task
+        return [ReadTask(_Read(reader, shard), metadata) for shard in self._shards]
+
+
+class _Read:
+    def __init__(self, plan: Plan, shard: Shard) -> None:
+        self._plan, self._shard = plan, shard
+
+    def __call__(self) -> Iterable[pa.Table]:
+        yield pack(Work(self._shard.number, self._plan.read(self._shard)))
+
+
+def _gather(batch: pa.Table) -> pa.Table:
+    """A batch of a data set as a piece of work. A row's number, which its seed comes from, is made of its content."""
+    rows = [SourceRow(_number(values), values) for values in batch.to_pylist()]
+    return pack(Work(0, rows, facts={_SOURCE: batch}))
+
+
+def _number(values: dict[str, Any]) -> int:
+    content = json.dumps(values, default=repr, sort_keys=True).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big")
+
+
+def _scatter(batch: pa.Table, added: pa.Schema) -> pa.Table:
+    """An answered piece of work as rows of the data set."""
+    work = unpack(batch)
+    table = work.facts[_SOURCE]
+    table = table.drop_columns([name for name in table.column_names if name in added.names])
+    for field in added:
+        table = table.append_column(field, pa.array([row[field.name] for row in work.results], field.type))
+    return table

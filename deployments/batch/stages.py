@@ -1,0 +1,159 @@
+"""The pools' workers, as Ray Data calls them: each takes pieces of work whole, and hands them on.
+
+A piece travels as one row with one binary column, so that Ray Data neither splits it nor looks into it: rows of a
+data set need not have the same columns or types. Knows how to route, answer and write only by those who do.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+from deployments.adapter_cache import CacheSpec, NodeCache
+from deployments.batch.answering import Answering
+from deployments.batch.config import BatchConfig
+from deployments.batch.output import Output
+from deployments.batch.routing import route_rows
+from deployments.batch.rows import Work, decision_columns, order_by_adapters
+from deployments.host_adapters import HostAdapters
+from lorauter.catalog import Catalog
+from lorauter.defaults import base_model_aliases, load_encoder, resolve_model
+from lorauter.engine import Completion, EngineConfig, Outcome, load_engine
+from lorauter.routing import Router
+
+_REPORT_S = 0.5
+_COLUMN = "work"
+Report = Callable[[int, int, int, int], None]
+"""Told how a shard is getting on: its number, rows ended, tokens made, errors so far."""
+
+
+def pack(work: Work) -> pa.Table:
+    """A piece of work as Ray Data carries it."""
+    return pa.table({_COLUMN: pa.array([pickle.dumps(work)], pa.large_binary())})
+
+
+def unpack(table: pa.Table) -> Work:
+    """The piece of work in a batch of one row."""
+    [packed] = table[_COLUMN].to_pylist()
+    work = pickle.loads(packed)  # noqa: S301 (from `pack`, in another of the job's own processes)
+    assert isinstance(work, Work)
+    return work
+
+
+class RouteStage:
+    """A worker of the routing pool.
+
+    Args:
+        config: the job's.
+        catalog_version: the version that the whole job uses.
+    """
+
+    def __init__(self, config: BatchConfig, catalog_version: str) -> None:
+        import torch
+
+        # Alone, one thread gets most rows out of a core, and the engine wants the others.
+        torch.set_num_threads(1)
+        self._config = config
+        catalog = Catalog.load(config.catalog, version=catalog_version)
+        self._router = Router(catalog, load_encoder(config.encoder), config.routing)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        work = unpack(batch)
+        work.decisions = route_rows(self._router, work.rows, self._config)
+        work.order = order_by_adapters(work.decisions)
+        if self._config.route_only:
+            work.results = [decision_columns(decision) for decision in work.decisions]
+        return pack(work)
+
+
+class AnswerStage:
+    """A worker of the answering pool: an engine, and its tiers of adapters. Called by two threads.
+
+    Args:
+        config: the job's.
+        report: is told now and then how a shard is getting on.
+    """
+
+    def __init__(self, config: BatchConfig, report: Report | None = None) -> None:
+        settings = config.engine
+        engine = load_engine(
+            resolve_model(config.base_model),
+            EngineConfig(
+                max_batch=settings.max_batch,
+                max_model_len=settings.max_model_len,
+                max_queue=settings.max_batch,
+                prefill_tokens=settings.prefill_tokens,
+                max_rank=settings.max_rank,
+                adapter_bytes=settings.adapter_bytes,
+            ),
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
+        )
+        cache = NodeCache(CacheSpec(config.adapters, config.cache))
+        self._answering = Answering(
+            engine,
+            HostAdapters(cache, engine.pack, budget_bytes=settings.host_bytes, revalidate_s=config.cache.revalidate_s),
+            config,
+        )
+        self._slots = engine.slots
+        self._report = report
+        self._ready = time.time()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        work = unpack(batch)
+        meter = _Meter(work.shard, self._report)
+        self._answering.answer(work, meter.ended)
+        work.facts |= {
+            "worker": os.getpid(),
+            "node": os.uname().nodename,
+            "ready": self._ready,
+            "loads": self._answering.loads,
+            "slot_loads": self._slots.counters.misses,
+        }
+        return pack(work)
+
+
+def write(batch: pa.Table, output: Output) -> pa.Table:
+    """Write a shard, and hand on its counts alone; for `finished`."""
+    work = unpack(batch)
+    done = {"shard": work.shard, "tally": output.write(work), "facts": work.facts, "time": time.time()}
+    return pa.table({_COLUMN: pa.array([pickle.dumps(done)], pa.large_binary())})
+
+
+def finished(row: dict[str, Any]) -> dict[str, Any]:
+    """What `write` handed on, from a row of its data set."""
+    done = pickle.loads(row[_COLUMN])  # noqa: S301 (from `write`)
+    assert isinstance(done, dict)
+    return done
+
+
+class _Meter:
+    """Counts one shard's outcomes, and reports them twice a second at most."""
+
+    def __init__(self, shard: int, report: Report | None) -> None:
+        self._shard, self._report = shard, report
+        self._rows = self._tokens = self._errors = 0
+        self._reported = 0.0
+        self._lock = threading.Lock()
+
+    def ended(self, outcome: Outcome) -> None:
+        """Called for each row, mostly by the engine's thread: it must not wait."""
+        with self._lock:
+            self._rows += 1
+            if isinstance(outcome.result, Completion):
+                self._tokens += len(outcome.result.token_ids)
+            else:
+                self._errors += 1
+            now = time.monotonic()
+            if self._report is None or now - self._reported < _REPORT_S:
+                return
+            self._reported = now
+            self._report(self._shard, self._rows, self._tokens, self._errors)

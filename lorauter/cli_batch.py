@@ -1,0 +1,60 @@
+"""`lorauter batch`. Parses arguments and shows progress; the work is `deployments.batch`'s, loaded when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorauter.cli_console import console, notify, phase
+
+
+def batch(
+    input: Annotated[str, typer.Option(help="A .jsonl, .csv or .parquet file, or a folder of such; local or s3://.")],
+    output: Annotated[str, typer.Option(help="A folder for the parts, or s3://bucket/prefix.")],
+    catalog: Annotated[str | None, typer.Option(help="The catalog: a folder or s3://bucket/prefix.")] = None,
+    column: Annotated[str | None, typer.Option(help="The column of the prompts.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with any of the job's settings.")] = None,
+    adapters: Annotated[str | None, typer.Option(help="The adapter store: a folder or s3://bucket/prefix.")] = None,
+    format: Annotated[str | None, typer.Option(help="Of the output: jsonl, csv or parquet; else the input's.")] = None,
+    route_only: Annotated[bool, typer.Option("--route-only", help="Decide, and generate nothing.")] = False,
+    max_errors: Annotated[int | None, typer.Option(min=0, help="Stop once more rows than this have failed.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; none starts a local one.")] = None,
+) -> None:
+    """Route and answer every row of a data set; a job that was cut off goes on where it stopped.
+
+    What is given here goes before what the configuration says.
+    """
+    with phase("loading Ray"):
+        from deployments.batch.config import BatchConfig
+        from deployments.batch.job import Status, run_job
+        from deployments.batch.progress import bar, described, summary
+
+    changes: dict[str, Any] = {
+        "catalog": catalog,
+        "adapters": adapters,
+        "format": format,
+        "max_errors": max_errors,
+        "route_only": route_only or None,
+    }
+    settings = BatchConfig() if config is None else BatchConfig.read(config)
+    if column is not None:
+        changes["columns"] = {**settings.columns.model_dump(), "prompt": column}
+    settings = settings.changed(**changes)
+    with bar(console) as show:
+
+        def progress(status: Status) -> None:
+            begun = status.begun
+            new = status.tokens - status.begun_tokens
+            words = described(status.rows, status.total, status.errors, new, status.seconds, begun=begun)
+            show(status.rows, status.total, words)
+
+        status = run_job(input, output, settings, address=address, notify=notify, progress=progress)
+    for table in summary(status.tally):
+        console.print(table)
+    tally = status.tally
+    notify(
+        f"{tally.rows:,} rows are in {output}: {tally.errors:,} errors, {tally.prompt_tokens:,} prompt tokens, "
+        f"{tally.completion_tokens:,} new tokens, {status.adapter_loads} adapter loads in {len(status.workers)} workers"
+    )

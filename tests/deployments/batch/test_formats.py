@@ -1,0 +1,117 @@
+import io
+import json
+from datetime import date
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deployments.batch.formats import FORMATS, encode, read_rows, scan
+from lorauter.errors import InvalidRequest
+
+
+def parquet(rows, **options):
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file, **options)
+    return file.getvalue()
+
+
+def every_row(content, kind, shard_rows):
+    """All rows, shard by shard, and the shards' sizes."""
+    file = io.BytesIO(content)
+    starts = scan(file, kind, shard_rows, columns=True).starts
+    return [list(read_rows(io.BytesIO(content), kind, *start)) for start in starts], [rows for _, rows in starts]
+
+
+ROWS = [{"id": str(i), "text": f'Zeile "{i}",\nzwei ü'} for i in range(7)]
+
+
+@pytest.mark.parametrize("shard_rows", [1, 3, 7, 100])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_shards_hold_every_row_once_and_in_order(kind, shard_rows) -> None:
+    schema = pa.schema([("id", pa.string()), ("text", pa.string())])
+    shards, sizes = every_row(encode(ROWS, kind, schema), kind, shard_rows)
+    assert [values for shard in shards for values, _ in shard] == ROWS
+    assert sizes == [len(shard) for shard in shards]
+    assert all(size == shard_rows for size in sizes[:-1])
+    assert all(fault is None for shard in shards for _, fault in shard)
+
+
+def test_rows_of_parquet_are_found_across_row_groups() -> None:
+    rows = [{"n": i} for i in range(100)]
+    shards, _ = every_row(parquet(rows, row_group_size=7), "parquet", 11)
+    assert [values for shard in shards for values, _ in shard] == rows
+
+
+def test_lines_that_are_no_rows_are_faults_and_blank_ones_nothing() -> None:
+    content = b'{"a": 1}\n\n  \nnot json\n[1]\n{"a": \xff}\n{"a": 2}'
+    [shard], _ = every_row(content, "jsonl", 10)
+    assert [values for values, _ in shard] == [{"a": 1}, {}, {}, {}, {"a": 2}]
+    assert [fault is None for _, fault in shard] == [True, False, False, False, True]
+
+
+def test_csv_rows_of_another_length_are_faults() -> None:
+    [shard], _ = every_row(b"\xef\xbb\xbfa,b\r\n1,2\r\n3\r\n4,5,6\r\n\r\n7,8\r\n", "csv", 10)
+    assert [fault is None for _, fault in shard] == [True, False, False, True]
+    assert shard[0][0] == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize(("content", "kind"), [(b"a,a\n1,2\n", "csv"), (b"", "csv"), (b"PAR1 no", "parquet")])
+def test_what_is_no_file_of_its_kind_is_refused(content, kind) -> None:
+    with pytest.raises(InvalidRequest):
+        scan(io.BytesIO(content), kind, 10, columns=False)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_that_has_shrunk_is_not_read_as_if_it_had_not(kind) -> None:
+    content = encode(ROWS, kind, pa.schema([("id", pa.string()), ("text", pa.string())]))
+    [(start, rows)] = scan(io.BytesIO(content), kind, 10, columns=False).starts
+    with pytest.raises(InvalidRequest, match="changed"):
+        list(read_rows(io.BytesIO(content), kind, start, rows + 1))
+
+
+def test_columns_of_jsonl_have_the_type_that_fits_all_rows() -> None:
+    rows = [
+        {"int": 1, "real": 1, "text": None, "mixed": 1, "nested": {"a": 1}, "empty": None},
+        {"int": 2, "real": 0.5, "text": "x", "mixed": "y", "late": True, "big": 1 << 70},
+    ]
+    content = encode(rows, "jsonl", None)
+    schema = scan(io.BytesIO(content), "jsonl", 10, columns=True).schema
+    assert schema is not None
+    table = pq.read_table(io.BytesIO(encode(rows, "parquet", schema)))
+    assert table.to_pylist() == [
+        {
+            "int": 1,
+            "real": 1.0,
+            "text": None,
+            "mixed": "1",
+            "nested": '{"a": 1}',
+            "empty": None,
+            "late": None,
+            "big": None,
+        },
+        {
+            "int": 2,
+            "real": 0.5,
+            "text": "x",
+            "mixed": "y",
+            "nested": None,
+            "empty": None,
+            "late": True,
+            "big": str(1 << 70),
+        },
+    ]
+
+
+def test_parquets_own_types_come_through_every_format() -> None:
+    row = {"day": date(2026, 1, 2), "raw": b"\x00\xff", "list": [1, 2], "text": "ü"}
+    schema = pa.Table.from_pylist([row]).schema
+    assert pq.read_table(io.BytesIO(encode([row], "parquet", schema))).to_pylist() == [row]
+    assert json.loads(encode([row], "jsonl", None)) == {**row, "day": "2026-01-02", "raw": "AP8="}
+    assert encode([row], "csv", schema).decode().splitlines()[1].endswith('"[1, 2]",ü')
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_half_a_character_stops_no_part(kind) -> None:
+    schema = pa.schema([("text", pa.string())])
+    assert encode([{"text": "half \ud800"}, {"text": "whole"}], kind, schema).count(b"whole") >= 1

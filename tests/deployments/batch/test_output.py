@@ -1,0 +1,114 @@
+import csv
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deployments.batch.output import Output, check_same, read_manifest, write_manifest
+from deployments.batch.rows import SourceRow, Work, decision_columns, result_schema
+from deployments.batch.tally import Tally
+from lorauter.adapters import open_store
+from lorauter.errors import ConfigError, InvalidRequest
+from lorauter.routing import AdapterWeight, RoutingDecision, TaskScore
+
+GOOD = {
+    **decision_columns(RoutingDecision("v", (TaskScore("sums", 0.9, 0.8),), (AdapterWeight("a", 1.0),), 0.75)),
+    "answer": "4",
+    "finish_reason": "stop",
+    "prompt_tokens": 3,
+    "completion_tokens": 1,
+    "latency_s": 0.5,
+}
+BAD = {**dict.fromkeys(GOOD), **decision_columns(InvalidRequest("empty"))}
+
+
+def work(shard=0):
+    return Work(shard, [SourceRow(0, {"id": 1, "answer": "old"}), SourceRow(1, {"id": 2})], results=[GOOD, BAD])
+
+
+def make(uri, kind):
+    source = None if kind == "jsonl" else pa.schema([("id", pa.int64()), ("answer", pa.string())])
+    return Output(str(uri), kind, source, result_schema(route_only=False))
+
+
+def parts(path, kind):
+    content = path.read_bytes()
+    if kind == "jsonl":
+        return [json.loads(line) for line in content.splitlines()]
+    if kind == "parquet":
+        return pq.read_table(io.BytesIO(content)).to_pylist()
+    return [
+        {name: json.loads(value) if name in ("tasks", "adapters") and value else value for name, value in row.items()}
+        for row in csv.DictReader(io.StringIO(content.decode()))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_part_holds_the_rows_with_what_was_added(tmp_path, kind) -> None:
+    assert make(tmp_path, kind).write(work()).errors == 1
+    good, bad = parts(tmp_path / f"part-00000.{kind}", kind)
+    assert (str(good["id"]), good["answer"]) == ("1", "4")
+    assert good["tasks"] == [{"name": "sums", "score": 0.9, "probability": 0.8}]
+    assert good["adapters"] == [{"name": "a", "weight": 1.0}]
+    assert not good["error"]
+    assert str(bad["id"]) == "2"
+    assert bad["error"] == "InvalidRequest: empty"
+    assert not bad["answer"]
+
+
+def test_a_shard_is_done_once_its_part_and_its_record_are_there(store_uri) -> None:
+    output, store = make(store_uri, "jsonl"), open_store(store_uri)
+    assert output.done(3) == {}
+    for shard in (0, 2):
+        output.write(work(shard))
+    tally = Tally.of(work().results)
+    assert output.done(3) == {0: tally, 2: tally}
+    store.delete("_shards/part-00002.json")
+    assert output.done(3) == {0: tally}
+    output.write(work(2))
+    store.delete("part-00000.jsonl")
+    assert list(output.done(3)) == [2]
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store_uri(request, tmp_path) -> str:
+    """An empty place."""
+    return str(tmp_path / "out") if request.param == "folder" else request.getfixturevalue("bucket") + "/out"
+
+
+def test_a_manifest_is_read_back_and_what_is_none_is_refused(store_uri) -> None:
+    assert read_manifest(store_uri) is None
+    write_manifest(store_uri, {"format": 1, "x": 2})
+    assert read_manifest(store_uri) == {"format": 1, "x": 2}
+    write_manifest(store_uri, {"format": 99})
+    with pytest.raises(ConfigError, match="99"):
+        read_manifest(store_uri)
+    open_store(store_uri).delete("_manifest.json")
+    open_store(store_uri).write("precious.txt", b"x")
+    with pytest.raises(ConfigError, match=r"precious\.txt"):
+        read_manifest(store_uri)
+
+
+def test_a_job_with_other_settings_is_refused_by_what_differs() -> None:
+    before = {"settings": {"sampling": {"seed": 1}}, "catalog": {"version": "a"}}
+    check_same("out", before, json.loads(json.dumps(before)))
+    with pytest.raises(ConfigError, match=r"settings\.sampling\.seed was 1, and is 2 now") as caught:
+        check_same("out", before, {**before, "settings": {"sampling": {"seed": 2}}})
+    assert caught.value.setting == "settings.sampling.seed"
+
+
+def test_tallies_add_up() -> None:
+    one = Tally.of([GOOD, BAD])
+    assert (one.rows, one.errors, one.completion_tokens, one.tasks, one.adapters) == (2, 1, 1, {"sums": 1}, {"a": 1})
+    assert one.confidence[7] == 1
+    assert one.kinds == {"InvalidRequest": 1}
+    two = Tally.sum([one, one])
+    assert (two.rows, two.tasks, two.confidence[7], two.kinds) == (4, {"sums": 2}, 2, {"InvalidRequest": 2})
+    assert Tally(**json.loads(json.dumps(two.to_json()))) == two
+
+
+def test_a_row_of_the_base_model_alone_and_full_confidence_have_their_places() -> None:
+    tally = Tally.of([decision_columns(RoutingDecision("v", (), (), 1.0))])
+    assert (tally.base, tally.confidence[9]) == (1, 1)

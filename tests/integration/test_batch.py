@@ -1,0 +1,211 @@
+"""Batch jobs, each in a Ray of its own: files in S3 to files in S3, processes killed on the way, data sets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from lorauter.adapters import open_store
+
+pytestmark = pytest.mark.integration
+
+CLI = Path(sys.executable).parent / "lorauter"
+SETTINGS = {
+    "shard_rows": 12,
+    "sampling": {"max_tokens": 12, "temperature": 0.7, "seed": 5},
+    "engine": {"max_batch": 8, "max_model_len": 512, "max_rank": 32},
+}
+ROWS = 72
+
+
+@pytest.fixture
+def rows(examples: Any) -> list[dict[str, Any]]:
+    """Questions of the example tasks, with bad rows among them."""
+    tasks = ("sst2", "dbpedia", "multi30k_deen", "boolq", "rte", "agnews")
+    rows: list[dict[str, Any]] = [{"id": i, "prompt": examples(tasks[i % 6])[i // 6 % 10].input} for i in range(ROWS)]
+    rows[1]["prompt"] = ""
+    rows[2]["prompt"] = ["not", "a", "text"]
+    rows[3]["prompt"] = "far too long " * 1000
+    rows[4]["adapters"] = {"no-such-adapter": 1.0}
+    rows[5]["temperature"] = "sunny"
+    rows[6]["adapters"] = {"sst2": 0.5, "rte": 0.5}
+    rows[7] = {
+        "id": 7,
+        "messages": [{"role": "user", "content": "Is the sky blue?"}],
+        "max_tokens": 2,
+        "temperature": 0,
+    }
+    rows[8] |= {"adapters": {}}
+    return rows
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    path = tmp_path / "batch.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return path
+
+
+@pytest.fixture
+def start(tmp_path: Path, s3: Any) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], Path]]]:
+    """`start(*arguments)`: `lorauter batch`, and its log; ended with all its children afterwards."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(*arguments: str | Path) -> tuple[subprocess.Popen[bytes], Path]:
+        log = tmp_path / f"log-{len(started)}"
+        with log.open("wb") as out:
+            command = [str(CLI), "batch", *map(str, arguments)]
+            process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **s3.env})
+        started.append(process)
+        return process, log
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+            process.wait()
+
+
+def ended(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The log of a command that has ended well."""
+    assert process.wait(240) == 0, log.read_text()
+    return log.read_text()
+
+
+def parts(uri: str) -> list[str]:
+    return [key for key in open_store(uri).files() if key.startswith("part-")]
+
+
+def wait_for_parts(uri: str, count: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while len(parts(uri)) < count:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def output(uri: str) -> list[dict[str, Any]]:
+    """All rows, in the order of the parts, without the one column that is a time."""
+    store = open_store(uri)
+    found = [json.loads(line) for key in parts(uri) for line in store.read(key).splitlines()]
+    assert all((row.pop("latency_s") is None) == (row["error"] is not None) for row in found)
+    return found
+
+
+def workers(process: subprocess.Popen[bytes], stage: str) -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "MapWorker(" in (title := " ".join(child.cmdline())) and stage in title
+    ]
+
+
+def test_killed_jobs_end_as_an_undisturbed_one_does_in_s3(
+    start: Any, bucket: str, rows: list[dict[str, Any]], settings: Path
+) -> None:
+    content = "".join(json.dumps(row) + "\n" for row in rows) + "no row\n"
+    open_store(bucket).write("in/rows.jsonl", content.encode())
+
+    whole = f"{bucket}/whole"
+    log = ended(*start("--input", f"{bucket}/in", "--output", whole, "--config", settings))
+    assert f"{ROWS + 1} rows are in {whole}: 6 errors" in log
+    expected = output(whole)
+    assert [row.get("id") for row in expected] == [*range(ROWS), None]
+    errors = {i: row["error"] for i, row in enumerate(expected) if row["error"] is not None}
+    assert list(errors) == [1, 2, 3, 4, 5, ROWS]
+    for i, words in {1: "empty", 2: "list", 3: "tokens", 4: "AdapterNotFound", 5: "temperature", ROWS: "JSON"}.items():
+        assert words in errors[i]
+    assert [a["name"] for a in expected[6]["adapters"]] == ["sst2", "rte"]
+    assert expected[7]["completion_tokens"] <= 2
+    assert expected[8]["adapters"] == []
+    for row in (row for row in expected if row["error"] is None):
+        assert row["finish_reason"] in ("stop", "length")
+        assert row["prompt_tokens"] > 0
+        assert 0 < row["completion_tokens"] <= 12
+    manifest = json.loads(open_store(whole).read("_manifest.json"))
+    assert (manifest["state"], manifest["counts"]["rows"], manifest["counts"]["errors"]) == ("complete", ROWS + 1, 6)
+    assert manifest["catalog"]["version"]
+    assert manifest["model"] == "default"
+    assert manifest["settings"]["sampling"]["seed"] == 5
+
+    killed = f"{bucket}/killed"
+    again = ("--input", f"{bucket}/in", "--output", killed, "--config", settings)
+    process, log_file = start(*again)
+    wait_for_parts(killed, 1, process, log_file)
+    assert workers(process, "AnswerStage")
+    for worker in [*workers(process, "AnswerStage"), *workers(process, "RouteStage")]:
+        worker.kill()
+    wait_for_parts(killed, 3, process, log_file)  # Ray has put others in their places
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, left = psutil.wait_procs(family, timeout=10)
+    for agent in left:  # Ray's own agents take their time to notice
+        assert "Agent" in agent.name(), agent
+        agent.kill()
+    before = {key: open_store(killed).fingerprint(key) for key in parts(killed)}
+    assert 3 <= len(before) < len(parts(whole))
+    assert json.loads(open_store(killed).read("_manifest.json"))["state"] == "running"
+    ended(*start(*again))
+    assert output(killed) == expected
+    assert sum(open_store(killed).fingerprint(key) == tag for key, tag in before.items()) >= len(before) - 1
+
+    refused, log_file = start(*again, "--column", "text")
+    assert refused.wait(60) == 1
+    assert "settings.columns.prompt was" in log_file.read_text()
+    assert "Traceback" not in log_file.read_text()
+    assert f"{ROWS + 1} rows are in" in ended(*start(*again))  # nothing is left to do, and nothing is done
+
+
+def test_route_only_writes_other_formats_and_stops_at_too_many_errors(
+    start: Any, tmp_path: Path, rows: list[dict[str, Any]], settings: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--input", tmp_path / "rows.jsonl", "--config", settings, "--route-only")
+    log = ended(*start(*common, "--output", tmp_path / "out", "--format", "parquet"))
+    assert "rows by first task" in log
+    table = pq.read_table(tmp_path / "out")  # the manifest and the records are left out by their names
+    assert table.num_rows == ROWS
+    assert table["tasks"].to_pylist()[0][0]["name"] == "sst2"
+    assert "answer" not in table.column_names
+    assert sum(error is not None for error in table["error"].to_pylist()) == 2
+
+    process, log_file = start(*common, "--output", tmp_path / "strict", "--max-errors", "1")
+    assert process.wait(120) == 1
+    assert "max_errors is 1" in log_file.read_text()
+    assert "Traceback" not in log_file.read_text()
+
+
+def test_a_data_set_is_answered_into_a_data_set(tmp_path: Path, s3: Any) -> None:
+    script = """
+import json, ray
+from deployments.batch.config import BatchConfig
+from deployments.batch.pipeline import answer_dataset
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+question = "Translate to English: Zwei Hunde spielen im Schnee."
+dataset = ray.data.from_items([{"text": question, "n": n} for n in range(4)] + [{"text": "", "n": 4}])
+config = BatchConfig.parse({"columns": {"prompt": "text"}, "sampling": {"max_tokens": 12}})
+print("ROWS " + json.dumps(sorted(answer_dataset(dataset, config).take_all(), key=lambda row: row["n"])))
+"""
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, env=env)
+    assert ran.returncode == 0, ran.stderr
+    [line] = [line for line in ran.stdout.splitlines() if line.startswith("ROWS ")]
+    *good, bad = json.loads(line[5:])
+    assert [row["n"] for row in good] == [0, 1, 2, 3]
+    assert {row["answer"] for row in good} == {"Two dogs play in the snow."}
+    assert all(row["adapters"][0]["name"] == "multi30k_deen" for row in good)
+    assert "empty" in bad["error"]
