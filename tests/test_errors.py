@@ -24,6 +24,7 @@ ERRORS = {
     errors.AdapterNotFound("odd", adapter="sst2"): {"adapter": "sst2"},
     errors.AdapterRejected("odd", adapter="sst2"): {"adapter": "sst2"},
     errors.AdapterUnavailable("odd", adapter="sst2"): {"adapter": "sst2"},
+    errors.BatchError("odd"): {},
     errors.Unauthenticated("odd"): {},
     errors.PermissionDenied("odd"): {},
     errors.ServiceUnavailable("odd"): {},
