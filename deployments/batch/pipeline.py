@@ -64,17 +64,18 @@ def shards_pipeline(
     plan: Plan, shards: Sequence[Shard], config: BatchConfig, version: str, output: Output, report: Report | None
 ) -> Dataset:
     """The pipeline that does shards and writes each; its rows are what `stages.finished` takes."""
+    tasks = min(_TASKS, len(shards))
     work = ray.data.read_datasource(
         _Shards(plan, shards),
         override_num_blocks=len(shards),
         num_cpus=TASK_CPUS,
-        concurrency=_TASKS,
+        concurrency=tasks,
     )
     return _stages(work, config, version, report).map_batches(
         write,  # type: ignore[arg-type]
         fn_kwargs={"output": output},
         num_cpus=TASK_CPUS,
-        compute=TaskPoolStrategy(_TASKS),
+        compute=TaskPoolStrategy(tasks),
         **_ONE,
     )
 
