@@ -20,6 +20,8 @@ def batch(
     format: Annotated[str | None, typer.Option(help="Of the output: jsonl, csv or parquet; else the input's.")] = None,
     route_only: Annotated[bool, typer.Option("--route-only", help="Decide, and generate nothing.")] = False,
     max_errors: Annotated[int | None, typer.Option(min=0, help="Stop once more rows than this have failed.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Engines that answer at the same time.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs that each of them takes.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; none starts a local one.")] = None,
 ) -> None:
     """Route and answer every row of a data set; a job that was cut off goes on where it stopped.
@@ -41,6 +43,9 @@ def batch(
     settings = BatchConfig() if config is None else BatchConfig.read(config)
     if column is not None:
         changes["columns"] = {**settings.columns.model_dump(), "prompt": column}
+    pool = {key: value for key, value in {"workers": workers, "gpus": gpus}.items() if value is not None}
+    if pool:
+        changes["answer_workers"] = {**settings.answer_workers.model_dump(), **pool}
     settings = settings.changed(**changes)
     with bar(console) as show:
 

@@ -240,12 +240,11 @@ def test_the_job_calls_the_batch_command(one: Any) -> None:
     program, command, *options = shlex.split(one("RayJob")["spec"]["entrypoint"])
     assert (program, command) == ("lorauter", "batch")
     given = {option.split("=")[0] for option in options if option.startswith("--")}
-    assert given == {"--input", "--output", "--catalog"}
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    if command not in commands:
-        pytest.skip("this checkout has no `lorauter batch` yet")
-    known = {name for parameter in commands[command].params for name in parameter.opts}
-    assert given <= known
+    known = {name for parameter in typer.main.get_command(app).commands[command].params for name in parameter.opts}  # type: ignore[attr-defined]
+    assert {"--input", "--output", "--catalog", "--adapters"} <= given <= known
+    gpu = one("RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert int(options[options.index("--workers") + 1]) == gpu["maxReplicas"]
+    assert int(options[options.index("--gpus") + 1]) == 1
 
 
 def test_the_policy_grants_the_stores_in_use_and_no_more(one: Any, serve_file: ServeFile) -> None:
