@@ -91,7 +91,7 @@ async def in_turn(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], r
 
 
 async def saturated(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> float:
-    """Requests completed a second while so many clients ask all the time, those refused again and again."""
+    """Requests completed a second while so many clients ask all the time, those refused again when they were told."""
     end = time.perf_counter() + seconds
     completed = 0
 
@@ -103,7 +103,7 @@ async def saturated(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]],
                 completed += time.perf_counter() < end
                 i += clients
             else:
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(float(outcome.retry_after or 1))
 
     await asyncio.gather(*(run(i) for i in range(clients)))
     return completed / seconds
