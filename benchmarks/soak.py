@@ -253,7 +253,14 @@ def _start_app(work: Path) -> str:
             "adapters": f"s3://{BUCKET}/adapters",
             "catalog": f"s3://{BUCKET}/catalog",
             # Budgets far below what the adapters take together, so that every tier evicts all the time.
-            "engine": {"max_batch": 8, "max_model_len": 512, "max_queue": 32, "max_rank": 8, "threads": 1}
+            "engine": {
+                "max_batch": 8,
+                "max_model_len": 512,
+                "max_queue": 32,
+                "max_rank": 8,
+                "threads": 1,
+                "max_slowdown": None,
+            }
             | {"adapter_bytes": 16 << 20, "host_bytes": 64 << 20},
             "cache": {"directory": str(work / "disk"), "disk_bytes": 128 << 20, "revalidate_s": REVALIDATE_S},
         }
