@@ -70,7 +70,8 @@ class FaultCluster:
     def whole(self) -> bool:
         """Whether as many replicas run as should."""
         running: dict[str, int] = json.loads(self._say("status"))
-        return running == REPLICAS and len(self.replicas("LoraModel")) == REPLICAS["LoraModel"]
+        wanted = {name: running[name] for name in REPLICAS} == REPLICAS
+        return wanted and len(self.replicas("LoraModel")) == REPLICAS["LoraModel"]
 
     def wait_until_whole(self, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
