@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lorauter.adapters.weights import LoadAdapter
 from lorauter.errors import AdapterRejected, ConfigError, InvalidRequest
 from lorauter.evaluation.baselines.lorahub import lorahub_weights
-from lorauter.evaluation.rows import read_json_lines
+from lorauter.evaluation.rows import drop_torn_line, is_weight, read_json_lines
 from lorauter.tasks import Task
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ def weigh(
         AdapterError: an adapter cannot be loaded or served.
         InvalidRequest: `output` is no such file.
     """
-    known = read_weights(output) if output.exists() else {}
+    known: Weights = {}
+    if output.exists():
+        known = read_weights(output)
+        drop_torn_line(output)
     wanted = [(task, with_own) for task in tasks for with_own in (True, False)]
     packed: dict[str, PackedAdapter] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -102,10 +105,13 @@ def read_weights(path: Path) -> Weights:
     """Read what `weigh` wrote, but for a torn last line. Raises InvalidRequest, naming the line."""
     found: Weights = {}
     for source, row in read_json_lines(path, torn=True):
-        try:
-            found[str(row["task"]), bool(row["own"])] = {str(n): float(w) for n, w in row["weights"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidRequest(f'{source}: a row is {{"task", "own", "weights": {{name: weight}}}}') from error
+        task, own, weights = (row.get(key) for key in ("task", "own", "weights"))
+        whole = isinstance(task, str) and isinstance(own, bool) and isinstance(weights, dict)
+        if not whole or not all(map(is_weight, weights.values())):
+            raise InvalidRequest(
+                f'{source}: a row is {{"task", "own": true or false, "weights": {{adapter: number}}}}', param="lorahub"
+            )
+        found[task, own] = weights
     return found
 
 

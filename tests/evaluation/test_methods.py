@@ -52,7 +52,8 @@ def test_rows_are_those_of_the_other_steps(tasks, catalog) -> None:
         assert ScoredRow.from_json(row, source="").target == "an answer"
         assert sum(row["adapters"].values()) == pytest.approx(1) or not row["adapters"]
     assert {row["regime"] for row in rows if row["method"] in ("base", "oracle")} == {"in-domain"}
-    assert {row["method"] for row in rows if row["fuse"]} == {"loraretriever-fusion"}
+    mixed = {(row["method"], row["mixing"]) for row in rows if row["mixing"] != "outputs"}
+    assert mixed == {("loraretriever-fusion", "matrices"), ("arrow", "arrow"), ("spectr", "spectr")}
     assert len(rows) == 4 * (2 + 3 * (len(METHODS) - 2))
 
 
