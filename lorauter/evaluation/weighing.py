@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from lorauter.adapters.weights import LoadAdapter
 from lorauter.errors import AdapterRejected, ConfigError, InvalidRequest
@@ -106,13 +106,16 @@ def read_weights(path: Path) -> Weights:
     found: Weights = {}
     for source, row in read_json_lines(path, torn=True):
         task, own, weights = (row.get(key) for key in ("task", "own", "weights"))
-        whole = isinstance(task, str) and isinstance(own, bool) and isinstance(weights, dict)
-        if not whole or not all(map(is_weight, weights.values())):
+        if not (isinstance(task, str) and isinstance(own, bool) and _are_weights(weights)):
             raise InvalidRequest(
                 f'{source}: a row is {{"task", "own": true or false, "weights": {{adapter: number}}}}', param="lorahub"
             )
         found[task, own] = weights
     return found
+
+
+def _are_weights(value: object) -> TypeGuard[dict[str, float]]:
+    return isinstance(value, dict) and all(map(is_weight, value.values()))
 
 
 def weights_for(weights: Weights, task: str, *, with_own: bool) -> dict[str, float]:
