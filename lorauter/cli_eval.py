@@ -20,7 +20,7 @@ from lorauter.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorauter.adapters import AdapterRepository
-    from lorauter.encoder import Encoder
+    from lorauter.evaluation.routing import RememberingCatalogs
     from lorauter.routing import RoutingConfig
     from lorauter.tasks import Task
 
@@ -190,18 +190,18 @@ def routing(
 ) -> None:
     """Measure how well the test examples of tasks are routed to them, by each preset; generates nothing."""
     from lorauter.defaults import load_encoder
-    from lorauter.evaluation.routing import RememberingEncoder, first_examples, read_query_set
+    from lorauter.evaluation.routing import RememberingCatalogs, first_examples, read_query_set
     from lorauter.tasks import read_tasks
 
     sets = {"tasks": read_tasks(tasks)}
     if flan is not None:
         sets["flan"] = read_query_set(flan)
     with phase("loading the encoder"):
-        model = RememberingEncoder(load_encoder(encoder))
+        catalogs = RememberingCatalogs(load_encoder(encoder))
     figures = {}
     for name, found in sets.items():
         with phase(f"routing the queries of {len(found)} tasks"):
-            figures[name] = _routing_figures(first_examples(found, examples), model)
+            figures[name] = _routing_figures(first_examples(found, examples), catalogs)
         typer.echo(_routing_tables(name, figures[name]))
     if json_file is not None:
         _write(json_file, json.dumps(figures, indent=1) + "\n")
@@ -345,7 +345,7 @@ def _report(decisions: Path, answers: Path, out: Path, *, rouge_for_bleu: bool) 
     notify(f"the report is in {out}")
 
 
-def _routing_figures(tasks: Sequence[Task], encoder: Encoder) -> dict[str, dict[str, Any]]:
+def _routing_figures(tasks: Sequence[Task], catalogs: RememberingCatalogs) -> dict[str, dict[str, Any]]:
     """For each preset what `lorauter.evaluation.routing` measures; None for what the tasks do not allow."""
     from lorauter.evaluation.routing import ambiguous, evaluate_routing, queries_of, strangers, stress
     from lorauter.routing import RoutingConfig
@@ -353,10 +353,10 @@ def _routing_figures(tasks: Sequence[Task], encoder: Encoder) -> dict[str, dict[
     figures: dict[str, dict[str, Any]] = {}
     for preset in ("paper", "default"):
         config = RoutingConfig.model_validate({"preset": preset})
-        joined, unknown = ambiguous(tasks, encoder, config), strangers(tasks, encoder, config)
+        joined, unknown = ambiguous(tasks, catalogs, config), strangers(tasks, catalogs, config)
         figures[preset] = {
-            "routing": vars(evaluate_routing(tasks, queries_of(tasks), encoder, config)),
-            "stress": stress(tasks, encoder, config),
+            "routing": vars(evaluate_routing(tasks, queries_of(tasks), catalogs, config)),
+            "stress": stress(tasks, catalogs, config),
             "ambiguous": joined and vars(joined),
             "strangers": unknown and vars(unknown),
         }
