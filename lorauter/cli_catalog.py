@@ -58,8 +58,9 @@ def build(
 ) -> None:
     """Build a catalog and publish it as the current version.
 
-    An adapter serves the task of its own name, or those that --mapping gives it. With --match names only hint: every
-    adapter meets a few examples of every task, and the best of them more and more (successive halving).
+    An adapter serves the task of its own name, or those that --mapping gives it. With --match every adapter meets a
+    few examples of every task, and the best of them more and more (successive halving); those of a task's name or
+    mapping meet all of its examples.
     """
     from lorauter.catalog import build_catalog
     from lorauter.defaults import load_encoder

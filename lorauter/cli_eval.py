@@ -1,4 +1,4 @@
-"""The commands `lorauter eval ...`: decide, answer, report; and how well tasks are told apart.
+"""The commands `lorauter eval ...`: decide, answer, report; how well tasks are told apart; plots of a catalog.
 
 Parses arguments and shows progress; the work is `lorauter.evaluation`'s. `answer` loads neither FAISS nor an encoder.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +19,8 @@ from lorauter.defaults import DEFAULT
 from lorauter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorauter.encoder import Encoder
+    from lorauter.adapters import AdapterRepository
+    from lorauter.evaluation.routing import RememberingCatalogs
     from lorauter.routing import RoutingConfig
     from lorauter.tasks import Task
 
@@ -41,6 +43,9 @@ _EncoderName = Annotated[str, typer.Option(help="Sentence encoder: a folder, a H
 _Model = Annotated[str, typer.Option(help="Base model: a folder, a Hugging Face id, or 'default'.")]
 _Device = Annotated[str, typer.Option(help="'auto' is the GPU if there is one, else the CPU.")]
 _MaxBatch = Annotated[int | None, typer.Option(help="Queries answered at once.", min=1)]
+_LoraHub = Annotated[
+    Path | None, typer.Option(help="Weights, as 'eval lorahub' writes them, which add the method 'lorahub'.")
+]
 _Rouge = Annotated[bool, typer.Option("--rouge-for-bleu", help="Score BLEU tasks by ROUGE-L.")]
 
 
@@ -53,10 +58,12 @@ def decide(
     regimes: _Regimes = None,
     split: _Split = "test",
     config: _Config = None,
+    lorahub: _LoraHub = None,
     encoder: _EncoderName = DEFAULT,
 ) -> None:
     """Decide by every method, in every regime, which adapters answer each query; needs no model."""
-    _decide(tasks, catalog, out, methods=methods, regimes=regimes, split=split, config=config, encoder=encoder)
+    chosen = _methods(methods, config, lorahub)
+    _decide(tasks, catalog, out, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, encoder=encoder)
 
 
 @eval_app.command("answer")
@@ -93,6 +100,7 @@ def answers(
     regimes: _Regimes = None,
     split: _Split = "test",
     config: _Config = None,
+    lorahub: _LoraHub = None,
     encoder: _EncoderName = DEFAULT,
     model: _Model = DEFAULT,
     device: _Device = "auto",
@@ -101,9 +109,73 @@ def answers(
 ) -> None:
     """Decide, answer and report, in one folder; a run that was cut off goes on where it stopped."""
     decided, answered = out / "decisions.jsonl", out / "answers.jsonl"
-    _decide(tasks, catalog, decided, methods=methods, regimes=regimes, split=split, config=config, encoder=encoder)
+    chosen = _methods(methods, config, lorahub)
+    _decide(tasks, catalog, decided, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, encoder=encoder)
     _answer(decided, adapters, answered, model=model, device=device, max_batch=max_batch)
     _report(decided, answered, out, rouge_for_bleu=rouge_for_bleu)
+
+
+@eval_app.command("lorahub")
+def lorahub(
+    tasks: _Tasks,
+    adapters: _Adapters,
+    out: Annotated[Path, typer.Option(help="JSON lines; what it holds already is not searched again.")],
+    examples: Annotated[int, typer.Option(help="Validation examples of each task to search on.", min=1)] = 20,
+    budget: Annotated[int, typer.Option(help="Weightings tried in each search.", min=1)] = 40,
+    model: _Model = DEFAULT,
+) -> None:
+    """Search LoraHub's weights for each task, with its own adapter and without; a run that was cut off goes on."""
+    from lorauter.catalog.scoring import open_likelihood_scorer
+    from lorauter.evaluation.answering import adapters_in
+    from lorauter.evaluation.weighing import weigh
+    from lorauter.tasks import read_tasks
+
+    found = [replace(task, validation=task.validation[:examples]) for task in read_tasks(tasks)]
+    repository = _repository(adapters)
+    pool = repository.names()
+    load = adapters_in(repository)
+    with phase("loading the base model"):
+        scorer = open_likelihood_scorer(model, load, found)
+    own = {task.name: [task.name] if task.name in pool else [] for task in found}
+
+    def progress(done: int, total: int) -> None:
+        notify(f"{done} of {total} searches are done")
+
+    try:
+        weigh(found, pool, scorer, load, out, own=own, budget=budget, progress=progress)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error}", setting="out") from error
+
+
+@eval_app.command("plots")
+def plots(
+    catalog: _CatalogUri,
+    out: Annotated[Path, typer.Option(help="A folder for scores.png and tasks.png.")],
+) -> None:
+    """Draw a catalog: the score of every adapter on every task, and a map of the tasks' embeddings."""
+    from lorauter.catalog import Catalog
+    from lorauter.defaults import resolve_catalog
+    from lorauter.evaluation.plots import heat_map, mean_scores, task_map
+
+    with phase("reading the catalog"):
+        found = Catalog.load(resolve_catalog(catalog, notify))
+    names, drawn = [entry.name for entry in found.tasks], []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        matrix, adapters = mean_scores({entry.name: entry.scores for entry in found.tasks})
+        if adapters:
+            heat_map(matrix, adapters, names, out / "scores.png")
+            drawn.append("scores.png")
+        else:
+            notify("the catalog has no scores, so there is no heat map; build it with --match")
+        if len(names) > 1:
+            task_map(found.centroids, names, [entry.task.domain for entry in found.tasks], out / "tasks.png")
+            drawn.append("tasks.png")
+        else:
+            notify("the catalog has one task, so there is no map of tasks")
+    except OSError as error:
+        raise ConfigError(f"the plots cannot be written to {out}: {error}", setting="out") from error
+    notify(f"{' and '.join(drawn) or 'nothing'} drawn in {out}")
 
 
 @eval_app.command("routing")
@@ -118,21 +190,50 @@ def routing(
 ) -> None:
     """Measure how well the test examples of tasks are routed to them, by each preset; generates nothing."""
     from lorauter.defaults import load_encoder
-    from lorauter.evaluation.routing import RememberingEncoder, first_examples, read_query_set
+    from lorauter.evaluation.routing import RememberingCatalogs, first_examples, read_query_set
     from lorauter.tasks import read_tasks
 
     sets = {"tasks": read_tasks(tasks)}
     if flan is not None:
         sets["flan"] = read_query_set(flan)
     with phase("loading the encoder"):
-        model = RememberingEncoder(load_encoder(encoder))
+        catalogs = RememberingCatalogs(load_encoder(encoder))
     figures = {}
     for name, found in sets.items():
         with phase(f"routing the queries of {len(found)} tasks"):
-            figures[name] = _routing_figures(first_examples(found, examples), model)
+            figures[name] = _routing_figures(first_examples(found, examples), catalogs)
         typer.echo(_routing_tables(name, figures[name]))
     if json_file is not None:
         _write(json_file, json.dumps(figures, indent=1) + "\n")
+
+
+def _methods(methods: str | None, config: Path | None, lorahub: Path | None) -> dict[str, RoutingConfig | None]:
+    """The methods that are asked for, and those that have settings. Raises ConfigError."""
+    from lorauter.evaluation.methods import LORAHUB, METHODS
+
+    chosen: dict[str, RoutingConfig | None] = dict.fromkeys(_names(methods, METHODS))
+    if config is not None:
+        chosen[_CONFIGURED] = _read_config(config)
+    if lorahub is not None:
+        chosen[LORAHUB] = None
+    elif LORAHUB in chosen:
+        raise ConfigError(
+            "the method 'lorahub' needs weights; search them with 'lorauter eval lorahub', and give their file "
+            "with --lorahub",
+            setting="lorahub",
+        )
+    return chosen
+
+
+def _repository(uri: str) -> AdapterRepository:
+    """Raises ConfigError if it is empty."""
+    from lorauter.adapters import AdapterRepository, open_store
+    from lorauter.defaults import resolve_adapters
+
+    repository = AdapterRepository(open_store(resolve_adapters(uri)))
+    if not repository.names():
+        raise ConfigError(f"there is no adapter in {uri}; push some", setting="adapters")
+    return repository
 
 
 def _names(given: str | None, default: Collection[str]) -> list[str]:
@@ -158,22 +259,20 @@ def _decide(
     catalog_uri: str,
     out: Path,
     *,
-    methods: str | None,
+    methods: Mapping[str, RoutingConfig | None],
     regimes: str | None,
     split: str,
-    config: Path | None,
+    lorahub: Path | None,
     encoder: str,
 ) -> None:
     from lorauter.catalog import Catalog
     from lorauter.defaults import load_encoder, resolve_catalog
-    from lorauter.evaluation.methods import METHODS, decide
+    from lorauter.evaluation.methods import decide
     from lorauter.evaluation.regimes import REGIMES
+    from lorauter.evaluation.weighing import read_weights
     from lorauter.tasks import read_tasks
 
-    chosen: dict[str, RoutingConfig | None] = dict.fromkeys(_names(methods, METHODS))
-    if config is not None:
-        chosen[_CONFIGURED] = _read_config(config)
-    found = read_tasks(tasks)
+    found, weights = read_tasks(tasks), read_weights(lorahub) if lorahub is not None else None
     with phase("loading the encoder and the catalog"):
         model = load_encoder(encoder)
         catalog = Catalog.load(resolve_catalog(catalog_uri, notify))
@@ -184,10 +283,11 @@ def _decide(
         raise ConfigError(f"no task has {split} examples to ask that the catalog does not have", setting="tasks")
     own = {task.name: [task.name] if task.name in catalog.adapters else [] for task in asked}
     alone = [name for name, adapters in own.items() if not adapters]
-    if alone and "oracle" in chosen:
+    if alone and "oracle" in methods:
         notify(f"no adapter has the name of {', '.join(alone)}: the oracle is the base model there")
-    with phase(f"deciding by {len(chosen)} methods for the queries of {len(asked)} tasks"):
-        rows = decide(asked, catalog, model, chosen, regimes=_names(regimes, REGIMES), split=split, own=own)
+    with phase(f"deciding by {len(methods)} methods for the queries of {len(asked)} tasks"):
+        which = _names(regimes, REGIMES)
+        rows = decide(asked, catalog, model, methods, regimes=which, split=split, own=own, lorahub=weights)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     _write(out, "".join(lines))
     notify(f"{len(lines)} decisions are in {out}")
@@ -245,7 +345,7 @@ def _report(decisions: Path, answers: Path, out: Path, *, rouge_for_bleu: bool) 
     notify(f"the report is in {out}")
 
 
-def _routing_figures(tasks: Sequence[Task], encoder: Encoder) -> dict[str, dict[str, Any]]:
+def _routing_figures(tasks: Sequence[Task], catalogs: RememberingCatalogs) -> dict[str, dict[str, Any]]:
     """For each preset what `lorauter.evaluation.routing` measures; None for what the tasks do not allow."""
     from lorauter.evaluation.routing import ambiguous, evaluate_routing, queries_of, strangers, stress
     from lorauter.routing import RoutingConfig
@@ -253,10 +353,10 @@ def _routing_figures(tasks: Sequence[Task], encoder: Encoder) -> dict[str, dict[
     figures: dict[str, dict[str, Any]] = {}
     for preset in ("paper", "default"):
         config = RoutingConfig.model_validate({"preset": preset})
-        joined, unknown = ambiguous(tasks, encoder, config), strangers(tasks, encoder, config)
+        joined, unknown = ambiguous(tasks, catalogs, config), strangers(tasks, catalogs, config)
         figures[preset] = {
-            "routing": vars(evaluate_routing(tasks, queries_of(tasks), encoder, config)),
-            "stress": stress(tasks, encoder, config),
+            "routing": vars(evaluate_routing(tasks, queries_of(tasks), catalogs, config)),
+            "stress": stress(tasks, catalogs, config),
             "ambiguous": joined and vars(joined),
             "strangers": unknown and vars(unknown),
         }

@@ -162,6 +162,64 @@ def test_decide_refuses_in_one_line_and_writes_nothing(
     assert not out.exists()
 
 
+def test_lorahub_is_a_method_where_its_weights_are_given(
+    cli: Cli, tasks: Path, catalog: Path, pool: Path, model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("nevergrad")
+    weights, out = tmp_path / "new" / "lorahub.jsonl", tmp_path / "decisions.jsonl"
+    search = ("lorahub", "--tasks", tasks, "--adapters", pool, "--out", weights, "--model", model)
+    search += ("--examples", "2", "--budget", "3")
+    decide = ("decide", "--tasks", tasks, "--catalog", catalog, "--out", out)
+    ran = cli(*search)
+    assert ran.code == 0, ran
+    assert "6 of 6 searches are done" in ran.err
+    found = {(row["task"], row["own"]): row["weights"] for row in read(weights)}
+    assert {key: set(of) for key, of in found.items() if key[0] != "poems"} == {
+        ("sums", True): {"sums", "poems"},
+        ("sums", False): {"poems"},
+        ("rain", True): {"sums", "poems"},
+        ("rain", False): {"sums", "poems"},
+    }
+    before = weights.read_bytes()
+    assert cli(*search).code == 0
+    assert weights.read_bytes() == before
+    assert cli(*decide, "--lorahub", weights, "--methods", "base").code == 0
+    rows = read(out)
+    assert {row["method"] for row in rows} == {"base", "lorahub"}
+    for row in rows:
+        if row["method"] == "lorahub":
+            assert row["adapters"] == found[row["task"], row["regime"] == "in-domain"]
+    assert cli(*decide).code == 0
+    assert "lorahub" not in {row["method"] for row in read(out)}
+    ran = cli(*decide, "--methods", "base,lorahub")
+    assert (ran.code, "search them with 'lorauter eval lorahub'" in ran.err) == (1, True)
+    weights.write_bytes(before.splitlines(keepends=True)[0])
+    ran = cli(*decide, "--lorahub", weights)
+    assert (ran.code, "no LoraHub weights for task" in ran.err) == (1, True)
+    assert cli("lorahub", "--tasks", tasks, "--adapters", tmp_path / "tasks", "--out", weights).code == 1
+
+
+def test_plots_draw_a_catalog(cli: Cli, tasks: Path, catalog: Path, pool: Path, tmp_path: Path) -> None:
+    from lorauter.tasks import read_tasks
+
+    out = tmp_path / "new" / "plots"
+    ran = cli("plots", "--catalog", catalog, "--out", out)
+    assert ran.code == 0, ran
+    assert "the catalog has no scores" in ran.err
+    assert [path.name for path in out.iterdir()] == ["tasks.png"]
+    scores = {"sums": {"sums": {0: 0.5}, "poems": {0: 0.25, 1: 0.5}}}
+    given = {"repository": AdapterRepository(open_store(pool)), "scores": scores}
+    build_catalog(read_tasks(tasks), HashingEncoder(), **given).save(catalog)
+    ran = cli("plots", "--catalog", catalog, "--out", out)
+    assert (ran.code, "scores.png and tasks.png drawn" in ran.err) == (0, True)
+    assert all((out / name).stat().st_size > 0 for name in ("scores.png", "tasks.png"))
+    build_catalog(read_tasks(tasks)[:1], HashingEncoder()).save(catalog)
+    assert "nothing drawn" in cli("plots", "--catalog", catalog, "--out", tmp_path / "other").err
+    (tmp_path / "file").write_text("")
+    ran = cli("plots", "--catalog", catalog, "--out", tmp_path / "file")
+    assert (ran.code, "cannot be written" in ran.err) == (1, True)
+
+
 def test_report_scores_answers(cli: Cli, decisions: Path, tmp_path: Path) -> None:
     answers, out = tmp_path / "answers.jsonl", tmp_path / "report"
     lines = [

@@ -30,8 +30,8 @@ class MatchConfig:
         first_examples: of each task, that every adapter meets.
         keep: fraction of a task's adapters that stay after each round, while the examples double.
         min_candidates: adapters that meet all examples of a task, at least, and are ranked by them.
-        candidates: `{task: [adapter, ...]}` that a round on few examples must not throw out, because a description or
-            a nearby task speaks for them. They stay for the second round beside the best; no other is left out for it.
+        candidates: `{task: [adapter, ...]}` that meet all of the task's examples whatever the first ones say, because
+            their name, a description or a nearby task speaks for them; no other is left out for it.
         seed: of the order in which examples are taken.
     """
 
@@ -180,7 +180,7 @@ class Matching:
                 return rounds, missing
             ranked = self._ranked(task, alive, order[:end])
             places = max(config.min_candidates, int(config.keep * places))
-            favoured = config.candidates.get(task, ()) if seen == 0 else ()
+            favoured = config.candidates.get(task, ())
             alive = ranked[:places] + [name for name in ranked[places:] if name in favoured]
             seen, end = end, 2 * end
 

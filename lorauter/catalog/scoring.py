@@ -213,7 +213,8 @@ class LikelihoodScorer:
         """The scores of weighted adapters on examples, each a task and its number.
 
         Raises:
-            AdapterRejected: the adapters do not fit the device together, or make the model's output not finite.
+            AdapterUnavailable: the adapters do not fit the device together.
+            AdapterRejected: they make the model's output not finite.
         """
         adapters = [packed for packed, _ in mixture]
         self._slots.check(adapters)
@@ -297,16 +298,20 @@ def open_scorer(by: ScoredBy, model: str, load_adapter: LoadAdapter, tasks: Sequ
         ConfigError: the model cannot be loaded.
         TaskError, InvalidRequest: as `EngineScorer` and `LikelihoodScorer`.
     """
-    folder, aliases = resolve_model(model), base_model_aliases(model)
     if by == "likelihood":
-        decoder, codec = load_decoder(folder, aliases=aliases)
-        yield LikelihoodScorer(decoder, codec, load_adapter, tasks)
+        yield open_likelihood_scorer(model, load_adapter, tasks)
         return
-    engine = load_engine(folder, aliases=aliases)
+    engine = load_engine(resolve_model(model), aliases=base_model_aliases(model))
     try:
         yield EngineScorer(engine, load_adapter, tasks)
     finally:
         engine.close()
+
+
+def open_likelihood_scorer(model: str, load_adapter: LoadAdapter, tasks: Sequence[Task]) -> LikelihoodScorer:
+    """The same, by likelihood; there is nothing to close."""
+    decoder, codec = load_decoder(resolve_model(model), aliases=base_model_aliases(model))
+    return LikelihoodScorer(decoder, codec, load_adapter, tasks)
 
 
 def _loaded(load_adapter: LoadAdapter, name: str) -> LoraWeights | Failed:

@@ -23,7 +23,7 @@ from lorauter.adapters.weights import LoadAdapter, LoraWeights
 from lorauter.engine import GenerationRequest, MultiLoraEngine, SamplingParams
 from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import ContextLengthExceeded, InvalidRequest
-from lorauter.evaluation.rows import AnswerRow, DecisionRow, Question, check_unique, read_answers
+from lorauter.evaluation.rows import AnswerRow, DecisionRow, Question, check_unique, drop_torn_line, read_answers
 from lorauter.evaluation.token_routers import ROUTERS, TokenRouters
 
 Asked = TypeVar("Asked")
@@ -233,7 +233,5 @@ def _resume(output: Path) -> dict[str, AnswerRow]:
     """The answers of earlier runs. A last line that a cut-off run has left torn is dropped from the file."""
     if not output.exists():
         return {}
-    with output.open("rb+") as file:
-        whole = sum(len(line) for line in file if line.endswith(b"\n"))
-        file.truncate(whole)
+    drop_torn_line(output)
     return read_answers(output)

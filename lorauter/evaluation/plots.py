@@ -5,7 +5,7 @@ Knows numbers, names and results; knows nothing of how they came to be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,21 @@ if TYPE_CHECKING:
     from lorauter.evaluation.report import Result
 
 _MAX_LABELS = 100  # more would cover each other
+
+
+def mean_scores(
+    scores: Mapping[str, Mapping[str, Mapping[int, float]]],
+) -> tuple[NDArray[np.floating[Any]], list[str]]:
+    """The means of `{task: {adapter: {example: score}}}`: (adapters, tasks), NaN for none; and the adapters' names."""
+    import numpy as np
+
+    adapters = sorted({name for task in scores.values() for name in task})
+    matrix = np.full((len(adapters), len(scores)), np.nan)
+    for column, task in enumerate(scores.values()):
+        for row, name in enumerate(adapters):
+            if task.get(name):
+                matrix[row, column] = np.mean(list(task[name].values()))
+    return matrix, adapters
 
 
 def heat_map(matrix: NDArray[np.floating[Any]], adapters: Sequence[str], tasks: Sequence[str], path: Path) -> None:

@@ -101,6 +101,31 @@ class StrangersResult:
     fallback: float
 
 
+class RememberingCatalogs:
+    """Catalogs of tasks, without adapters, each built and its reranker fitted once.
+
+    Args:
+        encoder: what is embedded with; it is asked for no text twice.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = RememberingEncoder(encoder)
+        self._known: dict[frozenset[str], tuple[Sequence[Task], Catalog, float]] = {}
+
+    def of(self, tasks: Sequence[Task]) -> tuple[Catalog, float]:
+        """A catalog with its index and reranker, and the seconds that it took, embedding aside."""
+        names = frozenset(task.name for task in tasks)
+        same = sorted(tasks, key=lambda task: task.name)
+        if names not in self._known or self._known[names][0] != same:
+            for task in tasks:
+                self.encoder.encode([example.input for example in task.validation])
+            start = time.perf_counter()
+            catalog = build_catalog(tasks, self.encoder)
+            Retriever(catalog, RoutingConfig())
+            self._known[names] = same, catalog, time.perf_counter() - start
+        return self._known[names][1:]
+
+
 class RememberingEncoder:
     """An encoder that embeds each text once, and keeps what it embedded."""
 
@@ -150,7 +175,7 @@ def read_query_set(path: Path) -> list[Task]:
 
 
 def evaluate_routing(
-    tasks: Sequence[Task], queries: Sequence[Query], encoder: Encoder, config: RoutingConfig
+    tasks: Sequence[Task], queries: Sequence[Query], encoder: Encoder | RememberingCatalogs, config: RoutingConfig
 ) -> RoutingResult:
     """Route queries on a catalog of the tasks.
 
@@ -188,7 +213,7 @@ def evaluate_routing(
 
 def stress(
     tasks: Sequence[Task],
-    encoder: Encoder,
+    encoder: Encoder | RememberingCatalogs,
     config: RoutingConfig,
     sizes: Sequence[int] = (10, 20, 30, 40),
     seed: int = 0,
@@ -198,12 +223,21 @@ def stress(
     Sizes beyond the number of tasks are left out, and subsets without test examples.
     """
     order = random.Random(seed).sample(list(tasks), len(tasks))
-    memory = RememberingEncoder(encoder)
+    catalogs = _remembering(encoder)
     subsets = {size: order[:size] for size in sizes if size <= len(order) and queries_of(order[:size])}
-    return {n: evaluate_routing(few, queries_of(few), memory, config).top_1 for n, few in subsets.items()}
+    return {size: _top_1(few, catalogs, config) for size, few in subsets.items()}
 
 
-def ambiguous(tasks: Sequence[Task], encoder: Encoder, config: RoutingConfig, seed: int = 0) -> AmbiguousResult | None:
+def _top_1(tasks: Sequence[Task], catalogs: RememberingCatalogs, config: RoutingConfig) -> float:
+    queries = queries_of(tasks)
+    texts = [text for _, text in queries]
+    found, _ = _Bench(tasks, catalogs, config).route(texts, [RoutingOptions()] * len(texts))
+    return fmean(decision.tasks[0].name == name for (name, _), (_, decision) in zip(queries, found, strict=True))
+
+
+def ambiguous(
+    tasks: Sequence[Task], encoder: Encoder | RememberingCatalogs, config: RoutingConfig, seed: int = 0
+) -> AmbiguousResult | None:
     """Route every test input joined to one of another domain. None where there are none."""
     draw = random.Random(seed)
     pairs: list[tuple[frozenset[str], str]] = []
@@ -223,7 +257,9 @@ def ambiguous(tasks: Sequence[Task], encoder: Encoder, config: RoutingConfig, se
     return AmbiguousResult(len(pairs), fmean(either), fmean(_confidences(found)))
 
 
-def strangers(tasks: Sequence[Task], encoder: Encoder, config: RoutingConfig) -> StrangersResult | None:
+def strangers(
+    tasks: Sequence[Task], encoder: Encoder | RememberingCatalogs, config: RoutingConfig
+) -> StrangersResult | None:
     """Route every test input with all tasks of its domain taken out. None where there is one domain, or no input."""
     domains: dict[str, frozenset[str]] = {}
     for task in tasks:
@@ -237,6 +273,10 @@ def strangers(tasks: Sequence[Task], encoder: Encoder, config: RoutingConfig) ->
     return StrangersResult(len(asked), fmean(_confidences(found)), bench.fallback(found))
 
 
+def _remembering(encoder: Encoder | RememberingCatalogs) -> RememberingCatalogs:
+    return encoder if isinstance(encoder, RememberingCatalogs) else RememberingCatalogs(encoder)
+
+
 class _Bench:
     """A router on a catalog of the tasks that ranks all of them.
 
@@ -244,18 +284,13 @@ class _Bench:
         fit_s: seconds to build it, embedding aside.
     """
 
-    def __init__(self, tasks: Sequence[Task], encoder: Encoder, config: RoutingConfig) -> None:
+    def __init__(self, tasks: Sequence[Task], encoder: Encoder | RememberingCatalogs, config: RoutingConfig) -> None:
         count = min(len(tasks), _MOST_TASKS)
         self._config = config.model_copy(update={"num_tasks": count, "candidates": max(config.candidates, count)})
-        self._memory = RememberingEncoder(encoder)
-        catalog = self._catalog(tasks)  # embeds
-        start = time.perf_counter()
-        catalog = self._catalog(tasks)
+        catalogs = _remembering(encoder)
+        self._memory = catalogs.encoder
+        catalog, self.fit_s = catalogs.of(tasks)
         self._retriever = Retriever(catalog, self._config)
-        self.fit_s = time.perf_counter() - start
-
-    def _catalog(self, tasks: Sequence[Task]) -> Catalog:
-        return build_catalog(tasks, self._memory)
 
     def route(self, texts: Sequence[str], options: Sequence[RoutingOptions]) -> tuple[_Found, float]:
         """What was found and decided for n queries, and the seconds it took, embedding aside."""

@@ -53,7 +53,7 @@ class DecisionRow:
         mixing = data.get("mixing", "outputs")
         row_id = _string(data, "id", source=source)
         _string(data, "input", source=source)
-        if not isinstance(adapters, Mapping) or not all(_is_weight(weight) for weight in adapters.values()):
+        if not isinstance(adapters, Mapping) or not all(is_weight(weight) for weight in adapters.values()):
             raise InvalidRequest(f"{source}: adapters must map names to finite weights", param="adapters")
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise InvalidRequest(
@@ -157,6 +157,12 @@ def read_json_lines(path: Path, *, torn: bool = False) -> Iterator[tuple[str, di
         raise InvalidRequest(f"{path} cannot be read: {error}") from error
 
 
+def drop_torn_line(path: Path) -> None:
+    """Take the last line out of a file if it has no end, as a writer leaves it that was killed."""
+    with path.open("rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+
+
 def check_unique(ids: Iterable[str]) -> None:
     """Raise InvalidRequest if two rows have the same id."""
     seen: set[str] = set()
@@ -175,5 +181,6 @@ def _string(data: Mapping[str, Any], key: str, *, source: str) -> str:
     return value
 
 
-def _is_weight(value: object) -> bool:
+def is_weight(value: object) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

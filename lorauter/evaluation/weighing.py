@@ -11,12 +11,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from lorauter.adapters.weights import LoadAdapter
 from lorauter.errors import AdapterRejected, ConfigError, InvalidRequest
 from lorauter.evaluation.baselines.lorahub import lorahub_weights
-from lorauter.evaluation.rows import read_json_lines
+from lorauter.evaluation.rows import drop_torn_line, is_weight, read_json_lines
 from lorauter.tasks import Task
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ def weigh(
         AdapterError: an adapter cannot be loaded or served.
         InvalidRequest: `output` is no such file.
     """
-    known = read_weights(output) if output.exists() else {}
+    known: Weights = {}
+    if output.exists():
+        known = read_weights(output)
+        drop_torn_line(output)
     wanted = [(task, with_own) for task in tasks for with_own in (True, False)]
     packed: dict[str, PackedAdapter] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -102,11 +105,17 @@ def read_weights(path: Path) -> Weights:
     """Read what `weigh` wrote, but for a torn last line. Raises InvalidRequest, naming the line."""
     found: Weights = {}
     for source, row in read_json_lines(path, torn=True):
-        try:
-            found[str(row["task"]), bool(row["own"])] = {str(n): float(w) for n, w in row["weights"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidRequest(f'{source}: a row is {{"task", "own", "weights": {{name: weight}}}}') from error
+        task, own, weights = (row.get(key) for key in ("task", "own", "weights"))
+        if not (isinstance(task, str) and isinstance(own, bool) and _are_weights(weights)):
+            raise InvalidRequest(
+                f'{source}: a row is {{"task", "own": true or false, "weights": {{adapter: number}}}}', param="lorahub"
+            )
+        found[task, own] = weights
     return found
+
+
+def _are_weights(value: object) -> TypeGuard[dict[str, float]]:
+    return isinstance(value, dict) and all(map(is_weight, value.values()))
 
 
 def weights_for(weights: Weights, task: str, *, with_own: bool) -> dict[str, float]:

@@ -110,26 +110,37 @@ def served(catalog) -> dict[str, list[str]]:
     return {task.name: [adapter.name for adapter in task.adapters] for task in catalog.tasks}
 
 
-def test_the_scores_decide_whatever_the_names(tasks, repository) -> None:
-    scores = {"sst2": {"sst2": {0: 0.1, 1: 0.2}, "wic": {0: 0.5, 1: 0.6}, "spare": {0: 0.9, 1: 0.9}}}
+def test_the_scores_decide_among_adapters_that_were_made_for_no_task_or_fail_at_it(tasks, repository) -> None:
+    scores = {"sst2": {"sst2": {0: 0.0, 1: 0.1}, "wic": {0: 0.5, 1: 0.6}, "spare": {0: 0.9, 1: 0.9}}}
     catalog = build_catalog(tasks, ENCODER, repository=repository, scores=scores, mapping={"sst2": ["sst2"]})
     assert served(catalog) == {"agnews": [], "sst2": ["spare", "wic", "sst2"], "wic": ["wic"]}
     by_name = {task.name: task for task in catalog.tasks}
     assert by_name["sst2"].scores == scores["sst2"]
-    assert [adapter.score for adapter in by_name["sst2"].adapters] == pytest.approx([0.9, 0.55, 0.15])
+    assert [adapter.score for adapter in by_name["sst2"].adapters] == pytest.approx([0.9, 0.55, 0.05])
     assert (by_name["wic"].scores, by_name["wic"].adapters) == ({}, (RankedAdapter("wic"),))
 
 
-def test_adapters_that_were_not_tried_are_left_out(tasks, repository) -> None:
-    catalog = build_catalog(tasks, ENCODER, repository=repository, scores={"wic": {"spare": {1: 0.0}}})
-    assert served(catalog)["wic"] == ["spare"]
+def test_an_adapter_that_was_made_for_the_task_comes_before_a_luckier_one(tasks, repository) -> None:
+    scores = {"sst2": {"sst2": {0: 0.6, 1: 0.6}, "wic": {0: 0.8, 1: 0.8}, "spare": {0: 0.7, 1: 0.7}}}
+    catalog = build_catalog(tasks, ENCODER, repository=repository, scores=scores)
+    assert served(catalog)["sst2"] == ["sst2", "wic", "spare"]
+    mapped = build_catalog(tasks, ENCODER, repository=repository, scores=scores, mapping={"sst2": ["spare", "wic"]})
+    assert served(mapped)["sst2"] == ["wic", "spare", "sst2"]
+    assert {task.name: task.declared for task in catalog.tasks} == {"agnews": (), "sst2": ("sst2",), "wic": ("wic",)}
+    assert {task.name: task.declared for task in mapped.tasks}["sst2"] == ("spare", "wic")
+
+
+def test_of_the_adapters_that_were_not_tried_only_the_tasks_own_are_kept(tasks, repository) -> None:
+    catalog = build_catalog(tasks, ENCODER, repository=repository, scores={"wic": {"spare": {1: 0.4}}})
+    wic = {task.name: task for task in catalog.tasks}["wic"]
+    assert wic.adapters == (RankedAdapter("wic"), RankedAdapter("spare", 0.4))
 
 
 def test_what_is_not_there_is_ignored_in_the_scores(tasks, repository) -> None:
     ghost = {"ghost": {0: 1.0}}
     scores = {"wic": {**ghost, "spare": {0: 0.5}}, "agnews": ghost, "mnli": {"spare": {0: 1.0}}}
     catalog = build_catalog(tasks, ENCODER, repository=repository, scores=scores)
-    assert served(catalog) == {"agnews": [], "sst2": ["sst2"], "wic": ["spare"]}
+    assert served(catalog) == {"agnews": [], "sst2": ["sst2"], "wic": ["wic", "spare"]}
     assert {task.name: dict(task.scores) for task in catalog.tasks} == {
         "agnews": {},
         "sst2": {},
@@ -142,10 +153,11 @@ def test_what_is_not_there_is_ignored_in_the_scores(tasks, repository) -> None:
 def test_few_examples_count_for_less_than_what_similar_tasks_say(tasks, repository) -> None:
     """On sst2 alone `spare` is the best, by one lucky example."""
     lucky = {"spare": {0: 1.0}, "wic": dict.fromkeys(range(2), 0.9)}
-    alone = build_catalog(tasks, ENCODER, repository=repository, scores={"sst2": lucky})
+    unnamed = {"sst2": []}
+    alone = build_catalog(tasks, ENCODER, repository=repository, scores={"sst2": lucky}, mapping=unnamed)
     assert served(alone)["sst2"] == ["spare", "wic"]
     scores = {"sst2": lucky, "wic": {"spare": dict.fromkeys(range(2), 0.0), "wic": dict.fromkeys(range(2), 0.9)}}
-    catalog = build_catalog(tasks, ENCODER, repository=repository, scores=scores)
+    catalog = build_catalog(tasks, ENCODER, repository=repository, scores=scores, mapping=unnamed)
     assert served(catalog)["sst2"] == ["wic", "spare"]
     ranked = {task.name: task.adapters for task in catalog.tasks}["sst2"]
     assert [adapter.score for adapter in ranked] == pytest.approx([0.9, 0.2])
@@ -154,11 +166,8 @@ def test_few_examples_count_for_less_than_what_similar_tasks_say(tasks, reposito
 def test_adapters_that_score_the_same_are_in_the_order_of_their_names(tasks, repository) -> None:
     scores = {"wic": {name: {0: 0.5} for name in ("wic", "sst2", "spare")}}
     for order in (scores, {"wic": dict(reversed(scores["wic"].items()))}):
-        assert served(build_catalog(tasks, ENCODER, repository=repository, scores=order))["wic"] == [
-            "spare",
-            "sst2",
-            "wic",
-        ]
+        catalog = build_catalog(tasks, ENCODER, repository=repository, scores=order, mapping={"wic": []})
+        assert served(catalog)["wic"] == ["spare", "sst2", "wic"]
 
 
 def test_a_task_keeps_a_bounded_number_of_adapters(tmp_path, make_adapter, make_task, monkeypatch) -> None:

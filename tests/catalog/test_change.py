@@ -188,6 +188,27 @@ def test_a_mapping_stays(tasks, repository, encoder, push) -> None:
     }
 
 
+def test_a_mapping_stays_where_scores_rank_the_adapters(tasks, repository, encoder, push) -> None:
+    mapping = {"wic": [], "agnews": ["spare", "sst2"], "sst2": ["wic"]}
+    scores = scores_of(("agnews", "sst2", "wic"), POOL)
+    given = {"repository": repository, "mapping": mapping}
+    before = published(build_catalog(list(tasks.values()), encoder, **given))
+    changed = published(with_scores(before, scores))
+    built = build_catalog(list(tasks.values()), encoder, scores=scores, **given)
+    assert_same(changed, built)
+    assert {task.name: task.declared for task in changed.tasks} == {**mapping_of(mapping), "xsum": ()}
+    push(repository, "xsum")
+    assert_same(
+        with_adapters(changed, repository), build_catalog(list(tasks.values()), encoder, scores=scores, **given)
+    )
+    fewer = without_adapters(changed, ["spare"])
+    assert {task.name: task.declared for task in fewer.tasks}["agnews"] == ("sst2",)
+
+
+def mapping_of(mapping):
+    return {task: tuple(names) for task, names in mapping.items()}
+
+
 def test_what_cannot_be_changed_is_refused(tasks, repository, encoder) -> None:
     catalog = build_catalog([tasks["wic"], tasks["sst2"]], encoder, repository=repository)
     with pytest.raises(ConfigError, match="no task called nil, xsum"):

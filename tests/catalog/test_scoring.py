@@ -16,7 +16,14 @@ from lorauter.catalog.scoring import EngineScorer, LikelihoodScorer
 from lorauter.engine import EngineConfig, GenerationRequest, MultiLoraEngine, SamplingParams
 from lorauter.engine.model import Decoder
 from lorauter.engine.text import TextCodec
-from lorauter.errors import AdapterNotFound, ConfigError, InvalidRequest, TaskError
+from lorauter.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterUnavailable,
+    ConfigError,
+    InvalidRequest,
+    TaskError,
+)
 from lorauter.evaluation.metrics import score
 from lorauter.tasks import Example, Task
 
@@ -113,15 +120,16 @@ def evaluations_of(adapters, examples=ALL):
     return [Evaluation(adapter, *example) for example in examples for adapter in adapters]
 
 
-def merged_with(folder, name):
-    """The base model with W + s B A in place of W; s is 2."""
+def merged_with(folder, **mixture):
+    """The base model with W + sum_k w_k s B_k A_k in place of W; s is 2."""
     model = new_base()
-    tensors = load_file(folder / name / WEIGHTS_FILE)
-    for key, a in tensors.items():
-        if "lora_A" in key:
-            path = key.removeprefix("base_model.model.").replace(".lora_A.weight", "")
-            with torch.no_grad():
-                model.get_submodule(path).weight += 2 * tensors[key.replace("lora_A", "lora_B")] @ a
+    for name, weight in mixture.items():
+        tensors = load_file(folder / name / WEIGHTS_FILE)
+        for key, a in tensors.items():
+            if "lora_A" in key:
+                path = key.removeprefix("base_model.model.").replace(".lora_A.weight", "")
+                with torch.no_grad():
+                    model.get_submodule(path).weight += weight * 2 * tensors[key.replace("lora_A", "lora_B")] @ a
     return model
 
 
@@ -142,7 +150,7 @@ def test_likelihood_is_transformers_with_merged_weights(decoder, codec, tokenize
     outcomes = LikelihoodScorer(decoder, codec, load_adapter, TASKS).score(evaluations_of(SOUND))
     assert outcomes.keys() == set(evaluations_of(SOUND))
     for name in SOUND:
-        model = merged_with(folder, name)
+        model = merged_with(folder, **{name: 1})
         changes = []
         for task in TASKS:
             for i, example in enumerate(task.validation):
@@ -157,6 +165,38 @@ def test_likelihood_does_not_depend_on_how_it_is_batched(decoder, codec, load_ad
     whole = LikelihoodScorer(decoder, codec, load_adapter, TASKS).score(evaluations_of(SOUND))
     parts = LikelihoodScorer(decoder, codec, load_adapter, TASKS, **settings).score(evaluations_of(SOUND))
     assert parts == {evaluation: pytest.approx(outcome, abs=1e-5) for evaluation, outcome in whole.items()}
+
+
+@pytest.mark.parametrize("mixture", [{"attention": 0.7, "mlp": -0.4, "values": 0.0}, {"mlp": 1.5}, {}])
+def test_a_mixtures_likelihood_is_transformers_with_merged_weights(
+    decoder, codec, tokenizer, folder, load_adapter, mixture
+) -> None:
+    scorer = LikelihoodScorer(decoder, codec, load_adapter, TASKS, batch_tokens=130)
+    packed = [(scorer.pack(load_adapter(name)), weight) for name, weight in mixture.items()]
+    asked = [*reversed(ALL), ALL[0]]  # in their own order, and one twice
+    model, texts = (
+        merged_with(folder, **mixture),
+        {(task.name, i): e for task in TASKS for i, e in enumerate(task.validation)},
+    )
+    expected = [likelihood(model, tokenizer, texts[example]) for example in asked]
+    assert scorer.score_mixture(packed, asked) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_mixture_leaves_the_device_to_others_whatever_becomes_of_it(decoder, codec, load_adapter) -> None:
+    packing = LikelihoodScorer(decoder, codec, load_adapter, TASKS)
+    packed = {name: packing.pack(load_adapter(name)) for name in (*SOUND, "huge")}
+    room = max(adapter.nbytes for adapter in packed.values())
+    scorer = LikelihoodScorer(decoder, codec, load_adapter, TASKS, adapter_bytes=room)
+    first = scorer.score_mixture([(packed["attention"], 1.0)], ALL)
+    with pytest.raises(AdapterRejected, match="not finite under it"):
+        scorer.score_mixture([(packed["huge"], 1.0)], ALL)
+    with pytest.raises(AdapterUnavailable, match=f"adapter_bytes is {room}"):
+        scorer.score_mixture([(packed[name], 1.0) for name in SOUND], ALL)
+    for name in (*SOUND, *SOUND):
+        scorer.score_mixture([(packed[name], 0.5)], ALL)
+    assert scorer.score_mixture([(packed["attention"], 1.0)], ALL) == first
+    with pytest.raises(AdapterRejected, match="rank"):
+        LikelihoodScorer(decoder, codec, load_adapter, TASKS, max_rank=2).pack(load_adapter("mlp"))
 
 
 def test_few_logits_are_held_at_once(decoder, codec, load_adapter, monkeypatch) -> None:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lorauter.catalog.utility import PRIOR_EXAMPLES, shrunken_scores
+from lorauter.catalog.utility import PRIOR_EXAMPLES, best_score, shrunken_scores, worths
 
 SQUARE = np.eye(2, dtype=np.float32)
 
@@ -59,3 +59,30 @@ def test_what_was_not_tried_is_nan_and_unknown_adapters_are_no_column() -> None:
 def test_a_score_of_zero_is_not_the_same_as_untried() -> None:
     got = shrunken_scores([{"a": {0: 0.0}}, {"a": {0: 0.0}}, {}], ["a"], np.eye(3, dtype=np.float32))
     np.testing.assert_array_equal(got[:, 0], [0, 0, np.nan])
+
+
+# Worths
+
+
+@pytest.mark.parametrize(
+    ("scores", "declared", "expected"),
+    [
+        ([0.8, 0.4], [False, False], [1, 0.5]),
+        ([0.8, 0.6], [False, True], [1, 1.25]),
+        ([0.8, 0.2], [False, True], [1, 0.75]),
+        ([0.4, None], [False, True], [1, 1.5]),
+        ([0.4, None], [False, False], [1, 1]),
+        ([0.01, 0.0, None], [False, True, True], [0.2, 0.5, 1.5]),
+        ([None, None, None], [True, True, False], [1, 0.5, 0.25]),
+        ([], [], []),
+    ],
+)
+def test_what_was_made_for_the_task_is_worth_half_as_much_again(scores, declared, expected) -> None:
+    np.testing.assert_allclose(worths(scores, declared), expected)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [([0.3, None, 0.7], 0.7), ([0.01, 0.0], 0.05), ([None], 0.05), ([-3.0], 0.05), ([], 0.05)]
+)
+def test_the_best_score_is_never_next_to_nothing(scores, best) -> None:
+    assert best_score(scores) == best

@@ -32,8 +32,8 @@ def output(tmp_path):
     return tmp_path / "out" / "answers.jsonl"
 
 
-def row(row_id, text="hello", adapters=(), max_tokens=6, fuse=False) -> DecisionRow:
-    return DecisionRow(row_id, Question(text, tuple(adapters), max_tokens, fuse))
+def row(row_id, text="hello", adapters=(), max_tokens=6, mixing="outputs") -> DecisionRow:
+    return DecisionRow(row_id, Question(text, tuple(adapters), max_tokens, mixing))
 
 
 def expected(engine, text, adapters=(), max_tokens=6):
@@ -50,7 +50,7 @@ ROWS = [
     row("base"),
     row("one", adapters=[("a", 1.0)]),
     row("two", adapters=[("b", 0.7), ("a", 0.3)]),
-    row("fused", adapters=[("b", 0.7), ("a", 0.3)], fuse=True),
+    row("fused", adapters=[("b", 0.7), ("a", 0.3)], mixing="matrices"),
     row("other", "a film", [("c", 1.5)], max_tokens=9),
 ]
 
@@ -81,7 +81,7 @@ def test_the_same_question_is_asked_once(engine, load, output) -> None:
         *(row(f"same{i}", adapters=mixture) for i in range(3)),
         row("weights", adapters=[("b", 0.6), ("a", 0.4)]),
         row("longer", adapters=mixture, max_tokens=7),
-        row("fused", adapters=mixture, fuse=True),
+        row("fused", adapters=mixture, mixing="matrices"),
         row("text", "goodbye", adapters=mixture),
     ]
     answer(rows, engine, load, output)
@@ -147,7 +147,7 @@ def test_an_adapter_is_loaded_once(engine, load, output) -> None:
 
 def test_fused_adapters_are_held_a_few_at_a_time(engine, load, output, monkeypatch) -> None:
     monkeypatch.setattr(answering, "_MAX_FUSED", 2)
-    rows = [row(str(i), f"t{i % 4}", [("a", 1.0), ("b", 0.1 + i // 2)], fuse=True) for i in range(10)]
+    rows = [row(str(i), f"t{i % 4}", [("a", 1.0), ("b", 0.1 + i // 2)], mixing="matrices") for i in range(10)]
     answer(rows, engine, load, output)
     assert len(read_answers(output)) == 10
     assert [len({r.adapters[0][0].key for r in call}) for call in engine.calls] == [2, 2, 1]

@@ -9,7 +9,7 @@ from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import build_catalog
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError
-from lorauter.evaluation.methods import METHODS, decide
+from lorauter.evaluation.methods import LORAHUB, METHODS, decide
 from lorauter.evaluation.rows import DecisionRow, ScoredRow, check_unique
 from lorauter.routing import RoutingConfig, RoutingOptions
 from lorauter.routing.router import Router
@@ -52,7 +52,8 @@ def test_rows_are_those_of_the_other_steps(tasks, catalog) -> None:
         assert ScoredRow.from_json(row, source="").target == "an answer"
         assert sum(row["adapters"].values()) == pytest.approx(1) or not row["adapters"]
     assert {row["regime"] for row in rows if row["method"] in ("base", "oracle")} == {"in-domain"}
-    assert {row["method"] for row in rows if row["fuse"]} == {"loraretriever-fusion"}
+    mixed = {(row["method"], row["mixing"]) for row in rows if row["mixing"] != "outputs"}
+    assert mixed == {("loraretriever-fusion", "matrices"), ("arrow", "arrow"), ("spectr", "spectr")}
     assert len(rows) == 4 * (2 + 3 * (len(METHODS) - 2))
 
 
@@ -64,6 +65,26 @@ def test_methods_that_do_not_look_at_the_query(tasks, catalog) -> None:
     assert of["uniform", "OOD", "sums"] == pytest.approx(dict.fromkeys(WORDS.keys() - {"sums"}, 1 / 3))
     assert all(len(of["random", regime, name]) == 1 for regime in ("in-domain", "OOD") for name in WORDS)
     assert all(name not in of["random", "semi-OOD", name] for name in WORDS)
+
+
+def test_lorahub_takes_a_tasks_weights_with_its_own_adapter_only_where_it_is_in_the_pool(tasks, catalog) -> None:
+    weights = {(name, own): {name if own else "cats": 0.5, "rain": -1.25} for name in WORDS for own in (True, False)}
+    of = mixtures(decided(tasks, catalog, LORAHUB, lorahub=weights))
+    assert of[LORAHUB, "in-domain", "sums"] == {"sums": 0.5, "rain": -1.25}
+    assert of[LORAHUB, "semi-OOD", "sums"] == of[LORAHUB, "OOD", "sums"] == {"cats": 0.5, "rain": -1.25}
+    del weights["verses", False]
+    assert len(decided(tasks, catalog, LORAHUB, lorahub=weights, regimes=["in-domain"])) == 4
+    with pytest.raises(ConfigError, match="no LoraHub weights for task 'verses'"):
+        decided(tasks, catalog, LORAHUB, lorahub=weights)
+    with pytest.raises(ConfigError, match="no LoraHub weights for task"):
+        decided(tasks, catalog, LORAHUB)
+
+
+def test_token_routers_choose_among_all_that_is_allowed(tasks, catalog) -> None:
+    of = mixtures(decided(tasks, catalog, "arrow", "spectr"))
+    for method in ("arrow", "spectr"):
+        assert set(of[method, "in-domain", "sums"]) == set(WORDS)
+        assert set(of[method, "OOD", "sums"]) == set(WORDS) - {"sums"}
 
 
 def test_retrieval_takes_the_own_adapter_while_it_is_there(tasks, catalog) -> None:

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.image import imread
 
 from lorauter.errors import ConfigError
-from lorauter.evaluation.plots import heat_map, principal_plane, score_by_share, share_lines, task_map
+from lorauter.evaluation.plots import heat_map, mean_scores, principal_plane, score_by_share, share_lines, task_map
 from lorauter.evaluation.report import Result
 
 
@@ -31,6 +31,14 @@ def test_a_heat_map_names_its_rows_and_columns(tmp_path) -> None:
     heat_map(np.array([[0.1, 0.9, np.nan]]), ["an_adapter"], ["t_one", "t_two", "t$3$"], tmp_path / "map.svg")
     drawn = texts(tmp_path / "map.svg")
     assert all(f"<!-- {text} -->" in drawn for text in ("an_adapter", "t_one", "t_two", "score"))
+
+
+def test_mean_scores_are_blank_where_nothing_was_tried() -> None:
+    scores = {"t": {"b": {0: 0.5, 3: 1.0}, "a": {0: 0.0}}, "u": {}, "v": {"b": {1: 0.25}, "a": {}}}
+    matrix, adapters = mean_scores(scores)
+    assert adapters == ["a", "b"]
+    np.testing.assert_array_equal(matrix, [[0, np.nan, np.nan], [0.75, np.nan, 0.25]])
+    assert mean_scores({"t": {}})[1] == []
 
 
 def test_a_heat_map_shows_its_numbers(tmp_path) -> None:

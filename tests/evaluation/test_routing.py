@@ -10,7 +10,9 @@ import pytest
 from lorauter.catalog.rerank import Reranker
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError, TaskError
+from lorauter.evaluation import routing
 from lorauter.evaluation.routing import (
+    RememberingCatalogs,
     RememberingEncoder,
     ambiguous,
     area_under_curve,
@@ -90,6 +92,26 @@ def test_a_text_is_embedded_once(tasks) -> None:
     encoder = CountingEncoder()
     evaluate_routing(tasks, queries_of(tasks) * 2, encoder, PAPER)
     assert len(encoder.seen) == len(set(encoder.seen)) == 5 * (6 + 2) + 1  # and the catalog's probe
+
+
+def test_a_catalog_is_built_once_for_all_measurements(tasks, monkeypatch) -> None:
+    built, build = [], routing.build_catalog
+    monkeypatch.setattr(routing, "build_catalog", lambda of, encoder: (built.append(len(of)), build(of, encoder))[1])
+    catalogs = RememberingCatalogs(HashingEncoder(1024))
+    for config in (PAPER, RoutingConfig()):
+        alone = evaluate_routing(tasks, queries_of(tasks), HashingEncoder(1024), config)
+        built.clear()
+        shared = evaluate_routing(tasks[::-1], queries_of(tasks), catalogs, config)
+        assert (shared.top_1, shared.mrr, shared.known_auc) == (alone.top_1, alone.mrr, alone.known_auc)
+        assert shared.calibration_error == pytest.approx(alone.calibration_error)
+        assert strangers(tasks, catalogs, config) and ambiguous(tasks, catalogs, config)
+        assert stress(tasks, catalogs, config, sizes=(3, 5)) == stress(
+            tasks, HashingEncoder(1024), config, sizes=(3, 5)
+        )
+    changed = [replace(tasks[0], validation=tasks[1].validation), *tasks[1:]]
+    before = catalogs.of(tasks)[0]
+    assert catalogs.of(tasks)[0] is before
+    assert catalogs.of(changed)[0].version != before.version
 
 
 def test_what_was_embedded_comes_back_in_order() -> None:

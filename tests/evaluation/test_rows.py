@@ -4,6 +4,7 @@ import pytest
 
 from lorauter.errors import InvalidRequest
 from lorauter.evaluation.rows import (
+    MIXINGS,
     AnswerRow,
     DecisionRow,
     Question,
@@ -20,17 +21,21 @@ SCORED = {"method": "m", "regime": "OOD", "task": "t", "domain": "d", "metric": 
 
 def test_one_file_serves_the_answering_and_the_scoring(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(DECISION | SCORED) + "\n\n" + json.dumps(DECISION | SCORED | {"id": "2", "fuse": True}))
+    path.write_text(
+        json.dumps(DECISION | SCORED) + "\n\n" + json.dumps(DECISION | SCORED | {"id": "2", "mixing": "spectr"})
+    )
     mixture = (("b", 0.75), ("a", 0.25))
     assert read_decisions(path) == [
         DecisionRow("1", Question("hello", mixture, 5)),
-        DecisionRow("2", Question("hello", mixture, 5, fuse=True)),
+        DecisionRow("2", Question("hello", mixture, 5, "spectr")),
     ]
     assert read_scored(path) == [ScoredRow(id=row_id, **SCORED) for row_id in ("1", "2")]
 
 
-def test_fusing_nothing_is_asking_the_base_model() -> None:
-    row = DecisionRow.from_json(DECISION | {"adapters": {}, "fuse": True}, source="here")
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("adapters", [{}, {"a": 0}])
+def test_mixing_nothing_is_asking_the_base_model(mixing, adapters) -> None:
+    row = DecisionRow.from_json(DECISION | {"adapters": adapters, "mixing": mixing}, source="here")
     assert row.question == Question("hello", (), 5)
 
 
@@ -46,7 +51,10 @@ def test_fusing_nothing_is_asking_the_base_model() -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": 2.5}, "max_tokens"),
-        ({"fuse": "yes"}, "fuse"),
+        ({"mixing": "sideways"}, "mixing"),
+        ({"mixing": True}, "mixing"),
+        ({"mixing": ["arrow"]}, "mixing"),
+        ({"mixing": None}, "mixing"),
         ({"regime": "ood"}, "regime"),
         ({"metric": "f1"}, "metric"),
         ({"target": 1}, "target"),

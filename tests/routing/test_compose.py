@@ -14,7 +14,7 @@ from lorauter.routing import (
 )
 
 PAPER = RoutingConfig(preset="paper", top_k=3, temperature=0.2, num_tasks=10)
-UTILITY = RoutingConfig(composition="utility", top_k=3, temperature=0.2, softening=0, num_tasks=10)
+UTILITY = RoutingConfig(composition="utility", top_k=3, temperature=0.2, softening=1, num_tasks=10)
 ADAPTERS = (AdapterUtility("a", 0.9), AdapterUtility("b", 0.5), AdapterUtility("c", 0.3), AdapterUtility("d", 0.1))
 
 
@@ -130,43 +130,39 @@ def test_weights_are_the_softmax_of_the_utilities_of_the_most_useful(options, us
 
 
 @pytest.mark.parametrize(
-    ("best", "softening", "temperature"),
-    [(0.5, 0, 0.1), (0.5, 1, 0.2), (0.5, 2, 0.4), (1, 2, 0.1), (2, 1, 0.05), (0.1, 0.5, 0.1 * 10**0.5)],
+    ("familiarity", "softening", "temperature"),
+    [(0.5, 1, 0.1), (0.0, 1, 0.1), (1.0, 4, 0.1), (0.5, 4, 0.2), (0.0, 4, 0.4), (0.75, 100, 0.1 * 10**0.5)],
 )
-def test_the_temperature_rises_as_the_best_adapter_is_worth_less(best, softening, temperature) -> None:
+def test_the_temperature_rises_as_the_query_is_less_familiar(familiarity, softening, temperature) -> None:
     config = UTILITY.model_copy(update={"temperature": 0.1, "softening": softening})
-    utilities = {"a": best, "b": 0.7 * best, "c": 0.2 * best}
+    utilities = {"a": 1.0, "b": 0.7, "c": 0.2}
     adapters = tuple(AdapterUtility(name, utility) for name, utility in utilities.items())
     expected = {name: weight for name, weight in softmax(temperature, **utilities).items() if weight >= 0.01}
     total = sum(expected.values())
-    got = weights(decide_by_utility(config, adapters=adapters))
+    got = weights(decide_by_utility(config, familiarity=familiarity, adapters=adapters))
     assert got == pytest.approx({name: weight / total for name, weight in expected.items()})
 
 
 def test_adapters_that_would_weigh_next_to_nothing_are_left_out() -> None:
     adapters = (AdapterUtility("a", 1.0), AdapterUtility("b", 0.55), AdapterUtility("c", 0.5))
-    config = UTILITY.model_copy(update={"temperature": 0.1, "softening": 0.0})
+    config = UTILITY.model_copy(update={"temperature": 0.1, "softening": 1.0})
     kept = softmax(0.1, a=1.0, b=0.55)
     assert softmax(0.1, a=1.0, b=0.55, c=0.5)["c"] < 0.01
     assert weights(decide_by_utility(config, adapters=adapters)) == pytest.approx(kept)
 
 
-def test_adapters_of_hardly_any_use_do_not_soften_without_end() -> None:
-    config = UTILITY.model_copy(update={"temperature": 0.1, "softening": 2.0})
-    adapters = (AdapterUtility("a", 0.04), AdapterUtility("b", 1e-9))
-    assert weights(decide_by_utility(config, adapters=adapters)) == pytest.approx(softmax(40, a=0.04, b=1e-9))
-
-
 def test_a_requests_own_temperature_is_taken_as_it_is() -> None:
     config = UTILITY.model_copy(update={"softening": 3.0})
-    assert weights(decide_by_utility(config)) != pytest.approx(softmax(0.2, a=0.9, b=0.5, c=0.3))
-    assert weights(decide_by_utility(config, temperature=0.4)) == pytest.approx(softmax(0.4, a=0.9, b=0.5, c=0.3))
+    unknown = {"familiarity": 0.0}
+    assert weights(decide_by_utility(config, **unknown)) != pytest.approx(softmax(0.2, a=0.9, b=0.5, c=0.3))
+    own = weights(decide_by_utility(config, **unknown, temperature=0.4))
+    assert own == pytest.approx(softmax(0.4, a=0.9, b=0.5, c=0.3))
 
 
-@pytest.mark.parametrize("config", [UTILITY, UTILITY.model_copy(update={"softening": 2.0})])
-def test_only_a_stranger_is_treated_otherwise_for_what_it_is_of(config) -> None:
-    """The confidence is reported; what the adapters weigh follows from their utilities."""
-    assert weights(decide_by_utility(config, familiarity=0.01)) == weights(decide_by_utility(config, probability=0.5))
+def test_how_sure_the_first_task_is_does_not_change_the_weights() -> None:
+    """The utilities are expected over the tasks already."""
+    config = UTILITY.model_copy(update={"softening": 2.0})
+    assert weights(decide_by_utility(config, probability=0.1)) == weights(decide_by_utility(config, probability=0.9))
 
 
 @pytest.mark.parametrize("composition", ["utility", "tasks"])

@@ -42,9 +42,9 @@ def test_a_wrong_value_is_refused_by_its_field(kind, field, value) -> None:
         (RoutingConfig, "candidates", 1001),
         (RoutingConfig, "composition", "adapters"),
         (RoutingConfig, "selection", "best"),
-        (RoutingConfig, "softness", 0),
-        (RoutingConfig, "softening", -0.1),
-        (RoutingConfig, "softening", 11),
+        (RoutingConfig, "softness", 2),
+        (RoutingConfig, "softening", 0.99),
+        (RoutingConfig, "softening", 100.1),
         (RoutingConfig, "softening", math.nan),
         (RoutingConfig, "softening", None),
         (RoutingConfig, "rerank", None),
@@ -85,7 +85,7 @@ def test_what_is_given_comes_before_the_preset_and_the_rest_is_the_default() -> 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_a_configuration_survives_json(preset) -> None:
-    for config in (RoutingConfig(preset=preset), RoutingConfig(preset=preset, softening=0, rerank=False)):
+    for config in (RoutingConfig(preset=preset), RoutingConfig(preset=preset, softening=1, rerank=False)):
         assert RoutingConfig.model_validate_json(config.model_dump_json()) == config
         assert RoutingConfig(**config.model_dump()) == config
 

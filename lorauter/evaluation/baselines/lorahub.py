@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from lorauter.errors import InvalidRequest
+from lorauter.evaluation.metrics import missing_package
 
 _BOUND = 1.5
 _L1 = 0.05  # of the mean absolute weight, as in the authors' code
@@ -43,10 +44,14 @@ def lorahub_weights(
         `{adapter: weight}`, every weight in [-1.5, 1.5]; the search begins at 0, or around it.
 
     Raises:
+        ConfigError: nevergrad is not installed.
         InvalidRequest: no candidates or one twice, budget or workers below 1, or the loss gives another number of
             values or one that is not finite.
     """
-    import nevergrad as ng  # of the extra `evaluation`
+    try:
+        import nevergrad as ng  # of the extra `evaluation`
+    except ImportError as error:
+        raise missing_package(error) from error
 
     if not candidates or len(set(candidates)) != len(candidates):
         raise InvalidRequest(f"candidates are {list(candidates)}; names without repeats needed", param="candidates")

@@ -18,7 +18,7 @@ from lorauter.adapters.weights import LoraWeights
 from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.model import Decoder, PrefillSpan
 from lorauter.engine.stacks import to_device
-from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError
+from lorauter.errors import ContextLengthExceeded, InvalidRequest
 from lorauter.evaluation.baselines.routed_step import RoutedBatch, RoutedStep, TokenRouter, group_routers
 
 _PREFILL_TOKENS = 8192  # prompts begun in one step, which bounds its memory
@@ -79,9 +79,9 @@ class TokenRouted:
             New tokens of each prompt, with the one of `eos_ids` that ended it.
 
         Raises:
-            InvalidRequest: a prompt is empty, `allowed` is not of that shape and type, or max_tokens is below 1.
+            InvalidRequest: a prompt is empty, `allowed` is not of that shape and type, max_tokens is below 1, or the
+                model's output is not finite.
             ContextLengthExceeded: a prompt leaves no room for an answer.
-            LorauterError: the model's output is not finite.
         """
         wanted = (len(prompts), len(self.names))
         if tuple(allowed.shape) != wanted or allowed.dtype != torch.bool:
@@ -114,7 +114,7 @@ class TokenRouted:
                 rows.append(waiting.popleft())
             logits = self._decoder.forward(self._batch(rows, decoding, allowed), cache)
             if not logits.isfinite().all():
-                raise LorauterError("the model's output is not finite under these adapters")
+                raise InvalidRequest("the model's output is not finite under these adapters")
             for sequence, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
                 sequence.tokens.append(token)
             for row in reversed(range(len(rows))):

@@ -6,7 +6,7 @@ import torch
 from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
 
 from lorauter.adapters.weights import LoraWeights
-from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError
+from lorauter.errors import ContextLengthExceeded, InvalidRequest
 from lorauter.evaluation.baselines import Arrow, TokenRouted
 from lorauter.evaluation.baselines.routed_step import group_routers
 
@@ -124,7 +124,7 @@ def test_bad_input_is_refused(decoder, adapters, prompts):
     with pytest.raises(InvalidRequest):
         TokenRouted(decoder, [], Arrow())
     huge = LoraWeights("huge", "1", "", {w: (a, b * 1e38) for w, (a, b) in adapters[3].tensors.items()})
-    with pytest.raises(LorauterError, match="not finite"):
+    with pytest.raises(InvalidRequest, match="not finite"):
         TokenRouted(decoder, [huge], Arrow()).generate([[1, 2]], one[:, :1], 3)
 
 
