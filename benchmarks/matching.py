@@ -6,8 +6,8 @@ The file is a full table, as `lorauter catalog build --match --scores` keeps it:
 example of every task. Matching is run against it, with the adapter of a task's name as a candidate of it, unless
 --nameless says otherwise. Prints the share of the table that it asked for, and the ratio of the mean validation
 scores of the adapters that it chose for the tasks to those of the best in the whole table: with the default seed, and
-the mean over the seeds. An adapter is chosen as catalogs rank them: `worths` over shrunken scores would need the
-encoder, so here it is the best mean over all examples.
+the mean over the seeds. The adapter of the best mean over all examples is chosen; a catalog, which knows the tasks'
+embeddings too, shrinks means and prefers the task's own adapter.
 """
 
 from __future__ import annotations
