@@ -124,7 +124,7 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
             }
         )
         port = _free_port()
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGS)
         serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter", logging_config=LOGS)
         yield Service(
