@@ -12,7 +12,9 @@ examples, each once as it is and once as if its task were not in the catalog. Kn
 
 Tried on 40 tasks with 20 examples each, top-1 on 20 others: nearest centroid 0.910, the discriminant 0.939, the same by
 cosine 0.944, logistic regression 0.935, a projection trained with SupCon (arXiv 2004.11362) 0.941, the words alone
-0.974, discriminant, words and cosine together 0.986.
+0.974, discriminant, words and cosine together 0.986. The encoder itself, fine-tuned with InfoNCE on the same examples
+(AdamW, 5e-5, batches of 20 pairs), by nearest centroid: 0.965 after 15 steps and 0.978 after 30, a minute and three on
+one busy core, where a refit may take half a minute; and each catalog would have an encoder of its own.
 """
 
 from __future__ import annotations
