@@ -79,7 +79,7 @@ def _free_port() -> int:
 
 
 def _wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while True:
         try:
             if httpx.get(f"{url}/healthz", timeout=5).is_success:
