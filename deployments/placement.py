@@ -39,7 +39,7 @@ class Tier(IntEnum):
     STORE = 3
 
 
-COST = {Tier.DEVICE: 0.0, Tier.HOST: 0.3, Tier.DISK: 0.6, Tier.STORE: 1.2}
+COST = {Tier.DEVICE: 0.0, Tier.HOST: 0.2, Tier.DISK: 0.4, Tier.STORE: 0.8}
 """What bringing an adapter to the device costs, this request and those whose adapters must leave for it."""
 
 
