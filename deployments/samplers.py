@@ -8,14 +8,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from deployments import metrics
 from deployments.host_adapters import HostAdapters, Packed
 from deployments.metrics import Metric
 from lorauter.adapters import AdapterDiskCache
 from lorauter.adapters.counters import TierCounters
-from lorauter.engine.engine import MultiLoraEngine
+
+if TYPE_CHECKING:
+    from lorauter.engine.engine import MultiLoraEngine
 
 logger = logging.getLogger("lorauter.metrics")
 

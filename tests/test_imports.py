@@ -10,6 +10,10 @@ import pytest
         ("lorauter", "ray transformers sentence_transformers peft boto3 torch faiss numpy pydantic"),
         ("lorauter.adapters", "ray transformers sentence_transformers peft boto3 faiss"),
         ("lorauter.adapters, lorauter.catalog, lorauter.routing", "ray transformers sentence_transformers peft boto3"),
+        ("lorauter.engine, lorauter.engine.types", "torch transformers"),
+        # Ingress replicas and node caches hold no model: there are many of them, and they start with each node.
+        ("deployments.router, deployments.retriever", "torch transformers sentence_transformers"),
+        ("deployments.adapter_cache", "torch transformers sentence_transformers pandas"),
     ],
 )
 def test_what_an_import_does_not_load(modules, absent) -> None:

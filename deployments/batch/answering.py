@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from deployments.batch.config import BatchConfig
 from deployments.batch.rows import RowRequest, Work, decision_columns, described, read_request
 from deployments.host_adapters import HostAdapters
-from lorauter.engine import GenerationRequest, MultiLoraEngine, Outcome, feed
+from lorauter.engine import GenerationRequest, MultiLoraEngine
+from lorauter.engine.feed import Outcome, feed
 from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import AdapterUnavailable, InvalidRequest, LorauterError
 from lorauter.routing import RoutingDecision

@@ -24,7 +24,8 @@ from deployments.batch.rows import Work, decision_columns, order_by_adapters
 from deployments.host_adapters import HostAdapters
 from lorauter.catalog import Catalog
 from lorauter.defaults import base_model_aliases, load_encoder, resolve_model
-from lorauter.engine import Completion, EngineConfig, Outcome, load_engine
+from lorauter.engine import Completion, EngineConfig, load_engine
+from lorauter.engine.feed import Outcome
 from lorauter.routing import Router
 
 _REPORT_S = 0.5

@@ -13,19 +13,20 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lorauter.errors import AdapterRejected
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama-like decoder layer that an adapter may change."""
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn\.(?=[qkvo]_)|mlp\.(?=gate_|up_|down_))(?P<target>\w+))"
     r"\.lora_(?P<side>[AB])\.weight"
@@ -210,6 +211,8 @@ def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 def _checked_pair(
     a: torch.Tensor | None, b: torch.Tensor | None, *, module: str, config: Mapping[str, Any], name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch  # seconds and memory, which those who only move adapters' files are spared
+
     if a is None or b is None:
         raise AdapterRejected(f"{module} has lora_{'B' if a is None else 'A'} without its pair", adapter=name)
     rank = _pattern(config.get("rank_pattern") or {}, module, config["r"])
@@ -218,7 +221,7 @@ def _checked_pair(
             f"{module} has A {tuple(a.shape)} and B {tuple(b.shape)}, which do not fit rank {rank}",
             adapter=name,
         )
-    if a.dtype not in _DTYPES or b.dtype not in _DTYPES:
+    if not {a.dtype, b.dtype} <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
         raise AdapterRejected(
             f"{module} has tensors of {a.dtype} and {b.dtype}; floats of 16, 32 or 64 bits needed", adapter=name
         )

@@ -1,10 +1,16 @@
-"""The multi-LoRA engine. Needs torch, transformers and safetensors, and nothing heavier."""
+"""The multi-LoRA engine. Needs torch, transformers and safetensors, and nothing heavier.
 
-from lorauter.engine.config import EngineConfig
-from lorauter.engine.engine import MultiLoraEngine
-from lorauter.engine.feed import Outcome, feed
-from lorauter.engine.load import load_engine
-from lorauter.engine.types import Chunk, Completion, EchoEngine, Engine, GenerationRequest, SamplingParams
+Each public name is loaded on first use: who only speaks of requests and answers needs none of them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorauter.engine.config import EngineConfig
+    from lorauter.engine.engine import MultiLoraEngine
+    from lorauter.engine.load import load_engine
+    from lorauter.engine.types import Chunk, Completion, EchoEngine, Engine, GenerationRequest, SamplingParams
 
 __all__ = [
     "Chunk",
@@ -14,8 +20,14 @@ __all__ = [
     "EngineConfig",
     "GenerationRequest",
     "MultiLoraEngine",
-    "Outcome",
     "SamplingParams",
-    "feed",
     "load_engine",
 ]
+
+_HOMES = {"EngineConfig": "config", "MultiLoraEngine": "engine", "load_engine": "load"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lorauter.engine' has no attribute {name!r}")
+    return getattr(import_module(f"lorauter.engine.{_HOMES.get(name, 'types')}"), name)

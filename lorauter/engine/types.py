@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from lorauter.adapters.weights import LoraWeights
-from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from lorauter.adapters.weights import LoraWeights
+    from lorauter.engine.slots import PackedAdapter
 
 FinishReason = Literal["stop", "length"]
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorauter.engine import Completion, GenerationRequest, SamplingParams, feed
+from lorauter.engine import Completion, GenerationRequest, SamplingParams
+from lorauter.engine.feed import feed
 from lorauter.errors import ContextLengthExceeded, InvalidRequest
 
 
