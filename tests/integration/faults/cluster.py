@@ -32,7 +32,11 @@ def main() -> None:
     for _ in range(2):
         cluster.add_node(**NODE)
     ray.init(cluster.address, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+    serve.start(
+        proxy_location="HeadOnly",  # on one machine all proxies share the port, and the clients with it
+        http_options={"host": "127.0.0.1", "port": port},
+        logging_config={"log_level": "WARNING"},
+    )
     overrides = {name: {"ray_actor_options": ON_HEAD} for name in ("Router", "QueryEmbedder", "TaskRetriever")}
     overrides["LoraModel"] = {"num_replicas": 2, "ray_actor_options": NODE}
     serve.run(assemble(config, overrides), name="lorauter")

@@ -25,6 +25,7 @@ from faulty_s3 import FaultyS3
 
 from lorauter.adapters import AdapterRepository, open_store
 
+BROKEN = "the connection broke"
 REPLICAS = {"Router": 1, "QueryEmbedder": 1, "TaskRetriever": 1, "LoraModel": 2}
 
 
@@ -169,7 +170,7 @@ class Count:
 
     Attributes:
         right: whole and as known.
-        told: clients heard that it failed, by status or by an event in the stream; the messages.
+        told: clients heard that it failed, by a status, an event in the stream or a broken connection; the messages.
         refused: answered with 429 and `Retry-After`, and asked again.
         lost: ended without an end and without a word.
         duplicated, wrong: said more than it should, or something else; what was said.
@@ -201,9 +202,11 @@ async def ask(client: httpx.AsyncClient, question: Question, count: Count) -> No
         try:
             async with client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
-                    error = json.loads(await response.aread())["error"]
+                    said = (await response.aread()).decode()
                     if response.status_code != 429:
-                        count.told.append(f"{response.status_code} {error['message']}")
+                        ours = response.headers["Content-Type"].startswith("application/json")
+                        message = json.loads(said)["error"]["message"] if ours else said  # else Serve's proxy's own
+                        count.told.append(f"{response.status_code} {message}")
                         return
                     count.refused += 1
                     pause = float(response.headers["Retry-After"])
@@ -222,6 +225,9 @@ async def ask(client: httpx.AsyncClient, question: Question, count: Count) -> No
                                 if text and not begun:
                                     begun = True
                                     count.under_way += 1
+        except (httpx.RemoteProtocolError, httpx.ReadError) as error:
+            count.told.append(f"{BROKEN}: {error!r}")
+            return
         except httpx.HTTPError as error:
             count.lost.append(repr(error))
             return
