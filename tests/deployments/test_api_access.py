@@ -1,0 +1,193 @@
+"""Keys, roles and limits at the HTTP API in process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from fake_service import BOTH, CHAT, COMPLETIONS, ROUTE, FakeService, chat, refused, text, transport
+
+from deployments.access import Access
+from deployments.api import build_api
+from deployments.calls import Admitted, GenerateCall
+from deployments.config import AccessSettings, ApiSettings
+from deployments.limits import TokenBuckets
+from lorauter.engine.types import Chunk
+from lorauter.errors import (
+    Overloaded,
+    ServiceUnavailable,
+)
+from lorauter.keys import hash_key
+
+KEYS = [
+    {"name": "poets", "sha256": hash_key("lr-poets"), "adapters": ["poe*"], "tokens_per_minute": 400},
+    {"name": "operator", "sha256": hash_key("lr-operator"), "roles": ["admin"]},
+    {"name": "few", "sha256": hash_key("lr-few"), "requests_per_minute": 1},
+]
+
+
+class LocalLimits:
+    """One process's buckets."""
+
+    def __init__(self) -> None:
+        self._buckets = TokenBuckets()
+
+    async def take(self, name: str, amount: float, per_minute: int) -> float:
+        return self._buckets.take(name, amount, per_minute)
+
+    async def settle(self, name: str, amount: float, per_minute: int) -> None:
+        self._buckets.settle(name, amount, per_minute)
+
+
+@pytest.fixture
+def secured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`secured(service, method, path, key, body)`: a request to a service with KEYS."""
+    monkeypatch.setenv("KEYS", json.dumps(KEYS))
+    access = Access(AccessSettings(keys_env="KEYS"), LocalLimits())
+
+    def ask(service: FakeService, method: str, path: str, key: str | None, body: Any = None) -> Any:
+        async def talk() -> httpx.Response:
+            app = build_api(service, ApiSettings(), access)
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            async with httpx.AsyncClient(
+                transport=transport(app), base_url="http://lorauter", headers=headers
+            ) as client:
+                return await client.request(method, path, **({} if body is None else {"json": body}))
+
+        return asyncio.run(talk())
+
+    return ask
+
+
+ENDPOINTS = [
+    ("POST", CHAT, chat()),
+    ("POST", COMPLETIONS, text()),
+    ("POST", ROUTE, {"input": "hi"}),
+    ("GET", "/v1/models", None),
+    ("GET", "/v1/models/poet", None),
+    ("GET", "/v1/tasks", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
+def test_every_endpoint_wants_a_key(secured: Any, method: str, path: str, body: Any) -> None:
+    service = FakeService()
+    for key in (None, "lr-wrong"):
+        response = secured(service, method, path, key, body)
+        refused(response, 401, "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
+    assert service.calls == service.routed == []
+    response = secured(service, method, path, "lr-operator", body)
+    if method == "POST":
+        refused(response, 403, "permission_denied")
+    else:
+        assert response.status_code == 200
+    assert secured(service, "GET", "/healthz", None).status_code == 200
+
+
+def test_a_key_is_asked_for_before_the_body_is_read(secured: Any) -> None:
+    refused(secured(FakeService(), "POST", CHAT, None, {"model": "x" * (2 << 20)}), 401, "invalid_api_key")
+
+
+def test_a_request_too_many_is_told_when_to_come_again(secured: Any) -> None:
+    assert secured(FakeService(), "GET", "/v1/models", "lr-few").status_code == 200
+    response = secured(FakeService(), "GET", "/v1/models", "lr-few")
+    refused(response, 429, "rate_limit_exceeded")
+    assert 55 <= int(response.headers["retry-after"]) <= 60
+
+
+def test_routing_is_kept_to_the_keys_adapters(secured: Any) -> None:
+    service = FakeService()
+    secured(service, "POST", ROUTE, "lr-poets", {"input": "hi", "allow_adapters": ["adder", "poet"], "top_k": 2})
+    secured(service, "POST", ROUTE, "lr-few", {"input": "hi"})
+    [(_, scoped), (_, free)] = service.routed
+    assert [scoped.allows(name) for name in ("adder", "poet", "poem")] == [False, True, False]
+    assert scoped.top_k == 2
+    assert free.allows("adder")
+
+
+def test_an_adapter_that_slips_through_the_router_is_not_served(secured: Any) -> None:
+    service = FakeService()  # its decision names "adder"
+    refused(secured(service, "POST", CHAT, "lr-poets", chat()), 500)
+    assert service.calls == []
+
+
+@BOTH
+def test_anothers_adapter_is_as_one_that_is_not_there(secured: Any, path: str, body: Any) -> None:
+    service = FakeService()
+    messages = [
+        refused(secured(service, "POST", path, "lr-poets", body(**asked)), 404, "model_not_found")["message"]
+        for asked in (
+            {"model": "adder"},
+            {"model": "nobody"},
+            {"lorauter": {"adapters": {"poet": 1, "adder": 1}}},
+            {"lorauter": {"adapters": {"adder": 0}}},
+        )
+    ]
+    assert service.calls == []
+    assert len({message.replace("nobody", "adder") for message in messages}) == 1
+    assert secured(service, "POST", path, "lr-poets", body(model="poet")).status_code == 200
+    assert secured(service, "POST", path, "lr-poets", body(model="base")).status_code == 200
+
+
+def test_lists_hold_what_the_key_may_use(secured: Any) -> None:
+    rows = secured(FakeService(), "GET", "/v1/models", "lr-poets").json()["data"]
+    assert [row["id"] for row in rows] == ["lorauter", "base", "poet"]
+    assert secured(FakeService(), "GET", "/v1/models/poet", "lr-poets").status_code == 200
+    hidden = secured(FakeService(), "GET", "/v1/models/adder", "lr-poets")
+    missing = secured(FakeService(), "GET", "/v1/models/addex", "lr-poets")
+    assert hidden.text.replace("adder", "addex") == missing.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_settled_with_what_it_took(secured: Any, stream: bool) -> None:
+    """400 tokens a minute; each request reserves 256, and takes 10."""
+    service = FakeService()
+    for _ in range(10):
+        assert secured(service, "POST", CHAT, "lr-poets", chat("poet", stream=stream)).status_code == 200
+    response = secured(service, "POST", CHAT, "lr-poets", chat("poet", max_tokens=400))
+    refused(response, 429, "rate_limit_exceeded")
+    assert len(service.calls) == 10
+
+
+@pytest.mark.parametrize(
+    ("service", "body"),
+    [
+        (FakeService(first_error=Overloaded("full", retry_after_s=1)), chat("poet")),
+        (FakeService(route_error=ServiceUnavailable("down")), chat()),
+        (FakeService(), chat("adder")),
+    ],
+)
+def test_what_fails_gives_its_tokens_back(secured: Any, service: FakeService, body: Any) -> None:
+    for _ in range(5):
+        assert secured(service, "POST", CHAT, "lr-poets", body).status_code in (404, 429, 503)
+        assert "rate_limit_exceeded" not in secured(service, "POST", CHAT, "lr-poets", body).text
+    assert secured(FakeService(), "POST", CHAT, "lr-poets", chat("poet", max_tokens=390)).status_code == 200
+
+
+def test_who_leaves_before_the_first_token_pays_what_was_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FakeService):
+        async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+            await asyncio.sleep(10)
+            yield Admitted(1)
+
+    monkeypatch.setenv("KEYS", json.dumps(KEYS))
+    access = Access(AccessSettings(keys_env="KEYS"), LocalLimits())
+
+    async def ask(service: FakeService, timeout_s: float) -> int:
+        headers = {"Authorization": "Bearer lr-poets"}
+        app = build_api(service, ApiSettings(), access)
+        async with httpx.AsyncClient(transport=transport(app), base_url="http://lorauter", headers=headers) as client:
+            asked = client.post(CHAT, json=chat("poet", max_tokens=390))
+            return (await asyncio.wait_for(asked, timeout_s)).status_code
+
+    async def talk() -> int:
+        with pytest.raises(TimeoutError):
+            await ask(Slow(), 0.1)
+        return await ask(FakeService(), 10)
+
+    assert asyncio.run(talk()) == 429

@@ -1,0 +1,142 @@
+"""A service that is a few lines long behind the HTTP API in process, and the requests that its tests send."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+
+from deployments.api import build_api
+from deployments.calls import Admitted, CatalogDescription, GenerateCall
+from deployments.config import ApiSettings
+from lorauter.engine.types import Chunk
+from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions, TaskScore, check_text
+
+CHAT, COMPLETIONS, ROUTE = "/v1/chat/completions", "/v1/completions", "/v1/route"
+DECISION = RoutingDecision(
+    "v1",
+    (TaskScore("sums", 0.91239, 0.8), TaskScore("poems", 0.5, 0.2)),
+    (AdapterWeight("adder", 0.75), AdapterWeight("poet", 0.25)),
+    0.64,
+)
+BY_HAND = {"catalog_version": None, "tasks": [], "confidence": None}
+SECRET = "the secret in the prompt"
+
+
+@dataclass
+class FakeService:
+    """Says "Hello" in three tokens, and keeps what it was asked.
+
+    Attributes:
+        route_error: raised by `route`, `describe` and `check_ready`.
+        load_error: raised by `check_load`.
+        first_error: raised by `generate` at once.
+        late_error: raised by `generate` after its first chunk.
+        pause: awaited by `generate` after its first chunk.
+    """
+
+    route_error: Exception | None = None
+    load_error: Exception | None = None
+    first_error: Exception | None = None
+    late_error: Exception | None = None
+    pause: Callable[[], Awaitable[object]] | None = None
+    routed: list[tuple[list[str], RoutingOptions]] = field(default_factory=list)
+    calls: list[GenerateCall] = field(default_factory=list)
+    running: int = 0
+
+    async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
+        for i, text in enumerate(texts):
+            check_text(text, param=f"input[{i}]")
+        await self.check_ready()
+        self.routed.append((list(texts), options))
+        return [DECISION] * len(texts)
+
+    def check_load(self) -> None:
+        if self.load_error:
+            raise self.load_error
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+        self.calls.append(call)
+        self.running += 1
+        try:
+            if self.first_error:
+                raise self.first_error
+            yield Admitted(7)
+            yield Chunk("Hé", (1,))
+            if self.pause:
+                await self.pause()
+            if self.late_error:
+                raise self.late_error
+            yield Chunk("", (2,))
+            yield Chunk("llo", (3,), "stop")
+        finally:
+            self.running -= 1
+
+    async def describe(self) -> CatalogDescription:
+        await self.check_ready()
+        return CatalogDescription("v1", [{"id": "sums", "object": "task"}], ["adder", "poet"])
+
+    async def check_ready(self) -> None:
+        if self.route_error:
+            raise self.route_error
+
+
+def transport(app: Starlette) -> httpx.ASGITransport:
+    return httpx.ASGITransport(app, raise_app_exceptions=False)
+
+
+def send(service: FakeService, method: str, path: str, settings: dict[str, Any] | None = None, **content: Any) -> Any:
+    """One request; `content` is httpx's."""
+
+    async def talk() -> httpx.Response:
+        app = build_api(service, ApiSettings(**(settings or {})))
+        async with httpx.AsyncClient(transport=transport(app), base_url="http://lorauter") as client:
+            return await client.request(method, path, **content)
+
+    return asyncio.run(talk())
+
+
+def post(service: FakeService, path: str, body: Any, **settings: Any) -> Any:
+    """POST a JSON value, or raw bytes, or an async iterator of bytes."""
+    if not hasattr(body, "__aiter__") and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    return send(service, "POST", path, settings, content=body)
+
+
+def chat(model: str = "lorauter", text: Any = "hi", **options: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": text}], **options}
+
+
+def text(model: str = "lorauter", prompt: Any = "hi", **options: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": prompt, **options}
+
+
+BOTH = pytest.mark.parametrize(("path", "body"), [(CHAT, chat), (COMPLETIONS, text)], ids=["chat", "text"])
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """A stream's events, decoded; `[DONE]` stays a string."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *pieces, end = response.text.split("\n\n")
+    assert end == ""
+    assert all(piece.startswith("data: ") and "\n" not in piece for piece in pieces)
+    data = [piece.removeprefix("data: ") for piece in pieces]
+    return [piece if piece == "[DONE]" else json.loads(piece) for piece in data]
+
+
+def refused(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
+    """The error of a response in OpenAI's shape."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 1000
+    return error
