@@ -18,11 +18,14 @@ from typing import Any
 import boto3
 import pytest
 import torch
+from command_line import Cli, Ran
 from safetensors.torch import save_file
 
 import lorauter.adapters.s3
 from lorauter.adapters.store import MemoryStore, ObjectStore, open_store
 from lorauter.adapters.weights import CONFIG_FILE, TARGETS, WEIGHTS_FILE
+from lorauter.cli import main
+from lorauter.encoder import HashingEncoder
 from lorauter.errors import StoreUnavailable
 from lorauter.tasks import Example, Task
 
@@ -109,6 +112,20 @@ class S3Server:
         finally:
             connection.close()
         return True
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`cli(*arguments)`: run `lorauter` in this process to its end, with the encoder that needs no model."""
+    monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder())
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["lorauter", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Ran(caught.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Cli, Ran
 
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import Catalog
-from lorauter.cli import main
 from lorauter.encoder import HashingEncoder
 from lorauter.keys import hash_key, parse_keys
 from lorauter.routing import Router, RoutingConfig
 from lorauter.tasks import Task
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A finished command."""
-
-    code: object
-    out: str
-    err: str
-
-    def refused(self, part: str) -> None:
-        """It ended with one line of error that holds `part`."""
-        *before, last = self.err.splitlines()
-        assert self.code == 1, self
-        assert last.startswith("error: "), self
-        assert part in last, self
-        assert not any(line.startswith(("error", "Traceback")) for line in before), self
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """`cli(*arguments)`: run `lorauter` to its end."""
-    monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder())
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["lorauter", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return Ran(caught.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -75,7 +40,7 @@ def tasks(tmp_path: Path, make_task: Callable[..., Task]) -> Path:
 
 
 @pytest.fixture
-def catalog(cli: Callable[..., Ran], pool: Path, tasks: Path, tmp_path: Path) -> Path:
+def catalog(cli: Cli, pool: Path, tasks: Path, tmp_path: Path) -> Path:
     """A catalog of the tasks with the adapters of the pool."""
     assert cli("catalog", "build", "--tasks", tasks, "--adapters", pool, "--out", tmp_path / "catalog").code == 0
     return tmp_path / "catalog"
@@ -84,7 +49,7 @@ def catalog(cli: Callable[..., Ran], pool: Path, tasks: Path, tmp_path: Path) ->
 # adapters
 
 
-def test_push_a_pool_and_list_it(cli: Callable[..., Ran], pool: Path, tmp_path: Path) -> None:
+def test_push_a_pool_and_list_it(cli: Cli, pool: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     pushed = cli("adapters", "push", pool, "--to", store)
     assert pushed.code == 0
@@ -100,16 +65,14 @@ def test_push_a_pool_and_list_it(cli: Callable[..., Ran], pool: Path, tmp_path: 
     assert (again.code, again.out) == (0, pushed.out)
 
 
-def test_push_a_single_adapter(
-    cli: Callable[..., Ran], pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_push_a_single_adapter(cli: Cli, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(pool / "sums")
     assert cli("adapters", "push", ".", "--to", tmp_path / "store").code == 0
     assert AdapterRepository(open_store(tmp_path / "store")).names() == ["sums"]
 
 
 def test_a_broken_adapter_does_not_hold_up_the_others(
-    cli: Callable[..., Ran], pool: Path, tmp_path: Path, make_adapter: Callable[..., Path]
+    cli: Cli, pool: Path, tmp_path: Path, make_adapter: Callable[..., Path]
 ) -> None:
     make_adapter(pool, "broken", fill=float("nan"))
     make_adapter(pool, "base")
@@ -124,7 +87,7 @@ def test_a_broken_adapter_does_not_hold_up_the_others(
     assert AdapterRepository(open_store(tmp_path / "store")).names() == ["poems", "sums"]
 
 
-def test_a_list_names_what_cannot_be_read(cli: Callable[..., Ran], pool: Path, tmp_path: Path) -> None:
+def test_a_list_names_what_cannot_be_read(cli: Cli, pool: Path, tmp_path: Path) -> None:
     cli("adapters", "push", pool, "--to", tmp_path / "store")
     (tmp_path / "store" / "poems" / "adapter.json").write_text("{}")
     listed = cli("adapters", "list", tmp_path / "store")
@@ -135,9 +98,7 @@ def test_a_list_names_what_cannot_be_read(cli: Callable[..., Ran], pool: Path, t
     assert sums.startswith("sums\t")
 
 
-def test_replaced_versions_are_pruned(
-    cli: Callable[..., Ran], pool: Path, tmp_path: Path, make_adapter: Callable[..., Path]
-) -> None:
+def test_replaced_versions_are_pruned(cli: Cli, pool: Path, tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
     store = tmp_path / "store"
     cli("adapters", "push", pool, "--to", store)
     old = AdapterRepository(open_store(store)).manifest("sums").version
@@ -152,7 +113,7 @@ def test_replaced_versions_are_pruned(
 
 
 @pytest.mark.parametrize("where", ["", "nowhere", "file"])
-def test_nothing_to_push(cli: Callable[..., Ran], tmp_path: Path, where: str) -> None:
+def test_nothing_to_push(cli: Cli, tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
     cli("adapters", "push", tmp_path / where, "--to", tmp_path / "store").refused("holds no adapter")
     assert not (tmp_path / "store").exists()
@@ -161,7 +122,7 @@ def test_nothing_to_push(cli: Callable[..., Ran], tmp_path: Path, where: str) ->
 @pytest.mark.parametrize(
     ("uri", "cause"), [("ftp://host/path", "unknown scheme"), ("s3://", "bucket"), ("{file}/below", "{file}")]
 )
-def test_a_store_that_cannot_be(cli: Callable[..., Ran], pool: Path, tmp_path: Path, uri: str, cause: str) -> None:
+def test_a_store_that_cannot_be(cli: Cli, pool: Path, tmp_path: Path, uri: str, cause: str) -> None:
     (tmp_path / "file").write_text("")
     uri, cause = uri.format(file=tmp_path / "file"), cause.format(file=tmp_path / "file")
     cli("adapters", "push", pool, "--to", uri).refused(cause)
@@ -170,7 +131,7 @@ def test_a_store_that_cannot_be(cli: Callable[..., Ran], pool: Path, tmp_path: P
 # catalog
 
 
-def test_build_with_and_without_adapters(cli: Callable[..., Ran], pool: Path, tasks: Path, tmp_path: Path) -> None:
+def test_build_with_and_without_adapters(cli: Cli, pool: Path, tasks: Path, tmp_path: Path) -> None:
     for options, adapters, served in (((), 0, 0), (("--adapters", pool), 2, 2)):
         built = cli("catalog", "build", "--tasks", tasks, *options, "--out", tmp_path / "out")
         assert built.code == 0
@@ -180,7 +141,7 @@ def test_build_with_and_without_adapters(cli: Callable[..., Ran], pool: Path, ta
     assert [[a.name for a in task.adapters] for task in catalog.tasks] == [["poems"], [], ["sums"]]
 
 
-def test_build_with_a_mapping(cli: Callable[..., Ran], pool: Path, tasks: Path, tmp_path: Path) -> None:
+def test_build_with_a_mapping(cli: Cli, pool: Path, tasks: Path, tmp_path: Path) -> None:
     (tmp_path / "mapping.json").write_text('{"rain": ["sums", "poems"], "poems": [], "sums": "sums"}')
     options = ("--adapters", pool, "--mapping", tmp_path / "mapping.json", "--out", tmp_path / "out")
     assert cli("catalog", "build", "--tasks", tasks, *options).code == 0
@@ -202,9 +163,7 @@ def test_build_with_a_mapping(cli: Callable[..., Ran], pool: Path, tasks: Path, 
         ('{"rain": ["nowhere"]}', "'nowhere'"),
     ],
 )
-def test_a_bad_mapping(
-    cli: Callable[..., Ran], pool: Path, tasks: Path, tmp_path: Path, mapping: str | None, cause: str
-) -> None:
+def test_a_bad_mapping(cli: Cli, pool: Path, tasks: Path, tmp_path: Path, mapping: str | None, cause: str) -> None:
     path = tmp_path / "mapping.json"
     if mapping is not None:
         path.write_bytes(mapping.encode(errors="surrogatepass"))
@@ -223,7 +182,7 @@ def test_a_bad_mapping(
         ("bad.json", b'{"name": "a/b", "domain": "", "metric": "em", "validation": []}', "'a/b'"),
     ],
 )
-def test_bad_tasks(cli: Callable[..., Ran], tmp_path: Path, name: str, content: bytes | None, cause: str) -> None:
+def test_bad_tasks(cli: Cli, tmp_path: Path, name: str, content: bytes | None, cause: str) -> None:
     folder = tmp_path / name
     if name != "nowhere":
         folder.mkdir()
@@ -237,7 +196,7 @@ def test_bad_tasks(cli: Callable[..., Ran], tmp_path: Path, name: str, content: 
 
 
 @pytest.fixture
-def route(cli: Callable[..., Ran], catalog: Path, tmp_path: Path) -> Callable[..., Ran]:
+def route(cli: Cli, catalog: Path, tmp_path: Path) -> Cli:
     """`route(lines, *options)`: route a file of these lines (text or JSON values) to out.jsonl."""
 
     def run(lines: list[Any], *options: object) -> Ran:
@@ -253,7 +212,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_are_kept_and_decided(route: Callable[..., Ran], tmp_path: Path) -> None:
+def test_rows_are_kept_and_decided(route: Cli, tmp_path: Path) -> None:
     given: list[Any] = [
         {"input": "add numbers please", "id": 7, "target": "Grüße"},
         b"",
@@ -274,7 +233,7 @@ def test_rows_are_kept_and_decided(route: Callable[..., Ran], tmp_path: Path) ->
     assert second["adapters"] == [{"name": "poems", "weight": 1.0}]
 
 
-def test_a_rows_options_are_its_own(route: Callable[..., Ran], tmp_path: Path) -> None:
+def test_a_rows_options_are_its_own(route: Cli, tmp_path: Path) -> None:
     text = "add numbers to rhyme verses"
     options: list[dict[str, Any]] = [
         {},
@@ -298,7 +257,7 @@ def test_a_rows_options_are_its_own(route: Callable[..., Ran], tmp_path: Path) -
     assert decided[7]["adapters"] == decided[0]["adapters"]
 
 
-def test_a_row_is_decided_as_the_library_decides_it(route: Callable[..., Ran], tmp_path: Path, catalog: Path) -> None:
+def test_a_row_is_decided_as_the_library_decides_it(route: Cli, tmp_path: Path, catalog: Path) -> None:
     text = "add numbers to rhyme verses"
     for options, config in (
         ((), RoutingConfig()),
@@ -311,7 +270,7 @@ def test_a_row_is_decided_as_the_library_decides_it(route: Callable[..., Ran], t
         assert [row[key] for key in ("tasks", "adapters")] == [decision.to_json()[k] for k in ("tasks", "adapters")]
 
 
-def test_many_rows_come_out_in_order(route: Callable[..., Ran], tmp_path: Path) -> None:
+def test_many_rows_come_out_in_order(route: Cli, tmp_path: Path) -> None:
     assert route([{"input": f"add number {i}", "id": i} for i in range(600)], "--num-tasks", 1, "--top-k", 1).code == 0
     decided = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in decided] == list(range(600))
@@ -338,9 +297,7 @@ def test_many_rows_come_out_in_order(route: Callable[..., Ran], tmp_path: Path) 
         ({"input": "a", "allow_adapters": [5]}, "line 302: allow_adapters.0: "),
     ],
 )
-def test_a_bad_line_is_named_and_leaves_the_output_alone(
-    route: Callable[..., Ran], tmp_path: Path, line: Any, cause: str
-) -> None:
+def test_a_bad_line_is_named_and_leaves_the_output_alone(route: Cli, tmp_path: Path, line: Any, cause: str) -> None:
     (tmp_path / "out.jsonl").write_text("as before")
     route([{"input": "fine"}, b"", *[{"input": "fine"}] * 299, line]).refused(cause)
     assert (tmp_path / "out.jsonl").read_text() == "as before"
@@ -363,97 +320,27 @@ def test_a_bad_line_is_named_and_leaves_the_output_alone(
         (("--output", "{tmp}"), "cannot route"),
     ],
 )
-def test_wrong_options_to_route(
-    route: Callable[..., Ran], tmp_path: Path, options: tuple[Any, Any], cause: str
-) -> None:
+def test_wrong_options_to_route(route: Cli, tmp_path: Path, options: tuple[Any, Any], cause: str) -> None:
     name, value = options
     route([{"input": "a"}], name, str(value).format(tmp=tmp_path)).refused(cause)
 
 
-def test_another_encoder_than_the_catalogs_is_refused(
-    route: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_encoder_than_the_catalogs_is_refused(route: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder(32))
     route([{"input": "a"}]).refused("hashing-256")
 
 
-def test_a_file_may_be_routed_onto_itself(cli: Callable[..., Ran], catalog: Path, tmp_path: Path) -> None:
+def test_a_file_may_be_routed_onto_itself(cli: Cli, catalog: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"input": "add numbers"}\n' * 300)
     assert cli("route", "--catalog", catalog, "--input", path, "--output", path).code == 0
     assert len(rows(path)) == 300
 
 
-# chat
-
-EVENTS = [
-    {"choices": [{"delta": {"role": "assistant", "content": ""}}], "lorauter": {}},
-    {"choices": [{"delta": {"content": "Hé"}}]},
-    {"choices": [{"delta": {"content": "llo"}}]},
-    {"choices": [{"delta": {}, "finish_reason": "stop"}]},
-    {"choices": [], "usage": {}},
-]
+# keys, serve, and the whole
 
 
-class Server(ThreadingHTTPServer):
-    """Answers every POST with `status`, `headers` and `body`; or, with no status, with the raw `body`."""
-
-    status = 200
-    headers: dict[str, str]
-    body: bytes
-    asked: list[Any]
-    authorization: str | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def stream(self, *events: object) -> None:
-        """Answer with server-sent events; text stands for itself."""
-        self.body = b"".join(
-            f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n".encode()
-            for event in events
-        )
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        server = self.server
-        assert isinstance(server, Server)
-        server.authorization = self.headers["Authorization"]
-        server.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-        if server.status:
-            self.send_response(server.status)
-            for name, value in server.headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-        self.wfile.write(server.body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        return
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.headers, server.body = [], {}, b""
-        server.stream(*EVENTS, "[DONE]")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_chat_sends_a_key(cli: Callable[..., Ran], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli("chat", "--url", server.url, "--key", "lr-a", "hi").code == 0
-    assert server.authorization == "Bearer lr-a"
-    monkeypatch.setenv("LORAUTER_API_KEY", "lr-b")
-    assert cli("chat", "--url", server.url, "hi").code == 0
-    assert server.authorization == "Bearer lr-b"
-
-
-def test_a_new_key_is_shown_beside_its_row(cli: Callable[..., Ran]) -> None:
+def test_a_new_key_is_shown_beside_its_row(cli: Cli) -> None:
     ran = cli("keys", "new", "--name", "a", "--adapter", "a-*", "--tokens-per-minute", 9, "--role", "admin")
     [row] = parse_keys(ran.out, "stdout")
     assert (row.name, row.adapters, row.tokens_per_minute, row.requests_per_minute) == ("a", ("a-*",), 9, None)
@@ -466,77 +353,6 @@ def test_a_new_key_is_shown_beside_its_row(cli: Callable[..., Ran]) -> None:
     cli("keys", "new", "--name", "a b").refused("name: ")
     cli("keys", "new", "--name", "a", "--role", "root").refused("roles: ")
     cli("keys", "new", "--name", "a", "--requests-per-minute", 0).refused("requests_per_minute: ")
-
-
-def test_chat_prints_the_routing_and_the_answer(cli: Callable[..., Ran], server: Server) -> None:
-    server.headers = {"x-lorauter-tasks": "sums=0.9,rain=0.2", "x-lorauter-adapters": ""}
-    server.body = b": a proxy says it is alive\n\n" + server.body
-    ran = cli("chat", "--url", f"{server.url}/", "--model", "poet", "--max-tokens", 9, "Is [bold]this[/bold] it?")
-    assert (ran.code, ran.out) == (0, "Héllo\n")
-    assert ran.err.splitlines() == ["tasks: sums=0.9  rain=0.2", "adapters: none"]
-    [(path, body)] = server.asked
-    assert path == "/v1/chat/completions"
-    assert server.authorization is None
-    assert body == {
-        "model": "poet",
-        "messages": [{"role": "user", "content": "Is [bold]this[/bold] it?"}],
-        "stream": True,
-        "max_tokens": 9,
-    }
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "cause"),
-    [
-        (404, b'{"error": {"message": "no such [model]", "code": null}}', "no such [model]"),
-        (400, b'{"error": {"message": "first\\nsecond"}}', "first second"),
-        (502, b"<html>Bad gateway</html>", "502"),
-        (500, b'{"error": "text"}', "500"),
-        (500, b"", "500"),
-        (200, [*EVENTS[:2], {"error": {"message": "the store is down"}}], "the store is down"),
-        (200, EVENTS[:2], "broke off"),
-        (200, [], "broke off"),
-        (200, [*EVENTS, "{oops"], "not what lorauter"),
-        (200, [{"choices": [{}]}], "not what lorauter"),
-        (200, [{"choices": None}], "not what lorauter"),
-        (200, ["{}"], "not what lorauter"),
-        (200, ["[1]"], "not what lorauter"),
-        (200, b"data: \xff\n\n", "not what lorauter"),
-        (None, b"SSH-2.0-OpenSSH\r\n", "no server answers"),
-        (None, b"", "no server answers"),
-        (None, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nda", "broke off"),
-    ],
-)
-def test_what_a_server_may_do_wrong(
-    cli: Callable[..., Ran], server: Server, status: int | None, body: Any, cause: str
-) -> None:
-    server.status = status  # type: ignore[assignment]
-    if isinstance(body, bytes):
-        server.body = body
-    else:
-        server.stream(*body)
-    cli("chat", "--url", server.url, "hi").refused(cause)
-
-
-@pytest.mark.parametrize(
-    ("url", "cause"),
-    [
-        ("http://127.0.0.1:{free}", "lorauter serve"),
-        ("http://127.0.0.1:port", "http://127.0.0.1:port"),
-        ("http://[", "http://["),
-        ("http://", "http://"),
-        ("127.0.0.1:8000", "must begin with http"),
-        ("file:///etc/hostname", "must begin with http"),
-    ],
-)
-def test_no_server(cli: Callable[..., Ran], url: str, cause: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cli("chat", "--url", url.format(free=port), "hi").refused(cause)
-
-
-# serve, and the whole
 
 
 @pytest.mark.parametrize(
@@ -552,9 +368,7 @@ def test_no_server(cli: Callable[..., Ran], url: str, cause: str) -> None:
         ("http_option: {}", "unknown keys: http_option"),
     ],
 )
-def test_serve_refuses_a_bad_configuration(
-    cli: Callable[..., Ran], tmp_path: Path, content: str | None, cause: str
-) -> None:
+def test_serve_refuses_a_bad_configuration(cli: Cli, tmp_path: Path, content: str | None, cause: str) -> None:
     if content is not None:
         (tmp_path / "serve_config.yaml").write_text(content)
     cli("serve", "--config", tmp_path / "serve_config.yaml").refused(cause)
@@ -564,7 +378,7 @@ def test_serve_refuses_a_bad_configuration(
     "arguments",
     [(), ("adapters",), ("catalog",), ("fly",), ("adapters", "push"), ("route",), ("serve", "--port", 0), ("chat",)],
 )
-def test_wrong_usage_is_explained(cli: Callable[..., Ran], arguments: tuple[object, ...]) -> None:
+def test_wrong_usage_is_explained(cli: Cli, arguments: tuple[object, ...]) -> None:
     ran = cli(*arguments)
     assert ran.code == 2
     assert "Usage: " in ran.out + ran.err

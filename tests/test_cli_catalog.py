@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from command_line import Cli, Ran
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -21,7 +21,6 @@ from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import Catalog, build_catalog, current_version
 from lorauter.catalog.scores import Evaluation, Failed, ScoreTable
 from lorauter.catalog.scoring import open_scorer
-from lorauter.cli import main
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import AdapterUnavailable, StoreUnavailable
 from lorauter.tasks import Task, read_tasks
@@ -29,32 +28,10 @@ from lorauter.tasks import Task, read_tasks
 WORDS = {"sums": "add numbers", "poems": "rhyme verses", "rain": "weather forecast"}
 
 
-@dataclass(frozen=True)
-class Ran:
-    """A finished command."""
-
-    code: object
-    out: str
-    err: str
-
-    def refused(self, part: str) -> None:
-        """It ended with one line of error that holds `part`."""
-        assert self.code == 1, self
-        last = self.err.splitlines()[-1]
-        assert last.startswith("error: ") and part in last, self
-
-
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder())
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["lorauter", "catalog", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return Ran(caught.value.code or 0, *capsys.readouterr())
-
-    return run
+def cli(cli: Cli) -> Cli:
+    """`cli(*arguments)`: run `lorauter catalog` to its end."""
+    return partial(cli, "catalog")
 
 
 @pytest.fixture
@@ -111,7 +88,7 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
 
 
 @pytest.fixture
-def match(cli: Callable[..., Ran], tasks: Path, pool: Path, tmp_path: Path) -> Callable[..., Ran]:
+def match(cli: Cli, tasks: Path, pool: Path, tmp_path: Path) -> Cli:
     """`match(*options)`: build the catalog `out` by matching."""
 
     def run(*options: object) -> Ran:
@@ -126,7 +103,7 @@ def served(catalog: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("by", ["metric", "likelihood"])
-def test_matching_takes_the_best(match: Callable[..., Ran], scorer: Scorer, tmp_path: Path, by: str) -> None:
+def test_matching_takes_the_best(match: Cli, scorer: Scorer, tmp_path: Path, by: str) -> None:
     ran = match("--by", by, "--model", "some/model")
     assert (ran.code, scorer.opened) == (0, [(by, "some/model")])
     assert "18 evaluations, 100.0% of the 18 of every adapter on every example" in ran.err
@@ -136,7 +113,7 @@ def test_matching_takes_the_best(match: Callable[..., Ran], scorer: Scorer, tmp_
     assert scores["spare"] == pytest.approx({0: 0.9, 1: 0.9})
 
 
-def test_what_is_broken_is_named_and_left_out(match: Callable[..., Ran], scorer: Scorer, tmp_path: Path) -> None:
+def test_what_is_broken_is_named_and_left_out(match: Cli, scorer: Scorer, tmp_path: Path) -> None:
     scorer.broken = ("spare",)
     ran = match()
     assert ran.code == 0
@@ -148,7 +125,7 @@ def test_what_is_broken_is_named_and_left_out(match: Callable[..., Ran], scorer:
 
 
 def test_an_outage_stops_the_run_and_the_next_goes_on(
-    match: Callable[..., Ran], scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    match: Cli, scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "scores.jsonl"
     scorer.opened.append(("metric", ""))
@@ -175,16 +152,14 @@ def test_an_outage_stops_the_run_and_the_next_goes_on(
     ],
 )
 def test_scores_of_something_else_are_refused_at_once(
-    match: Callable[..., Ran], scorer: Scorer, tmp_path: Path, row: dict[str, Any], options: tuple[str, ...], said: str
+    match: Cli, scorer: Scorer, tmp_path: Path, row: dict[str, Any], options: tuple[str, ...], said: str
 ) -> None:
     (tmp_path / "scores.jsonl").write_text(json.dumps(row) + "\n")
     match("--scores", tmp_path / "scores.jsonl", *options).refused(said)
     assert not scorer.opened
 
 
-def test_matching_needs_adapters_and_a_place_for_scores(
-    cli: Callable[..., Ran], match: Callable[..., Ran], tasks: Path, tmp_path: Path
-) -> None:
+def test_matching_needs_adapters_and_a_place_for_scores(cli: Cli, match: Cli, tasks: Path, tmp_path: Path) -> None:
     where = ("--tasks", tasks, "--out", tmp_path / "out")
     cli("build", *where, "--match").refused("--adapters")
     cli("build", *where, "--scores", tmp_path / "s.jsonl").refused("only with --match")
@@ -219,7 +194,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("by", ["metric", "likelihood"])
 def test_matching_on_a_model(
-    match: Callable[..., Ran], pool: Path, make_adapter: Callable[..., Path], model: Path, tmp_path: Path, by: str
+    match: Cli, pool: Path, make_adapter: Callable[..., Path], model: Path, tmp_path: Path, by: str
 ) -> None:
     make_adapter(pool, "stranger", base="org/another")
     ran = match("--by", by, "--model", model)
@@ -245,13 +220,13 @@ def test_an_outage_is_no_adapters_failure(tasks: Path, model: Path, by: Any) -> 
 
 
 @pytest.fixture
-def catalog(cli: Callable[..., Ran], pool: Path, tasks: Path, tmp_path: Path) -> Path:
+def catalog(cli: Cli, pool: Path, tasks: Path, tmp_path: Path) -> Path:
     assert cli("build", "--tasks", tasks, "--adapters", pool, "--out", tmp_path / "catalog").code == 0
     return tmp_path / "catalog"
 
 
 def test_change_is_as_if_built_anew(
-    cli: Callable[..., Ran],
+    cli: Cli,
     catalog: Path,
     pool: Path,
     make_task: Callable[..., Task],
@@ -273,8 +248,8 @@ def test_change_is_as_if_built_anew(
 
 
 def test_another_version_that_keeps_its_scores_is_named(
-    cli: Callable[..., Ran],
-    match: Callable[..., Ran],
+    cli: Cli,
+    match: Cli,
     scorer: Scorer,
     pool: Path,
     make_adapter: Callable[..., Path],
@@ -288,7 +263,7 @@ def test_another_version_that_keeps_its_scores_is_named(
     ]
 
 
-def test_changes_that_cannot_be(cli: Callable[..., Ran], catalog: Path, tmp_path: Path) -> None:
+def test_changes_that_cannot_be(cli: Cli, catalog: Path, tmp_path: Path) -> None:
     version = current_version(catalog)
     cli("change", catalog).refused("nothing to change")
     cli("change", catalog, "--remove-task", "nil").refused("no task called nil")
@@ -299,7 +274,7 @@ def test_changes_that_cannot_be(cli: Callable[..., Ran], catalog: Path, tmp_path
     assert current_version(catalog) == version
 
 
-def test_versions_are_listed_and_used_again(cli: Callable[..., Ran], catalog: Path) -> None:
+def test_versions_are_listed_and_used_again(cli: Cli, catalog: Path) -> None:
     first = current_version(catalog)
     assert cli("change", catalog, "--remove-task", "rain").code == 0
     second = current_version(catalog)

@@ -6,49 +6,30 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from command_line import Cli
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import build_catalog
-from lorauter.cli import main
 from lorauter.encoder import HashingEncoder
 from lorauter.tasks import Example, Task
 
 WORDS = {"sums": "add two numbers", "poems": "rhyme a stanza", "rain": "forecast the clouds"}
 
 
-@dataclass(frozen=True)
-class Ran:
-    """A finished command."""
-
-    code: object
-    out: str
-    err: str
-
-
-Cli = Callable[..., Ran]
-
-
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(cli: Cli) -> Cli:
     """`cli(*arguments)`: run `lorauter eval` to its end."""
-    monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder())
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["lorauter", "eval", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return Ran(caught.value.code or 0, *capsys.readouterr())
-
-    return run
+    return partial(cli, "eval")
 
 
 @pytest.fixture
