@@ -1,4 +1,4 @@
-"""The commands `lorauter catalog ...`: build, change, list the versions, go back to one.
+"""The commands `lorauter catalog ...`: build, change, list the versions, go back to one, delete old ones.
 
 Parses arguments and shows progress; the work is `lorauter.catalog`'s.
 """
@@ -148,6 +148,21 @@ def use(catalog: _Catalog, version: Annotated[str, typer.Argument(help="One that
     from lorauter.catalog import use_version
 
     typer.echo(f"{version}\t{_summary(use_version(catalog, version))}")
+
+
+@catalog_app.command("prune")
+def prune(
+    catalog: _Catalog,
+    keep: Annotated[int, typer.Option(help="Versions beside the current one that stay, the newest.", min=0)] = 10,
+    older_than: Annotated[float, typer.Option(help="Hours since a version was written, at least.", min=0)] = 24,
+) -> None:
+    """Delete old versions of a catalog; one that a batch job uses is to stay until the job has ended."""
+    from lorauter.catalog import prune_versions
+
+    pruned = prune_versions(catalog, keep=keep, older_than_s=older_than * 3600)
+    for version in pruned:
+        typer.echo(version)
+    notify(f"{len(pruned)} versions deleted from {catalog}")
 
 
 def _publish(catalog: Catalog, to: str) -> None:

@@ -1,4 +1,4 @@
-"""`lorauter catalog build --match`, `change`, `versions` and `use`, with a tiny random model of its own."""
+"""`lorauter catalog build --match`, `change`, `versions`, `use` and `prune`, with a tiny random model of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorauter.adapters import AdapterRepository, open_store
-from lorauter.catalog import Catalog, build_catalog, current_version
+from lorauter.catalog import Catalog, build_catalog, catalog_versions, current_version
 from lorauter.catalog.scores import Evaluation, Failed, ScoreTable
 from lorauter.catalog.scoring import open_scorer
 from lorauter.encoder import HashingEncoder
@@ -293,3 +293,15 @@ def test_versions_are_listed_and_used_again(cli: Cli, catalog: Path) -> None:
     cli("use", catalog, second).refused("examples.npy is damaged")
     cli("use", catalog, "0" * 16).refused("is not there")
     assert current_version(catalog) == first
+
+
+def test_old_versions_are_pruned(cli: Cli, catalog: Path) -> None:
+    [first] = catalog_versions(catalog)
+    assert cli("change", catalog, "--remove-task", "rain").code == 0
+    for options in ((), ("--keep", 0), ("--older-than", 0)):
+        kept = cli("prune", catalog, *options)
+        assert (kept.code, kept.out) == (0, "")
+    pruned = cli("prune", catalog, "--keep", 0, "--older-than", 0)
+    assert (pruned.code, pruned.out) == (0, f"{first}\n")
+    assert first not in catalog_versions(catalog)
+    assert Catalog.load(catalog).version != first

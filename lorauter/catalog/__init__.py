@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lorauter.catalog.catalog import Catalog, CatalogTask, RankedAdapter, current_version
     from lorauter.catalog.change import (
         catalog_versions,
+        prune_versions,
         use_version,
         with_adapter,
         with_adapters,
@@ -27,6 +28,7 @@ __all__ = [
     "build_catalog",
     "catalog_versions",
     "current_version",
+    "prune_versions",
     "use_version",
     "with_adapter",
     "with_adapters",

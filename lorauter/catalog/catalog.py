@@ -35,6 +35,7 @@ from lorauter.names import is_valid_name
 from lorauter.tasks import Task
 
 FORMAT = 3
+HEAD_FILE = "catalog.json"
 CURRENT_FILE = "CURRENT"
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 _MIN_PROBE_SIMILARITY = 0.99
@@ -117,7 +118,7 @@ class Catalog:
     @cached_property
     def version(self) -> str:
         """Identifies the content: 16 hexadecimal digits."""
-        return hashlib.sha256(self._files["catalog.json"]).hexdigest()[:16]
+        return hashlib.sha256(self._files[HEAD_FILE]).hexdigest()[:16]
 
     @cached_property
     def _files(self) -> dict[str, bytes]:
@@ -141,7 +142,7 @@ class Catalog:
             ],
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         }
-        files["catalog.json"] = json.dumps(head, sort_keys=True, ensure_ascii=False, indent=1).encode()
+        files[HEAD_FILE] = json.dumps(head, sort_keys=True, ensure_ascii=False, indent=1).encode()
         return files
 
     def check_encoder(self, encoder: Encoder) -> None:
@@ -178,7 +179,7 @@ class Catalog:
             version = version or store.read(CURRENT_FILE).decode().strip()
             if not is_valid_name(version):
                 raise CatalogError(f"{version!r} is no version", uri=store.uri)
-            raw = store.read(f"{version}/catalog.json")
+            raw = store.read(f"{version}/{HEAD_FILE}")
             if hashlib.sha256(raw).hexdigest()[:16] != version:
                 raise CatalogError("catalog.json does not have the version's hash; publish it again", uri=store.uri)
             return cls._from_files(json.loads(raw), store, version)

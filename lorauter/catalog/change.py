@@ -7,13 +7,14 @@ built anew from the same tasks, adapters, mapping and scores. Knows nothing of h
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository
 from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.catalog.build import assemble, describe, embed, of_own_name, sorted_tasks
-from lorauter.catalog.catalog import CURRENT_FILE, Catalog
+from lorauter.catalog.catalog import CURRENT_FILE, HEAD_FILE, Catalog, current_version
 from lorauter.catalog.utility import Scores
 from lorauter.encoder import Embeddings, Encoder
 from lorauter.errors import ConfigError
@@ -120,6 +121,32 @@ def use_version(source: str | Path | ObjectStore, version: str) -> Catalog:
     catalog = Catalog.load(store, version=version)
     store.write(CURRENT_FILE, version.encode())
     return catalog
+
+
+def prune_versions(source: str | Path | ObjectStore, *, keep: int, older_than_s: float) -> list[str]:
+    """Delete old versions; the current one stays, and so do `keep` others, the newest, and what was written lately.
+
+    Services hold the version that they use in memory; a batch job's workers read its version when they start.
+
+    Returns:
+        The versions that were deleted, the oldest first; none where no version is current.
+
+    Raises:
+        StoreError.
+    """
+    store = _store(source)
+    current = current_version(store)
+    if current is None:
+        return []
+    files = {version: list(store.files(version)) for version in catalog_versions(store) if version != current}
+    written = {version: max(map(store.modified, keys)) for version, keys in files.items()}
+    oldest_first = sorted(written, key=lambda version: written[version])
+    before = time.time() - older_than_s
+    pruned = [version for version in oldest_first[: max(len(written) - keep, 0)] if written[version] < before]
+    for version in pruned:
+        for key in sorted(files[version], key=lambda key: key != f"{version}/{HEAD_FILE}"):  # so that nobody begins
+            store.delete(key)
+    return pruned
 
 
 _Parts = dict[str, tuple[Task, Embeddings]]

@@ -11,6 +11,7 @@ from lorauter.catalog import (
     build_catalog,
     catalog_versions,
     current_version,
+    prune_versions,
     use_version,
     with_adapter,
     with_adapters,
@@ -243,3 +244,21 @@ def test_versions_and_the_way_back(tasks, encoder) -> None:
         with pytest.raises(CatalogError):
             use_version(store, version)
     assert current_version(store) == first.version
+
+
+def test_old_versions_are_pruned_and_never_the_current_one(encoder, tasks):
+    store = MemoryStore()
+    made = [build_catalog([task], encoder) for task in tasks.values()]
+    assert prune_versions(store, keep=0, older_than_s=0) == []
+    for age, catalog in enumerate(reversed(made)):
+        catalog.save(store)
+        store.times |= dict.fromkeys(store.files(catalog.version), 1000.0 - age)
+    current, *others = (catalog.version for catalog in reversed(made))
+    use_version(store, current)
+    store.write(f"{'0' * 16}/examples.npy", b"a version on its way into the store")
+    assert prune_versions(store, keep=2, older_than_s=3600) == [others[2], others[1]]
+    assert prune_versions(store, keep=2, older_than_s=3600) == []
+    assert sorted(catalog_versions(store)) == sorted([current, others[0], "0" * 16])
+    assert Catalog.load(store, version=others[0]).version == others[0]
+    assert prune_versions(store, keep=0, older_than_s=0) == [others[0], "0" * 16]
+    assert Catalog.load(store).version == current
