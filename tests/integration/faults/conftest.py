@@ -25,7 +25,6 @@ from faulty_s3 import FaultyS3
 
 from lorauter.adapters import AdapterRepository, open_store
 
-BROKEN = "the connection broke"
 REPLICAS = {"Router": 1, "QueryEmbedder": 1, "TaskRetriever": 1, "LoraModel": 2}
 
 
@@ -226,7 +225,7 @@ async def ask(client: httpx.AsyncClient, question: Question, count: Count) -> No
                                     begun = True
                                     count.under_way += 1
         except (httpx.RemoteProtocolError, httpx.ReadError) as error:
-            count.told.append(f"{BROKEN}: {error!r}")
+            count.told.append(f"the connection broke: {error!r}")
             return
         except httpx.HTTPError as error:
             count.lost.append(repr(error))
