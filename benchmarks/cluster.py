@@ -1,6 +1,6 @@
 """Choice of replicas: Serve's default router and ours, side by side on one machine as three Ray nodes.
 
-    python benchmarks/cluster.py [--rate 8] [--seconds 30] [--rounds 4] [--json FILE]
+    python benchmarks/cluster.py [--rate 8] [--seconds 30] [--rounds 8] [--json FILE]
 
 Three raylets, each with an AdapterCache and a folder of its own; a real S3 server (`rclone serve s3`); the whole app
 twice, once with Serve's router (power of two choices) and once with the residency router, each with a LoraModel
@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=8, help="requests per second")
     parser.add_argument("--seconds", type=float, default=30, help="of a round")
-    parser.add_argument("--rounds", type=int, default=4, help="for each app")
+    parser.add_argument("--rounds", type=int, default=8, help="for each app")
     parser.add_argument("--mix", type=float, default=0.3, help="share of requests under three adapters")
     parser.add_argument("--tokens", type=int, default=8, help="of an answer")
     parser.add_argument("--json", type=Path)
