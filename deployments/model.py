@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.config import AppConfig
+from deployments.engines import start_engine
 from deployments.host_adapters import HostAdapters
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
@@ -24,8 +25,7 @@ from deployments.samplers import Sampling, model_sampler
 from deployments.tracing import span
 from deployments.warmup import most_wanted, warm_up
 from lorauter.adapters import ModelShape
-from lorauter.defaults import base_model_aliases, resolve_model
-from lorauter.engine import Chunk, EngineConfig, GenerationRequest, SamplingParams, load_engine
+from lorauter.engine import Chunk, GenerationRequest, SamplingParams
 from lorauter.engine.load import warm_up as warm_up_engine
 from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import AdapterUnavailable, InvalidRequest
@@ -50,22 +50,7 @@ class LoraModel:
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         join_serve_logs()
         settings = config.engine
-        self._engine = load_engine(
-            resolve_model(config.base_model),
-            EngineConfig(
-                max_batch=settings.max_batch,
-                max_model_len=settings.max_model_len,
-                max_queue=settings.max_queue,
-                prefill_tokens=settings.prefill_tokens,
-                max_rank=settings.max_rank,
-                adapter_bytes=settings.adapter_bytes,
-                max_slowdown=settings.max_slowdown,
-            ),
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
-        )
+        self._engine = start_engine(config.base_model, config.base_model_aliases, settings)
         await asyncio.to_thread(warm_up_engine, self._engine)
         spec = CacheSpec(config.adapters, config.cache)
         self._node_cache = NodeCache(spec)

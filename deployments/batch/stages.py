@@ -21,10 +21,11 @@ from deployments.batch.config import BatchConfig
 from deployments.batch.output import Output
 from deployments.batch.routing import route_rows
 from deployments.batch.rows import Work, decision_columns, order_by_adapters
+from deployments.engines import start_engine
 from deployments.host_adapters import HostAdapters
 from lorauter.catalog import Catalog
-from lorauter.defaults import base_model_aliases, load_encoder, resolve_model
-from lorauter.engine import Completion, EngineConfig, load_engine
+from lorauter.defaults import load_encoder
+from lorauter.engine import Completion
 from lorauter.engine.feed import Outcome
 from lorauter.routing import Router
 
@@ -83,21 +84,8 @@ class AnswerStage:
 
     def __init__(self, config: BatchConfig, report: Report | None = None) -> None:
         settings = config.engine
-        engine = load_engine(
-            resolve_model(config.base_model),
-            EngineConfig(
-                max_batch=settings.max_batch,
-                max_model_len=settings.max_model_len,
-                max_queue=settings.max_batch,
-                prefill_tokens=settings.prefill_tokens,
-                max_rank=settings.max_rank,
-                adapter_bytes=settings.adapter_bytes,
-            ),
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
-        )
+        fed = {"max_queue": settings.max_batch, "max_slowdown": None}  # the next row comes as one ends
+        engine = start_engine(config.base_model, config.base_model_aliases, settings.model_copy(update=fed))
         cache = NodeCache(CacheSpec(config.adapters, config.cache))
         self._answering = Answering(
             engine,
