@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -33,7 +33,7 @@ class Scan:
     """What a first reading finds out.
 
     Attributes:
-        starts: of every `shard_rows` rows the place of the first (a byte, or in Parquet a row) and how many they are.
+        starts: of each shard's rows the place of the first (a byte, or in Parquet a row) and how many they are.
         schema: the columns as Parquet has them; for JSONL only if they are asked for.
     """
 
@@ -42,10 +42,11 @@ class Scan:
         self.schema: pa.Schema | None = None
 
 
-def scan(file: BinaryIO, kind: Format, shard_rows: int, *, columns: bool) -> Scan:
+def scan(file: BinaryIO, kind: Format, shard_rows: Callable[[int], int], *, columns: bool) -> Scan:
     """Read a file through once, or of Parquet its footer.
 
     Args:
+        shard_rows: how many rows a shard takes at most, by the number of the file's rows before it.
         columns: whether the columns of JSONL are wanted, for which every row is parsed.
 
     Raises:
@@ -54,15 +55,19 @@ def scan(file: BinaryIO, kind: Format, shard_rows: int, *, columns: bool) -> Sca
     result = Scan()
     if kind == "parquet":
         parquet = _parquet(file)
-        total = parquet.metadata.num_rows
-        result.starts = [(start, min(shard_rows, total - start)) for start in range(0, total, shard_rows)]
+        total, start = parquet.metadata.num_rows, 0
+        while start < total:
+            result.starts.append((start, min(shard_rows(start), total - start)))
+            start += result.starts[-1][1]
         result.schema = parquet.schema_arrow
         return result
     seen: dict[str, pa.DataType] = {}
     rows = _csv_rows(file) if kind == "csv" else _json_rows(file, parse=columns)
+    end = 0
     for number, (start, (values, _)) in enumerate(rows):
-        if number % shard_rows == 0:
+        if number == end:
             result.starts.append((start, 0))
+            end += shard_rows(number)
         result.starts[-1] = (result.starts[-1][0], result.starts[-1][1] + 1)
         if kind == "jsonl" and columns:
             for name, value in values.items():

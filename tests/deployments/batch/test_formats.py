@@ -19,7 +19,7 @@ def parquet(rows, **options):
 def every_row(content, kind, shard_rows):
     """All rows, shard by shard, and the shards' sizes."""
     file = io.BytesIO(content)
-    starts = scan(file, kind, shard_rows, columns=True).starts
+    starts = scan(file, kind, lambda before: shard_rows, columns=True).starts
     return [list(read_rows(io.BytesIO(content), kind, *start)) for start in starts], [rows for _, rows in starts]
 
 
@@ -35,6 +35,13 @@ def test_shards_hold_every_row_once_and_in_order(kind, shard_rows) -> None:
     assert sizes == [len(shard) for shard in shards]
     assert all(size == shard_rows for size in sizes[:-1])
     assert all(fault is None for shard in shards for _, fault in shard)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_shards_may_grow_with_what_is_before_them(kind) -> None:
+    content = encode(ROWS, kind, pa.schema([("id", pa.string()), ("text", pa.string())]))
+    starts = scan(io.BytesIO(content), kind, lambda before: max(1, 2 * before), columns=False).starts
+    assert [rows for _, rows in starts] == [1, 2, 4]
 
 
 def test_rows_of_parquet_are_found_across_row_groups() -> None:
@@ -59,13 +66,13 @@ def test_csv_rows_of_another_length_are_faults() -> None:
 @pytest.mark.parametrize(("content", "kind"), [(b"a,a\n1,2\n", "csv"), (b"", "csv"), (b"PAR1 no", "parquet")])
 def test_what_is_no_file_of_its_kind_is_refused(content, kind) -> None:
     with pytest.raises(InvalidRequest):
-        scan(io.BytesIO(content), kind, 10, columns=False)
+        scan(io.BytesIO(content), kind, lambda before: 10, columns=False)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_that_has_shrunk_is_not_read_as_if_it_had_not(kind) -> None:
     content = encode(ROWS, kind, pa.schema([("id", pa.string()), ("text", pa.string())]))
-    [(start, rows)] = scan(io.BytesIO(content), kind, 10, columns=False).starts
+    [(start, rows)] = scan(io.BytesIO(content), kind, lambda before: 10, columns=False).starts
     with pytest.raises(InvalidRequest, match="changed"):
         list(read_rows(io.BytesIO(content), kind, start, rows + 1))
 
@@ -76,7 +83,7 @@ def test_columns_of_jsonl_have_the_type_that_fits_all_rows() -> None:
         {"int": 2, "real": 0.5, "text": "x", "mixed": "y", "late": True, "big": 1 << 70},
     ]
     content = encode(rows, "jsonl", None)
-    schema = scan(io.BytesIO(content), "jsonl", 10, columns=True).schema
+    schema = scan(io.BytesIO(content), "jsonl", lambda before: 10, columns=True).schema
     assert schema is not None
     table = pq.read_table(io.BytesIO(encode(rows, "parquet", schema)))
     assert table.to_pylist() == [
