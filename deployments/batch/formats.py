@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from deployments.batch.config import Format
 from lorauter.errors import InvalidRequest
+from lorauter.tasks import is_encodable
 
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
 Parsed = tuple[dict[str, Any], str | None]
@@ -114,6 +115,8 @@ def _json_row(line: bytes) -> Parsed:
         return {}, f"the line is no JSON ({error}): {line[:80].decode(errors='replace').strip()!r}"
     if not isinstance(values, dict):
         return {}, f"the line is no JSON object: {line[:80].decode(errors='replace').strip()!r}"
+    if not is_encodable("".join(values)):  # no output could name such a column
+        return {}, f"a column's name holds half a character: {line[:80].decode(errors='replace').strip()!r}"
     return values, None
 
 
@@ -184,9 +187,27 @@ def _parquet_rows(file: pq.ParquetFile, start: int, count: int) -> Iterator[Pars
         if skip >= batch.num_rows:
             skip -= batch.num_rows
             continue
-        for values in batch.slice(skip).to_pylist():
-            yield values, None
+        yield from _arrow_rows(batch.slice(skip))
         skip = 0
+
+
+def _arrow_rows(batch: pa.RecordBatch) -> Iterator[Parsed]:
+    try:
+        for values in batch.to_pylist():
+            yield values, None
+    except (ValueError, OverflowError):  # text that is no UTF-8, a day that Python has not: only these rows are bad
+        for place in range(batch.num_rows):
+            yield _arrow_row(batch.slice(place, 1))
+
+
+def _arrow_row(row: pa.RecordBatch) -> Parsed:
+    values, fault = {}, None
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            [values[name]] = column.to_pylist()
+        except (ValueError, OverflowError) as error:
+            fault = f"{name} cannot be read: {error}"
+    return values, fault
 
 
 def _joined(known: pa.DataType | None, value: Any) -> pa.DataType:
@@ -242,4 +263,6 @@ def _csv_field(value: Any) -> Any:
 def _arrow_value(value: Any, kind: pa.DataType) -> Any:
     if pa.types.is_large_string(kind) and value is not None and not isinstance(value, str):
         return json.dumps(value, default=_plain)
+    if pa.types.is_float64(kind) and isinstance(value, int):
+        return float(value)  # Arrow takes no integers that lose digits
     return value.encode(errors="replace").decode() if isinstance(value, str) else value

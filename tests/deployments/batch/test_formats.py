@@ -1,5 +1,6 @@
 import io
 import json
+import struct
 from datetime import date
 
 import pyarrow as pa
@@ -51,16 +52,27 @@ def test_rows_of_parquet_are_found_across_row_groups() -> None:
 
 
 def test_lines_that_are_no_rows_are_faults_and_blank_ones_nothing() -> None:
-    content = b'{"a": 1}\n\n  \nnot json\n[1]\n{"a": \xff}\n{"a": 2}'
+    content = b'{"a": 1}\n\n  \nnot json\n[1]\n{"a": \xff}\n{"\\ud800": 1}\n{"a": 2}'
     [shard], _ = every_row(content, "jsonl", 10)
-    assert [values for values, _ in shard] == [{"a": 1}, {}, {}, {}, {"a": 2}]
-    assert [fault is None for _, fault in shard] == [True, False, False, False, True]
+    assert [values for values, _ in shard] == [{"a": 1}, {}, {}, {}, {}, {"a": 2}]
+    assert [fault is None for _, fault in shard] == [True, False, False, False, False, True]
 
 
 def test_csv_rows_of_another_length_are_faults() -> None:
     [shard], _ = every_row(b"\xef\xbb\xbfa,b\r\n1,2\r\n3\r\n4,5,6\r\n\r\n7,8\r\n", "csv", 10)
     assert [fault is None for _, fault in shard] == [True, False, False, True]
     assert shard[0][0] == {"a": "1", "b": "2"}
+
+
+def test_parquet_rows_that_python_cannot_hold_are_faults() -> None:
+    offsets = pa.py_buffer(struct.pack("3i", 0, 2, 4))
+    text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok\xff\xfe")])
+    file = io.BytesIO()
+    pq.write_table(pa.table({"id": [1, 2], "text": text, "day": pa.array([1, 10**7], pa.date32())}), file)
+    [shard], _ = every_row(file.getvalue(), "parquet", 10)
+    assert shard[0] == ({"id": 1, "text": "ok", "day": date(1970, 1, 2)}, None)
+    assert shard[1][0] == {"id": 2}
+    assert "cannot be read" in str(shard[1][1])
 
 
 @pytest.mark.parametrize(("content", "kind"), [(b"a,a\n1,2\n", "csv"), (b"", "csv"), (b"PAR1 no", "parquet")])
@@ -79,7 +91,7 @@ def test_a_file_that_has_shrunk_is_not_read_as_if_it_had_not(kind) -> None:
 
 def test_columns_of_jsonl_have_the_type_that_fits_all_rows() -> None:
     rows = [
-        {"int": 1, "real": 1, "text": None, "mixed": 1, "nested": {"a": 1}, "empty": None},
+        {"int": 1, "real": 2**60 + 1, "text": None, "mixed": 1, "nested": {"a": 1}, "empty": None},
         {"int": 2, "real": 0.5, "text": "x", "mixed": "y", "late": True, "big": 1 << 70},
     ]
     content = encode(rows, "jsonl", None)
@@ -89,7 +101,7 @@ def test_columns_of_jsonl_have_the_type_that_fits_all_rows() -> None:
     assert table.to_pylist() == [
         {
             "int": 1,
-            "real": 1.0,
+            "real": float(2**60),
             "text": None,
             "mixed": "1",
             "nested": '{"a": 1}',
