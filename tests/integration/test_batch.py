@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from ray.cluster_utils import Cluster
 
 from lorauter.adapters import open_store
 
@@ -24,13 +25,13 @@ pytestmark = pytest.mark.integration
 
 BIN = Path(sys.executable).parent
 SETTINGS = {
-    "shard_rows": 12,
+    "shard_rows": 8,
     "sampling": {"max_tokens": 12, "temperature": 0.7, "seed": 5},
     # One thread: two engines share two cores.
-    "engine": {"max_batch": 8, "max_model_len": 512, "max_rank": 32, "threads": 1},
+    "engine": {"max_batch": 4, "max_model_len": 512, "max_rank": 32, "threads": 1},
     "answer_workers": {"cpus": 2},
 }
-ROWS = 72
+ROWS = 40
 
 
 @pytest.fixture(scope="module")
@@ -94,31 +95,64 @@ def start(
             process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@dataclass(frozen=True)
+class TwoNodes:
+    """A Ray cluster: where drivers connect to, and the URL that jobs are submitted to."""
+
+    address: str
+    jobs: str
+
+
+# A process of its own: in this one the session's Ray runs. Agents' ports are the same in every cluster otherwise.
+CLUSTER = """
+import socket, sys
+from ray.cluster_utils import Cluster
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+ports = [s.getsockname()[1] for s in sockets]
+for s in sockets:
+    s.close()
+nodes = [{"num_cpus": 3, "dashboard_agent_listen_port": port} for port in ports[:2]]
+server = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": ports[2]}
+cluster = Cluster(initialize_head=True, head_node_args={**nodes[0], **server})
+cluster.add_node(**nodes[1])
+print("READY", cluster.address, f"http://{cluster.webui_url}", flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
 
 
 @pytest.fixture(scope="module")
-def cluster(place: str) -> Iterator[Cluster]:
+def cluster(place: str) -> Iterator[TwoNodes]:
     """Two nodes, each with room for one engine, and a job server."""
-    ports = [free_port() for _ in range(3)]
-    server = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": ports[0]}
-    # Agents' ports are always the same ones otherwise, and other clusters may have them.
-    nodes = [{"num_cpus": 3, "dashboard_agent_listen_port": port} for port in ports[1:]]
-    cluster = Cluster(initialize_head=True, head_node_args={**nodes[0], **server})
-    cluster.add_node(**nodes[1])
-    yield cluster
-    cluster.shutdown()
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:  # a short path
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "RAY_TMPDIR": temporary},
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            said = next(line for line in process.stdout if line.startswith("READY "))
+            yield TwoNodes(*said.split()[1:])
+        finally:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.stdin.close()
+            _, left = psutil.wait_procs([*family, process], timeout=20)
+            for child in left:
+                child.kill()
+            process.wait()
+            process.stdout.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(start: Any, cluster: Cluster, place: str, rows: list[dict[str, Any]], settings: Path) -> str:
+def undisturbed(start: Any, cluster: TwoNodes, place: str, rows: list[dict[str, Any]], settings: Path) -> str:
     """Where the output is of a job that was submitted to the cluster, with two answering workers; its input is `in`."""
     content = "".join(json.dumps(row) + "\n" for row in rows) + "no row\n"
     open_store(place).write("in/rows.jsonl", content.encode())
-    submit = ("job", "submit", "--address", f"http://{cluster.head_node.webui_url}", "--", BIN / "lorauter", "batch")
+    submit = ("job", "submit", "--address", cluster.jobs, "--", BIN / "lorauter", "batch")
     job = ("--input", f"{place}/in", "--output", f"{place}/whole", "--config", settings, "--workers", "2")
     log = ended(*start("ray", *submit, *job))
     assert f"{ROWS + 1} rows are in {place}/whole: 6 errors" in log
@@ -207,7 +241,7 @@ def test_a_killed_job_ends_as_an_undisturbed_one_does(start: Any, place: str, un
 
 
 def test_route_only_writes_other_formats_and_stops_at_too_many_errors(
-    start: Any, cluster: Cluster, tmp_path: Path, rows: list[dict[str, Any]], settings: Path
+    start: Any, cluster: TwoNodes, tmp_path: Path, rows: list[dict[str, Any]], settings: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ("lorauter", "batch", "--input", tmp_path / "rows.jsonl", "--config", settings, "--route-only")
@@ -226,7 +260,7 @@ def test_route_only_writes_other_formats_and_stops_at_too_many_errors(
     assert "Traceback" not in log_file.read_text()
 
 
-def test_a_data_set_is_answered_into_a_data_set(cluster: Cluster) -> None:
+def test_a_data_set_is_answered_into_a_data_set(cluster: TwoNodes) -> None:
     script = """
 import json, ray, sys
 from deployments.batch.config import BatchConfig
