@@ -187,20 +187,21 @@ def _parquet_rows(file: pq.ParquetFile, start: int, count: int) -> Iterator[Pars
         if skip >= batch.num_rows:
             skip -= batch.num_rows
             continue
-        yield from _arrow_rows(batch.slice(skip))
+        yield from arrow_rows(batch.slice(skip))
         skip = 0
 
 
-def _arrow_rows(batch: pa.RecordBatch) -> Iterator[Parsed]:
+def arrow_rows(batch: pa.RecordBatch | pa.Table) -> Iterator[Parsed]:
+    """A batch's rows; what Python cannot hold (text that is no UTF-8, a day too late) makes only its own row bad."""
     try:
         for values in batch.to_pylist():
             yield values, None
-    except (ValueError, OverflowError):  # text that is no UTF-8, a day that Python has not: only these rows are bad
+    except (ValueError, OverflowError):
         for place in range(batch.num_rows):
             yield _arrow_row(batch.slice(place, 1))
 
 
-def _arrow_row(row: pa.RecordBatch) -> Parsed:
+def _arrow_row(row: pa.RecordBatch | pa.Table) -> Parsed:
     values, fault = {}, None
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deployments.batch.formats import FORMATS, encode, read_rows, scan
+from deployments.batch.formats import FORMATS, arrow_rows, encode, read_rows, scan
 from lorauter.errors import InvalidRequest
 
 
@@ -64,12 +64,14 @@ def test_csv_rows_of_another_length_are_faults() -> None:
     assert shard[0][0] == {"a": "1", "b": "2"}
 
 
-def test_parquet_rows_that_python_cannot_hold_are_faults() -> None:
+def test_rows_of_arrow_that_python_cannot_hold_are_faults() -> None:
     offsets = pa.py_buffer(struct.pack("3i", 0, 2, 4))
     text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok\xff\xfe")])
     file = io.BytesIO()
-    pq.write_table(pa.table({"id": [1, 2], "text": text, "day": pa.array([1, 10**7], pa.date32())}), file)
+    table = pa.table({"id": [1, 2], "text": text, "day": pa.array([1, 10**7], pa.date32())})
+    pq.write_table(table, file)
     [shard], _ = every_row(file.getvalue(), "parquet", 10)
+    assert shard == list(arrow_rows(table))
     assert shard[0] == ({"id": 1, "text": "ok", "day": date(1970, 1, 2)}, None)
     assert shard[1][0] == {"id": 2}
     assert "cannot be read" in str(shard[1][1])
