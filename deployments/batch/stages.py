@@ -82,6 +82,7 @@ class AnswerStage:
 
     def __init__(self, config: BatchConfig, report: Report | None = None) -> None:
         settings = config.engine
+        cache = NodeCache(CacheSpec(config.adapters, config.cache))  # its process starts while the engine loads
         engine = load_engine(
             resolve_model(config.base_model),
             EngineConfig(
@@ -97,7 +98,6 @@ class AnswerStage:
             threads=settings.threads,
             aliases=(*config.base_model_aliases, *base_model_aliases(config.base_model)),
         )
-        cache = NodeCache(CacheSpec(config.adapters, config.cache))
         self._answering = Answering(
             engine,
             HostAdapters(cache, engine.pack, budget_bytes=settings.host_bytes, revalidate_s=config.cache.revalidate_s),
