@@ -80,8 +80,8 @@ class BatchConfig(Settings):
         sampling: for rows without settings of their own.
         route_only: decide, and generate nothing.
         format: the output's; null takes the input's.
-        shard_rows: rows that are read, ordered, answered and written together, and done again if a worker is lost.
-            More of them keep a large engine busier between two shards.
+        shard_rows: rows, at most, that are read, ordered, answered and written together, and done again if a worker is
+            lost. More of them keep a large engine busier between two shards. The first shards are smaller.
         max_errors: the job stops once more rows than this have failed; null never stops it.
         route_workers, answer_workers: the pools of the two stages.
     """

@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from deployments.batch.config import Format
 from lorauter.errors import InvalidRequest
+from lorauter.tasks import is_encodable
 
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
 Parsed = tuple[dict[str, Any], str | None]
@@ -33,7 +34,7 @@ class Scan:
     """What a first reading finds out.
 
     Attributes:
-        starts: of every `shard_rows` rows the place of the first (a byte, or in Parquet a row) and how many they are.
+        starts: of each shard's rows the place of the first (a byte, or in Parquet a row) and how many they are.
         schema: the columns as Parquet has them; for JSONL only if they are asked for.
     """
 
@@ -42,10 +43,11 @@ class Scan:
         self.schema: pa.Schema | None = None
 
 
-def scan(file: BinaryIO, kind: Format, shard_rows: int, *, columns: bool) -> Scan:
+def scan(file: BinaryIO, kind: Format, shard_rows: Callable[[int], int], *, columns: bool) -> Scan:
     """Read a file through once, or of Parquet its footer.
 
     Args:
+        shard_rows: how many rows a shard takes at most, by the number of the file's rows before it.
         columns: whether the columns of JSONL are wanted, for which every row is parsed.
 
     Raises:
@@ -54,15 +56,19 @@ def scan(file: BinaryIO, kind: Format, shard_rows: int, *, columns: bool) -> Sca
     result = Scan()
     if kind == "parquet":
         parquet = _parquet(file)
-        total = parquet.metadata.num_rows
-        result.starts = [(start, min(shard_rows, total - start)) for start in range(0, total, shard_rows)]
+        total, start = parquet.metadata.num_rows, 0
+        while start < total:
+            result.starts.append((start, min(shard_rows(start), total - start)))
+            start += result.starts[-1][1]
         result.schema = parquet.schema_arrow
         return result
     seen: dict[str, pa.DataType] = {}
     rows = _csv_rows(file) if kind == "csv" else _json_rows(file, parse=columns)
+    end = 0
     for number, (start, (values, _)) in enumerate(rows):
-        if number % shard_rows == 0:
+        if number == end:
             result.starts.append((start, 0))
+            end += shard_rows(number)
         result.starts[-1] = (result.starts[-1][0], result.starts[-1][1] + 1)
         if kind == "jsonl" and columns:
             for name, value in values.items():
@@ -109,6 +115,8 @@ def _json_row(line: bytes) -> Parsed:
         return {}, f"the line is no JSON ({error}): {line[:80].decode(errors='replace').strip()!r}"
     if not isinstance(values, dict):
         return {}, f"the line is no JSON object: {line[:80].decode(errors='replace').strip()!r}"
+    if not is_encodable("".join(values)):  # no output could name such a column
+        return {}, f"a column's name holds half a character: {line[:80].decode(errors='replace').strip()!r}"
     return values, None
 
 
@@ -179,9 +187,28 @@ def _parquet_rows(file: pq.ParquetFile, start: int, count: int) -> Iterator[Pars
         if skip >= batch.num_rows:
             skip -= batch.num_rows
             continue
-        for values in batch.slice(skip).to_pylist():
-            yield values, None
+        yield from arrow_rows(batch.slice(skip))
         skip = 0
+
+
+def arrow_rows(batch: pa.RecordBatch | pa.Table) -> Iterator[Parsed]:
+    """A batch's rows; what Python cannot hold (text that is no UTF-8, a day too late) makes only its own row bad."""
+    try:
+        for values in batch.to_pylist():
+            yield values, None
+    except (ValueError, OverflowError):
+        for place in range(batch.num_rows):
+            yield _arrow_row(batch.slice(place, 1))
+
+
+def _arrow_row(row: pa.RecordBatch | pa.Table) -> Parsed:
+    values, fault = {}, None
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            [values[name]] = column.to_pylist()
+        except (ValueError, OverflowError) as error:
+            fault = f"{name} cannot be read: {error}"
+    return values, fault
 
 
 def _joined(known: pa.DataType | None, value: Any) -> pa.DataType:
@@ -237,4 +264,6 @@ def _csv_field(value: Any) -> Any:
 def _arrow_value(value: Any, kind: pa.DataType) -> Any:
     if pa.types.is_large_string(kind) and value is not None and not isinstance(value, str):
         return json.dumps(value, default=_plain)
+    if pa.types.is_float64(kind) and isinstance(value, int):
+        return float(value)  # Arrow takes no integers that lose digits
     return value.encode(errors="replace").decode() if isinstance(value, str) else value

@@ -248,7 +248,9 @@ class _Meter:
 
     def running(self, done: list[int]) -> list[tuple[int, int, int]]:
         """Rows, tokens and errors of the shards that are not done."""
-        return [counts for shard, counts in self._shards.items() if shard not in set(done)]
+        for shard in done:
+            self._shards.pop(shard, None)
+        return list(self._shards.values())
 
 
 class _Reporter:

@@ -18,6 +18,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from deployments.batch.config import BatchConfig
+from deployments.batch.formats import arrow_rows
 from deployments.batch.output import Output
 from deployments.batch.plan import Plan, Shard
 from deployments.batch.rows import SourceRow, Work, result_schema
@@ -157,7 +158,7 @@ class _Read:
 
 def _gather(batch: pa.Table) -> pa.Table:
     """A batch of a data set as a piece of work. A row's number, which its seed comes from, is made of its content."""
-    rows = [SourceRow(_number(values), values) for values in batch.to_pylist()]
+    rows = [SourceRow(_number(values), values, fault) for values, fault in arrow_rows(batch)]
     return pack(Work(0, rows, facts={_SOURCE: batch}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,6 +16,8 @@ from deployments.batch.rows import SourceRow
 from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.errors import ConfigError, InvalidRequest, ObjectNotFound
 
+_FIRST_ROWS = 64  # of the first shard
+_GROWTH = 3  # times the rows before it are a shard's at most
 _ENDINGS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -129,6 +132,14 @@ def find_files(uri: str) -> tuple[ObjectStore, Format, tuple[InputFile, ...]]:
         raise ConfigError(f"input {uri} does not exist", setting="input") from error
 
 
+def _shard_rows(most: int, before: int, rows: int) -> int:
+    """Rows of a shard, at most, that begins after `rows` of its file and all files `before`: few of the first ones.
+
+    Answering then starts at once, and each shard is routed in less time than answering those before it takes.
+    """
+    return min(most, max(_FIRST_ROWS, _GROWTH * (before + rows)))
+
+
 def make_plan(store: ObjectStore, kind: Format, files: tuple[InputFile, ...], shard_rows: int, output: Format) -> Plan:
     """Cut an input into shards; reads it through once. Raises ConfigError, naming a file that is not of its kind."""
     shards: list[Shard] = []
@@ -137,7 +148,7 @@ def make_plan(store: ObjectStore, kind: Format, files: tuple[InputFile, ...], sh
     for file in files:
         try:
             with store.open(file.key) as content:
-                found = scan(content, kind, shard_rows, columns=output != "jsonl")
+                found = scan(content, kind, partial(_shard_rows, shard_rows, first), columns=output != "jsonl")
         except InvalidRequest as error:
             raise ConfigError(f"{store.uri}/{file.key}: {error}", setting="input") from error
         for start, rows in found.starts:

@@ -84,9 +84,9 @@ class AnswerStage:
 
     def __init__(self, config: BatchConfig, report: Report | None = None) -> None:
         settings = config.engine
+        cache = NodeCache(CacheSpec(config.adapters, config.cache))  # its process starts while the engine loads
         fed = {"max_queue": settings.max_batch, "max_slowdown": None}  # the next row comes as one ends
         engine = start_engine(config.base_model, config.base_model_aliases, settings.model_copy(update=fed))
-        cache = NodeCache(CacheSpec(config.adapters, config.cache))
         self._answering = Answering(
             engine,
             HostAdapters(cache, engine.pack, budget_bytes=settings.host_bytes, revalidate_s=config.cache.revalidate_s),

@@ -1,12 +1,13 @@
 import io
 import json
+import struct
 from datetime import date
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deployments.batch.formats import FORMATS, encode, read_rows, scan
+from deployments.batch.formats import FORMATS, arrow_rows, encode, read_rows, scan
 from lorauter.errors import InvalidRequest
 
 
@@ -19,7 +20,7 @@ def parquet(rows, **options):
 def every_row(content, kind, shard_rows):
     """All rows, shard by shard, and the shards' sizes."""
     file = io.BytesIO(content)
-    starts = scan(file, kind, shard_rows, columns=True).starts
+    starts = scan(file, kind, lambda before: shard_rows, columns=True).starts
     return [list(read_rows(io.BytesIO(content), kind, *start)) for start in starts], [rows for _, rows in starts]
 
 
@@ -37,6 +38,13 @@ def test_shards_hold_every_row_once_and_in_order(kind, shard_rows) -> None:
     assert all(fault is None for shard in shards for _, fault in shard)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_shards_may_grow_with_what_is_before_them(kind) -> None:
+    content = encode(ROWS, kind, pa.schema([("id", pa.string()), ("text", pa.string())]))
+    starts = scan(io.BytesIO(content), kind, lambda before: max(1, 2 * before), columns=False).starts
+    assert [rows for _, rows in starts] == [1, 2, 4]
+
+
 def test_rows_of_parquet_are_found_across_row_groups() -> None:
     rows = [{"n": i} for i in range(100)]
     shards, _ = every_row(parquet(rows, row_group_size=7), "parquet", 11)
@@ -44,10 +52,10 @@ def test_rows_of_parquet_are_found_across_row_groups() -> None:
 
 
 def test_lines_that_are_no_rows_are_faults_and_blank_ones_nothing() -> None:
-    content = b'{"a": 1}\n\n  \nnot json\n[1]\n{"a": \xff}\n{"a": 2}'
+    content = b'{"a": 1}\n\n  \nnot json\n[1]\n{"a": \xff}\n{"\\ud800": 1}\n{"a": 2}'
     [shard], _ = every_row(content, "jsonl", 10)
-    assert [values for values, _ in shard] == [{"a": 1}, {}, {}, {}, {"a": 2}]
-    assert [fault is None for _, fault in shard] == [True, False, False, False, True]
+    assert [values for values, _ in shard] == [{"a": 1}, {}, {}, {}, {}, {"a": 2}]
+    assert [fault is None for _, fault in shard] == [True, False, False, False, False, True]
 
 
 def test_csv_rows_of_another_length_are_faults() -> None:
@@ -56,33 +64,46 @@ def test_csv_rows_of_another_length_are_faults() -> None:
     assert shard[0][0] == {"a": "1", "b": "2"}
 
 
+def test_rows_of_arrow_that_python_cannot_hold_are_faults() -> None:
+    offsets = pa.py_buffer(struct.pack("3i", 0, 2, 4))
+    text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok\xff\xfe")])
+    file = io.BytesIO()
+    table = pa.table({"id": [1, 2], "text": text, "day": pa.array([1, 10**7], pa.date32())})
+    pq.write_table(table, file)
+    [shard], _ = every_row(file.getvalue(), "parquet", 10)
+    assert shard == list(arrow_rows(table))
+    assert shard[0] == ({"id": 1, "text": "ok", "day": date(1970, 1, 2)}, None)
+    assert shard[1][0] == {"id": 2}
+    assert "cannot be read" in str(shard[1][1])
+
+
 @pytest.mark.parametrize(("content", "kind"), [(b"a,a\n1,2\n", "csv"), (b"", "csv"), (b"PAR1 no", "parquet")])
 def test_what_is_no_file_of_its_kind_is_refused(content, kind) -> None:
     with pytest.raises(InvalidRequest):
-        scan(io.BytesIO(content), kind, 10, columns=False)
+        scan(io.BytesIO(content), kind, lambda before: 10, columns=False)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_that_has_shrunk_is_not_read_as_if_it_had_not(kind) -> None:
     content = encode(ROWS, kind, pa.schema([("id", pa.string()), ("text", pa.string())]))
-    [(start, rows)] = scan(io.BytesIO(content), kind, 10, columns=False).starts
+    [(start, rows)] = scan(io.BytesIO(content), kind, lambda before: 10, columns=False).starts
     with pytest.raises(InvalidRequest, match="changed"):
         list(read_rows(io.BytesIO(content), kind, start, rows + 1))
 
 
 def test_columns_of_jsonl_have_the_type_that_fits_all_rows() -> None:
     rows = [
-        {"int": 1, "real": 1, "text": None, "mixed": 1, "nested": {"a": 1}, "empty": None},
+        {"int": 1, "real": 2**60 + 1, "text": None, "mixed": 1, "nested": {"a": 1}, "empty": None},
         {"int": 2, "real": 0.5, "text": "x", "mixed": "y", "late": True, "big": 1 << 70},
     ]
     content = encode(rows, "jsonl", None)
-    schema = scan(io.BytesIO(content), "jsonl", 10, columns=True).schema
+    schema = scan(io.BytesIO(content), "jsonl", lambda before: 10, columns=True).schema
     assert schema is not None
     table = pq.read_table(io.BytesIO(encode(rows, "parquet", schema)))
     assert table.to_pylist() == [
         {
             "int": 1,
-            "real": 1.0,
+            "real": float(2**60),
             "text": None,
             "mixed": "1",
             "nested": '{"a": 1}',

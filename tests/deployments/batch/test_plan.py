@@ -35,6 +35,14 @@ def test_a_folders_files_are_one_input_and_hidden_ones_none(place) -> None:
     assert [shard.rows for shard in plan.shards] == [3, 1, 2]
 
 
+def test_shards_grow_over_all_files_up_to_the_most(place) -> None:
+    store = open_store(place)
+    store.write("a.jsonl", lines(*range(100)))
+    store.write("b.jsonl", lines(*range(900)))
+    assert [shard.rows for shard in planned(place, 300).shards] == [64, 36, 300, 300, 300]
+    assert [shard.rows for shard in planned(place, 1000).shards] == [64, 36, 300, 600]
+
+
 def test_one_file_is_an_input(place) -> None:
     open_store(place).write("a.csv", b"x,y\n1,2\n3,4\n")
     plan = planned(f"{place}/a.csv", output="parquet")

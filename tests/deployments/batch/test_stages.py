@@ -6,10 +6,14 @@ import pyarrow as pa
 import pytest
 import torch
 
+from deployments.batch.answering import Answering
 from deployments.batch.config import BatchConfig
+from deployments.batch.formats import FORMATS, encode
 from deployments.batch.output import Output
 from deployments.batch.pipeline import _gather, _scatter
-from deployments.batch.rows import SourceRow, Work, result_schema
+from deployments.batch.plan import find_files, make_plan
+from deployments.batch.routing import route_rows
+from deployments.batch.rows import SourceRow, Work, order_by_adapters, result_schema
 from deployments.batch.stages import RouteStage, finished, pack, unpack, write
 from lorauter.encoder import HashingEncoder
 
@@ -50,3 +54,34 @@ def test_rows_of_a_data_set_keep_their_columns_and_types(route) -> None:
     assert good is None
     assert "empty" in bad
     assert answered["tasks"][0][0]["name"].as_py() == "sums"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_bad_rows_of_any_kind_and_format_are_recorded_and_the_others_answered(
+    kind, router, echoing, adapters, tmp_path
+) -> None:
+    rows = [
+        {"prompt": "add numbers"},
+        {"prompt": ""},
+        {"prompt": None},
+        {"prompt": "add numbers " * 9},
+        {"prompt": "add numbers", "adapters": "missing"},
+        {"prompt": "add numbers", "max_tokens": "many"},
+        {"prompt": "rhyme", "adapters": '{"sums": 1}'},
+    ]
+    content = encode(rows, kind, pa.schema([(name, pa.string()) for name in ("prompt", "adapters", "max_tokens")]))
+    broken = {"jsonl": b"{oh\n", "csv": b"oh\n", "parquet": b""}[kind]
+    (tmp_path / f"in.{kind}").write_bytes(content + broken)
+    plan = make_plan(*find_files(f"{tmp_path}/in.{kind}"), 10, "jsonl")
+    work, config = Work(0, plan.read(plan.shards[0])), BatchConfig(prompts="plain")
+    work.decisions = route_rows(router, work.rows, config)
+    work.order = order_by_adapters(work.decisions)
+    Answering(echoing, adapters, config).answer(work)
+    tally = Output(str(tmp_path / "out"), "jsonl", None, result_schema(route_only=False)).write(work)
+    answered = [json.loads(line) for line in (tmp_path / "out" / "part-00000.jsonl").read_text().splitlines()]
+    said = ["", "empty", "empty" if kind == "csv" else "NoneType", "ContextLength", "AdapterNotFound", "max_tokens", ""]
+    said += {"jsonl": ["no JSON"], "csv": ["1 fields"], "parquet": []}[kind]
+    for row, words in zip(answered, said, strict=True):
+        assert (words in row["error"], row["answer"]) == (True, None) if words else row["error"] is None
+    assert (answered[0]["answer"], answered[0]["prompt_tokens"], answered[6]["answer"]) == ("sums", 11, "sums")
+    assert (tally.rows, tally.errors) == (len(said), len(said) - 2)
