@@ -28,8 +28,10 @@ from lorauter.errors import ConfigError
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Weights laid out once for oneDNN are up to a third faster at few rows. PyTorch's compiler does the same, by the
-# same operators; they are not public, so a build without them goes on with plain weights.
-_PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+# same operators; they are not public, so a build without them goes on with plain weights, and so does a CPU without
+# AVX-512, where they refuse bfloat16.
+_OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+_PACKS = all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _PACKED_FOR_ROWS = 32
 
 
