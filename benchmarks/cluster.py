@@ -48,7 +48,7 @@ HIDDEN, LAYERS, RANK = 256, 8, 16
 KEY_VALUE = HIDDEN // 2
 WIDTHS = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, KEY_VALUE), "v_proj": (HIDDEN, KEY_VALUE),
           "o_proj": (HIDDEN, HIDDEN)}  # fmt: skip
-ADAPTER_BYTES = 2 * LAYERS * RANK * sum(map(sum, WIDTHS.values()))
+ADAPTER_BYTES = 4 * LAYERS * RANK * sum(map(sum, WIDTHS.values()))
 BASE = "lorauter/benchmark-base"
 ROUTERS = ("default", "residency")
 
@@ -225,7 +225,7 @@ def main() -> None:
                 {
                     "base_model": str(work / "model"), "base_model_aliases": [BASE], "adapters": uri,
                     "engine": {"max_batch": 8, "max_model_len": 256, "max_slowdown": None, "threads": 1,
-                               "dtype": "bfloat16", "adapter_bytes": SLOTS * ADAPTER_BYTES,
+                               "dtype": "float32", "adapter_bytes": SLOTS * ADAPTER_BYTES,
                                "host_bytes": HOST_SLOTS * ADAPTER_BYTES},
                     "cache": {"directory": str(work / "cache" / router), "revalidate_s": 600},
                 }

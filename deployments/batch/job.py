@@ -37,7 +37,7 @@ from lorauter.errors import BatchError, ConfigError, LorauterError
 _Done = queue.Queue[dict[str, Any] | BaseException | None]
 """What comes out of the pipeline: what `stages.finished` gives, an error, or None in the end."""
 
-_POLL_S = 0.25
+_POLL_S = 0.5
 _OBJECT_STORE = 1 << 30  # bytes, of a local Ray: shards on their way, beyond which reading waits
 _MANIFEST_S = 10.0  # between two notes of the counts, so that others can see how far a job is
 
@@ -88,7 +88,7 @@ def run_job(
         address: a running Ray cluster; None is RAY_ADDRESS's, a Ray that this process has started, or a local one
             that is started and stopped.
         notify: is told what the job is about to do.
-        progress: is told some times a second how far it is.
+        progress: is told twice a second, and after each shard, how far it is.
 
     Raises:
         ConfigError: a setting is wrong, the input is not there, or the output is another job's.

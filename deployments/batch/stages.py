@@ -30,6 +30,7 @@ from lorauter.engine.feed import Outcome
 from lorauter.routing import Router
 
 _REPORT_S = 0.5
+_BEHIND = 4  # of niceness, all that Ray leaves its workers
 _COLUMN = "work"
 Report = Callable[[int, int, int, int], None]
 """Told how a shard is getting on: its number, rows ended, tokens made, errors so far."""
@@ -61,6 +62,8 @@ class RouteStage:
 
         # Alone, one thread gets most rows out of a core, and the engine wants the others.
         torch.set_num_threads(1)
+        if not config.route_only:
+            os.nice(_BEHIND)  # it wants this one too, and routing is shards ahead
         self._config = config
         catalog = Catalog.load(config.catalog, version=catalog_version)
         self._router = Router(catalog, load_encoder(config.encoder), config.routing)
