@@ -67,7 +67,7 @@ def test_a_routing_replica_killed(cluster: Any, clients: Any, routed: Any, deplo
 
 
 def test_an_ingress_replica_killed_while_streaming(cluster: Any, clients: Any, stories: Any) -> None:
-    """It holds the clients' streams, so they are told that theirs broke; all others are served by its successor."""
+    """It holds the clients' streams: they see theirs break, none ends short; all others are served by its successor."""
 
     async def run() -> Any:
         async with clients.asking(stories, 4) as count:
@@ -79,9 +79,10 @@ def test_an_ingress_replica_killed_while_streaming(cluster: Any, clients: Any, s
         return count
 
     count = asyncio.run(run())
-    count.assert_sound()
-    assert 1 <= len(count.told) <= 4, count.told
-    assert all(said.startswith(("the connection broke", "500 ")) for said in count.told), count.told
+    assert (count.duplicated, count.wrong) == ([], [])
+    failed = [*count.lost, *count.told]
+    assert 1 <= len(failed) <= 4, failed
+    assert all(how.startswith(("RemoteProtocolError", "ReadError", "500 ")) for how in failed), failed
 
 
 def test_node_caches_killed_while_they_fetch(cluster: Any, clients: Any, unseen: Any) -> None:
