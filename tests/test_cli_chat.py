@@ -24,7 +24,7 @@ EVENTS = [
 class Server(ThreadingHTTPServer):
     """Answers every POST with `status`, `headers` and `body`; or, with no status, with the raw `body`."""
 
-    status = 200
+    status: int | None = 200
     headers: dict[str, str]
     body: bytes
     asked: list[Any]
@@ -119,7 +119,7 @@ def test_chat_prints_the_routing_and_the_answer(cli: Cli, server: Server) -> Non
     ],
 )
 def test_what_a_server_may_do_wrong(cli: Cli, server: Server, status: int | None, body: Any, cause: str) -> None:
-    server.status = status  # type: ignore[assignment]
+    server.status = status
     if isinstance(body, bytes):
         server.body = body
     else:

@@ -15,7 +15,7 @@ from deployments.access import Access
 from deployments.api import build_api
 from deployments.calls import Admitted, GenerateCall
 from deployments.config import AccessSettings, ApiSettings
-from deployments.limits import TokenBuckets
+from deployments.limits import LimitsActor
 from lorauter.engine.types import Chunk
 from lorauter.errors import (
     Overloaded,
@@ -30,24 +30,11 @@ KEYS = [
 ]
 
 
-class LocalLimits:
-    """One process's buckets."""
-
-    def __init__(self) -> None:
-        self._buckets = TokenBuckets()
-
-    async def take(self, name: str, amount: float, per_minute: int) -> float:
-        return self._buckets.take(name, amount, per_minute)
-
-    async def settle(self, name: str, amount: float, per_minute: int) -> None:
-        self._buckets.settle(name, amount, per_minute)
-
-
 @pytest.fixture
 def secured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`secured(service, method, path, key, body)`: a request to a service with KEYS."""
     monkeypatch.setenv("KEYS", json.dumps(KEYS))
-    access = Access(AccessSettings(keys_env="KEYS"), LocalLimits())
+    access = Access(AccessSettings(keys_env="KEYS"), LimitsActor())
 
     def ask(service: FakeService, method: str, path: str, key: str | None, body: Any = None) -> Any:
         async def talk() -> httpx.Response:
@@ -176,7 +163,7 @@ def test_who_leaves_before_the_first_token_pays_what_was_reserved(monkeypatch: p
             yield Admitted(1)
 
     monkeypatch.setenv("KEYS", json.dumps(KEYS))
-    access = Access(AccessSettings(keys_env="KEYS"), LocalLimits())
+    access = Access(AccessSettings(keys_env="KEYS"), LimitsActor())
 
     async def ask(service: FakeService, timeout_s: float) -> int:
         headers = {"Authorization": "Bearer lr-poets"}
