@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+import torch
 
+from lorauter.defaults import load_encoder
 from lorauter.encoder import HashingEncoder, SentenceEncoder, normalised
 from lorauter.errors import ConfigError
 
@@ -33,3 +35,15 @@ def test_an_encoder_that_is_not_there_is_a_config_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded") as caught:
         SentenceEncoder(str(tmp_path))
     assert caught.value.setting == "encoder"
+
+
+def test_half_precision_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["Two dogs play in the snow.", "Is the sky blue?", "a " * 300, ""]
+    vectors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("lorauter.precision.native_dtype", lambda device, dtype=dtype: dtype)
+        vectors[dtype] = load_encoder("default", device="cpu").encode(texts)
+    whole, half = vectors.values()
+    assert (half.shape, half.dtype) == (whole.shape, np.float32)
+    np.testing.assert_allclose((whole * half).sum(axis=1), 1, atol=2e-4)
+    assert not np.array_equal(whole, half)

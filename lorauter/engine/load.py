@@ -16,6 +16,7 @@ from lorauter.engine.model import Decoder
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import GenerationRequest, SamplingParams
 from lorauter.errors import ConfigError
+from lorauter.precision import native_dtype
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -80,7 +81,7 @@ def load_decoder(
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if place.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    kind = _best_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
@@ -92,14 +93,6 @@ def load_decoder(
     del source
     gc.collect()
     return decoder, codec
-
-
-def _best_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    features = torch.cpu.get_capabilities()
-    native = features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16")
-    return torch.bfloat16 if native else torch.float32
 
 
 def _eos_ids(config: Any) -> list[int]:
