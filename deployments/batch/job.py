@@ -27,15 +27,15 @@ from deployments.batch.output import (
     read_manifest,
     write_manifest,
 )
-from deployments.batch.pipeline import TASK_CPUS, catalog_version, resolved, shards_pipeline
+from deployments.batch.pipeline import catalog_version, resolved, shards_pipeline
 from deployments.batch.plan import Plan, find_files, make_plan
 from deployments.batch.rows import result_schema
-from deployments.batch.stages import finished
+from deployments.batch.stages import Done, unpacked
 from deployments.batch.tally import Tally
 from lorauter.errors import BatchError, ConfigError, LorauterError
 
-_Done = queue.Queue[dict[str, Any] | BaseException | None]
-"""What comes out of the pipeline: what `stages.finished` gives, an error, or None in the end."""
+_Outcomes = queue.Queue[Done | BaseException | None]
+"""What comes out of the pipeline: shards, an error, or None in the end."""
 
 _POLL_S = 0.5
 _OBJECT_STORE = 1 << 30  # bytes, of a local Ray: shards on their way, beyond which reading waits
@@ -173,48 +173,47 @@ class _Job:
         pending = [shard for shard in self._plan.shards if shard.number not in self._tallies]
         meter: Any = ray.remote(_Meter).options(num_cpus=0, max_restarts=-1).remote()
         dataset = shards_pipeline(self._plan, pending, self._config, version, self._output, _Reporter(meter))
-        done: _Done = queue.Queue()
+        outcomes: _Outcomes = queue.Queue()
         # Ray Data's iterator waits for whole shards, but the rows' progress, and --max-errors, shall not.
         stopped = threading.Event()
-        threading.Thread(target=_consume, args=(dataset, done, stopped), name="consume", daemon=True).start()
+        threading.Thread(target=_consume, args=(dataset, outcomes, stopped), name="consume", daemon=True).start()
         try:
-            self._follow(done, meter)
+            self._follow(outcomes, meter)
         finally:
             stopped.set()
         if missing := len(self._plan.shards) - len(self._tallies):
             raise BatchError(f"{missing} shards were not done; start the job again")
 
-    def _follow(self, done: _Done, meter: Any) -> None:
+    def _follow(self, outcomes: _Outcomes, meter: Any) -> None:
         """Take what comes out of the pipeline until it ends, and show how far it is."""
         started = noted = written = time.time()
         while True:
-            try:
-                item = done.get(timeout=_POLL_S)
-            except queue.Empty:
-                item = {}
-            if item is None:
-                break
-            if isinstance(item, BaseException):
-                raise BatchError(f"the workers cannot go on: {_cause(item)}") from item
-            if item and item["shard"] not in self._tallies:
-                self._take(item)
-                written = item["time"]
+            done = None
+            with suppress(queue.Empty):
+                done = outcomes.get(timeout=_POLL_S)
+                if done is None:
+                    break
+            if isinstance(done, BaseException):
+                raise BatchError(f"the workers cannot go on: {_cause(done)}") from done
+            if done is not None and done.shard not in self._tallies:
+                self._take(done)
+                written = done.time
             self._update(ray.get(meter.running.remote(list(self._tallies))), started, time.time())
             if self._config.max_errors is not None and self.status.errors > self._config.max_errors:
                 raise BatchError(
                     f"{self.status.errors} rows failed, and max_errors is {self._config.max_errors}; the shards in "
                     f"{self._output.uri} say why; start the job again with a larger one to go on"
                 )
-            if item and time.time() - noted > _MANIFEST_S:
+            if done is not None and time.time() - noted > _MANIFEST_S:
                 noted = time.time()
                 self.note("running")
         self._update([], started, written)
 
-    def _take(self, item: dict[str, Any]) -> None:
-        self._tallies[item["shard"]] = item["tally"]
-        self.status.tally = Tally.sum([self.status.tally, item["tally"]])
-        if item["facts"]:
-            self.status.workers[f"{item['facts']['node']} {item['facts']['worker']}"] = item["facts"]
+    def _take(self, done: Done) -> None:
+        self._tallies[done.shard] = done.tally
+        self.status.tally = Tally.sum([self.status.tally, done.tally])
+        if done.facts:
+            self.status.workers[f"{done.facts['node']} {done.facts['worker']}"] = done.facts
 
     def _update(self, running: list[tuple[int, int, int]], started: float, now: float) -> None:
         status, tally = self.status, self.status.tally
@@ -226,15 +225,15 @@ class _Job:
         self._progress(status)
 
 
-def _consume(dataset: ray.data.Dataset, done: _Done, stopped: threading.Event) -> None:
+def _consume(dataset: ray.data.Dataset, outcomes: _Outcomes, stopped: threading.Event) -> None:
     try:
         for row in dataset.iter_rows():
             if stopped.is_set():
                 return
-            done.put(finished(row))
-        done.put(None)
+            outcomes.put(unpacked(row))
+        outcomes.put(None)
     except BaseException as error:  # noqa: BLE001 (a thread's last word)
-        done.put(error)
+        outcomes.put(error)
 
 
 class _Meter:
@@ -267,7 +266,7 @@ class _Reporter:
 def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]) -> Iterator[None]:
     """Ray, and nothing left of the job in it afterwards. Raises ConfigError: the pools do not fit the cluster."""
     pools = [config.route_workers, *([] if config.route_only else [config.answer_workers])]
-    cpus = sum(pool.workers * pool.cpus for pool in pools) + 2 * TASK_CPUS
+    cpus = sum(pool.workers * pool.cpus for pool in pools)
     gpus = sum(pool.workers * pool.gpus for pool in pools)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     mine = not ray.is_initialized()

@@ -1,4 +1,4 @@
-"""The Ray Data pipeline: read, route and order, answer, write. Streams: what is on its way is bounded, however long.
+"""The Ray Data pipeline: read, route and order; answer and write. Streams: what is on its way is bounded, however long.
 
 `answer_dataset` is for a data set in hand; `shards_pipeline` is what a job runs. Both have the same stages.
 """
@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
+from ray.data import ActorPoolStrategy, Dataset
 
 from deployments.batch.config import BatchConfig
 from deployments.batch.formats import arrow_rows
 from deployments.batch.output import Output
 from deployments.batch.plan import Plan, Shard
 from deployments.batch.rows import SourceRow, Work, result_schema
-from deployments.batch.stages import AnswerStage, Report, RouteStage, pack, unpack, write
+from deployments.batch.stages import AnswerStage, Files, Report, RouteStage, pack, unpack
 from lorauter.catalog import current_version
 from lorauter.defaults import resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
 
-TASK_CPUS = 0.25
-"""CPUs that reading or writing a shard takes: there is always room for it beside the pools."""
-
-_TASKS = 2  # shards that are read, or written, at the same time
+_TASK_CPUS = 0.25  # of taking a data set apart, or putting it together: there is always room beside the pools
 _ONE: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 _SOURCE = "source"  # key of a data set's own columns in a piece of work
 
@@ -51,12 +47,12 @@ def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Datas
     """
     config = resolved(config or BatchConfig())
     version = catalog_version(config)
-    work = dataset.map_batches(_gather, batch_size=config.shard_rows, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    answered = _stages(work, config, version, None)
+    work = dataset.map_batches(_gather, batch_size=config.shard_rows, batch_format="pyarrow", num_cpus=_TASK_CPUS)
+    answered = _stages(work, config, version)
     return answered.map_batches(
         _scatter,  # type: ignore[arg-type]
         fn_kwargs={"added": result_schema(route_only=config.route_only)},
-        num_cpus=TASK_CPUS,
+        num_cpus=_TASK_CPUS,
         **_ONE,
     )
 
@@ -64,21 +60,9 @@ def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Datas
 def shards_pipeline(
     plan: Plan, shards: Sequence[Shard], config: BatchConfig, version: str, output: Output, report: Report | None
 ) -> Dataset:
-    """The pipeline that does shards and writes each; its rows are what `stages.finished` takes."""
-    tasks = min(_TASKS, len(shards))
-    work = ray.data.read_datasource(
-        _Shards(plan, shards),
-        override_num_blocks=len(shards),
-        num_cpus=TASK_CPUS,
-        concurrency=tasks,
-    )
-    return _stages(work, config, version, report).map_batches(
-        write,  # type: ignore[arg-type]
-        fn_kwargs={"output": output},
-        num_cpus=TASK_CPUS,
-        compute=TaskPoolStrategy(tasks),
-        **_ONE,
-    )
+    """The pipeline that does shards; its rows hold a `stages.Done` for each."""
+    files = Files(replace(plan, files=(), shards=()), output)  # what reading needs, and not all shards in each worker
+    return _stages(ray.data.from_arrow([pack(shard) for shard in shards]), config, version, files, report)
 
 
 def resolved(config: BatchConfig) -> BatchConfig:
@@ -97,11 +81,13 @@ def catalog_version(config: BatchConfig) -> str:
     return version
 
 
-def _stages(work: Dataset, config: BatchConfig, version: str, report: Report | None) -> Dataset:
+def _stages(
+    work: Dataset, config: BatchConfig, version: str, files: Files | None = None, report: Report | None = None
+) -> Dataset:
     routing = config.route_workers
     routed = work.map_batches(
         RouteStage,
-        fn_constructor_args=(config, version),
+        fn_constructor_args=(config, version, files),
         compute=ActorPoolStrategy(size=routing.workers, max_tasks_in_flight_per_actor=2),
         num_cpus=routing.cpus,
         num_gpus=routing.gpus or None,
@@ -112,7 +98,7 @@ def _stages(work: Dataset, config: BatchConfig, version: str, report: Report | N
     answering = config.answer_workers
     return routed.map_batches(
         AnswerStage,
-        fn_constructor_args=(config, report),
+        fn_constructor_args=(config, files, report),
         # Two shards a worker: while one is answered, the other is made ready.
         compute=ActorPoolStrategy(
             size=answering.workers,
@@ -124,36 +110,6 @@ def _stages(work: Dataset, config: BatchConfig, version: str, report: Report | N
         num_gpus=answering.gpus or None,
         **_ONE,
     )
-
-
-class _Shards(Datasource):
-    """A plan's shards: one task, one block and one row for each."""
-
-    def __init__(self, plan: Plan, shards: Sequence[Shard]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._plan, self._shards = plan, shards
-
-    def get_name(self) -> str:
-        return "Shards"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None  # unknown, or Ray Data would split what cannot be split
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
-        root, kind = self._plan.root, self._plan.kind
-        reader = Plan(root, kind, (), (), None)  # what reading needs, and not all shards in each task
-        return [ReadTask(_Read(reader, shard), metadata) for shard in self._shards]
-
-
-class _Read:
-    def __init__(self, plan: Plan, shard: Shard) -> None:
-        self._plan, self._shard = plan, shard
-
-    def __call__(self) -> Iterable[pa.Table]:
-        yield pack(Work(self._shard.number, self._plan.read(self._shard)))
 
 
 def _gather(batch: pa.Table) -> pa.Table:

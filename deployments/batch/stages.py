@@ -1,7 +1,9 @@
 """The pools' workers, as Ray Data calls them: each takes pieces of work whole, and hands them on.
 
 A piece travels as one row with one binary column, so that Ray Data neither splits it nor looks into it: rows of a
-data set need not have the same columns or types. Knows how to route, answer and write only by those who do.
+data set need not have the same columns or types. Of a job's files the first stage reads its shard, and the last one
+writes it: a process of Ray's own for either would cost more than reading and writing do. Knows how to read, route,
+answer and write only by those who do.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +22,10 @@ from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.batch.answering import Answering
 from deployments.batch.config import BatchConfig
 from deployments.batch.output import Output
+from deployments.batch.plan import Plan, Shard
 from deployments.batch.routing import route_rows
 from deployments.batch.rows import Work, decision_columns, order_by_adapters
+from deployments.batch.tally import Tally
 from deployments.engines import start_engine
 from deployments.host_adapters import HostAdapters
 from lorauter.catalog import Catalog
@@ -30,23 +35,51 @@ from lorauter.engine.feed import Outcome
 from lorauter.routing import Router
 
 _REPORT_S = 0.5
-_BEHIND = 4  # of niceness, all that Ray leaves its workers
 _COLUMN = "work"
 Report = Callable[[int, int, int, int], None]
 """Told how a shard is getting on: its number, rows ended, tokens made, errors so far."""
 
 
-def pack(work: Work) -> pa.Table:
+@dataclass(frozen=True)
+class Done:
+    """A shard that is written: its number, counts, what its workers say of themselves, and when."""
+
+    shard: int
+    tally: Tally
+    facts: dict[str, Any]
+    time: float
+
+
+@dataclass(frozen=True)
+class Files:
+    """A job's files: the input's plan, whose shards the first stage is given one by one, and the output."""
+
+    plan: Plan
+    output: Output
+
+    def read(self, shard: Shard) -> Work:
+        """A shard's rows. Raises as `Plan.read`."""
+        return Work(shard.number, self.plan.read(shard))
+
+    def write(self, work: Work) -> Done:
+        """Write a shard. Raises StoreError."""
+        return Done(work.shard, self.output.write(work), work.facts, time.time())
+
+
+def pack(piece: Shard | Work | Done) -> pa.Table:
     """A piece of work as Ray Data carries it."""
-    return pa.table({_COLUMN: pa.array([pickle.dumps(work)], pa.large_binary())})
+    return pa.table({_COLUMN: pa.array([pickle.dumps(piece)], pa.large_binary())})
 
 
-def unpack(table: pa.Table) -> Work:
+def unpack(table: pa.Table) -> Any:
     """The piece of work in a batch of one row."""
     [packed] = table[_COLUMN].to_pylist()
-    work = pickle.loads(packed)  # noqa: S301 (from `pack`, in another of the job's own processes)
-    assert isinstance(work, Work)
-    return work
+    return unpacked({_COLUMN: packed})
+
+
+def unpacked(row: Mapping[str, Any]) -> Any:
+    """The piece of work in a row."""
+    return pickle.loads(row[_COLUMN])  # noqa: S301 (from `pack`, in another of the job's own processes)
 
 
 class RouteStage:
@@ -55,25 +88,28 @@ class RouteStage:
     Args:
         config: the job's.
         catalog_version: the version that the whole job uses.
+        files: those of a job, where it is given shards; without any, pieces of work.
     """
 
-    def __init__(self, config: BatchConfig, catalog_version: str) -> None:
+    def __init__(self, config: BatchConfig, catalog_version: str, files: Files | None = None) -> None:
         import torch
 
         # Alone, one thread gets most rows out of a core, and the engine wants the others.
         torch.set_num_threads(1)
-        if not config.route_only:
-            os.nice(_BEHIND)  # it wants this one too, and routing is shards ahead
-        self._config = config
+        self._config, self._files = config, files
         catalog = Catalog.load(config.catalog, version=catalog_version)
         self._router = Router(catalog, load_encoder(config.encoder), config.routing)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         work = unpack(batch)
+        if self._files is not None:
+            work = self._files.read(work)
         work.decisions = route_rows(self._router, work.rows, self._config)
         work.order = order_by_adapters(work.decisions)
         if self._config.route_only:
             work.results = [decision_columns(decision) for decision in work.decisions]
+            if self._files is not None:
+                return pack(self._files.write(work))
         return pack(work)
 
 
@@ -82,10 +118,11 @@ class AnswerStage:
 
     Args:
         config: the job's.
+        files: where it writes what it has answered; without any, that is handed on.
         report: is told now and then how a shard is getting on.
     """
 
-    def __init__(self, config: BatchConfig, report: Report | None = None) -> None:
+    def __init__(self, config: BatchConfig, files: Files | None = None, report: Report | None = None) -> None:
         settings = config.engine
         cache = NodeCache(CacheSpec(config.adapters, config.cache))  # its process starts while the engine loads
         fed = {"max_queue": settings.max_batch, "max_slowdown": None}  # the next row comes as one ends
@@ -96,7 +133,7 @@ class AnswerStage:
             config,
         )
         self._slots = engine.slots
-        self._report = report
+        self._files, self._report = files, report
         self._ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -110,21 +147,7 @@ class AnswerStage:
             "loads": self._answering.loads,
             "slot_loads": self._slots.counters.misses,
         }
-        return pack(work)
-
-
-def write(batch: pa.Table, output: Output) -> pa.Table:
-    """Write a shard, and hand on its counts alone; for `finished`."""
-    work = unpack(batch)
-    done = {"shard": work.shard, "tally": output.write(work), "facts": work.facts, "time": time.time()}
-    return pa.table({_COLUMN: pa.array([pickle.dumps(done)], pa.large_binary())})
-
-
-def finished(row: dict[str, Any]) -> dict[str, Any]:
-    """What `write` handed on, from a row of its data set."""
-    done = pickle.loads(row[_COLUMN])  # noqa: S301 (from `write`)
-    assert isinstance(done, dict)
-    return done
+        return pack(work if self._files is None else self._files.write(work))
 
 
 class _Meter:

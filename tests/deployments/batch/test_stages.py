@@ -13,41 +13,43 @@ from deployments.batch.output import Output
 from deployments.batch.pipeline import _gather, _scatter
 from deployments.batch.plan import find_files, make_plan
 from deployments.batch.routing import route_rows
-from deployments.batch.rows import SourceRow, Work, order_by_adapters, result_schema
-from deployments.batch.stages import RouteStage, finished, pack, unpack, write
+from deployments.batch.rows import Work, order_by_adapters, result_schema
+from deployments.batch.stages import Files, RouteStage, pack, unpack, unpacked
 from lorauter.encoder import HashingEncoder
 
 
 @pytest.fixture
-def route(router, tmp_path, monkeypatch):
-    """The routing stage of a route-only job."""
+def stage(router, tmp_path, monkeypatch):
+    """`stage(files)`: the routing stage of a route-only job."""
     version = router.catalog.save(tmp_path / "catalog")
     monkeypatch.setattr("deployments.batch.stages.load_encoder", lambda name: HashingEncoder())
     config = BatchConfig.parse({"catalog": str(tmp_path / "catalog"), "route_only": True})
     threads = torch.get_num_threads()
-    yield RouteStage(config, version)
+    yield lambda files=None: RouteStage(config, version, files)
     torch.set_num_threads(threads)
 
 
-def test_a_shard_goes_through_routing_and_writing_whole(route, tmp_path) -> None:
-    rows = [SourceRow(7, {"prompt": "rhyme lines", "x": 1}), SourceRow(8, {}), SourceRow(9, {"prompt": "add numbers"})]
-    routed = route(pack(Work(3, rows)))
-    assert routed.num_rows == 1
-    assert unpack(routed).order[0] == 1  # no adapters
-    output = Output(str(tmp_path / "out"), "jsonl", None, result_schema(route_only=True))
-    [row] = write(routed, output).to_pylist()
-    done = finished(row)
-    assert (done["shard"], done["tally"].rows, done["tally"].errors) == (3, 3, 1)
-    lines = [json.loads(line) for line in (tmp_path / "out" / "part-00003.jsonl").read_text().splitlines()]
-    assert [line["tasks"] and line["tasks"][0]["name"] for line in lines] == ["poems", None, "sums"]
-    assert lines[0]["x"] == 1
+def test_a_shard_is_read_routed_and_written(stage, tmp_path) -> None:
+    rows = [{"prompt": "add numbers"}, {"prompt": "rhyme lines", "x": 1}, {}, {"prompt": "add numbers"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = make_plan(*find_files(f"{tmp_path}/in.jsonl"), 3, "jsonl")
+    route = stage(Files(plan, Output(str(tmp_path / "out"), "jsonl", None, result_schema(route_only=True))))
+    for shard, (count, errors) in zip(plan.shards, ((3, 1), (1, 0)), strict=True):
+        [row] = route(pack(shard)).to_pylist()
+        done = unpacked(row)
+        assert (done.shard, done.tally.rows, done.tally.errors) == (shard.number, count, errors)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "part-00000.jsonl").read_text().splitlines()]
+    assert [line["tasks"] and line["tasks"][0]["name"] for line in lines] == ["sums", "poems", None]
+    assert lines[1]["x"] == 1
 
 
-def test_rows_of_a_data_set_keep_their_columns_and_types(route) -> None:
+def test_rows_of_a_data_set_keep_their_columns_and_types(stage) -> None:
     table = pa.table({"prompt": ["add numbers", ""], "n": pa.array([1, 2], pa.int8()), "error": ["old", "old"]})
     gathered = _gather(table)
     assert len({row.number for row in unpack(gathered).rows}) == 2
-    answered = _scatter(route(gathered), result_schema(route_only=True))
+    routed = stage()(gathered)
+    assert unpack(routed).order[0] == 1  # no adapters
+    answered = _scatter(routed, result_schema(route_only=True))
     assert answered.schema.field("n").type == pa.int8()
     assert answered["n"].to_pylist() == [1, 2]
     good, bad = answered["error"].to_pylist()
