@@ -1,4 +1,4 @@
-"""What `lorauter batch` makes of its arguments; the job itself is tests/integration/test_batch.py's."""
+"""What `lorauter batch` makes of its arguments; the job itself is tests/integration/commands/test_batch.py's."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ class FaultCluster:
     url: str
     s3: FaultyS3
     adapters: str
+    disk: Path  # the caches' folder, one below it for each node
     _process: subprocess.Popen[str]
 
     def processes(self, title: str) -> list[psutil.Process]:
@@ -80,7 +81,7 @@ class FaultCluster:
             time.sleep(0.5)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _cluster(
     s3_server: Any, published: str, root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[FaultCluster]:
@@ -126,7 +127,7 @@ def _cluster(
                     break
             else:
                 pytest.fail((work / "log").read_text())
-            yield FaultCluster(f"http://127.0.0.1:{port}", s3, f"{published}/adapters", process)
+            yield FaultCluster(f"http://127.0.0.1:{port}", s3, f"{published}/adapters", work / "disk", process)
         finally:
             children = psutil.Process(process.pid).children(recursive=True)
             process.stdin.close()
@@ -283,7 +284,7 @@ def clients(cluster: FaultCluster) -> Clients:
     return Clients(cluster.url)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def known(_cluster: FaultCluster) -> Callable[..., Question]:
     """`known(model, text, **options)`: a question with the answer that the healthy cluster gives."""
     cache: dict[str, Question] = {}
@@ -301,7 +302,7 @@ def known(_cluster: FaultCluster) -> Callable[..., Question]:
     return learn
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stories(known: Callable[..., Question]) -> list[Question]:
     """Questions with long answers: greedy, sampled by a seed, and under a mixture."""
     options = {"max_tokens": 32}
@@ -314,7 +315,7 @@ def stories(known: Callable[..., Question]) -> list[Question]:
     ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def routed(known: Callable[..., Question], examples: Any) -> list[Question]:
     """Questions that are routed."""
     return [known("lorauter", examples(task)[0].input, max_tokens=12) for task in ("dbpedia", "sst2", "agnews")]
