@@ -27,7 +27,7 @@ SCALING = {
     "max_replicas": 2,
     "target_ongoing_requests": 3,
     "upscale_delay_s": 0.5,
-    "downscale_delay_s": 12,
+    "downscale_delay_s": 20,
     "downscale_to_zero_delay_s": 3,
     "metrics_interval_s": 0.2,
     "look_back_period_s": 1,
