@@ -17,7 +17,7 @@ def native_dtype(device: torch.device) -> torch.dtype:
 def compute_linear_layers_in(dtype: torch.dtype, model: torch.nn.Module) -> None:
     """Have a float32 model's linear layers compute in another precision; what goes between layers stays float32."""
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
+        if isinstance(layer, torch.nn.Linear) and layer.weight.dtype != dtype:
             layer.to(dtype)
             layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
             layer.register_forward_hook(lambda _, inputs, output: output.float())

@@ -191,7 +191,7 @@ class _Job:
             done = None
             with suppress(queue.Empty):
                 done = outcomes.get(timeout=_POLL_S)
-                if done is None:
+                if done is None:  # the end; else nothing has come yet
                     break
             if isinstance(done, BaseException):
                 raise BatchError(f"the workers cannot go on: {_cause(done)}") from done

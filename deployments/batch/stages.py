@@ -73,8 +73,8 @@ def pack(piece: Shard | Work | Done) -> pa.Table:
 
 def unpack(table: pa.Table) -> Any:
     """The piece of work in a batch of one row."""
-    [packed] = table[_COLUMN].to_pylist()
-    return unpacked({_COLUMN: packed})
+    [row] = table.to_pylist()
+    return unpacked(row)
 
 
 def unpacked(row: Mapping[str, Any]) -> Any:
@@ -106,11 +106,10 @@ class RouteStage:
             work = self._files.read(work)
         work.decisions = route_rows(self._router, work.rows, self._config)
         work.order = order_by_adapters(work.decisions)
-        if self._config.route_only:
-            work.results = [decision_columns(decision) for decision in work.decisions]
-            if self._files is not None:
-                return pack(self._files.write(work))
-        return pack(work)
+        if not self._config.route_only:
+            return pack(work)
+        work.results = [decision_columns(decision) for decision in work.decisions]
+        return _ended(work, self._files)
 
 
 class AnswerStage:
@@ -147,7 +146,12 @@ class AnswerStage:
             "loads": self._answering.loads,
             "slot_loads": self._slots.counters.misses,
         }
-        return pack(work if self._files is None else self._files.write(work))
+        return _ended(work, self._files)
+
+
+def _ended(work: Work, files: Files | None) -> pa.Table:
+    """What the last stage hands on: the work, or that it is written."""
+    return pack(work if files is None else files.write(work))
 
 
 class _Meter:
