@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -28,3 +29,14 @@ def test_the_public_names_are_where_the_package_says() -> None:
     assert {name: getattr(lorauter, name).__name__ for name in lorauter.__all__} == {n: n for n in lorauter.__all__}
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         lorauter.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_look_for_work_before_they_sleep_unless_the_environment_says_otherwise(given) -> None:
+    names = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"]
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    code = f"import os, lorauter; print(*(os.environ.get(name, '-') for name in {names}))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    settled = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+    expected = given if "OMP_WAIT_POLICY" in given else settled | given
+    assert said.stdout.split() == [expected.get(name, "-") for name in names]
