@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from deployments.batch.output import (
 )
 from deployments.batch.pipeline import catalog_version, resolved, shards_pipeline
 from deployments.batch.plan import Plan, find_files, make_plan
+from deployments.batch.reports import Reports
 from deployments.batch.rows import result_schema
 from deployments.batch.stages import Done, unpacked
 from deployments.batch.tally import Tally
@@ -171,20 +173,22 @@ class _Job:
     def run(self, version: str) -> None:
         """Do what is not done. Raises BatchError."""
         pending = [shard for shard in self._plan.shards if shard.number not in self._tallies]
-        meter: Any = ray.remote(_Meter).options(num_cpus=0, max_restarts=-1).remote()
-        dataset = shards_pipeline(self._plan, pending, self._config, version, self._output, _Reporter(meter))
+        reports = Reports(uuid.uuid4().hex)
+        dataset = shards_pipeline(self._plan, pending, self._config, version, self._output, reports)
         outcomes: _Outcomes = queue.Queue()
         # Ray Data's iterator waits for whole shards, but the rows' progress, and --max-errors, shall not.
         stopped = threading.Event()
         threading.Thread(target=_consume, args=(dataset, outcomes, stopped), name="consume", daemon=True).start()
         try:
-            self._follow(outcomes, meter)
+            self._follow(outcomes, reports)
         finally:
             stopped.set()
+            with suppress(RayError):  # the cluster may be what has failed
+                reports.clear()
         if missing := len(self._plan.shards) - len(self._tallies):
             raise BatchError(f"{missing} shards were not done; start the job again")
 
-    def _follow(self, outcomes: _Outcomes, meter: Any) -> None:
+    def _follow(self, outcomes: _Outcomes, reports: Reports) -> None:
         """Take what comes out of the pipeline until it ends, and show how far it is."""
         started = noted = written = time.time()
         while True:
@@ -198,7 +202,7 @@ class _Job:
             if done is not None and done.shard not in self._tallies:
                 self._take(done)
                 written = done.time
-            self._update(ray.get(meter.running.remote(list(self._tallies))), started, time.time())
+            self._update(reports.running(self._tallies), started, time.time())
             if self._config.max_errors is not None and self.status.errors > self._config.max_errors:
                 raise BatchError(
                     f"{self.status.errors} rows failed, and max_errors is {self._config.max_errors}; the shards in "
@@ -234,32 +238,6 @@ def _consume(dataset: ray.data.Dataset, outcomes: _Outcomes, stopped: threading.
         outcomes.put(None)
     except BaseException as error:  # noqa: BLE001 (a thread's last word)
         outcomes.put(error)
-
-
-class _Meter:
-    """Where workers say how far their shards are, for people to look at."""
-
-    def __init__(self) -> None:
-        self._shards: dict[int, tuple[int, int, int]] = {}
-
-    def report(self, shard: int, rows: int, tokens: int, errors: int) -> None:
-        self._shards[shard] = rows, tokens, errors
-
-    def running(self, done: list[int]) -> list[tuple[int, int, int]]:
-        """Rows, tokens and errors of the shards that are not done."""
-        for shard in done:
-            self._shards.pop(shard, None)
-        return list(self._shards.values())
-
-
-class _Reporter:
-    """A `Report` to the meter, from wherever the worker runs."""
-
-    def __init__(self, meter: Any) -> None:
-        self._meter = meter
-
-    def __call__(self, *counts: int) -> None:
-        self._meter.report.remote(*counts)
 
 
 @contextmanager

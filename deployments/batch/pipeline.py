@@ -20,8 +20,9 @@ from deployments.batch.config import BatchConfig
 from deployments.batch.formats import arrow_rows
 from deployments.batch.output import Output
 from deployments.batch.plan import Plan, Shard
+from deployments.batch.reports import Reports
 from deployments.batch.rows import SourceRow, Work, result_schema
-from deployments.batch.stages import AnswerStage, Files, Report, RouteStage, pack, unpack
+from deployments.batch.stages import AnswerStage, Files, RouteStage, pack, unpack
 from lorauter.catalog import current_version
 from lorauter.defaults import resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
@@ -58,11 +59,11 @@ def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Datas
 
 
 def shards_pipeline(
-    plan: Plan, shards: Sequence[Shard], config: BatchConfig, version: str, output: Output, report: Report | None
+    plan: Plan, shards: Sequence[Shard], config: BatchConfig, version: str, output: Output, reports: Reports
 ) -> Dataset:
     """The pipeline that does shards; its rows hold a `stages.Done` for each."""
     files = Files(replace(plan, files=(), shards=()), output)  # what reading needs, and not all shards in each worker
-    return _stages(ray.data.from_arrow([pack(shard) for shard in shards]), config, version, files, report)
+    return _stages(ray.data.from_arrow([pack(shard) for shard in shards]), config, version, files, reports)
 
 
 def resolved(config: BatchConfig) -> BatchConfig:
@@ -82,7 +83,7 @@ def catalog_version(config: BatchConfig) -> str:
 
 
 def _stages(
-    work: Dataset, config: BatchConfig, version: str, files: Files | None = None, report: Report | None = None
+    work: Dataset, config: BatchConfig, version: str, files: Files | None = None, reports: Reports | None = None
 ) -> Dataset:
     routing = config.route_workers
     routed = work.map_batches(
@@ -98,7 +99,7 @@ def _stages(
     answering = config.answer_workers
     return routed.map_batches(
         AnswerStage,
-        fn_constructor_args=(config, files, report),
+        fn_constructor_args=(config, files, reports),
         # Two shards a worker: while one is answered, the other is made ready.
         compute=ActorPoolStrategy(
             size=answering.workers,

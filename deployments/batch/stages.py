@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from deployments.batch.answering import Answering
 from deployments.batch.config import BatchConfig
 from deployments.batch.output import Output
 from deployments.batch.plan import Plan, Shard
+from deployments.batch.reports import Reports, reporting
 from deployments.batch.routing import route_rows
 from deployments.batch.rows import Work, decision_columns, order_by_adapters
 from deployments.batch.tally import Tally
@@ -30,14 +30,9 @@ from deployments.engines import start_engine
 from deployments.host_adapters import HostAdapters
 from lorauter.catalog import Catalog
 from lorauter.defaults import load_encoder
-from lorauter.engine import Completion
-from lorauter.engine.feed import Outcome
 from lorauter.routing import Router
 
-_REPORT_S = 0.5
 _COLUMN = "work"
-Report = Callable[[int, int, int, int], None]
-"""Told how a shard is getting on: its number, rows ended, tokens made, errors so far."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +113,10 @@ class AnswerStage:
     Args:
         config: the job's.
         files: where it writes what it has answered; without any, that is handed on.
-        report: is told now and then how a shard is getting on.
+        reports: where it says how a shard is getting on.
     """
 
-    def __init__(self, config: BatchConfig, files: Files | None = None, report: Report | None = None) -> None:
+    def __init__(self, config: BatchConfig, files: Files | None = None, reports: Reports | None = None) -> None:
         settings = config.engine
         cache = NodeCache(CacheSpec(config.adapters, config.cache))  # its process starts while the engine loads
         fed = {"max_queue": settings.max_batch, "max_slowdown": None}  # the next row comes as one ends
@@ -132,13 +127,13 @@ class AnswerStage:
             config,
         )
         self._slots = engine.slots
-        self._files, self._report = files, report
+        self._files, self._reports = files, reports
         self._ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         work = unpack(batch)
-        meter = _Meter(work.shard, self._report)
-        self._answering.answer(work, meter.ended)
+        with reporting(work.shard, self._reports) as ended:
+            self._answering.answer(work, ended)
         work.facts |= {
             "worker": os.getpid(),
             "node": os.uname().nodename,
@@ -152,27 +147,3 @@ class AnswerStage:
 def _ended(work: Work, files: Files | None) -> pa.Table:
     """What the last stage hands on: the work, or that it is written."""
     return pack(work if files is None else files.write(work))
-
-
-class _Meter:
-    """Counts one shard's outcomes, and reports them twice a second at most."""
-
-    def __init__(self, shard: int, report: Report | None) -> None:
-        self._shard, self._report = shard, report
-        self._rows = self._tokens = self._errors = 0
-        self._reported = 0.0
-        self._lock = threading.Lock()
-
-    def ended(self, outcome: Outcome) -> None:
-        """Called for each row, mostly by the engine's thread: it must not wait."""
-        with self._lock:
-            self._rows += 1
-            if isinstance(outcome.result, Completion):
-                self._tokens += len(outcome.result.token_ids)
-            else:
-                self._errors += 1
-            now = time.monotonic()
-            if self._report is None or now - self._reported < _REPORT_S:
-                return
-            self._reported = now
-            self._report(self._shard, self._rows, self._tokens, self._errors)
