@@ -59,7 +59,7 @@ class Reports:
 
 @contextmanager
 def reporting(shard: int, reports: Reports | None) -> Iterator[Callable[[Outcome], None]]:
-    """Gives what is to be told each outcome of a shard; reports them twice a second, from a thread of its own."""
+    """Gives what is to be told each outcome of a shard; reports what is new, twice a second, by a thread of its own."""
     counts = [0, 0, 0]  # rows, tokens, errors; changed by one thread
     ended = threading.Event()
 
@@ -70,17 +70,22 @@ def reporting(shard: int, reports: Reports | None) -> Iterator[Callable[[Outcome
         else:
             counts[2] += 1
 
-    def report(reports: Reports) -> None:
-        while not ended.wait(_REPORT_S):
-            with suppress(RayError):  # a report that is lost is made good by the next one
-                reports.put(shard, *counts)
+    if reports is None:
+        yield count
+        return
 
-    thread = None if reports is None else threading.Thread(target=report, args=(reports,), name="report", daemon=True)
-    if thread is not None:
-        thread.start()
+    def report() -> None:
+        reported = [0, 0, 0]  # a shard that waits for its turn has nothing to say
+        while not ended.wait(_REPORT_S):
+            if (now := list(counts)) != reported:
+                with suppress(RayError):  # said again the next time
+                    reports.put(shard, *now)
+                    reported = now
+
+    thread = threading.Thread(target=report, name="report", daemon=True)
+    thread.start()
     try:
         yield count
     finally:
         ended.set()
-        if thread is not None:
-            thread.join()
+        thread.join()

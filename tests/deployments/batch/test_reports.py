@@ -1,6 +1,7 @@
-"""What workers report, with a dictionary for Ray's store; tests/integration shows the real one by --max-errors."""
+"""What workers report, with a dictionary for Ray's store; tests/integration/commands has the real one."""
 
 import threading
+import time
 
 import pytest
 from ray.exceptions import RaySystemError
@@ -54,6 +55,9 @@ def test_outcomes_are_reported_while_a_shard_is_answered(store, monkeypatch) -> 
         reported.set()
 
     monkeypatch.setattr(Reports, "put", reporter)
+    with reporting(1, Reports("job")):
+        time.sleep(0.1)
+    assert failures  # nothing has ended, and nothing was said
     with reporting(2, Reports("job")) as ended:
         ended(Outcome(Completion("yes", (1, 2, 3), "stop")))
         ended(Outcome(ValueError("no")))

@@ -260,6 +260,34 @@ def test_route_only_writes_other_formats_and_stops_at_too_many_errors(
     assert "Traceback" not in log_file.read_text()
 
 
+def test_reports_of_a_running_shard_reach_the_job_and_are_cleared(cluster: TwoNodes) -> None:
+    script = """
+import json, ray, sys, time
+from deployments.batch.reports import Reports, reporting
+from lorauter.engine import Completion
+from lorauter.engine.feed import Outcome
+ray.init(address=sys.argv[1], log_to_driver=False)
+reports, seen = Reports("a-job"), []
+
+@ray.remote(num_cpus=0.1)
+def worker():
+    with reporting(3, reports) as ended:
+        ended(Outcome(Completion("yes", (1, 2, 3), "stop")))
+        ended(Outcome(ValueError("no")))
+        time.sleep(2)
+
+running = worker.remote()
+while not seen and not ray.wait([running], timeout=0.1)[0]:
+    seen = reports.running([])
+ray.get(running)
+reports.clear()
+print("SEEN " + json.dumps([seen, reports.running([])]))
+"""
+    ran = subprocess.run([sys.executable, "-c", script, cluster.address], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert [line for line in ran.stdout.splitlines() if line.startswith("SEEN ")] == ["SEEN [[[2, 3, 1]], []]"]
+
+
 def test_a_data_set_is_answered_into_a_data_set(cluster: TwoNodes) -> None:
     script = """
 import json, ray, sys
