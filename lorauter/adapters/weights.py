@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from lorauter.adapters.patterns import PatternError, first_matches
 from lorauter.errors import AdapterRejected
 
 if TYPE_CHECKING:
@@ -123,10 +124,15 @@ class LoraWeights:
             raise AdapterRejected(f"{WEIGHTS_FILE} cannot be read: {error}", adapter=name) from error
         if not modules:
             raise AdapterRejected(f"{WEIGHTS_FILE} holds no LoRA tensor", adapter=name)
+        ranks = _by_pattern(config, "rank_pattern", config["r"], modules.values(), name)
+        alphas = _by_pattern(config, "alpha_pattern", config["lora_alpha"], modules.values(), name)
         tensors = {}
         for where, module in sorted(modules.items()):
+            # s = alpha / r, or alpha / sqrt(r) when rank-stabilised (arXiv 2312.03732).
+            rank = ranks[module]
+            scaling = alphas[module] / (math.sqrt(rank) if config.get("use_rslora") else rank)
             pair = sides["A"].get(where), sides["B"].get(where)
-            tensors[where] = _checked_pair(*pair, module=module, config=config, name=name)
+            tensors[where] = _checked_pair(*pair, module=module, rank=rank, scaling=scaling, name=name)
         return cls(name, version, str(config.get("base_model_name_or_path") or ""), tensors)
 
     def check_fits(self, shape: ModelShape, *, max_rank: int) -> None:
@@ -188,11 +194,6 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
             raise AdapterRejected(
                 f"{key} is {patterns!r}; it must map modules to positive numbers like r and lora_alpha", adapter=name
             )
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise AdapterRejected(f"{key} has {pattern!r}, no regular expression: {error}", adapter=name) from error
     return config
 
 
@@ -200,22 +201,26 @@ def _is_positive(value: object, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 1e9  # NaN compares as False
 
 
-def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule (`get_pattern_key`): the first pattern that matches the end of the module's path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _by_pattern(
+    config: Mapping[str, Any], setting: str, default: Any, modules: Iterable[str], name: str
+) -> dict[str, Any]:
+    """Each module's value by PEFT's rule (`get_pattern_key`): the first pattern that matches the path's end says it."""
+    patterns, paths = config.get(setting) or {}, list(modules)
+    try:
+        found = first_matches(list(patterns), paths, template=r"(.*\.)?({})$")
+    except PatternError as error:
+        raise AdapterRejected(f"{setting}: {error}", adapter=name) from error
+    values = list(patterns.values())
+    return {path: default if first is None else values[first.pattern] for path, first in zip(paths, found, strict=True)}
 
 
 def _checked_pair(
-    a: torch.Tensor | None, b: torch.Tensor | None, *, module: str, config: Mapping[str, Any], name: str
+    a: torch.Tensor | None, b: torch.Tensor | None, *, module: str, rank: int, scaling: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     import torch  # seconds and memory, which those who only move adapters' files are spared
 
     if a is None or b is None:
         raise AdapterRejected(f"{module} has lora_{'B' if a is None else 'A'} without its pair", adapter=name)
-    rank = _pattern(config.get("rank_pattern") or {}, module, config["r"])
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterRejected(
             f"{module} has A {tuple(a.shape)} and B {tuple(b.shape)}, which do not fit rank {rank}",
@@ -225,9 +230,6 @@ def _checked_pair(
         raise AdapterRejected(
             f"{module} has tensors of {a.dtype} and {b.dtype}; floats of 16, 32 or 64 bits needed", adapter=name
         )
-    # s = alpha / r, or alpha / sqrt(r) when rank-stabilised (arXiv 2312.03732).
-    alpha = _pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     scaled = b if scaling == 1 else b.float() * scaling
     if not (torch.isfinite(a).all() and torch.isfinite(scaled).all()):
         raise AdapterRejected(f"{module} holds NaN or infinity", adapter=name)
