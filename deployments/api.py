@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -29,24 +28,15 @@ from deployments.access import Access, Caller, Reservation
 from deployments.admin import Endpoint
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
 from deployments.config import AccessSettings, ApiSettings, explain, first_field
-from deployments.openai_types import ChatBody, CompletionBody, GenerationBody, RouteBody
+from deployments.openai_answers import CHAT, TEXT, Shape, error_answer, usage
+from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody, GenerationBody, RouteBody
 from deployments.scope import ScopedOptions, visible_tasks
 from lorauter.engine.types import Chunk
 from lorauter.errors import (
     AdapterNotFound,
-    AdapterRejected,
-    AdapterUnavailable,
-    CatalogError,
-    ContextLengthExceeded,
     InvalidRequest,
     LorauterError,
     Overloaded,
-    PermissionDenied,
-    RateLimited,
-    ServiceUnavailable,
-    StoreError,
-    TaskError,
-    TaskNotFound,
     Unauthenticated,
 )
 from lorauter.keys import Role
@@ -56,29 +46,9 @@ from lorauter.routing.options import RoutingOptions
 
 logger = logging.getLogger("lorauter.api")
 
-ROUTED_MODEL = "lorauter"
-BASE_MODEL = "base"
 _HEADER_ITEMS = 16
 _MAX_GONE = 8  # adapters that a request may find removed
 _CHARS_A_TOKEN = 4  # about; an answer's end settles what it was
-
-# (status, type, code) of each error that may reach a client; the first class that fits counts.
-_STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
-    (ContextLengthExceeded, 400, "invalid_request_error", "context_length_exceeded"),
-    (InvalidRequest, 400, "invalid_request_error", None),
-    (TaskNotFound, 404, "invalid_request_error", "task_not_found"),
-    (TaskError, 400, "invalid_request_error", None),
-    (AdapterNotFound, 404, "invalid_request_error", "model_not_found"),
-    (AdapterRejected, 422, "invalid_request_error", "adapter_rejected"),
-    (AdapterUnavailable, 503, "service_unavailable", "adapter_unavailable"),
-    (Unauthenticated, 401, "invalid_request_error", "invalid_api_key"),
-    (PermissionDenied, 403, "permission_error", "permission_denied"),
-    (RateLimited, 429, "rate_limit_error", "rate_limit_exceeded"),
-    (Overloaded, 429, "rate_limit_error", "overloaded"),
-    (StoreError, 503, "service_unavailable", "store_unavailable"),
-    (CatalogError, 503, "service_unavailable", "catalog_unavailable"),
-    (ServiceUnavailable, 503, "service_unavailable", "service_unavailable"),
-]
 
 
 class Service(Protocol):
@@ -146,36 +116,6 @@ def build_api(
     )
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """What differs between the two generating endpoints' answers."""
-
-    prefix: str
-    whole: str
-    piece: str
-    body: Callable[[str], dict[str, Any]]
-    delta: Callable[[str], dict[str, Any]]
-    first: dict[str, Any] | None
-
-
-_CHAT = _Shape(
-    "chatcmpl",
-    "chat.completion",
-    "chat.completion.chunk",
-    lambda text: {"message": {"role": "assistant", "content": text}},
-    lambda text: {"delta": {"content": text} if text else {}},
-    {"delta": {"role": "assistant", "content": ""}},
-)
-_TEXT = _Shape(
-    "cmpl",
-    "text_completion",
-    "text_completion",
-    lambda text: {"text": text},
-    lambda text: {"text": text},
-    None,
-)
-
-
 class _Api:
     def __init__(self, service: Service, settings: ApiSettings, access: Access) -> None:
         self._service = service
@@ -185,11 +125,11 @@ class _Api:
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
         text = body.routed_text(self._settings.route_on)
-        return await self._answer(request, body, text, Prompt(messages=body.turns()), _CHAT)
+        return await self._answer(request, body, text, Prompt(messages=body.turns()), CHAT)
 
     async def completion(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        return await self._answer(request, body, body.text, Prompt(text=body.text), _TEXT)
+        return await self._answer(request, body, body.text, Prompt(text=body.text), TEXT)
 
     async def route(self, request: Request) -> Response:
         body = await self._body(request, RouteBody)
@@ -248,25 +188,17 @@ class _Api:
 
     async def _decide(self, body: GenerationBody, text: str, caller: Caller) -> RoutingDecision:
         """The adapters for a request: by hand, by the model's name, or routed; all such as the caller may use."""
-        chosen = body.lorauter.adapters
-        if chosen is not None and body.model != ROUTED_MODEL:
-            raise InvalidRequest(
-                f"lorauter.adapters goes with model {ROUTED_MODEL!r} alone",
-                param="lorauter.adapters",
-            )
-        if chosen is not None:
-            if len(chosen) > self._settings.max_adapters:
-                raise InvalidRequest(
-                    f"got {len(chosen)} adapters; at most {self._settings.max_adapters} can be mixed",
-                    param="lorauter.adapters",
-                )
-        elif body.model == ROUTED_MODEL:
+        chosen = body.chosen()
+        if chosen is None:
             decision = (await self._service.route([text], _scoped(body.lorauter, caller)))[0]
             if not all(caller.permits(adapter.name) for adapter in decision.adapters):
                 raise LorauterError("the router chose an adapter that the key may not use")
             return decision
-        else:
-            chosen = {} if body.model == BASE_MODEL else {body.model: 1.0}
+        if len(chosen) > self._settings.max_adapters:
+            raise InvalidRequest(
+                f"got {len(chosen)} adapters; at most {self._settings.max_adapters} can be mixed",
+                param="lorauter.adapters",
+            )
         for name in chosen:
             if not is_valid_name(name):
                 raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=_short(name))
@@ -301,9 +233,9 @@ class _Api:
             return decision, stream, admitted
 
     async def _answer(
-        self, request: Request, body: GenerationBody, text: str, prompt: Prompt, shape: _Shape
+        self, request: Request, body: GenerationBody, text: str, prompt: Prompt, shape: Shape
     ) -> Response:
-        param = "prompt" if shape is _TEXT else "messages"
+        param = "prompt" if shape is TEXT else "messages"
         if not text.strip():
             raise InvalidRequest("the text to answer is empty", param=param)
         self._check_length(prompt.characters, param)
@@ -338,16 +270,10 @@ class _Api:
             events = _events(stream, admitted, head, decision, shape, with_usage=with_usage)
             return _EventStream(events, stream, headers)
         chunks = [item async for item in stream if isinstance(item, Chunk)]
-        choice = {
-            "index": 0,
-            **shape.body("".join(chunk.text for chunk in chunks)),
-            "finish_reason": chunks[-1].finish_reason,
-            "logprobs": None,
-        }
-        usage = _usage(admitted, sum(len(chunk.token_ids) for chunk in chunks))
-        return JSONResponse(
-            {**head, "choices": [choice], "usage": usage, "lorauter": decision.to_json()}, headers=headers
-        )
+        text = "".join(chunk.text for chunk in chunks)
+        took = usage(admitted.prompt_tokens, sum(len(chunk.token_ids) for chunk in chunks))
+        answer = {**head, **shape.answer(text, chunks[-1].finish_reason), "usage": took}
+        return JSONResponse({**answer, "lorauter": decision.to_json()}, headers=headers)
 
 
 def _pairs(decision: RoutingDecision) -> tuple[tuple[str, float], ...]:
@@ -399,7 +325,7 @@ async def _events(
     admitted: Admitted,
     head: dict[str, Any],
     decision: RoutingDecision,
-    shape: _Shape,
+    shape: Shape,
     *,
     with_usage: bool,
 ) -> AsyncGenerator[str]:
@@ -420,24 +346,16 @@ async def _events(
                 if item.text or item.finish_reason:
                     yield event({**head, **choice(shape.delta(item.text), item.finish_reason)})
     except Exception as error:  # noqa: BLE001 (the status is sent; the error has to go into the stream)
-        yield event(_error(error)[1])
+        yield event(error_answer(error)[1])
         return
     if with_usage:
-        yield event({**head, "choices": [], "usage": _usage(admitted, tokens)})
+        yield event({**head, "choices": [], "usage": usage(admitted.prompt_tokens, tokens)})
     yield "data: [DONE]\n\n"
 
 
 def _header(pairs: Iterable[tuple[str, float]]) -> str:
     """`name=0.1234,...`, no longer than proxies take; the body has them all."""
     return ",".join(f"{name}={value:.4f}" for name, value in islice(pairs, _HEADER_ITEMS))
-
-
-def _usage(admitted: Admitted, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": admitted.prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": admitted.prompt_tokens + completion_tokens,
-    }
 
 
 def _short(name: str) -> str:
@@ -450,19 +368,8 @@ def _model_row(name: str) -> dict[str, Any]:
     return row if name in (ROUTED_MODEL, BASE_MODEL) else {**row, "parent": BASE_MODEL}
 
 
-def _error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error; what is not ours is logged and told to nobody."""
-    for kind, status, type_, code in _STATUS:
-        if isinstance(error, kind):
-            param = getattr(error, "param", None)
-            return status, {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
-    logger.error("request failed", exc_info=error)
-    message = str(error) if isinstance(error, LorauterError) else "internal error; the server's log says more"
-    return 500, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
-
-
 async def _known(_: Request, error: Exception) -> Response:
-    status, body = _error(error)
+    status, body = error_answer(error)
     headers = {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"

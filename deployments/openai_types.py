@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from lorauter.engine.types import SamplingParams
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingOptions
+
+ROUTED_MODEL = "lorauter"
+BASE_MODEL = "base"
 
 
 class _Body(BaseModel):
@@ -26,19 +31,65 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: str
+    cache_control: Any = None
+    annotations: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_nothing(cls, value: Any) -> Any:
+        return without_nulls(value)
 
 
-class Message(_Body):
-    """One message of a chat."""
+class Message(BaseModel):
+    """One message of a chat, as clients send back what they were sent: fields that are not known are left out.
+
+    What is no text is taken only where it is empty, since the model would not see it.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+    audio: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.role != "assistant":
+            if self.content is None:
+                raise PydanticCustomError("content", "a message of the role {role} needs content", {"role": self.role})
+            if self.tool_calls is not None:
+                raise PydanticCustomError(
+                    "tool_calls", "tool_calls are an assistant's, not {role}'s", {"role": self.role}
+                )
+        return self
 
     @property
     def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The content as one string; of an assistant that said nothing, none."""
+        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+
+
+def without_nulls(value: Any) -> Any:
+    """An object without its fields that are null: left out by other words, as data bases and Arrow have it."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def turns_of(messages: Sequence[Message]) -> tuple[dict[str, str], ...]:
+    """Messages as a chat template takes them."""
+    return tuple({"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages)
+
+
+def routed_text(turns: Sequence[Mapping[str, str]], route_on: str) -> str:
+    """The text of a chat that decides the adapters. Raises InvalidRequest if there is none."""
+    if route_on == "conversation":
+        return "\n".join(turn["content"] for turn in turns)
+    for turn in reversed(turns):
+        if turn["role"] == "user":
+            return turn["content"]
+    raise InvalidRequest("messages hold no user message to route by", param="messages")
 
 
 class StreamOptions(_Body):
@@ -84,6 +135,18 @@ class GenerationBody(_Body):
         """The answer's bound, if the request gives one."""
         return self.max_tokens
 
+    def chosen(self) -> Mapping[str, float] | None:
+        """The adapters that a request asks for, by hand or as its model; None where it is to be routed.
+
+        Raises InvalidRequest.
+        """
+        by_hand = self.lorauter.adapters
+        if self.model == ROUTED_MODEL:
+            return by_hand
+        if by_hand is not None:
+            raise InvalidRequest(f"lorauter.adapters goes with model {ROUTED_MODEL!r} alone", param="lorauter.adapters")
+        return {} if self.model == BASE_MODEL else {self.model: 1.0}
+
     def sampling(self, *, max_tokens: int, temperature: float) -> SamplingParams:
         """The sampling asked for, with defaults for what was left out. Raises InvalidRequest."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -109,16 +172,11 @@ class ChatBody(GenerationBody):
 
     def turns(self) -> tuple[dict[str, str], ...]:
         """The messages as a chat template takes them."""
-        return tuple({"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in self.messages)
+        return turns_of(self.messages)
 
     def routed_text(self, route_on: str) -> str:
         """The text that decides the adapters. Raises InvalidRequest if there is none."""
-        if route_on == "conversation":
-            return "\n".join(message.text for message in self.messages)
-        for message in reversed(self.messages):
-            if message.role == "user":
-                return message.text
-        raise InvalidRequest("messages hold no user message to route by", param="messages")
+        return routed_text(self.turns(), route_on)
 
 
 class CompletionBody(GenerationBody):

@@ -128,6 +128,27 @@ def test_messages_that_are_none(messages: Any) -> None:
     assert all(error["loc"][0] == "messages" for error in caught.value.errors())
 
 
+def test_messages_are_taken_as_clients_send_them_back() -> None:
+    dumped = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    body = chat(
+        messages=[
+            {"role": "user", "content": [{"type": "text", "text": "W?", "cache_control": {"type": "ephemeral"}}]},
+            {"role": "assistant", "content": "x", "weight": 0, "name": None, **dumped},
+            {"role": "assistant", "content": None, "tool_calls": []},
+            {"role": "user", "content": "So?", "id": "msg_1", "tool_calls": None},
+        ]
+    )
+    assert [turn["content"] for turn in body.turns()] == ["W?", "x", "", "So?"]
+
+
+@pytest.mark.parametrize(
+    "lost", [{"tool_calls": [{"id": "1"}]}, {"function_call": {"name": "f"}}, {"audio": {"id": "a"}}]
+)
+def test_what_a_message_says_beside_its_text_is_not_dropped(lost: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(lost))):
+        chat(messages=[{"role": "assistant", "content": "so", **lost}, {"role": "user", "content": "hi"}])
+
+
 def test_messages_become_turns_and_a_text_to_route() -> None:
     body = chat(
         messages=[

@@ -1,0 +1,101 @@
+"""Answers and errors in OpenAI's shape, as the HTTP API sends and a batch job writes them. Knows no HTTP and no Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lorauter.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterUnavailable,
+    CatalogError,
+    ContextLengthExceeded,
+    InvalidRequest,
+    LorauterError,
+    Overloaded,
+    PermissionDenied,
+    RateLimited,
+    ServiceUnavailable,
+    StoreError,
+    TaskError,
+    TaskNotFound,
+    Unauthenticated,
+)
+
+logger = logging.getLogger("lorauter.api")
+
+# (status, type, code) of each error that may reach a client; the first class that fits counts.
+_STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
+    (ContextLengthExceeded, 400, "invalid_request_error", "context_length_exceeded"),
+    (InvalidRequest, 400, "invalid_request_error", None),
+    (TaskNotFound, 404, "invalid_request_error", "task_not_found"),
+    (TaskError, 400, "invalid_request_error", None),
+    (AdapterNotFound, 404, "invalid_request_error", "model_not_found"),
+    (AdapterRejected, 422, "invalid_request_error", "adapter_rejected"),
+    (AdapterUnavailable, 503, "service_unavailable", "adapter_unavailable"),
+    (Unauthenticated, 401, "invalid_request_error", "invalid_api_key"),
+    (PermissionDenied, 403, "permission_error", "permission_denied"),
+    (RateLimited, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (Overloaded, 429, "rate_limit_error", "overloaded"),
+    (StoreError, 503, "service_unavailable", "store_unavailable"),
+    (CatalogError, 503, "service_unavailable", "catalog_unavailable"),
+    (ServiceUnavailable, 503, "service_unavailable", "service_unavailable"),
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What differs between the two generating endpoints' answers."""
+
+    prefix: str
+    whole: str
+    piece: str
+    body: Callable[[str], dict[str, Any]]
+    delta: Callable[[str], dict[str, Any]]
+    first: dict[str, Any] | None
+
+    def answer(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """The choices of a whole answer."""
+        choice = {"index": 0, **self.body(text), "finish_reason": finish_reason, "logprobs": None}
+        return {"choices": [choice]}
+
+
+CHAT = Shape(
+    "chatcmpl",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text}},
+    lambda text: {"delta": {"content": text} if text else {}},
+    {"delta": {"role": "assistant", "content": ""}},
+)
+TEXT = Shape(
+    "cmpl",
+    "text_completion",
+    "text_completion",
+    lambda text: {"text": text},
+    lambda text: {"text": text},
+    None,
+)
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """What an answer took."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def error_answer(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error; what is not ours is logged and told to nobody."""
+    for kind, status, type_, code in _STATUS:
+        if isinstance(error, kind):
+            param = getattr(error, "param", None)
+            return status, {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
+    logger.error("request failed", exc_info=error)
+    message = str(error) if isinstance(error, LorauterError) else "internal error; the server's log says more"
+    return 500, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
