@@ -11,13 +11,15 @@ from lorauter.cli_console import console, notify, phase
 
 
 def batch(
-    input: Annotated[str, typer.Option(help="A .jsonl, .csv or .parquet file, or a folder of such; local or s3://.")],
+    input: Annotated[
+        str, typer.Option(help="A .jsonl, .csv or .parquet file (text also .gz), or a folder of such; local or s3://.")
+    ],
     output: Annotated[str, typer.Option(help="A folder for the parts, or s3://bucket/prefix.")],
     catalog: Annotated[str | None, typer.Option(help="The catalog: a folder or s3://bucket/prefix.")] = None,
     column: Annotated[str | None, typer.Option(help="The column of the prompts.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any of the job's settings.")] = None,
     adapters: Annotated[str | None, typer.Option(help="The adapter store: a folder or s3://bucket/prefix.")] = None,
-    format: Annotated[str | None, typer.Option(help="Of the output: jsonl, csv or parquet; else the input's.")] = None,
+    format: Annotated[str | None, typer.Option(help="Of the output: jsonl, csv, parquet or openai; else the input's.")] = None,
     route_only: Annotated[bool, typer.Option("--route-only", help="Decide, and generate nothing.")] = False,
     max_errors: Annotated[int | None, typer.Option(min=0, help="Stop once more rows than this have failed.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Engines that answer at the same time.")] = None,

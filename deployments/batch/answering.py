@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from deployments.batch.config import BatchConfig
 from deployments.batch.rows import RowRequest, Work, decision_columns, described, read_request
 from deployments.host_adapters import HostAdapters
+from deployments.openai_answers import error_answer
 from lorauter.engine import GenerationRequest, MultiLoraEngine
 from lorauter.engine.feed import Outcome, feed
 from lorauter.engine.slots import PackedAdapter
@@ -86,6 +87,8 @@ class Answering:
         results: list[dict[str, Any]] = [{}] * len(work.rows)
         for place, outcome, size in zip(work.order, outcomes, sizes, strict=True):
             results[place] = _columns(work.decisions[place], outcome, size)
+            if isinstance(outcome.result, Exception):
+                work.errors[place] = error_answer(outcome.result)
         work.results = results
 
     def _prepare(self, work: Work, ready: queue.Queue[Ready | None], stopped: threading.Event) -> None:

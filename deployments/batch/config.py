@@ -13,6 +13,7 @@ from lorauter.errors import ConfigError
 from lorauter.routing.options import RoutingConfig
 
 Format = Literal["jsonl", "csv", "parquet"]
+OutputFormat = Literal["jsonl", "csv", "parquet", "openai"]
 
 
 class Columns(Settings):
@@ -79,7 +80,10 @@ class BatchConfig(Settings):
         route_on: the text of a chat that is routed: its last user message, or the whole conversation.
         sampling: for rows without settings of their own.
         route_only: decide, and generate nothing.
-        format: the output's; null takes the input's.
+        format: the output's; null takes the input's. "openai" is that of OpenAI's batch output: JSON lines with
+            `custom_id` and `response`, and none of a row's own columns.
+        column_clash: what becomes of input columns that have the names of columns which are added: "keep" writes them
+            as `input_` and their name, "refuse" refuses the job.
         shard_rows: rows, at most, that are read, ordered, answered and written together, and done again if a worker is
             lost. More of them keep a large engine busier between two shards. The first shards are smaller.
         max_errors: the job stops once more rows than this have failed; null never stops it.
@@ -100,7 +104,8 @@ class BatchConfig(Settings):
     route_on: Literal["last_user_message", "conversation"] = "last_user_message"
     sampling: Sampling = Sampling()
     route_only: bool = False
-    format: Format | None = None
+    format: OutputFormat | None = None
+    column_clash: Literal["keep", "refuse"] = "keep"
     shard_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     max_errors: Annotated[int, Field(ge=0)] | None = None
     route_workers: Pool = Pool()
@@ -110,6 +115,12 @@ class BatchConfig(Settings):
     def _system_needs_chats(self) -> "BatchConfig":
         if self.system is not None and self.prompts == "plain":
             raise ValueError("system needs prompts: chat")
+        return self
+
+    @model_validator(mode="after")
+    def _openais_format_is_of_answers(self) -> "BatchConfig":
+        if self.format == "openai" and self.route_only:
+            raise ValueError("format: openai needs answers, and route_only makes none")
         return self
 
     @classmethod
@@ -145,7 +156,7 @@ class BatchConfig(Settings):
     def decides(self) -> dict[str, Any]:
         """The settings that the output depends on: a job is resumed with the same ones only."""
         settings = self.model_dump(mode="json")
-        for name in ("cache", "max_errors", "route_workers", "answer_workers", "format", "catalog"):
+        for name in ("cache", "max_errors", "route_workers", "answer_workers", "format", "column_clash", "catalog"):
             del settings[name]
         settings["engine"] = {name: settings["engine"][name] for name in ("max_model_len", "max_rank", "dtype")}
         if self.route_only:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deployments.batch.config import Format
+from deployments.batch.config import Format, OutputFormat
 from lorauter.errors import InvalidRequest
 from lorauter.tasks import is_encodable
 
@@ -30,68 +32,96 @@ _KINDS: Mapping[type, pa.DataType] = {
 }
 
 
+@dataclass
 class Scan:
     """What a first reading finds out.
 
     Attributes:
         starts: of each shard's rows the place of the first (a byte, or in Parquet a row) and how many they are.
-        schema: the columns as Parquet has them; for JSONL only if they are asked for.
+        schema: the columns as Parquet has them.
     """
 
-    def __init__(self) -> None:
-        self.starts: list[tuple[int, int]] = []
-        self.schema: pa.Schema | None = None
+    starts: list[tuple[int, int]]
+    schema: pa.Schema
 
 
-def scan(file: BinaryIO, kind: Format, shard_rows: Callable[[int], int], *, columns: bool) -> Scan:
+def scan(file: BinaryIO, kind: Format, shard_rows: Callable[[int], int]) -> Scan:
     """Read a file through once, or of Parquet its footer.
 
     Args:
         shard_rows: how many rows a shard takes at most, by the number of the file's rows before it.
-        columns: whether the columns of JSONL are wanted, for which every row is parsed.
 
     Raises:
         InvalidRequest: it is no file of its kind.
     """
-    result = Scan()
+    file.seek(0)
     if kind == "parquet":
         parquet = _parquet(file)
-        total, start = parquet.metadata.num_rows, 0
-        while start < total:
-            result.starts.append((start, min(shard_rows(start), total - start)))
-            start += result.starts[-1][1]
-        result.schema = parquet.schema_arrow
-        return result
+        return Scan(list(_cut(range(parquet.metadata.num_rows), shard_rows)), parquet.schema_arrow)
+    _check_text(file, kind)
+    if kind == "csv":
+        schema = pa.schema([(name, pa.string()) for name in csv_header(file)])
+        file.seek(0)
+        return Scan(list(_cut((start for start, _ in _csv_rows(file)), shard_rows)), schema)
     seen: dict[str, pa.DataType] = {}
-    rows = _csv_rows(file) if kind == "csv" else _json_rows(file, parse=columns)
-    end = 0
-    for number, (start, (values, _)) in enumerate(rows):
-        if number == end:
-            result.starts.append((start, 0))
-            end += shard_rows(number)
-        result.starts[-1] = (result.starts[-1][0], result.starts[-1][1] + 1)
-        if kind == "jsonl" and columns:
+
+    def starts() -> Iterator[int]:
+        for start, (values, _) in _json_rows(file):
             for name, value in values.items():
                 seen[name] = _joined(seen.get(name), value)
-    if kind == "csv":
-        file.seek(0)
-        result.schema = pa.schema([(name, pa.string()) for name in csv_header(file)])
-    elif columns:
-        result.schema = pa.schema([(n, pa.string() if pa.types.is_null(t) else t) for n, t in seen.items()])
-    return result
+            yield start
+
+    cut = list(_cut(starts(), shard_rows))
+    return Scan(cut, pa.schema([(n, pa.string() if pa.types.is_null(t) else t) for n, t in seen.items()]))
 
 
-def read_rows(file: BinaryIO, kind: Format, start: int, count: int) -> Iterator[Parsed]:
-    """`count` rows from a place that `scan` found. Raises InvalidRequest: there are fewer."""
+def _cut(starts: Iterable[int], shard_rows: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+    """Where each shard's first row is, and how many it has, given where every row is."""
+    first, rows, most = 0, 0, 0
+    for number, start in enumerate(starts):
+        if rows == most:
+            if rows:
+                yield first, rows
+            first, rows, most = start, 0, shard_rows(number)
+        rows += 1
+    if rows:
+        yield first, rows
+
+
+def _check_text(file: BinaryIO, kind: Format) -> None:
+    """Raise InvalidRequest for what would make every row wrong: another encoding, one JSON document over all lines."""
+    begin = file.read(1 << 12)
+    file.seek(0)
+    encoding = json.detect_encoding(begin)
+    if not encoding.startswith("utf-8"):
+        raise InvalidRequest(
+            f"it is {encoding.upper()} text, needed UTF-8; convert it: iconv -f {encoding.upper()} -t UTF-8 FILE"
+        )
+    first = begin.removeprefix(codecs.BOM_UTF8).lstrip().split(b"\n")[0].rstrip()
+    if kind == "jsonl" and (first == b"{" or first.startswith((b"[{", b"[ {")) or first == b"["):
+        raise InvalidRequest(
+            "it is one JSON document, needed JSON lines, an object on each; convert it: jq -c '.[]' FILE (of an "
+            "array; jq -c . FILE of objects over several lines)"
+        )
+
+
+def read_rows(
+    file: BinaryIO, kind: Format, start: int, count: int, header: Sequence[str] | None = None
+) -> Iterator[Parsed]:
+    """`count` rows from a place that `scan` found. Raises InvalidRequest: there are fewer.
+
+    Args:
+        header: of a CSV file, if it is known; else it is read again.
+    """
     if kind == "parquet":
         rows = _parquet_rows(_parquet(file), start, count)
     elif kind == "csv":
-        header = csv_header(file)
+        header = header or csv_header(file)
         file.seek(start)
         rows = (row for _, row in _csv_rows(file, header))
     else:
         file.seek(start)
-        rows = (row for _, row in _json_rows(file, parse=True))
+        rows = (row for _, row in _json_rows(file))
     for place in range(count):
         row = next(rows, None)
         if row is None:
@@ -99,12 +129,12 @@ def read_rows(file: BinaryIO, kind: Format, start: int, count: int) -> Iterator[
         yield row
 
 
-def _json_rows(file: BinaryIO, *, parse: bool) -> Iterator[tuple[int, Parsed]]:
+def _json_rows(file: BinaryIO) -> Iterator[tuple[int, Parsed]]:
     """Rows with where their lines begin; blank lines are none."""
-    place = 0 if not file.seekable() else file.tell()
+    place = file.tell()
     for line in file:
         if line.strip():
-            yield place, _json_row(line) if parse else ({}, None)
+            yield place, _json_row(line)
         place += len(line)
 
 
@@ -126,10 +156,24 @@ def csv_header(file: BinaryIO) -> list[str]:
     header = next(_records(file), (0, []))[1]
     if not header or len(set(header)) < len(header):
         raise InvalidRequest(f"the first line of a CSV file names its columns, each once; got {header[:20]}")
+    if fault := _not_utf8(header):
+        raise InvalidRequest(f"its header {fault}")
     return header
 
 
-def _csv_rows(file: BinaryIO, header: list[str] | None = None) -> Iterator[tuple[int, Parsed]]:
+def _not_utf8(fields: Iterable[str]) -> str | None:
+    """What is wrong with fields that are in another encoding."""
+    for text in fields:
+        if not is_encodable(text):
+            raw = text.encode(errors="surrogateescape")[:40]
+            return (
+                f"is not UTF-8: got {raw!r}, which would be {raw.decode('latin-1')!r} in Latin-1; convert the file, "
+                "for instance with iconv -f LATIN1 -t UTF-8 FILE"
+            )
+    return None
+
+
+def _csv_rows(file: BinaryIO, header: Sequence[str] | None = None) -> Iterator[tuple[int, Parsed]]:
     if header is None:
         header = csv_header(file)
         file.seek(0)
@@ -138,11 +182,12 @@ def _csv_rows(file: BinaryIO, header: list[str] | None = None) -> Iterator[tuple
     else:
         records = _records(file)
     for start, record in records:
-        if len(record) == len(header):
-            yield start, (dict(zip(header, record, strict=True)), None)
-        else:
+        fault = None
+        if len(record) != len(header):
             fault = f"the row has {len(record)} fields, but there are {len(header)} columns"
-            yield start, (dict(zip(header, record, strict=False)), fault)
+        elif wrong := _not_utf8(record):
+            fault = f"the row {wrong}"
+        yield start, (dict(zip(header, record, strict=False)), fault)
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
@@ -223,13 +268,13 @@ def _joined(known: pa.DataType | None, value: Any) -> pa.DataType:
     return pa.float64() if {known, found} == {pa.int64(), pa.float64()} else pa.large_string()
 
 
-def encode(rows: Iterable[Mapping[str, Any]], kind: Format, schema: pa.Schema | None) -> bytes:
-    """Rows as a file.
+def encode(rows: Iterable[Mapping[str, Any]], kind: OutputFormat, schema: pa.Schema | None) -> bytes:
+    """Rows as a file; those of OpenAI's format are JSON lines.
 
     Args:
         schema: the columns, for CSV and Parquet. Columns of large strings hold JSON, whatever the value.
     """
-    if kind == "jsonl":
+    if kind in ("jsonl", "openai"):
         return b"".join(_json_line(row) for row in rows)
     assert schema is not None
     if kind == "csv":

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 import lorauter
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.batch.config import BatchConfig
+from deployments.batch.inputs import find_files, format_of
 from deployments.batch.output import (
     MANIFEST_FORMAT,
     Output,
@@ -29,9 +30,9 @@ from deployments.batch.output import (
     write_manifest,
 )
 from deployments.batch.pipeline import catalog_version, resolved, shards_pipeline
-from deployments.batch.plan import Plan, find_files, make_plan
+from deployments.batch.plan import Plan, make_plan
 from deployments.batch.reports import Reports
-from deployments.batch.rows import result_schema
+from deployments.batch.rows import check_clash, result_schema
 from deployments.batch.stages import Done, unpacked
 from deployments.batch.tally import Tally
 from lorauter.errors import BatchError, ConfigError, LorauterError
@@ -84,7 +85,7 @@ def run_job(
     """Answer the rows of an input's files, and write them to a folder; what is there already is not done again.
 
     Args:
-        input: a `.jsonl`, `.csv` or `.parquet` file or a folder of such, local or `s3://`.
+        input: a file that `inputs.find_files` knows, or a folder of such, local or `s3://`.
         output: a folder, or `s3://bucket/prefix`.
         config: everything else.
         address: a running Ray cluster; None is RAY_ADDRESS's, a Ray that this process has started, or a local one
@@ -101,7 +102,7 @@ def run_job(
     input, output = _absolute(input), _absolute(output)
     _check_places(input, output)
     before = read_manifest(output)
-    store, kind, files = find_files(input)
+    store, kind, files = find_files(input, notify)
     version = catalog_version(config)
     identity = {
         "input": {"uri": input, "files": [vars(file) for file in files]},
@@ -110,13 +111,17 @@ def run_job(
         "model": None if config.route_only else config.base_model,
         "settings": config.decides(),
     }
+    added = result_schema(route_only=config.route_only)
     if before is None:
         notify(f"reading through {input}")
-        plan = make_plan(store, kind, files, config.shard_rows, config.format or kind)
+        clashing = [] if config.format == "openai" else added.names
+        plan = make_plan(store, kind, files, config.shard_rows, config.format or kind, clashing)
     else:
         check_same(output, {name: before.get(name) for name in identity}, identity)
         plan = Plan.from_json(before["plan"])
-    place = Output(output, config.format or kind, plan.schema, result_schema(route_only=config.route_only))
+    check_clash(plan.renamed, config)
+    plain = config.prompts == "plain"
+    place = Output(output, config.format or kind, plan.schema, added, plan.renamed, plain)
     manifest = {
         "format": MANIFEST_FORMAT,
         "lorauter": lorauter.__version__,
@@ -290,7 +295,7 @@ def _absolute(uri: str) -> str:
 def _check_places(input: str, output: str) -> None:
     if f"{output}/".startswith(f"{input}/"):
         raise ConfigError(f"output {output} lies in the input {input}; choose a place outside it", setting="output")
-    if PurePosixPath(output).suffix in (".jsonl", ".csv", ".parquet"):
+    if format_of(output) is not None:
         raise ConfigError(
             f"output {output} is named like a file, but is a folder of parts; leave the ending out, and set the "
             "format with --format",

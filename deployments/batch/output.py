@@ -10,15 +10,16 @@ Names with an underscore are what readers of data sets leave out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from deployments.batch.config import Format
+from deployments.batch.config import OutputFormat
 from deployments.batch.formats import encode
+from deployments.batch.openai_format import output_line
 from deployments.batch.rows import Work
 from deployments.batch.tally import Tally
 from lorauter.adapters.store import open_store
@@ -38,26 +39,37 @@ class Output:
         kind: the format of its parts.
         source: the columns of the input, where the format needs them.
         added: the columns that the job adds.
+        renamed: columns of the input that are written by another name.
+        plain: whether prompts are texts that are continued, which OpenAI's format says in other words than of chats.
     """
 
     uri: str
-    kind: Format
+    kind: OutputFormat
     source: pa.Schema | None
     added: pa.Schema
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    plain: bool = False
 
     def write(self, work: Work) -> Tally:
         """Write a shard's part, then its record. Written again, it is the same again. Raises StoreError."""
         assert len(work.results) == len(work.rows)
         schema = None
         if self.source is not None:
-            kept = [field for field in self.source if field.name not in self.added.names]
+            kept = [column.with_name(self.renamed.get(column.name, column.name)) for column in self.source]
             schema = pa.schema([*kept, *self.added])
-        rows = [{**row.values, **result} for row, result in zip(work.rows, work.results, strict=True)]
         tally = Tally.of(work.results)
         store = open_store(self.uri)
-        store.write(self._part(work.shard), encode(rows, self.kind, schema))
+        store.write(self._part(work.shard), encode(self._rows(work), self.kind, schema))
         store.write(_record(work.shard), json.dumps(tally.to_json()).encode())
         return tally
+
+    def _rows(self, work: Work) -> Iterator[Mapping[str, Any]]:
+        for place, (row, result) in enumerate(zip(work.rows, work.results, strict=True)):
+            if self.kind == "openai":
+                source, error = (row.number, row.values), work.errors.get(place)
+                yield output_line(source, work.decisions[place], result, error, plain=self.plain)
+            else:
+                yield {**{self.renamed.get(name, name): value for name, value in row.values.items()}, **result}
 
     def done(self, shards: int) -> dict[int, Tally]:
         """The counts of the shards, of so many, that are there already. Raises StoreError."""
@@ -69,7 +81,7 @@ class Output:
             return {number: Tally(**json.loads(content)) for number, content in zip(numbers, contents, strict=True)}
 
     def _part(self, shard: int) -> str:
-        return f"part-{shard:05d}.{self.kind}"
+        return f"part-{shard:05d}.{'jsonl' if self.kind == 'openai' else self.kind}"
 
 
 def _record(shard: int) -> str:

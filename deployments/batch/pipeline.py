@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +13,14 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset
+from ray.data.expressions import monotonically_increasing_id
 
 from deployments.batch.config import BatchConfig
 from deployments.batch.formats import arrow_rows
 from deployments.batch.output import Output
 from deployments.batch.plan import Plan, Shard
 from deployments.batch.reports import Reports
-from deployments.batch.rows import SourceRow, Work, result_schema
+from deployments.batch.rows import SourceRow, Work, check_clash, kept_names, result_schema
 from deployments.batch.stages import AnswerStage, Files, RouteStage, pack, unpack
 from lorauter.catalog import current_version
 from lorauter.defaults import resolve_adapters, resolve_catalog
@@ -29,6 +28,7 @@ from lorauter.errors import ConfigError
 
 _TASK_CPUS = 0.25  # of taking a data set apart, or putting it together: there is always room beside the pools
 _ONE: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+_NUMBER = "__lorauter_row"  # column of a data set's rows on their way
 _SOURCE = "source"  # key of a data set's own columns in a piece of work
 
 
@@ -36,9 +36,11 @@ def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Datas
     """Route and answer a data set's rows, lazily, as `lorauter batch` does those of files.
 
     Args:
-        dataset: its columns are named by `config.columns`; those that answers add replace others of the same name.
+        dataset: its columns are named by `config.columns`; those with the names of columns that are added are kept by
+            others, or refused: `config.column_clash`.
         config: the job's; `shard_rows` of the data set's rows are ordered and answered together, those of one block.
-            `format` and `max_errors` are not used.
+            `format` and `max_errors` are not used. A row's seed comes from its place among the data set's blocks, so
+            that equal rows get answers of their own; Ray Data's `preserve_order` makes these places certain.
 
     Returns:
         The rows with the columns of `rows.result_schema`, in no certain order of batches.
@@ -48,11 +50,18 @@ def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Datas
     """
     config = resolved(config or BatchConfig())
     version = catalog_version(config)
-    work = dataset.map_batches(_gather, batch_size=config.shard_rows, batch_format="pyarrow", num_cpus=_TASK_CPUS)
+    added = result_schema(route_only=config.route_only)
+    work = dataset.with_column(_NUMBER, monotonically_increasing_id()).map_batches(
+        _gather,  # type: ignore[arg-type]
+        fn_kwargs={"config": config, "added": added},
+        batch_size=config.shard_rows,
+        batch_format="pyarrow",
+        num_cpus=_TASK_CPUS,
+    )
     answered = _stages(work, config, version)
     return answered.map_batches(
         _scatter,  # type: ignore[arg-type]
-        fn_kwargs={"added": result_schema(route_only=config.route_only)},
+        fn_kwargs={"added": added},
         num_cpus=_TASK_CPUS,
         **_ONE,
     )
@@ -113,22 +122,22 @@ def _stages(
     )
 
 
-def _gather(batch: pa.Table) -> pa.Table:
-    """A batch of a data set as a piece of work. A row's number, which its seed comes from, is made of its content."""
-    rows = [SourceRow(_number(values), values, fault) for values, fault in arrow_rows(batch)]
+def _gather(batch: pa.Table, config: BatchConfig, added: pa.Schema) -> pa.Table:
+    """A batch of a data set as a piece of work. Raises ConfigError: its columns clash with those that are added."""
+    numbers = batch[_NUMBER].to_pylist()
+    batch = batch.drop_columns([_NUMBER])
+    check_clash(kept_names(batch.column_names, added.names), config)
+    found = zip(numbers, arrow_rows(batch), strict=True)
+    rows = [SourceRow(number, values, fault) for number, (values, fault) in found]
     return pack(Work(0, rows, facts={_SOURCE: batch}))
-
-
-def _number(values: dict[str, Any]) -> int:
-    content = json.dumps(values, default=repr, sort_keys=True).encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big")
 
 
 def _scatter(batch: pa.Table, added: pa.Schema) -> pa.Table:
     """An answered piece of work as rows of the data set."""
     work = unpack(batch)
     table = work.facts[_SOURCE]
-    table = table.drop_columns([name for name in table.column_names if name in added.names])
+    renamed = kept_names(table.column_names, added.names)
+    table = table.rename_columns([renamed.get(name, name) for name in table.column_names])
     for field in added:
         table = table.append_column(field, pa.array([row[field.name] for row in work.results], field.type))
     return table

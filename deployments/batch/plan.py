@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
-from deployments.batch.config import Format
-from deployments.batch.formats import FORMATS, read_rows, scan
-from deployments.batch.rows import SourceRow
+from deployments.batch.config import Format, OutputFormat
+from deployments.batch.formats import csv_header, read_rows, scan
+from deployments.batch.inputs import DAMAGE, InputFile, InputFiles
+from deployments.batch.rows import SourceRow, kept_names
 from lorauter.adapters.store import ObjectStore, open_store
-from lorauter.errors import ConfigError, InvalidRequest, ObjectNotFound
+from lorauter.errors import ConfigError, InvalidRequest
 
 _FIRST_ROWS = 64  # of the first shard
 _GROWTH = 3  # times the rows before it are a shard's at most
-_ENDINGS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of the input: its key, bytes, and a tag that changes with its content."""
-
-    key: str
-    size: int
-    tag: str
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,7 @@ class Plan:
         root: the store's URI that the files' keys are of.
         kind: the files' format.
         schema: their columns, where the output's format needs them.
+        renamed: columns that are kept by another name, as they have that of a column which is added.
     """
 
     root: str
@@ -62,6 +55,7 @@ class Plan:
     files: tuple[InputFile, ...]
     shards: tuple[Shard, ...]
     schema: pa.Schema | None
+    renamed: Mapping[str, str]
 
     @property
     def rows(self) -> int:
@@ -69,15 +63,9 @@ class Plan:
         return sum(shard.rows for shard in self.shards)
 
     def read(self, shard: Shard) -> list[SourceRow]:
-        """A shard's rows. Raises InvalidRequest: the file has changed, or is damaged."""
-        with open_store(self.root).open(shard.key) as file:
-            try:
-                return [
-                    SourceRow(shard.first + place, values, fault)
-                    for place, (values, fault) in enumerate(read_rows(file, self.kind, shard.start, shard.rows))
-                ]
-            except (InvalidRequest, pa.ArrowException, OSError) as error:
-                raise InvalidRequest(f"{self.root}/{shard.key}: {error}") from error
+        """A shard's rows. Raises as `ShardReader.read`."""
+        with closing(ShardReader(self)) as reader:
+            return reader.read(shard)
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
@@ -88,6 +76,7 @@ class Plan:
             "files": [vars(file) for file in self.files],
             "shards": [list(vars(shard).values()) for shard in self.shards],
             "schema": schema,
+            "renamed": dict(self.renamed),
         }
 
     @classmethod
@@ -100,36 +89,36 @@ class Plan:
             tuple(InputFile(**file) for file in data["files"]),
             tuple(Shard(*shard) for shard in data["shards"]),
             None if schema is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))),
+            data.get("renamed", {}),  # jobs begun before lorauter kept such columns end as they began
         )
 
 
-def find_files(uri: str) -> tuple[ObjectStore, Format, tuple[InputFile, ...]]:
-    """The files of an input: the one that it names, or those of its folder.
+class ShardReader:
+    """Reads shards of a plan, best one after another: what a file's shards have in common is then read once."""
 
-    Names that begin with "_" or "." are left out, as other readers of data sets do.
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._files = InputFiles(open_store(plan.root))
+        self._header: tuple[str, Sequence[str] | None] = "", None
 
-    Raises:
-        ConfigError: there is none, or they are of several formats.
-    """
-    if PurePosixPath(uri).suffix in _ENDINGS:
-        parent, separator, name = uri.rstrip("/").rpartition("/")
-        store = open_store(parent or ("/" if separator else "."))
-        keys = [name]
-    else:
-        store = open_store(uri)
-        found = [key for key in store.files() if PurePosixPath(key).suffix in _ENDINGS]
-        keys = [key for key in found if not any(part.startswith("_") for part in key.split("/"))]
-    kinds = sorted({_ENDINGS[PurePosixPath(key).suffix] for key in keys})
-    if len(kinds) != 1:
-        raise ConfigError(
-            f"input {uri}: got files of {', '.join(kinds) or 'no known format'}, needed one of "
-            f"{', '.join(FORMATS)} in all of them (told by their names' ends)",
-            setting="input",
-        )
-    try:
-        return store, kinds[0], tuple(InputFile(key, *store.fingerprint(key)) for key in keys)
-    except ObjectNotFound as error:
-        raise ConfigError(f"input {uri} does not exist", setting="input") from error
+    def read(self, shard: Shard) -> list[SourceRow]:
+        """A shard's rows. Raises InvalidRequest: the file has changed, or is damaged."""
+        kind = self._plan.kind
+        try:
+            with self._files.open(shard.key) as file:
+                if self._header[0] != shard.key:
+                    self._header = shard.key, csv_header(file) if kind == "csv" else None
+                rows = read_rows(file, kind, shard.start, shard.rows, self._header[1])
+                return [
+                    SourceRow(shard.first + place, values, fault, is_text=kind == "csv")
+                    for place, (values, fault) in enumerate(rows)
+                ]
+        except (InvalidRequest, pa.ArrowException, *DAMAGE) as error:
+            raise InvalidRequest(f"{self._plan.root}/{shard.key}: {error}") from error
+
+    def close(self) -> None:
+        """Keep no file open."""
+        self._files.close()
 
 
 def _shard_rows(most: int, before: int, rows: int) -> int:
@@ -140,23 +129,40 @@ def _shard_rows(most: int, before: int, rows: int) -> int:
     return min(most, max(_FIRST_ROWS, _GROWTH * (before + rows)))
 
 
-def make_plan(store: ObjectStore, kind: Format, files: tuple[InputFile, ...], shard_rows: int, output: Format) -> Plan:
-    """Cut an input into shards; reads it through once. Raises ConfigError, naming a file that is not of its kind."""
+def make_plan(
+    store: ObjectStore,
+    kind: Format,
+    files: tuple[InputFile, ...],
+    shard_rows: int,
+    output: OutputFormat,
+    added: Collection[str] = (),
+) -> Plan:
+    """Cut an input into shards; reads it through once.
+
+    Args:
+        added: the columns that the output has beside the input's.
+
+    Raises:
+        ConfigError: a file is not of its kind.
+    """
     shards: list[Shard] = []
     schemas: list[pa.Schema] = []
+    names: set[str] = set()
     first = 0
-    for file in files:
-        try:
-            with store.open(file.key) as content:
-                found = scan(content, kind, partial(_shard_rows, shard_rows, first), columns=output != "jsonl")
-        except InvalidRequest as error:
-            raise ConfigError(f"{store.uri}/{file.key}: {error}", setting="input") from error
-        for start, rows in found.starts:
-            shards.append(Shard(len(shards), file.key, start, rows, first))
-            first += rows
-        if found.schema is not None:
+    with closing(InputFiles(store)) as opened:
+        for file in files:
+            try:
+                with opened.open(file.key) as content:
+                    found = scan(content, kind, partial(_shard_rows, shard_rows, first))
+            except (InvalidRequest, *DAMAGE) as error:
+                raise ConfigError(f"{store.uri}/{file.key}: {error}", setting="input") from error
+            for start, rows in found.starts:
+                shards.append(Shard(len(shards), file.key, start, rows, first))
+                first += rows
+            names |= set(found.schema.names)
             schemas.append(found.schema)
-    return Plan(store.uri, kind, files, tuple(shards), None if output == "jsonl" else _unified(schemas))
+    tabular = output in ("csv", "parquet")
+    return Plan(store.uri, kind, files, tuple(shards), _unified(schemas) if tabular else None, kept_names(names, added))
 
 
 def _unified(schemas: list[pa.Schema]) -> pa.Schema:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from deployments.batch.config import BatchConfig, Columns, row_seed
+from deployments.batch.config import BatchConfig, row_seed
+from deployments.batch.openai_format import is_request, read_body
 from deployments.config import explain
-from deployments.openai_types import Message
+from deployments.openai_types import CompletionBody, Message, routed_text, turns_of, without_nulls
 from lorauter.engine import SamplingParams
-from lorauter.errors import InvalidRequest, LorauterError
+from lorauter.errors import ConfigError, InvalidRequest, LorauterError
 from lorauter.names import is_valid_name
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text
 from lorauter.routing.compose import AdapterWeight
@@ -40,17 +42,48 @@ _ANSWER = [
 
 
 def result_schema(*, route_only: bool) -> pa.Schema:
-    """The columns that a job adds to each row, with their types; a row's own columns of these names are replaced."""
+    """The columns that a job adds to each row, with their types."""
     return pa.schema([*(_DECISION if route_only else _ANSWER), ("error", pa.string())])
+
+
+def kept_names(columns: Collection[str], added: Collection[str]) -> dict[str, str]:
+    """Other names for the columns that have those of added ones: with `input_` before them, as often as it takes."""
+    taken = {*columns, *added}
+    renamed = {}
+    for name in sorted(set(columns).intersection(added)):
+        kept = f"input_{name}"
+        while kept in taken:
+            kept = f"input_{kept}"
+        taken.add(kept)
+        renamed[name] = kept
+    return renamed
+
+
+def check_clash(renamed: Mapping[str, str], config: BatchConfig) -> None:
+    """Raise ConfigError if columns are to be renamed, and the job refuses that."""
+    if renamed and config.column_clash == "refuse":
+        raise ConfigError(
+            f"the input has the columns {', '.join(renamed)}, and columns of these names are added; rename them, or "
+            f"choose column_clash: keep, which writes them as {', '.join(renamed.values())}",
+            setting="column_clash",
+        )
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as it was read: its columns, and its number in the whole input; `fault` says why it could not be read."""
+    """A row as it was read.
+
+    Attributes:
+        number: its own in the whole input.
+        values: its columns.
+        fault: why it could not be read.
+        is_text: whether its format has nothing but text, so that lists and objects are written as JSON.
+    """
 
     number: int
     values: dict[str, Any]
     fault: str | None = None
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +116,7 @@ class Work:
         decisions: for each row where it goes, or its error; set by routing.
         order: places of the rows, those with the same adapters together; set by routing.
         results: for each row the columns that are added; set in the end.
+        errors: by the places of rows that were not answered, what the HTTP API would say: status and body.
         facts: what the worker that answered them says of itself.
     """
 
@@ -91,6 +125,7 @@ class Work:
     decisions: list[RoutingDecision | Exception] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
+    errors: dict[int, tuple[int, dict[str, Any]]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -111,15 +146,39 @@ def read_request(row: SourceRow, config: BatchConfig) -> RowRequest:
     if row.fault is not None:
         raise InvalidRequest(row.fault)
     values, columns = row.values, config.columns
+    if is_request(values):
+        return _openai_request(row, config)
     messages, prompt = _conversation(values, config)
     decision = _by_hand(_given(values, columns.adapters))
     options, text = RoutingOptions(), ""
     if decision is None:
         options = _options(_given(values, columns.options))
-        text = _routed_text(messages, config.route_on) if prompt is None else prompt
+        text = routed_text(messages, config.route_on) if prompt is None else prompt
         check_text(text, param=columns.prompt)
-    sampling = SamplingParams() if config.route_only else _sampling(values, columns, config, row.number)
+    sampling = SamplingParams() if config.route_only else _sampling(row, config)
     return RowRequest(text, options, decision, messages, prompt, sampling)
+
+
+def _openai_request(row: SourceRow, config: BatchConfig) -> RowRequest:
+    body = read_body(row.values)
+    messages = () if isinstance(body, CompletionBody) else body.turns()
+    prompt = body.text if isinstance(body, CompletionBody) else None
+    if prompt is not None:
+        check_text(prompt, param="prompt")
+    chosen, text = body.chosen(), ""
+    if chosen is None:
+        text = routed_text(messages, config.route_on) if prompt is None else prompt
+        check_text(text, param="messages" if prompt is None else "prompt")
+    job = config.sampling
+    sampling = body.sampling(max_tokens=job.max_tokens, temperature=job.temperature)
+    sampling = replace(
+        sampling,
+        top_p=job.top_p if body.top_p is None else sampling.top_p,
+        stop=job.stop if body.stop is None else sampling.stop,
+        seed=row_seed(job.seed, row.number) if body.seed is None else body.seed,
+    )
+    decision = None if chosen is None else _mixture(list(chosen.items()))
+    return RowRequest(text, body.lorauter, decision, messages, prompt, sampling)
 
 
 def _given(values: Mapping[str, Any], column: str | None) -> Any:
@@ -146,12 +205,12 @@ def _conversation(values: Mapping[str, Any], config: BatchConfig) -> tuple[tuple
     given = _decoded(_given(values, columns.messages), opening="[")
     if given is not None:
         try:
-            chat = _MESSAGES.validate_python([_without_nulls(m) for m in given] if isinstance(given, list) else given)
+            chat = _MESSAGES.validate_python(given)
         except ValidationError as error:
             raise InvalidRequest(f"{columns.messages}: {explain(error, 'field')}", param=columns.messages) from error
         if not all(is_encodable(m.text) for m in chat):
             raise InvalidRequest(f"{columns.messages} holds half a character (a lone surrogate)")
-        return tuple({"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in chat), None
+        return turns_of(chat), None
     if columns.prompt not in values:
         there = ", ".join(sorted(map(str, values))[:10]) or "none"
         raise InvalidRequest(f"there is no column {columns.prompt!r}, the row has: {there}", param=columns.prompt)
@@ -163,22 +222,8 @@ def _conversation(values: Mapping[str, Any], config: BatchConfig) -> tuple[tuple
     return (*system, {"role": "user", "content": prompt}), None
 
 
-def _without_nulls(value: Any) -> Any:
-    """An object without the fields that Arrow fills up with null."""
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-
-
-def _routed_text(messages: Sequence[Mapping[str, str]], route_on: str) -> str:
-    if route_on == "conversation":
-        return "\n".join(message["content"] for message in messages)
-    for message in reversed(messages):
-        if message["role"] == "user":
-            return message["content"]
-    raise InvalidRequest("messages hold no user message to route by", param="messages")
-
-
 def _options(given: Any) -> RoutingOptions:
-    given = _without_nulls(_decoded(given, opening="{"))
+    given = without_nulls(_decoded(given, opening="{"))
     try:
         return RoutingOptions() if given is None else RoutingOptions.model_validate(given)
     except ValidationError as error:
@@ -203,6 +248,11 @@ def _by_hand(given: Any) -> RoutingDecision | None:
             f"adapters: got {str(given)[:80]!r}, needed a name, {{name: weight}} or [{{'name', 'weight'}}, ...]",
             param="adapters",
         ) from error
+    return _mixture(weighted)
+
+
+def _mixture(weighted: _Weighted) -> RoutingDecision:
+    """A decision for adapters that were chosen by hand. Raises InvalidRequest."""
     if len(weighted) > _MAX_ADAPTERS:
         raise InvalidRequest(f"got {len(weighted)} adapters; at most {_MAX_ADAPTERS} can be mixed", param="adapters")
     for name, _ in weighted:
@@ -217,10 +267,9 @@ def _weight(value: Any) -> float:
     return weight
 
 
-def _sampling(values: Mapping[str, Any], columns: Columns, config: BatchConfig, number: int) -> SamplingParams:
-    given = {name: _given(values, getattr(columns, name)) for name in _SAMPLED}
-    stop = _decoded(given["stop"], opening="[")
-    given["stop"] = (stop,) if isinstance(stop, str) else stop
+def _sampling(row: SourceRow, config: BatchConfig) -> SamplingParams:
+    given = {name: _given(row.values, getattr(config.columns, name)) for name in _SAMPLED}
+    given["stop"] = _stop(given["stop"], is_text=row.is_text)
     try:
         own = _Sampling.model_validate(given).model_dump(exclude_none=True)
     except ValidationError as error:
@@ -229,10 +278,20 @@ def _sampling(values: Mapping[str, Any], columns: Columns, config: BatchConfig, 
     return SamplingParams(
         **{
             **{name: getattr(job, name) for name in _SAMPLED},
-            "seed": row_seed(job.seed, number),
+            "seed": row_seed(job.seed, row.number),
             **own,
         }
     )
+
+
+def _stop(given: Any, *, is_text: bool) -> Any:
+    """Stop strings: a text is one, whatever it looks like; where there is nothing but text, a JSON list is many."""
+    if isinstance(given, str) and is_text:
+        with suppress(ValueError, RecursionError):
+            coded = json.loads(given)
+            if isinstance(coded, list) and all(isinstance(stop, str) for stop in coded):
+                return coded
+    return (given,) if isinstance(given, str) else given
 
 
 def order_by_adapters(decisions: Sequence[RoutingDecision | Exception]) -> list[int]:

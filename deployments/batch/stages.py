@@ -21,7 +21,7 @@ from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.batch.answering import Answering
 from deployments.batch.config import BatchConfig
 from deployments.batch.output import Output
-from deployments.batch.plan import Plan, Shard
+from deployments.batch.plan import Plan, Shard, ShardReader
 from deployments.batch.reports import Reports, reporting
 from deployments.batch.routing import route_rows
 from deployments.batch.rows import Work, decision_columns, order_by_adapters
@@ -51,10 +51,6 @@ class Files:
 
     plan: Plan
     output: Output
-
-    def read(self, shard: Shard) -> Work:
-        """A shard's rows. Raises as `Plan.read`."""
-        return Work(shard.number, self.plan.read(shard))
 
     def write(self, work: Work) -> Done:
         """Write a shard. Raises StoreError."""
@@ -92,13 +88,14 @@ class RouteStage:
         # Alone, one thread gets most rows out of a core, and the engine wants the others.
         torch.set_num_threads(1)
         self._config, self._files = config, files
+        self._reader = None if files is None else ShardReader(files.plan)
         catalog = Catalog.load(config.catalog, version=catalog_version)
         self._router = Router(catalog, load_encoder(config.encoder), config.routing)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         work = unpack(batch)
-        if self._files is not None:
-            work = self._files.read(work)
+        if self._reader is not None:
+            work = Work(work.number, self._reader.read(work))
         work.decisions = route_rows(self._router, work.rows, self._config)
         work.order = order_by_adapters(work.decisions)
         if not self._config.route_only:

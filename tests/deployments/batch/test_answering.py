@@ -58,6 +58,11 @@ def test_whatever_is_wrong_with_a_row_is_in_its_error_and_in_no_other(make) -> N
     assert all(row["answer"] is None and row["latency_s"] is None for row in bad)
     assert bad[0]["adapters"] == [{"name": "missing", "weight": 1.0}]
     assert len(told) == 4
+    assert {place: (status, body["error"]["code"]) for place, (status, body) in work.errors.items()} == {
+        1: (404, "model_not_found"),
+        2: (400, None),
+        3: (400, "context_length_exceeded"),
+    }
 
 
 def test_an_adapter_that_cannot_be_had_just_now_is_tried_again(make, adapters) -> None:

@@ -49,6 +49,7 @@ def test_only_what_decides_the_output_must_stay_the_same() -> None:
     for harmless in (
         {"answer_workers": {"workers": 4, "gpus": 1}},
         {"max_errors": 5},
+        {"column_clash": "refuse"},
         {"engine": {"adapter_bytes": 1, "threads": 2}},
         {"cache": {"downloads": 2}},
     ):

@@ -20,7 +20,7 @@ def parquet(rows, **options):
 def every_row(content, kind, shard_rows):
     """All rows, shard by shard, and the shards' sizes."""
     file = io.BytesIO(content)
-    starts = scan(file, kind, lambda before: shard_rows, columns=True).starts
+    starts = scan(file, kind, lambda before: shard_rows).starts
     return [list(read_rows(io.BytesIO(content), kind, *start)) for start in starts], [rows for _, rows in starts]
 
 
@@ -41,7 +41,7 @@ def test_shards_hold_every_row_once_and_in_order(kind, shard_rows) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_shards_may_grow_with_what_is_before_them(kind) -> None:
     content = encode(ROWS, kind, pa.schema([("id", pa.string()), ("text", pa.string())]))
-    starts = scan(io.BytesIO(content), kind, lambda before: max(1, 2 * before), columns=False).starts
+    starts = scan(io.BytesIO(content), kind, lambda before: max(1, 2 * before)).starts
     assert [rows for _, rows in starts] == [1, 2, 4]
 
 
@@ -80,13 +80,48 @@ def test_rows_of_arrow_that_python_cannot_hold_are_faults() -> None:
 @pytest.mark.parametrize(("content", "kind"), [(b"a,a\n1,2\n", "csv"), (b"", "csv"), (b"PAR1 no", "parquet")])
 def test_what_is_no_file_of_its_kind_is_refused(content, kind) -> None:
     with pytest.raises(InvalidRequest):
-        scan(io.BytesIO(content), kind, lambda before: 10, columns=False)
+        scan(io.BytesIO(content), kind, lambda before: 10)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        ("prompt,catégorie\nhello,1\n".encode("latin-1"), "csv", "header is not UTF-8.*catégorie.*iconv"),
+        ("prompt,catégorie\nhello,1\n".encode("utf-16"), "csv", "UTF-16.*iconv"),
+        ("prompt,id\nhello,1\n".encode("utf-16-le"), "csv", "UTF-16-LE"),
+        ("prompt,id\nhello,1\n".encode("utf-32"), "csv", "UTF-32"),
+        ('{"prompt": "a"}\n'.encode("utf-16"), "jsonl", "UTF-16"),
+        ('{"prompt": "a"}\n'.encode("utf-16-be"), "jsonl", "UTF-16-BE"),
+        (b'[{"prompt": "a"},\n {"prompt": "b"}]\n', "jsonl", "JSON lines.*jq"),
+        (b'\n[\n  {"prompt": "a"}\n]\n', "jsonl", "JSON lines.*jq"),
+        (b'{\n  "prompt": "a"\n}\n', "jsonl", "JSON lines.*jq"),
+    ],
+)
+def test_what_would_make_every_row_wrong_is_one_clear_line(content, kind, said) -> None:
+    with pytest.raises(InvalidRequest, match=said) as caught:
+        scan(io.BytesIO(content), kind, lambda before: 10)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_byte_order_mark_of_utf_8_is_no_part_of_the_text(kind) -> None:
+    content = {"jsonl": '{"a": "ü"}\n', "csv": "a\nü\n"}[kind].encode("utf-8-sig")
+    assert every_row(content, kind, 10)[0] == [[({"a": "ü"}, None)]]
+
+
+def test_a_row_in_another_encoding_says_so_and_is_not_lost() -> None:
+    [shard], _ = every_row("a,b\n1,ü\n2,x\n".encode("latin-1"), "csv", 10)
+    (values, fault), good = shard
+    assert values["a"] == "1"
+    assert "not UTF-8" in fault
+    assert "'ü' in Latin-1" in fault
+    assert good == ({"a": "2", "b": "x"}, None)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_that_has_shrunk_is_not_read_as_if_it_had_not(kind) -> None:
     content = encode(ROWS, kind, pa.schema([("id", pa.string()), ("text", pa.string())]))
-    [(start, rows)] = scan(io.BytesIO(content), kind, lambda before: 10, columns=False).starts
+    [(start, rows)] = scan(io.BytesIO(content), kind, lambda before: 10).starts
     with pytest.raises(InvalidRequest, match="changed"):
         list(read_rows(io.BytesIO(content), kind, start, rows + 1))
 
@@ -97,7 +132,7 @@ def test_columns_of_jsonl_have_the_type_that_fits_all_rows() -> None:
         {"int": 2, "real": 0.5, "text": "x", "mixed": "y", "late": True, "big": 1 << 70},
     ]
     content = encode(rows, "jsonl", None)
-    schema = scan(io.BytesIO(content), "jsonl", lambda before: 10, columns=True).schema
+    schema = scan(io.BytesIO(content), "jsonl", lambda before: 10).schema
     assert schema is not None
     table = pq.read_table(io.BytesIO(encode(rows, "parquet", schema)))
     assert table.to_pylist() == [

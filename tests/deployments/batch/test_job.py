@@ -60,3 +60,14 @@ def test_a_job_is_resumed_as_it_was_begun_or_not_at_all(run, router, tmp_path) -
 def test_a_catalog_that_is_not_there_is_refused(run, tmp_path) -> None:
     with pytest.raises(ConfigError, match="no catalog"):
         run(catalog=str(tmp_path / "in"))
+
+
+def test_columns_of_the_added_names_are_refused_where_the_job_says_so(run, tmp_path) -> None:
+    (tmp_path / "in" / "rows.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y", "error": "from upstream"}\n')
+    with pytest.raises(ConfigError, match=r"error.*column_clash: keep.*input_error"):
+        run(column_clash="refuse")
+
+
+def test_openais_format_needs_answers(run) -> None:
+    with pytest.raises(ConfigError, match="route_only"):
+        run(format="openai")

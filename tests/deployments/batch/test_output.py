@@ -5,16 +5,20 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 
 from deployments.batch.output import Output, check_same, read_manifest, write_manifest
 from deployments.batch.rows import SourceRow, Work, decision_columns, result_schema
 from deployments.batch.tally import Tally
+from deployments.openai_answers import error_answer
 from lorauter.adapters import open_store
 from lorauter.errors import ConfigError, InvalidRequest
 from lorauter.routing import AdapterWeight, RoutingDecision, TaskScore
 
+DECISION = RoutingDecision("v", (TaskScore("sums", 0.9, 0.8),), (AdapterWeight("a", 1.0),), 0.75)
 GOOD = {
-    **decision_columns(RoutingDecision("v", (TaskScore("sums", 0.9, 0.8),), (AdapterWeight("a", 1.0),), 0.75)),
+    **decision_columns(DECISION),
     "answer": "4",
     "finish_reason": "stop",
     "prompt_tokens": 3,
@@ -30,7 +34,7 @@ def work(shard=0):
 
 def make(uri, kind):
     source = None if kind == "jsonl" else pa.schema([("id", pa.int64()), ("answer", pa.string())])
-    return Output(str(uri), kind, source, result_schema(route_only=False))
+    return Output(str(uri), kind, source, result_schema(route_only=False), {"answer": "input_answer"})
 
 
 def parts(path, kind):
@@ -49,13 +53,51 @@ def parts(path, kind):
 def test_a_part_holds_the_rows_with_what_was_added(tmp_path, kind) -> None:
     assert make(tmp_path, kind).write(work()).errors == 1
     good, bad = parts(tmp_path / f"part-00000.{kind}", kind)
-    assert (str(good["id"]), good["answer"]) == ("1", "4")
+    assert (str(good["id"]), good["answer"], good["input_answer"]) == ("1", "4", "old")
     assert good["tasks"] == [{"name": "sums", "score": 0.9, "probability": 0.8}]
     assert good["adapters"] == [{"name": "a", "weight": 1.0}]
     assert not good["error"]
     assert str(bad["id"]) == "2"
     assert bad["error"] == "InvalidRequest: empty"
     assert not bad["answer"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_openais_format_has_responses_as_the_api_gives_them(tmp_path, plain) -> None:
+    chat = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+    rows = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": '{"model": "poet", "prompt": "hi"}'},
+        {"prompt": "2 + 2", "answer": "4"},
+        {"custom_id": "d", "method": "GET", "url": "/v1/chat/completions", "body": chat},
+        {},
+    ]
+    error = InvalidRequest("needed POST", param="url")
+    done = Work(3, [SourceRow(i, values) for i, values in enumerate(rows)], decisions=[DECISION] * 3 + [error] * 2)
+    done.results = [GOOD, GOOD, GOOD, BAD, BAD]
+    done.errors = {3: error_answer(error), 4: error_answer(error)}
+    output = Output(str(tmp_path), "openai", None, result_schema(route_only=False), plain=plain)
+    assert output.write(done).errors == 2
+    assert list(output.done(4)) == [3]
+    lines = [json.loads(line) for line in (tmp_path / "part-00003.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == ["a", "b", "row-2", "d", "row-4"]
+    assert [line["response"]["status_code"] for line in lines] == [200, 200, 200, 400, 400]
+    assert all(line["error"] is None for line in lines)
+    assert len({line["id"] for line in lines}) == 5
+    first, second, third, fourth, _ = (line["response"]["body"] for line in lines)
+    answered = ChatCompletion.model_validate(first)
+    assert (answered.model, answered.choices[0].message.content, answered.choices[0].finish_reason) == (
+        "base",
+        "4",
+        "stop",
+    )
+    assert answered.usage.total_tokens == 4
+    assert first["lorauter"]["adapters"] == [{"name": "a", "weight": 1.0}]
+    assert Completion.model_validate(second).choices[0].text == "4"
+    assert second["model"] == "poet"
+    assert third["object"] == ("text_completion" if plain else "chat.completion")
+    assert third["model"] == "lorauter"
+    assert fourth["error"]["param"] == "url"
 
 
 def test_a_shard_is_done_once_its_part_and_its_record_are_there(store_uri) -> None:

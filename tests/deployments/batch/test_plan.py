@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from deployments.batch.plan import Plan, find_files, make_plan
+from deployments.batch.inputs import find_files
+from deployments.batch.plan import Plan, make_plan
 from lorauter.adapters import open_store
 from lorauter.errors import ConfigError, InvalidRequest
 
@@ -79,3 +80,12 @@ def test_a_file_that_changes_under_the_job_is_noticed(place) -> None:
 def test_an_empty_file_has_no_shards(place) -> None:
     open_store(place).write("a.jsonl", b"\n")
     assert planned(place).shards == ()
+
+
+@pytest.mark.parametrize("output", ["jsonl", "parquet"])
+def test_columns_of_added_names_are_renamed_alike_in_all_rows(place, output) -> None:
+    store = open_store(place)
+    store.write("a.jsonl", b'{"answer": "x"}\n{"error": "old", "input_answer": 1}\n')
+    store.write("b.jsonl", b'{"prompt": "y"}\n')
+    plan = Plan.from_json(json.loads(json.dumps(make_plan(*find_files(place), 3, output, ["answer"]).to_json())))
+    assert plan.renamed == {"answer": "input_input_answer"}

@@ -3,14 +3,22 @@ import json
 import pytest
 
 from deployments.batch.config import BatchConfig
-from deployments.batch.rows import SourceRow, decision_columns, described, order_by_adapters, read_request
+from deployments.batch.rows import (
+    SourceRow,
+    decision_columns,
+    described,
+    kept_names,
+    order_by_adapters,
+    read_request,
+    result_schema,
+)
 from lorauter.engine import SamplingParams
 from lorauter.errors import AdapterNotFound, InvalidRequest
 from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions
 
 
-def read(values, number=0, **settings):
-    return read_request(SourceRow(number, values), BatchConfig.parse(settings))
+def read(values, number=0, is_text=False, **settings):
+    return read_request(SourceRow(number, values, is_text=is_text), BatchConfig.parse(settings))
 
 
 def decision(*names):
@@ -23,6 +31,72 @@ def test_a_prompt_is_the_users_turn_of_a_chat_or_goes_on_as_it_is() -> None:
     assert (chat.text, chat.prompt) == ("Hello?", None)
     plain = read({"text": "Hello"}, prompts="plain", columns={"prompt": "text"})
     assert (plain.prompt, plain.text, plain.messages) == ("Hello", "Hello", ())
+
+
+def test_a_chat_may_hold_what_clients_send_back_and_what_arrow_fills_up() -> None:
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "W?", "image_url": None}], "tool_calls": None},
+        {"role": "assistant", "content": "x", "weight": 0, "refusal": None},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": "So?"},
+    ]
+    request = read({"messages": chat})
+    assert [m["content"] for m in request.messages] == ["W?", "x", "", "So?"]
+    assert request.text == "So?"
+
+
+def openai(body, url="/v1/chat/completions", **row):
+    return {"custom_id": "r-1", "method": "POST", "url": url, "body": body, **row}
+
+
+HI = {"model": "lorauter", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_request_of_openais_batch_format_is_read_as_the_api_does(coded) -> None:
+    body = {**HI, "max_tokens": 5, "stop": "[INST]", "stream": None, "lorauter": {"top_k": 2}}
+    request = read(openai(json.dumps(body) if coded and body.pop("stream") is None else body), 3)
+    assert (request.text, request.messages, request.prompt) == ("hi", ({"role": "user", "content": "hi"},), None)
+    assert (request.decision, request.options.top_k) == (None, 2)
+    assert (request.sampling.max_tokens, request.sampling.stop) == (5, ("[INST]",))
+    plain = read(openai({"model": "poet", "prompt": "Roses", "seed": 7}, "/v1/completions"), sampling={"top_p": 0.5})
+    assert (plain.prompt, plain.messages, plain.sampling.seed, plain.sampling.top_p) == ("Roses", (), 7, 0.5)
+    assert [(a.name, a.weight) for a in plain.decision.adapters] == [("poet", 1.0)]
+    assert read(openai({**HI, "model": "base"})).decision.adapters == ()
+
+
+def test_such_requests_draw_from_numbers_of_their_own_too() -> None:
+    assert len({read(openai(HI), number).sampling.seed for number in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (openai(HI, method="GET"), "GET"),
+        (openai(HI, "/v1/embeddings"), "/v1/embeddings"),
+        (openai(None), "body"),
+        (openai("{oh"), "body"),
+        (openai({**HI, "messages": []}), "messages"),
+        (openai({**HI, "n": 3}), "n: "),
+        (openai({**HI, "max_tokens": "5"}), "max_tokens"),
+        (openai({**HI, "messages": [{"role": "user", "content": ""}]}), "empty"),
+        (openai({"model": "base", "prompt": ""}, "/v1/completions"), "empty"),
+        (openai({**HI, "model": "../secrets"}), "no adapter's name"),
+        (openai({**HI, "model": "poet", "lorauter": {"adapters": {"a": 1}}}), "lorauter.adapters"),
+    ],
+)
+def test_what_is_wrong_with_such_a_request_is_said(row, message) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        read(row)
+
+
+def test_columns_of_the_added_names_are_kept_by_others() -> None:
+    added = result_schema(route_only=False).names
+    assert kept_names(["prompt", "id"], added) == {}
+    assert kept_names(["answer", "error", "input_answer", "input_input_answer"], added) == {
+        "answer": "input_input_input_answer",
+        "error": "input_error",
+    }
 
 
 @pytest.mark.parametrize("coded", [False, True])
@@ -45,7 +119,7 @@ def test_a_chat_goes_before_the_prompt_and_may_be_json(coded) -> None:
     [
         ({}, {"max_tokens": 9, "temperature": 0.5, "top_p": 1.0}),
         ({"max_tokens": 3, "temperature": 0, "top_p": 0.5, "stop": "\n"}, {"stop": ("\n",), "top_p": 0.5}),
-        ({"max_tokens": "3", "temperature": "0", "stop": '["a", "b"]'}, {"max_tokens": 3, "stop": ("a", "b")}),
+        ({"max_tokens": "3", "temperature": "0", "stop": ["a", "b"]}, {"max_tokens": 3, "stop": ("a", "b")}),
         ({"max_tokens": "", "temperature": float("nan"), "seed": None}, {"max_tokens": 9, "temperature": 0.5}),
         ({"seed": 7}, {"seed": 7}),
     ],
@@ -53,6 +127,22 @@ def test_a_chat_goes_before_the_prompt_and_may_be_json(coded) -> None:
 def test_a_rows_own_sampling_goes_before_the_jobs(given, sampling) -> None:
     got = read({"prompt": "x", **given}, sampling={"max_tokens": 9, "temperature": 0.5}).sampling
     assert {name: getattr(got, name) for name in sampling} == sampling
+
+
+@pytest.mark.parametrize(
+    ("stop", "of_json", "of_csv"),
+    [
+        ("[INST]", ("[INST]",), ("[INST]",)),
+        ("[", ("[",), ("[",)),
+        ("[1]", ("[1]",), ("[1]",)),
+        ('{"a": 1}', ('{"a": 1}',), ('{"a": 1}',)),
+        ('["a", "b"]', ('["a", "b"]',), ("a", "b")),
+        ("[]", ("[]",), ()),
+    ],
+)
+def test_a_text_is_a_stop_string_and_a_list_in_csv_is_many(stop, of_json, of_csv) -> None:
+    assert read({"prompt": "x", "stop": stop}).sampling.stop == of_json
+    assert read({"prompt": "x", "stop": stop}, is_text=True).sampling.stop == of_csv
 
 
 def test_every_row_draws_from_numbers_of_its_own_that_the_jobs_seed_decides() -> None:

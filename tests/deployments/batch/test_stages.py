@@ -1,6 +1,7 @@
 """The stages as Ray Data calls them, without Ray."""
 
 import json
+from unittest.mock import ANY
 
 import pyarrow as pa
 import pytest
@@ -9,13 +10,15 @@ import torch
 from deployments.batch.answering import Answering
 from deployments.batch.config import BatchConfig
 from deployments.batch.formats import FORMATS, encode
+from deployments.batch.inputs import find_files
 from deployments.batch.output import Output
-from deployments.batch.pipeline import _gather, _scatter
-from deployments.batch.plan import find_files, make_plan
+from deployments.batch.pipeline import _NUMBER, _gather, _scatter
+from deployments.batch.plan import make_plan
 from deployments.batch.routing import route_rows
-from deployments.batch.rows import Work, order_by_adapters, result_schema
+from deployments.batch.rows import Work, order_by_adapters, read_request, result_schema
 from deployments.batch.stages import Files, RouteStage, pack, unpack, unpacked
 from lorauter.encoder import HashingEncoder
+from lorauter.errors import ConfigError
 
 
 @pytest.fixture
@@ -43,19 +46,37 @@ def test_a_shard_is_read_routed_and_written(stage, tmp_path) -> None:
     assert lines[1]["x"] == 1
 
 
+def gathered(table, **settings):
+    """A block of a data set whose rows Ray Data has numbered, as a piece of work."""
+    numbered = table.append_column(_NUMBER, pa.array(range(7, 7 + table.num_rows)))
+    return _gather(numbered, BatchConfig.parse(settings), result_schema(route_only=True))
+
+
 def test_rows_of_a_data_set_keep_their_columns_and_types(stage) -> None:
-    table = pa.table({"prompt": ["add numbers", ""], "n": pa.array([1, 2], pa.int8()), "error": ["old", "old"]})
-    gathered = _gather(table)
-    assert len({row.number for row in unpack(gathered).rows}) == 2
-    routed = stage()(gathered)
+    table = pa.table({"prompt": ["add numbers", ""], "n": pa.array([1, 2], pa.int8()), "error": ["old", "older"]})
+    work = gathered(table)
+    assert [(row.number, list(row.values)) for row in unpack(work).rows] == [(7, table.column_names), (8, ANY)]
+    routed = stage()(work)
     assert unpack(routed).order[0] == 1  # no adapters
     answered = _scatter(routed, result_schema(route_only=True))
     assert answered.schema.field("n").type == pa.int8()
     assert answered["n"].to_pylist() == [1, 2]
+    assert answered["input_error"].to_pylist() == ["old", "older"]
     good, bad = answered["error"].to_pylist()
     assert good is None
     assert "empty" in bad
     assert answered["tasks"][0][0]["name"].as_py() == "sums"
+
+
+def test_a_data_set_with_columns_of_the_added_names_may_be_refused() -> None:
+    with pytest.raises(ConfigError, match="error"):
+        gathered(pa.table({"prompt": ["x"], "error": ["old"]}), column_clash="refuse")
+
+
+def test_equal_rows_of_a_data_set_draw_from_different_numbers() -> None:
+    config = BatchConfig()
+    rows = unpack(gathered(pa.table({"prompt": ["Tell me a joke"] * 3}))).rows
+    assert len({read_request(row, config).sampling.seed for row in rows}) == 3
 
 
 @pytest.mark.parametrize("kind", FORMATS)
