@@ -19,7 +19,9 @@ def batch(
     column: Annotated[str | None, typer.Option(help="The column of the prompts.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any of the job's settings.")] = None,
     adapters: Annotated[str | None, typer.Option(help="The adapter store: a folder or s3://bucket/prefix.")] = None,
-    format: Annotated[str | None, typer.Option(help="Of the output: jsonl, csv, parquet or openai; else the input's.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of the output: jsonl, csv, parquet or openai; else the input's.")
+    ] = None,
     route_only: Annotated[bool, typer.Option("--route-only", help="Decide, and generate nothing.")] = False,
     max_errors: Annotated[int | None, typer.Option(min=0, help="Stop once more rows than this have failed.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Engines that answer at the same time.")] = None,

@@ -189,7 +189,7 @@ def _matched(
     catalog: Catalog, tasks: Sequence[Task], repository: AdapterRepository, by: _By, model: str, file: Path | None
 ) -> Catalog:
     """The catalog with the adapters that matching finds; those that cannot be used are out of it."""
-    from lorauter.catalog import scoring, with_scores, without_adapters
+    from lorauter.catalog import provenance, scoring, with_scores, without_adapters
     from lorauter.catalog.match import MatchConfig, match_adapters
     from lorauter.catalog.scores import ScoreTable
     from lorauter.evaluation.answering import adapters_in
@@ -200,13 +200,18 @@ def _matched(
         raise ConfigError(f"the folder of {file} is not there", setting="scores")
     table = ScoreTable(file)
     with_scores(catalog, _worth(table, by))  # scores of other tasks are refused before, not after, hours of work
+    if file is not None:
+        with phase("reading the base model's files"):
+            digest = provenance.model_digest(model)
+        made_of = provenance.Provenance(digest, by.value, provenance.task_digests(tasks), catalog.adapters)
+        table.bind(made_of)
     config = MatchConfig(candidates={entry.name: [a.name for a in entry.adapters] for entry in catalog.tasks})
     with ExitStack() as stack:
         with phase("loading the base model"):
             scorer = stack.enter_context(scoring.open_scorer(by.value, model, adapters_in(repository), tasks))
         what = f"trying {len(catalog.adapters)} adapters on {len(tasks)} tasks"
         progress = stack.enter_context(counting(what, "evaluations"))
-        matching = match_adapters(tasks, list(catalog.adapters), scorer, config, table, progress)
+        matching = match_adapters(tasks, catalog.adapters, scorer, config, table, progress)
     for name, reason in matching.failures.items():
         warn(f"left out: {name}: {reason}")
     share = matching.spent / matching.exhaustive

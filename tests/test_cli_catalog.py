@@ -84,6 +84,7 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
         yield fake
 
     monkeypatch.setattr("lorauter.catalog.scoring.open_scorer", opened)
+    monkeypatch.setattr("lorauter.catalog.provenance.model_digest", lambda model: f"digest of {model}")
     return fake
 
 
@@ -124,23 +125,38 @@ def test_what_is_broken_is_named_and_left_out(match: Cli, scorer: Scorer, tmp_pa
     match().refused("no adapter can be used on the base model 'default'")
 
 
-def test_an_outage_stops_the_run_and_the_next_goes_on(
-    match: Cli, scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outage_stops_the_run_and_the_next_goes_on(match: Cli, scorer: Scorer, tmp_path: Path) -> None:
     file = tmp_path / "scores.jsonl"
-    scorer.opened.append(("metric", ""))
-    kept = scorer.score([Evaluation(adapter, "rain", 0) for adapter in ("sums", "poems")])
-    ScoreTable(file).add(kept)
+    assert match("--scores", file).code == 0
+    version = current_version(tmp_path / "out")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]))  # the header, and two scores: what a run has written that was cut off
     scorer.error = AdapterUnavailable("the store cannot be read", adapter="sums")
     match("--scores", file).refused("the store cannot be read")
-    assert not (tmp_path / "out").exists() and ScoreTable(file).failures == {}
+    assert len(ScoreTable(file).scores) <= 2 and ScoreTable(file).failures == {}
+    assert current_version(tmp_path / "out") == version
     scorer.error = None
     scorer.asked.clear()
     assert match("--scores", file).code == 0
-    assert len(scorer.asked) == 16 and not kept.keys() & set(scorer.asked)
-    version = current_version(tmp_path / "out")
+    assert len(scorer.asked) == 16
+    assert (len(lines), current_version(tmp_path / "out")) == (1 + 18, version)
     assert match("--scores", file).code == 0
     assert (len(scorer.asked), current_version(tmp_path / "out")) == (16, version)
+
+
+def test_scores_of_another_model_other_examples_or_an_adapter_that_was_replaced_are_refused_at_once(
+    match: Cli, scorer: Scorer, tasks: Path, pool: Path, make_adapter: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "scores.jsonl"
+    assert match("--scores", file).code == 0
+    scorer.opened.clear()
+    match("--scores", file, "--model", "other/model").refused("base model was digest of default")
+    make_adapter(pool, "spare", rank=5)
+    match("--scores", file).refused("adapter 'spare' was")
+    path = next(path for path in tasks.iterdir() if "rain" in path.name)
+    path.write_text(path.read_text().replace('"target": "', '"target": "not '))
+    match("--scores", file).refused("task 'rain' was")
+    assert not scorer.opened
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ evaluation is made.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+from lorauter.catalog.provenance import Provenance, task_digests
 from lorauter.catalog.scores import Evaluation, Outcome, Scorer, ScoreTable, score_all
 from lorauter.errors import ConfigError, LorauterError
 from lorauter.tasks import Task
@@ -190,7 +191,7 @@ class Matching:
 
 def match_adapters(
     tasks: Sequence[Task],
-    adapters: Sequence[str],
+    adapters: Collection[str],
     scorer: Scorer,
     config: MatchConfig | None = None,
     table: ScoreTable | None = None,
@@ -199,7 +200,9 @@ def match_adapters(
     """Score round after round until every task has its adapters.
 
     Args:
-        table: where outcomes go, some hundreds at a time, and what need not be scored again.
+        adapters: names, or `{name: version}`.
+        table: where outcomes go, some hundreds at a time, and what need not be scored again. It is bound to these
+            tasks, and to the adapters' versions if they are given; `ScoreTable.bind` says more of what it is of.
         progress: called with the evaluations made so far and those left in this round.
 
     Returns:
@@ -207,9 +210,12 @@ def match_adapters(
 
     Raises:
         ConfigError: as `Matching`.
+        CatalogError: the table's scores are of something else.
         LorauterError: the scorer gives no outcome for an evaluation, or fails as a whole.
     """
-    matching = Matching({task.name: len(task.validation) for task in tasks}, adapters, config, table)
+    matching = Matching({task.name: len(task.validation) for task in tasks}, list(adapters), config, table)
+    versions = adapters if isinstance(adapters, Mapping) else {}
+    matching.table.bind(Provenance(tasks=task_digests(tasks), adapters=versions))
     while evaluations := matching.next_round():
         score_all(evaluations, scorer, matching.table, lambda left: progress(matching.spent, left))
     return matching

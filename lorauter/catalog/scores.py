@@ -14,7 +14,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from lorauter.catalog.provenance import Provenance
 from lorauter.errors import CatalogError, LorauterError
+
+_HEADER = "made_of"
 
 
 @dataclass(frozen=True, order=True)
@@ -47,9 +50,9 @@ class ScoreTable:
     """The scores so far.
 
     Kept in a JSON lines file that is only ever appended to: `{"adapter", "task", "example", "score"}`, or with
-    `failed`, the reason, in place of `score`. A last line that was cut off is dropped. One table is of one way of
-    scoring, one version of every adapter and one set of tasks. A failed adapter is not tried again until its lines
-    are taken out of the file.
+    `failed`, the reason, in place of `score`. A header, `{"made_of": ...}`, says what they are scores of; tasks and
+    adapters that come later have theirs further down. A last line that was cut off is dropped. A failed adapter is not
+    tried again until its lines are taken out of the file.
 
     Args:
         path: the file, made on the first `add`; None keeps the scores in memory alone.
@@ -58,6 +61,7 @@ class ScoreTable:
         CatalogError: the file cannot be read, or a line of it is no evaluation.
 
     Attributes:
+        made_of: what the scores are of, as far as it was said.
         scores: `{(adapter, task): {example: score}}`, finite numbers.
         failures: `{adapter: why it cannot be used}`.
     """
@@ -65,10 +69,12 @@ class ScoreTable:
     def __init__(self, path: Path | None = None) -> None:
         self.scores: dict[tuple[str, str], dict[int, float]] = {}
         self.failures: dict[str, str] = {}
+        self.made_of = Provenance()
         self._path = path
+        self._header_due = False
         self._torn_at: int | None = None  # left in the file until the next `add`: it may be another run's, still going
         if path is not None and path.exists():
-            rows, self._torn_at = _read_rows(path)
+            self.made_of, rows, self._torn_at = _read_rows(path)
             for evaluation, row in rows:
                 score, reason = row.get("score"), row.get("failed")
                 if isinstance(reason, str):
@@ -77,6 +83,25 @@ class ScoreTable:
                     self._take(evaluation, float(score))
                 else:
                     raise CatalogError(f"{evaluation} has neither a score nor a failure", uri=str(path))
+
+    def bind(self, made_of: Provenance) -> None:
+        """Say what the scores are of, those that are there and those to come; the file is told by the next `add`.
+
+        Raises:
+            CatalogError: those that are there are of something else, or nobody knows of what.
+        """
+        pairs = list(self.scores)
+        tasks, adapters = {task for _, task in pairs}, {adapter for adapter, _ in pairs} | self.failures.keys()
+        if (tasks or adapters) and (differing := self.made_of.differing(made_of, tasks, adapters)):
+            more = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
+            raise CatalogError(
+                f"its scores are of something else: {differing[0]}{more}; name another file, or take the lines of what "
+                "has changed out of this one",
+                uri=str(self._path),
+            )
+        joined = self.made_of.joined(made_of)
+        self._header_due |= joined != self.made_of
+        self.made_of = joined
 
     def add(self, outcomes: Mapping[Evaluation, Outcome]) -> None:
         """Take outcomes in, and append them to the file. A score that is not finite is a failure."""
@@ -87,6 +112,9 @@ class ScoreTable:
                     file.truncate(self._torn_at)
                 self._torn_at = None
             with self._path.open("a", encoding="utf-8") as file:
+                if self._header_due:
+                    file.write(_line({_HEADER: self.made_of.to_json()}))
+                    self._header_due = False
                 file.writelines(
                     _line(asdict(e) | ({"failed": o.reason} if isinstance(o, Failed) else {"score": o}))
                     for e, o in checked.items()
@@ -152,9 +180,10 @@ def score_all(
         progress(len(left))
 
 
-def write_evaluations(path: Path, evaluations: Iterable[Evaluation]) -> None:
-    """Write evaluations to be made elsewhere, one a line."""
-    path.write_text("".join(_line(asdict(evaluation)) for evaluation in evaluations), encoding="utf-8")
+def write_evaluations(path: Path, evaluations: Iterable[Evaluation], made_of: Provenance | None = None) -> None:
+    """Write evaluations to be made elsewhere, one a line, and before them what they are to be made of."""
+    header = [] if made_of is None else [_line({_HEADER: made_of.to_json()})]
+    path.write_text("".join([*header, *(_line(asdict(evaluation)) for evaluation in evaluations)]), encoding="utf-8")
 
 
 def score_file(
@@ -166,13 +195,14 @@ def score_file(
         The table that lies in the file `scores`.
 
     Raises:
-        CatalogError: a file cannot be read.
+        CatalogError: a file cannot be read, or `scores` are of something else than the evaluations.
         LorauterError: as `score_all`.
     """
-    rows, torn_at = _read_rows(evaluations)
+    made_of, rows, torn_at = _read_rows(evaluations)
     if torn_at is not None:
         raise CatalogError("ends in the middle of a line; copy it again", uri=str(evaluations))
     table = ScoreTable(scores)
+    table.bind(made_of)
     score_all([evaluation for evaluation, _ in rows], scorer, table, progress)
     return table
 
@@ -181,16 +211,23 @@ def _line(row: Mapping[str, object]) -> str:
     return json.dumps(row) + "\n"
 
 
-def _read_rows(path: Path) -> tuple[list[tuple[Evaluation, dict[str, Any]]], int | None]:
-    """The rows of a JSON lines file with their evaluations, and where a last line that was cut off begins."""
+_Rows = list[tuple[Evaluation, dict[str, Any]]]
+
+
+def _read_rows(path: Path) -> tuple[Provenance, _Rows, int | None]:
+    """What a JSON lines file says of all its rows, these with their evaluations, and where a torn last line begins."""
+    made_of, rows = Provenance(), []
     try:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        rows = [json.loads(line) for line in content[:whole].splitlines()]
-        evaluations = [Evaluation(str(row["adapter"]), str(row["task"]), int(row["example"])) for row in rows]
+        for row in map(json.loads, content[:whole].splitlines()):
+            if _HEADER in row:
+                made_of = made_of.joined(Provenance.from_json(row[_HEADER]))
+            else:
+                rows.append((Evaluation(str(row["adapter"]), str(row["task"]), int(row["example"])), row))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CatalogError(f"is no file of evaluations: {error!r}", uri=str(path)) from error
-    return list(zip(evaluations, rows, strict=True)), whole if whole < len(content) else None
+    return made_of, rows, whole if whole < len(content) else None
 
 
 def _checked(evaluation: Evaluation, outcome: Outcome) -> Outcome:

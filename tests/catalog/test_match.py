@@ -2,11 +2,13 @@
 
 import json
 import random
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 
 from lorauter.catalog.match import MatchConfig, Matching, Round, match_adapters
+from lorauter.catalog.provenance import Provenance, model_digest, task_digests
 from lorauter.catalog.scores import Evaluation, Failed, ScoreTable, score_all, score_file, write_evaluations
 from lorauter.errors import CatalogError, ConfigError, LorauterError
 from lorauter.tasks import Example, Task
@@ -276,6 +278,68 @@ def test_a_table_is_read_back_as_it_was(tmp_path) -> None:
     assert [json.loads(line)["example"] for line in file.read_text().splitlines()] == [0, 3, 0, 0]
 
 
+def test_scores_of_something_else_are_refused(tmp_path) -> None:
+    file, [task] = tmp_path / "scores.jsonl", tasks_of(1, 2)
+    made_of = Provenance("m1", "metric", task_digests([task]), {"a": "v1", "b": "v1"})
+    table = ScoreTable(file)
+    table.bind(made_of)
+    table.add({Evaluation("a", task.name, 0): 0.5, Evaluation("b", task.name, 0): Failed("broken")})
+    for same in (made_of, Provenance(), Provenance(adapters={"c": "v9"}), Provenance(tasks={"u": "?"})):
+        ScoreTable(file).bind(same)
+    other = replace(task, validation=(*task.validation[1:], *task.validation[:1]))
+    for differing, said in (
+        (replace(made_of, model="m2"), "base model was m1 and is m2"),
+        (replace(made_of, by="likelihood"), "way of scoring"),
+        (replace(made_of, tasks=task_digests([other])), f"task '{task.name}'"),
+        (replace(made_of, tasks=task_digests([replace(task, metric="bleu")])), f"task '{task.name}'"),
+        (replace(made_of, adapters={"a": "v2", "b": "v1"}), "adapter 'a' was v1 and is v2"),
+        (replace(made_of, adapters={"a": "v2", "b": "v2"}), "and 1 more differ"),
+    ):
+        with pytest.raises(CatalogError, match=said) as caught:
+            ScoreTable(file).bind(differing)
+        assert str(file) in str(caught.value)
+    header, *rows = file.read_text().splitlines(keepends=True)
+    assert json.loads(header)["made_of"]["tasks"] == task_digests([task])
+    for kept in (rows, [header, '{"adapter": "c", "task": "t00", "example": 0, "score": 1.0}\n']):
+        file.write_text("".join(kept))
+        with pytest.raises(CatalogError, match="was not noted"):
+            ScoreTable(file).bind(replace(made_of, adapters={"a": "v1", "c": "v1"}))
+
+
+def test_a_table_grows_with_its_tasks_and_adapters_and_lines_may_be_taken_out(tmp_path) -> None:
+    file, tasks = tmp_path / "scores.jsonl", tasks_of(2, 2)
+    match_adapters(tasks[:1], {"a": "v1"}, Given(a=0.5), table=ScoreTable(file))
+    grown = match_adapters(tasks, {"a": "v1", "b": "v1"}, Given(a=0.5, b=0.75), table=ScoreTable(file))
+    assert names(grown) == {"t00": ["b", "a"], "t01": ["b", "a"]}
+    assert len(ScoreTable(file).made_of.tasks) == 2
+    pushed = {"a": "v2", "b": "v1"}
+    with pytest.raises(CatalogError, match="adapter 'a' was v1 and is v2"):
+        match_adapters(tasks, pushed, Given(a=0.9, b=0), table=ScoreTable(file))
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if '"adapter": "a"' not in line))
+    again = match_adapters(tasks, pushed, Given(a=0.9, b=0), table=ScoreTable(file))
+    assert [match.score for match in again.result()["t00"]] == [0.9, 0.75]
+    assert match_adapters(tasks, pushed, Given(), table=ScoreTable(file)).result() == again.result()
+
+
+def test_scores_of_replaced_examples_are_refused_by_matching_itself(tmp_path) -> None:
+    file, [task] = tmp_path / "scores.jsonl", tasks_of(1, 2)
+    match_adapters([task], ["a", "b"], Given(a=0.9, b=0.9), table=ScoreTable(file))
+    replaced = replace(task, validation=(Example("quite", "x"), Example("other", "x")))
+    with pytest.raises(CatalogError, match="t00"):
+        match_adapters([replaced], ["a", "b"], Given(a=0.1, b=0.1), table=ScoreTable(file))
+
+
+def test_a_models_digest_is_of_its_content(tmp_path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"\x00" * 100)
+    assert model_digest(str(one)) == model_digest(str(two))
+    (two / "model.safetensors").write_bytes(b"\x00" * 99 + b"\x01")
+    assert model_digest(str(one)) != model_digest(str(two))
+
+
 def test_a_tables_scores_by_task_are_those_of_adapters_that_work() -> None:
     table = ScoreTable()
     table.add({Evaluation("a", "t", 0): 0.25, Evaluation("a", "u", 3): 1.0, Evaluation("b", "t", 0): 0.5})
@@ -321,6 +385,17 @@ def test_scoring_elsewhere_takes_two_files(tmp_path) -> None:
         score_file(requests, scores, matrix)
         assert len(matrix.asked) == asked
     assert matching.result() == expected
+
+
+def test_scores_from_elsewhere_are_of_what_the_evaluations_said(tmp_path) -> None:
+    tasks, requests, scores = tasks_of(2, 3), tmp_path / "requests.jsonl", tmp_path / "scores.jsonl"
+    made_of = Provenance("m", "metric", task_digests(tasks), {"a": "v1"})
+    write_evaluations(requests, Matching({"t00": 3, "t01": 3}, ["a"]).next_round(), made_of)
+    assert score_file(requests, scores, Given(a=0.5)).made_of == ScoreTable(scores).made_of == made_of
+    assert names(match_adapters(tasks, {"a": "v1"}, Given(), table=ScoreTable(scores))) == {"t00": ["a"], "t01": ["a"]}
+    write_evaluations(requests, [Evaluation("a", "t00", 0)], replace(made_of, model="another"))
+    with pytest.raises(CatalogError, match="base model"):
+        score_file(requests, scores, Given(a=0.5))
 
 
 def test_a_file_of_evaluations_that_was_cut_off_is_refused(tmp_path) -> None:
