@@ -51,7 +51,7 @@ def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Datas
     config = resolved(config or BatchConfig())
     version = catalog_version(config)
     added = result_schema(route_only=config.route_only)
-    work = dataset.with_column(_NUMBER, monotonically_increasing_id()).map_batches(
+    work = dataset.with_column(_NUMBER, monotonically_increasing_id(), num_cpus=_TASK_CPUS).map_batches(
         _gather,  # type: ignore[arg-type]
         fn_kwargs={"config": config, "added": added},
         batch_size=config.shard_rows,
