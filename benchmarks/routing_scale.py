@@ -63,7 +63,7 @@ def main() -> None:
                 query, text = catalog.examples[task * EXAMPLES][None], catalog.tasks[task].task.validation[0].input
                 started = time.perf_counter()
                 (found,) = retriever.retrieve(query, [text], [RoutingOptions()])
-                compose(found, RoutingOptions(), retriever.config, catalog_version="")
+                compose(found, RoutingOptions(), retriever.config, catalog_version="", versions=catalog.adapters)
                 times.append(time.perf_counter() - started)
             medians.append(1000 * statistics.median(times))
         print(f"{size:8} {fit:8.1f} {medians[0]:10.2f} {medians[1]:10.2f}", flush=True)

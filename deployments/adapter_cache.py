@@ -31,6 +31,7 @@ from deployments.samplers import Sampling, disk_sampler
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
 from lorauter.defaults import home
 from lorauter.errors import AdapterUnavailable, LorauterError
+from lorauter.names import AdapterKey
 
 NAMESPACE = "lorauter"
 _ATTEMPTS = 5
@@ -64,53 +65,48 @@ class AdapterCacheActor:
             repository,
             root,
             budget_bytes=settings.disk_bytes,
-            revalidate_s=settings.revalidate_s,
             downloads=settings.downloads,
             source=self._peers,
         )
         self._demand = Demand()
         self._sampling = Sampling(disk_sampler(self._cache, RayRecorder()))
 
-    async def fetch(self, names: list[str]) -> list[LocalAdapter]:
-        """Local copies of the adapters' current versions, all at once; the first failure is raised."""
-        flights = [asyncio.shield(asyncio.wrap_future(self._cache.submit(name))) for name in names]
-        found = list(await asyncio.gather(*flights))
-        for name in names:
-            self._demand.note(name, time.monotonic())
-        return found
+    async def fetch(self, key: AdapterKey) -> LocalAdapter:
+        """A local copy of a version. Raises AdapterError."""
+        local = await asyncio.shield(asyncio.wrap_future(self._cache.submit(key)))
+        self._demand.note(key, time.monotonic())
+        return local
 
-    async def prefetch(self, names: list[str]) -> None:
+    async def prefetch(self, keys: list[AdapterKey]) -> None:
         """Start fetching; who needs the adapters will ask and be told of failures."""
-        for name in names:
-            self._cache.submit(name).add_done_callback(self._note_prefetched)
+        for key in keys:
+            self._cache.submit(key).add_done_callback(self._note_prefetched)
 
     def _note_prefetched(self, flight: Future[LocalAdapter]) -> None:
-        if flight.exception() is None:  # names that clients made up are not in demand
-            self._demand.note(flight.result().name, time.monotonic())
+        if flight.exception() is None:  # what cannot be had is not in demand
+            self._demand.note(flight.result().key, time.monotonic())
 
-    async def wanted(self, number: int) -> dict[str, float]:
+    async def wanted(self, number: int) -> dict[AdapterKey, float]:
         """The adapters most wanted here lately, with counts that halve with time."""
         return self._demand.top(number, time.monotonic())
 
-    async def discard(self, name: str, version: str) -> None:
+    async def discard(self, key: AdapterKey) -> None:
         """Forget a copy that turned out to be unusable."""
-        self._cache.discard(name, version)
+        self._cache.discard(key)
 
-    async def whereabouts(self, name: str, version: str) -> Whereabouts | None:
+    async def whereabouts(self, key: AdapterKey) -> Whereabouts | None:
         """Whether this cache has a version of an adapter, or is getting it in a way that a peer may wait for."""
-        if self._cache.entry(name, version) is not None:
-            return Whereabouts("here")
-        return self._peers.whereabouts(name, version)
+        return Whereabouts("here") if self._cache.entry(key) is not None else self._peers.whereabouts(key)
 
-    async def lend(self, name: str, version: str) -> Loan | None:
+    async def lend(self, key: AdapterKey) -> Loan | None:
         """A version's files, once it is here if it is under way; None where it is not. Starts no fetch."""
-        flight = self._cache.in_flight(name)
-        if flight is not None and self._cache.entry(name, version) is None:
+        flight = self._cache.in_flight(key)
+        if flight is not None and self._cache.entry(key) is None:
             with suppress(LorauterError):
                 await asyncio.shield(asyncio.wrap_future(flight))
         async with self._lending:
-            entry = self._cache.entry(name, version)
-            return await asyncio.to_thread(lend, *entry) if entry is not None else None
+            local = self._cache.entry(key)
+            return await asyncio.to_thread(lend, local) if local is not None else None
 
     async def pid(self) -> int:
         """The actor's process."""
@@ -186,24 +182,25 @@ class NodeCache:
         self._spec = spec
         self._actor = start_cache(spec)
 
-    async def fetch(self, names: list[str]) -> list[LocalAdapter]:
+    async def fetch(self, key: AdapterKey) -> LocalAdapter:
         """See `AdapterCacheActor.fetch`."""
         for attempt in range(_ATTEMPTS):
             try:
-                result: list[LocalAdapter] = await self._actor.fetch.remote(names)
+                result: LocalAdapter = await self._actor.fetch.remote(key)
                 return result
             except RayActorError as error:
                 if attempt == _ATTEMPTS - 1:
-                    raise AdapterUnavailable(f"the node's cache is down: {error}", adapter=names[0]) from error
+                    raise AdapterUnavailable(f"the node's cache is down: {error}", adapter=key.name) from error
                 await asyncio.sleep(0.2 * 2**attempt)
                 self._actor = await asyncio.to_thread(start_cache, self._spec)
         raise AssertionError("unreachable")
 
-    async def discard(self, name: str, version: str) -> None:
+    async def discard(self, key: AdapterKey) -> None:
         """See `AdapterCacheActor.discard`."""
-        await self._actor.discard.remote(name, version)
+        await self._actor.discard.remote(key)
 
-    async def resident(self) -> list[str]:
-        """Names of the adapters on the node's disk, the least recently used first. Raises RayError."""
+    async def resident(self) -> list[AdapterKey]:
+        """The adapters on the node's disk, the least recently used first. Raises RayError."""
         stats: dict[str, Any] = await self._actor.stats.remote()
-        return [name for name, _ in stats["resident"]]
+        resident: list[AdapterKey] = stats["resident"]
+        return resident

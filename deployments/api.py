@@ -10,8 +10,9 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +34,7 @@ from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, Complet
 from deployments.scope import ScopedOptions, visible_tasks
 from lorauter.engine.types import Chunk
 from lorauter.errors import (
+    AdapterError,
     AdapterNotFound,
     InvalidRequest,
     LorauterError,
@@ -41,13 +43,13 @@ from lorauter.errors import (
 )
 from lorauter.keys import Role
 from lorauter.names import RULE, is_valid_name
-from lorauter.routing.compose import AdapterWeight, RoutingDecision
+from lorauter.routing.compose import AdapterWeight, LeftOut, RoutingDecision, cause_of
 from lorauter.routing.options import RoutingOptions
 
 logger = logging.getLogger("lorauter.api")
 
 _HEADER_ITEMS = 16
-_MAX_GONE = 8  # adapters that a request may find removed
+_DECISIONS = 3  # that are tried for a request whose adapters turn out to be gone or broken
 _CHARS_A_TOKEN = 4  # about; an answer's end settles what it was
 
 
@@ -62,6 +64,9 @@ class Service(Protocol):
 
     def check_load(self) -> None:
         """Raise Overloaded if `generate` would."""
+
+    async def versions(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Which versions of adapters are served; without those that are not."""
 
     async def describe(self) -> CatalogDescription:
         """The tasks and adapters there are."""
@@ -204,33 +209,44 @@ class _Api:
                 raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=_short(name))
             if not caller.permits(name):  # whether it exists or not
                 raise AdapterNotFound("no such adapter; see GET /v1/models", adapter=name)
-        return RoutingDecision(
-            None, (), tuple(AdapterWeight(name, weight) for name, weight in chosen.items() if weight)
-        )
+        versions = await self._service.versions(list(chosen)) if chosen else {}
+        for name in chosen:
+            if name not in versions:
+                raise AdapterNotFound("no such adapter; see GET /v1/models", adapter=name)
+        mixture = tuple(AdapterWeight(name, versions[name], weight) for name, weight in chosen.items() if weight)
+        return RoutingDecision(None, (), mixture)
 
     async def _admit(
         self, body: GenerationBody, text: str, caller: Caller, ask: Callable[[RoutingDecision], _Answer]
     ) -> tuple[RoutingDecision, _Answer, Admitted]:
         """The decision, and the answer as it comes; until it is admitted an error can still have its own status.
 
-        An adapter that was removed since the catalog was made is no fault of a request that named none: it is routed
-        anew, without that adapter.
+        Adapters that are gone or broken are no fault of a request that named none. A replica goes on without them, as
+        long as one is left; where none is, the request is routed anew without them, and in the end answered by the
+        base model, unless they may be back soon.
         """
-        gone: set[str] = set()
-        while True:
+        left_out: list[LeftOut] = []
+        for attempt in range(_DECISIONS + 1):
+            gone = {adapter.name for adapter in left_out}
             routed = body.lorauter.model_copy(update={"exclude_adapters": body.lorauter.exclude_adapters | gone})
             decision = await self._decide(body.model_copy(update={"lorauter": routed}), text, caller)
+            decision = replace(decision, left_out=tuple(left_out))
+            if attempt == _DECISIONS:
+                decision = replace(decision, adapters=())
             stream = ask(decision)
             try:
                 admitted = await anext(stream)
-            except AdapterNotFound as error:
-                if decision.catalog_version is None or error.adapter in gone or len(gone) == _MAX_GONE:
+            except AdapterError as error:
+                cause = cause_of(error)
+                last = attempt == _DECISIONS or (attempt == _DECISIONS - 1 and cause == "unavailable")
+                if last or not decision.routed:
                     raise
-                logger.warning("routed anew, as the catalog's adapter %s is not in the store", error.adapter)
-                gone.add(error.adapter)
+                logger.warning("routed anew: %s", error)
+                left_out += [LeftOut(adapter.name, adapter.version, cause) for adapter in decision.adapters]
                 continue
             assert isinstance(admitted, Admitted)
-            return decision, stream, admitted
+            return decision.without(admitted.left_out), stream, admitted
+        raise AssertionError("unreachable: the base model alone lacks no adapter")
 
     async def _answer(
         self, request: Request, body: GenerationBody, text: str, prompt: Prompt, shape: Shape
@@ -245,7 +261,7 @@ class _Api:
         reservation = await self._access.reserve(caller, prompt.characters // _CHARS_A_TOKEN + sampling.max_tokens)
 
         def ask(decision: RoutingDecision) -> _Answer:
-            call = GenerateCall(prompt, _pairs(decision), sampling)
+            call = GenerateCall(prompt, decision.adapters, sampling, routed=decision.routed)
             return _metered(self._service.generate(call), reservation)
 
         try:
@@ -253,8 +269,7 @@ class _Api:
         except Exception:
             await reservation.settle(0)
             raise
-        adapters = _pairs(decision)
-        observe.current().decided(body.model, len(adapters), decision.confidence)
+        observe.current().decided(body.model, len(decision.adapters), decision.confidence)
         head = {
             "id": f"{shape.prefix}-{uuid.uuid4().hex}",
             "object": shape.piece if body.stream else shape.whole,
@@ -263,7 +278,7 @@ class _Api:
         }
         headers = {
             "x-lorauter-tasks": _header((task.name, task.score) for task in decision.tasks),
-            "x-lorauter-adapters": _header(adapters),
+            "x-lorauter-adapters": _header((adapter.name, adapter.weight) for adapter in decision.adapters),
         }
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -274,10 +289,6 @@ class _Api:
         took = usage(admitted.prompt_tokens, sum(len(chunk.token_ids) for chunk in chunks))
         answer = {**head, **shape.answer(text, chunks[-1].finish_reason), "usage": took}
         return JSONResponse({**answer, "lorauter": decision.to_json()}, headers=headers)
-
-
-def _pairs(decision: RoutingDecision) -> tuple[tuple[str, float], ...]:
-    return tuple((adapter.name, adapter.weight) for adapter in decision.adapters)
 
 
 async def _metered(stream: _Answer, reservation: Reservation) -> _Answer:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorauter.engine.types import SamplingParams
+from lorauter.routing.compose import AdapterWeight, LeftOut
 from lorauter.routing.retrieve import Retrieved
 
 
@@ -24,14 +25,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """What the ingress asks of a replica: a prompt to be answered under adapters by name and weight.
+    """What the ingress asks of a replica: a prompt to be answered under a mixture of adapters.
 
-    `generated` is what another replica has answered before it died: the answer goes on after these tokens.
+    Attributes:
+        routed: nobody named the adapters: one that cannot be had is left out, as long as one is left.
+        generated: what another replica has answered before it died: the answer goes on after these tokens.
     """
 
     prompt: Prompt
-    adapters: tuple[tuple[str, float], ...]
+    adapters: tuple[AdapterWeight, ...]
     sampling: SamplingParams
+    routed: bool = False
     generated: tuple[int, ...] = ()
 
 
@@ -39,19 +43,20 @@ class GenerateCall:
 class Admitted:
     """The first thing a replica says: the request is valid, its adapters are here, and this is its prompt's size.
 
-    `versions` are those of the call's adapters, in its order.
+    `left_out` are those of the call's adapters that the answer goes on without.
     """
 
     prompt_tokens: int
-    versions: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What was found for n queries, and the version of the catalog that it was found in."""
+    """What was found for n queries, and the version of the catalog that it was found in, and of its adapters."""
 
     catalog_version: str
     found: list[Retrieved]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)

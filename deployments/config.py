@@ -67,13 +67,11 @@ class CacheSettings(Settings):
     Attributes:
         directory: its folder; "default" is `adapters` in LORAUTER_HOME.
         disk_bytes: bytes of adapters to keep at most.
-        revalidate_s: seconds for which an adapter's version is trusted before the store is asked again.
         downloads: adapters downloaded at the same time.
     """
 
     directory: str = "default"
     disk_bytes: Positive = 20 << 30
-    revalidate_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
     downloads: Annotated[int, Field(ge=1, le=64)] = 8
 
 

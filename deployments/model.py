@@ -28,11 +28,15 @@ from lorauter.adapters import ModelShape
 from lorauter.engine import Chunk, GenerationRequest, SamplingParams
 from lorauter.engine.load import warm_up as warm_up_engine
 from lorauter.engine.slots import PackedAdapter
-from lorauter.errors import AdapterUnavailable, InvalidRequest
+from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest
+from lorauter.names import AdapterKey
+from lorauter.routing.compose import LeftOut, cause_of, without
 
 logger = logging.getLogger("lorauter.model")
 
 _ASK_S = 0.5
+
+Mixture = tuple[tuple[PackedAdapter, float], ...]
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 1}, health_check_period_s=5, graceful_shutdown_timeout_s=600)
@@ -54,29 +58,24 @@ class LoraModel:
         await asyncio.to_thread(warm_up_engine, self._engine)
         spec = CacheSpec(config.adapters, config.cache)
         self._node_cache = NodeCache(spec)
-        self._on_disk: list[str] = []
+        self._on_disk: list[AdapterKey] = []
         self._adapter_wait_s = settings.adapter_wait_s
         self._adapters = HostAdapters(
             self._node_cache,
             self._engine.pack,
             budget_bytes=settings.host_bytes,
-            revalidate_s=config.cache.revalidate_s,
         )
         self._sampling = Sampling(model_sampler(self._engine, self._adapters, RayRecorder()))
         try:
             await warm_up(
                 await most_wanted(spec),
-                self._load,
+                self._adapters.get,
                 self._place,
                 room_bytes=min(self._engine.slots.budget_bytes, settings.host_bytes),
                 at_once=min(settings.max_batch, config.cache.downloads),
             )
         except Exception:  # a cold replica is better than none
             logger.exception("the replica starts without the adapters in demand")
-
-    async def _load(self, name: str) -> PackedAdapter:
-        [packed] = await self._adapters.get([name])
-        return packed
 
     async def _place(self, packed: PackedAdapter) -> None:
         """Bring an adapter to the device as any request does: by a token under it."""
@@ -93,20 +92,8 @@ class LoraModel:
         prompt = await asyncio.to_thread(self._encode, call.prompt)  # a long text takes its time
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
-        names = [name for name, _ in call.adapters]
-        try:
-            async with asyncio.timeout(self._adapter_wait_s):
-                weights = await self._adapters.get(names)
-        except TimeoutError as error:
-            problem = f"not here within {self._adapter_wait_s:g} s; try again later"
-            raise AdapterUnavailable(problem, adapter=names[0]) from error
-        request = GenerationRequest(
-            prompt,
-            tuple((w, share) for w, (_, share) in zip(weights, call.adapters, strict=True)),
-            call.sampling,
-            call.generated,
-        )
-        stream = self._engine.stream(request)
+        mixture, left_out = await self._mixture(call)
+        stream = self._engine.stream(GenerationRequest(prompt, mixture, call.sampling, call.generated))
         tokens = 0
         with span("generate", current=False) as traced:
             try:
@@ -114,15 +101,38 @@ class LoraModel:
                 async for chunk in stream:
                     if not admitted:
                         admitted = True
-                        yield Admitted(len(prompt), tuple(w.key[1] for w in weights))
+                        yield Admitted(len(prompt), left_out)
                     tokens += len(chunk.token_ids)
                     yield chunk
             finally:
                 if traced is not None:
                     traced.set_attributes(
-                        {"prompt_tokens": len(prompt), "completion_tokens": tokens, "adapters": len(names)}
+                        {"prompt_tokens": len(prompt), "completion_tokens": tokens, "adapters": len(mixture)}
                     )
                 await stream.aclose()
+
+    async def _mixture(self, call: GenerateCall) -> tuple[Mixture, tuple[LeftOut, ...]]:
+        """A call's adapters with their weights, and those left out. Raises AdapterError."""
+        found = await asyncio.gather(*[self._get(adapter.key) for adapter in call.adapters])
+        failed = {a.key: got for a, got in zip(call.adapters, found, strict=True) if isinstance(got, AdapterError)}
+        if failed and (not call.routed or len(failed) == len(call.adapters)):
+            raise next(iter(failed.values()))
+        for key, error in failed.items():
+            logger.warning("an answer goes on without adapter %s: %s", key, error)
+        here = {packed.key: packed for packed in found if not isinstance(packed, AdapterError)}
+        kept = without(call.adapters, set(failed))
+        left_out = tuple(LeftOut(*key, cause_of(error)) for key, error in failed.items())
+        return tuple((here[adapter.key], adapter.weight) for adapter in kept), left_out
+
+    async def _get(self, key: AdapterKey) -> PackedAdapter | AdapterError:
+        try:
+            async with asyncio.timeout(self._adapter_wait_s):
+                return await self._adapters.get(key)
+        except TimeoutError:
+            problem = f"not here within {self._adapter_wait_s:g} s; try again later"
+            return AdapterUnavailable(problem, adapter=key.name)
+        except AdapterError as error:
+            return error
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         codec = self._engine.codec
@@ -155,12 +165,10 @@ class LoraModel:
                 self._on_disk = await self._node_cache.resident()
         except (RayError, TimeoutError):
             pass  # the node's cache is down or busy: what it had will mostly be there
-        current = self._adapters.resident
-        fresh = set(current)  # a replaced version on the device is of no use to a new request
         return report(
-            [name for name, version in self._engine.slots.resident if (name, version) in fresh],
-            [name for name, _ in current],
-            self._on_disk,
+            [str(AdapterKey(*key)) for key in self._engine.slots.resident],
+            [str(key) for key in self._adapters.resident],
+            [str(key) for key in self._on_disk],
             time.monotonic(),
         )
 

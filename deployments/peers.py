@@ -1,9 +1,9 @@
 """Node caches lend each other what they hold, through Ray's object store, before anybody goes to the store.
 
 Who lacks an adapter asks the other nodes' caches where it is, each for a moment at most. One that has it lends it;
-one that is getting it is waited for, so that nodes that want the same at once cause one download. Which version is
-current is the store's word alone: caches ask each other for a version, never for "the newest", and check what they
-are given as they check what the store gives. Any failure of a peer ends at the store.
+one that is getting it is waited for, so that nodes that want the same at once cause one download. Caches ask each
+other for a version, as they are asked for one, and check what they are given against the hashes that the lender has
+of it: where a peer has it, the store is not asked at all. Any failure of a peer ends at the store.
 
 Nobody waits in a circle. A peer never fetches for another; it is waited for only if it copies from the store, where
 it waits for nobody, or if it began to ask before the one that waits: so a chain of waiting leads to ever earlier
@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayError
 
 from lorauter.adapters import AdapterManifest, AdapterRepository
-from lorauter.adapters.disk_cache import Origin
+from lorauter.adapters.disk_cache import LocalAdapter, Origin, Room
 from lorauter.errors import AdapterUnavailable
+from lorauter.names import AdapterKey
 
 logger = logging.getLogger("lorauter.peers")
 
@@ -65,12 +66,13 @@ class Loan:
     files: dict[str, NDArray[np.uint8]]
 
 
-def lend(manifest: AdapterManifest, folder: Path) -> Loan | None:
+def lend(local: LocalAdapter) -> Loan | None:
     """What a cache has on its disk, ready for the object store; None if it was evicted meanwhile."""
-    if any(file.sha256 is None for file in manifest.files.values()):  # an entry of a lorauter that knew no lending
+    files = local.manifest.files
+    if any(file.sha256 is None for file in files.values()):  # an entry of a lorauter that knew no lending
         return None
     try:
-        return Loan(manifest, {name: np.fromfile(folder / name, np.uint8) for name in manifest.files})
+        return Loan(local.manifest, {name: np.fromfile(local.path / name, np.uint8) for name in files})
     except OSError:
         return None
 
@@ -94,7 +96,6 @@ def order(own: Began, answers: Sequence[tuple[int, Whereabouts]]) -> list[int]:
 
 @dataclass
 class _Flight:
-    version: str
     began: Began
     state: Literal["asking", "waiting", "copying"] = "asking"
 
@@ -111,41 +112,39 @@ class PeerSource:
     repository: AdapterRepository
     find: Callable[[], Sequence[Any]]
     _tie: str = field(default_factory=lambda: uuid.uuid4().hex)
-    _flights: dict[str, _Flight] = field(default_factory=dict)
+    _flights: dict[AdapterKey, _Flight] = field(default_factory=dict)
     _peers: Sequence[Any] = ()
     _found: float = -_FIND_S
     _muted: dict[Any, float] = field(default_factory=dict)
 
-    def whereabouts(self, name: str, version: str) -> Whereabouts | None:
-        """What to tell a peer of an adapter that is not on the disk here: None unless it may wait for it."""
-        flight = self._flights.get(name)
-        if flight is None or flight.version != version or flight.state == "waiting":
-            return None
-        return Whereabouts(flight.state, flight.began)
+    def whereabouts(self, key: AdapterKey) -> Whereabouts | None:
+        """What to tell a peer of a version that is not on the disk here: None unless it may wait for it."""
+        flight = self._flights.get(key)
+        return None if flight is None or flight.state == "waiting" else Whereabouts(flight.state, flight.began)
 
-    def fetch(self, manifest: AdapterManifest, target: Path) -> Origin:
-        """Copy the files into the folder `target`, verified. Raises AdapterUnavailable, if the store fails too."""
-        flight = self._flights[manifest.name] = _Flight(manifest.version, Began(time.time(), self._tie))
+    def fetch(self, key: AdapterKey, room: Room) -> tuple[AdapterManifest, Origin]:
+        """See `lorauter.adapters.disk_cache.Source`."""
+        flight = self._flights[key] = _Flight(Began(time.time(), self._tie))
         try:
-            lenders = self._lenders(manifest, flight)
+            lenders = self._lenders(key, flight)
             until = time.monotonic() + _LEND_S
             for peer in lenders:
                 flight.state = "waiting"
-                if self._borrow(peer, manifest, target, until):
-                    return "peer"
+                loan = self._borrow(peer, key, until)
+                if loan is not None and _unpack(loan, room(loan.manifest)):
+                    return loan.manifest, "peer"
             flight.state = "copying"
-            self.repository.download(manifest, target)
-            return "store"
+            return self.repository.fetch(key, room), "store"
         finally:
-            del self._flights[manifest.name]  # one flight of a name at a time: the cache sees to it
+            del self._flights[key]  # one flight of a version at a time: the cache sees to it
 
-    def _lenders(self, manifest: AdapterManifest, flight: _Flight) -> list[Any]:
+    def _lenders(self, key: AdapterKey, flight: _Flight) -> list[Any]:
         try:
             peers = self._others()
-            asked = [peer.whereabouts.remote(manifest.name, manifest.version) for peer in peers]
+            asked = [peer.whereabouts.remote(key) for peer in peers]
             answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_ASK_S) if asked else ([], [])
         except RayError:
-            logger.warning("the peers cannot be asked for adapter %s", manifest.name, exc_info=True)
+            logger.warning("the peers cannot be asked for adapter %s", key, exc_info=True)
             return []
         answers = []
         for i, reference in enumerate(asked):
@@ -166,33 +165,31 @@ class PeerSource:
         peers = [peer for peer in self._peers if now - self._muted.get(peer, -_MUTE_S) >= _MUTE_S]
         return random.sample(peers, min(len(peers), _ASKED))
 
-    def _borrow(self, peer: Any, manifest: AdapterManifest, target: Path, until: float) -> bool:
-        """Whether a peer's files are in `target` now, as they must be. Raises OSError: the disk here fails."""
+    def _borrow(self, peer: Any, key: AdapterKey, until: float) -> Loan | None:
+        """What a peer lends of a version, if it does."""
         try:
             wait = max(0.0, until - time.monotonic())
-            loan: Loan | None = ray.get(peer.lend.remote(manifest.name, manifest.version), timeout=wait)
+            loan: Loan | None = ray.get(peer.lend.remote(key), timeout=wait)
         except GetTimeoutError:
-            logger.warning("adapter %s: a peer did not lend it within %.0f s", manifest.name, _LEND_S)
+            logger.warning("adapter %s: a peer did not lend it within %.0f s", key, _LEND_S)
             self._muted[peer] = time.monotonic()
-            return False
+            return None
         except RayError:
-            return False
-        return loan is not None and _unpack(loan, manifest, target)
+            return None
+        return loan if loan is not None and loan.manifest.key == key else None
 
 
-def _unpack(loan: Loan, manifest: AdapterManifest, target: Path) -> bool:
-    """Write a loan's files; whether each has the size and hash that it must have."""
-    if set(loan.files) != set(manifest.files):
+def _unpack(loan: Loan, target: Path) -> bool:
+    """Write a loan's files; whether each has the size and hash that it must have. Raises OSError: the disk here fails.
+
+    Plain folders have no hashes in the store: what the lender got from there as this very version is the measure.
+    """
+    if set(loan.files) != set(loan.manifest.files):
         return False
     for name, content in loan.files.items():
         content.tofile(target / name)
-    # Plain folders have no hashes in the store: what the lender got from there as this very version is the measure.
-    files = {
-        name: replace(file, sha256=file.sha256 or loan.manifest.files[name].sha256)
-        for name, file in manifest.files.items()
-    }
     try:
-        replace(manifest, files=files).check_files(target, "a peer's cache")
+        loan.manifest.check_files(target, "a peer's cache")
     except AdapterUnavailable as error:
         logger.warning("%s", error)
         return False

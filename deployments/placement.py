@@ -1,7 +1,8 @@
 """Which replica answers a request: the adapters that each already holds, weighed against its queue.
 
-Pure policy: told what is where, how busy each replica is and what time it is, it ranks the replicas for a request.
-Knows nothing of Ray; `deployments.residency_router` runs it inside Serve's handles.
+Pure policy: told what is where, how busy each replica is and what time it is, it ranks the replicas for a request. An
+adapter is a string to it, one for each version: who has another version has nothing. Knows nothing of Ray;
+`deployments.residency_router` runs it inside Serve's handles.
 
 A replica's score, the lowest first, is in times that a request takes when its replica is full:
 

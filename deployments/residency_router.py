@@ -19,6 +19,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from deployments.adapter_cache import NAMESPACE, CacheSpec
 from deployments.calls import GenerateCall
 from deployments.placement import Placement
+from lorauter.names import AdapterKey
 
 REPORT_PERIOD_S = 1.0
 _REPORT_TIMEOUT_S = 10.0
@@ -65,9 +66,10 @@ class ResidencyRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True  # once all ranks are full, wait before asking again
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         queues = {name: self._queue(name, replica.replica_id) for name, replica in replicas.items()}
-        ranked = [replicas[name] for name in self._placement.rank(adapters, queues, time.monotonic())]
+        wanted = [(str(adapter.key), adapter.weight) for adapter in adapters]
+        ranked = [replicas[name] for name in self._placement.rank(wanted, queues, time.monotonic())]
         if adapters and ranked and not again:
-            self._announce(ranked[0].node_id, [name for name, _ in adapters])
+            self._announce(ranked[0].node_id, [adapter.key for adapter in adapters])
         return [[replica] for replica in ranked]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -91,14 +93,14 @@ class ResidencyRouter(RequestRouter):
     def _queue(self, name: str, replica_id: ReplicaID) -> int:
         return max(self.replica_queue_len_cache.get(replica_id) or 0, self._own.get(name, 0))
 
-    def _announce(self, node: str, names: list[str]) -> None:
+    def _announce(self, node: str, keys: list[AdapterKey]) -> None:
         """Have the replica's node fetch what it lacks while the request is on its way; a courtesy."""
         cache, looked = self._caches.get(node, (None, -_LOOK_AGAIN_S))
         if time.monotonic() - looked > _LOOK_AGAIN_S:  # a node's cache may have been started anew
             self._caches[node] = cache, time.monotonic()
             self._looking[node] = asyncio.create_task(self._look(node))
         if cache is not None:
-            cache.prefetch.remote(names)
+            cache.prefetch.remote(keys)
 
     async def _look(self, node: str) -> None:
         try:

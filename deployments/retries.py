@@ -1,8 +1,8 @@
 """Calls that outlive what they were sent to: what is sent again, how often, and until when.
 
 A call is sent again only if the replica or its node is gone; what a replica has said, be it an error, counts. An
-answer that was under way goes on from its last token on another replica, so that nothing comes twice. Knows nothing
-of which deployment is called.
+answer that was under way goes on from its last token on another replica, under the mixture that it began with, so that
+nothing comes twice. Knows nothing of which deployment is called.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from deployments.calls import Admitted, GenerateCall
 from lorauter.engine.types import Chunk
 from lorauter.errors import ServiceUnavailable
+from lorauter.routing.compose import without
 
 _ATTEMPTS = 3  # a request that kills whoever takes it must not get through them all
 _PAUSE_S = 0.1  # before the second attempt; it doubles
@@ -63,7 +64,7 @@ async def generated(
         timeout_s: until each replica's first token, the wait for a replica included.
 
     Raises:
-        ServiceUnavailable: no token in time, or an adapter was replaced between two replicas of one answer.
+        ServiceUnavailable: no token in time.
         Exception: what the replica raised, or the last of Ray's own errors.
     """
     if call.sampling.temperature > 0 and call.sampling.seed is None:
@@ -77,10 +78,9 @@ async def generated(
             first = await _first(stream, timeout_s)
             if admitted is None:
                 admitted = first
+                kept = without(call.adapters, {adapter.key for adapter in admitted.left_out})
+                call = replace(call, adapters=kept, routed=False)  # what another replica can have is another mixture
                 yield admitted
-            elif admitted.versions != first.versions:
-                stream.cancel()
-                raise ServiceUnavailable("the replica died, and an adapter was replaced meanwhile; ask again")
             async for chunk in stream:
                 tokens += chunk.token_ids
                 ended = chunk.finish_reason is not None

@@ -6,6 +6,7 @@ A catalog that is published while it serves takes over without a request being l
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -57,7 +58,13 @@ class TaskRetriever:
         """See `Retriever.retrieve`; one catalog answers all of it."""
         retriever = self._live.retriever
         options = [within_scope(retriever.catalog, option) for option in options]
-        return Retrieval(retriever.catalog.version, retriever.retrieve(embeddings, texts, options))
+        found = retriever.retrieve(embeddings, texts, options)
+        named = {name for one in found for name in one.adapter_names}
+        return Retrieval(retriever.catalog.version, found, _of(retriever.catalog.adapters, named))
+
+    async def versions(self, names: list[str]) -> dict[str, str]:
+        """Which versions of adapters are served; without those that the catalog does not know."""
+        return _of(self._live.retriever.catalog.adapters, names)
 
     async def check_probe(self, probe: Embeddings, encoder: str) -> None:
         """See `Catalog.check_probe`."""
@@ -83,3 +90,7 @@ class TaskRetriever:
     def __del__(self) -> None:
         if live := getattr(self, "_live", None):
             live.close()
+
+
+def _of(versions: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    return {name: versions[name] for name in names if name in versions}

@@ -6,10 +6,8 @@ Holds no model and no catalog; it talks to the other deployments through their h
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -29,10 +27,9 @@ from deployments.metrics import RayRecorder
 from deployments.retries import answered, generated
 from deployments.routing_metrics import RoutingMetrics
 from deployments.tracing import span
-from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.engine import Chunk
-from lorauter.errors import Overloaded, ServiceUnavailable, StoreError
+from lorauter.errors import Overloaded, ServiceUnavailable
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text, compose
 from lorauter.tasks import Task
 
@@ -77,7 +74,6 @@ class Router:
         self._retriever = retriever
         self._model = model.options(stream=True)
         self._editor = _EditorClient(editor) if editor is not None else None
-        self._repository = AdapterRepository(open_store(config.adapters))
         self._refusal: Overloaded | None = None
         self._refused_until = 0.0
 
@@ -103,11 +99,22 @@ class Router:
                 raise _translated(error) from error
             with self._metrics.step("compose"), span("compose"):
                 decisions = [
-                    compose(found, options, self._config.routing, catalog_version=retrieval.catalog_version)
+                    compose(
+                        found,
+                        options,
+                        self._config.routing,
+                        catalog_version=retrieval.catalog_version,
+                        versions=retrieval.versions,
+                    )
                     for found in retrieval.found
                 ]
         self._metrics.decided(decisions)
         return decisions
+
+    async def versions(self, names: Sequence[str]) -> dict[str, str]:
+        """The versions of adapters that are served, those of the catalog in use; without those that it lacks."""
+        versions: dict[str, str] = await self._asked(lambda: self._retriever.versions.remote(list(names)))
+        return versions
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
@@ -135,18 +142,15 @@ class Router:
             raise Overloaded(str(self._refusal), retry_after_s=self._refusal.retry_after_s)
 
     async def describe(self) -> CatalogDescription:
-        """The catalog; its `adapters` with those that only the store has."""
+        """The catalog."""
+        catalog: CatalogDescription = await self._asked(self._retriever.describe.remote)
+        return catalog
+
+    async def _asked(self, send: Callable[[], Any]) -> Any:
         try:
-            catalog: CatalogDescription = await answered(
-                self._retriever.describe.remote, timeout_s=self._config.api.first_token_s
-            )
+            return await answered(send, timeout_s=self._config.api.first_token_s)
         except Exception as error:
             raise _translated(error) from error
-        try:
-            stored = await asyncio.to_thread(self._repository.names)
-        except StoreError:  # the catalog's adapters may still be cached on the nodes
-            stored = []
-        return replace(catalog, adapters=sorted({*catalog.adapters, *stored}))
 
     async def check_ready(self) -> None:
         """Raise unless the encoder in use is the catalog's own."""

@@ -17,44 +17,45 @@ from ray.exceptions import RayError
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.host_adapters import Packed
 from lorauter.errors import LorauterError
+from lorauter.names import AdapterKey
 
 logger = logging.getLogger("lorauter.warmup")
 
-NAMES = 256
 LIMIT_S = 10.0
 _ASK_S = 2.0
+_MOST = 256
 
 P = TypeVar("P", bound=Packed)
 
 
-async def most_wanted(spec: CacheSpec) -> list[str]:
+async def most_wanted(spec: CacheSpec) -> list[AdapterKey]:
     """The adapters lately wanted on all nodes together, the most wanted first; of the caches that answer at once."""
     caches = await asyncio.to_thread(running_caches, spec)
     answers = await asyncio.gather(*[_ask(cache) for cache in caches])
-    counts: Counter[str] = Counter()
+    counts: Counter[AdapterKey] = Counter()
     for answer in answers:
         counts.update(answer)
-    return [name for name, _ in counts.most_common(NAMES)]
+    return [key for key, _ in counts.most_common(_MOST)]
 
 
-async def _ask(cache: Any) -> dict[str, float]:
+async def _ask(cache: Any) -> dict[AdapterKey, float]:
     try:
         async with asyncio.timeout(_ASK_S):
-            found: dict[str, float] = await cache.wanted.remote(NAMES)
+            found: dict[AdapterKey, float] = await cache.wanted.remote(_MOST)
             return found
     except (RayError, TimeoutError):
         return {}
 
 
 async def warm_up(
-    names: Sequence[str],
-    load: Callable[[str], Awaitable[P]],
+    adapters: Sequence[AdapterKey],
+    load: Callable[[AdapterKey], Awaitable[P]],
     place: Callable[[P], Awaitable[None]],
     *,
     room_bytes: int,
     at_once: int,
     limit_s: float = LIMIT_S,
-) -> list[str]:
+) -> list[AdapterKey]:
     """Bring adapters to the device, the first named first, until their bytes or the time run out.
 
     Args:
@@ -64,28 +65,28 @@ async def warm_up(
         at_once: adapters under way at the same time.
 
     Returns:
-        The names on the device.
+        Those on the device.
     """
-    warm: list[str] = []
+    warm: list[AdapterKey] = []
     left = room_bytes
 
-    async def bring(name: str) -> None:
+    async def bring(key: AdapterKey) -> None:
         nonlocal left
         try:
-            packed = await load(name)
+            packed = await load(key)
             if packed.nbytes <= left:
                 left -= packed.nbytes
                 await place(packed)
-                warm.append(name)
+                warm.append(key)
         except LorauterError as error:  # gone or unusable meanwhile: the next one
             logger.info("not warmed: %s", error)
 
     try:
         async with asyncio.timeout(limit_s):
-            for first in range(0, len(names), at_once):
+            for first in range(0, len(adapters), at_once):
                 if left <= 0:
                     break
-                await asyncio.gather(*[bring(name) for name in names[first : first + at_once]])
+                await asyncio.gather(*[bring(key) for key in adapters[first : first + at_once]])
     except TimeoutError:
-        logger.info("warmed %d of %d adapters in the time there was", len(warm), len(names))
+        logger.info("warmed %d of %d adapters in the time there was", len(warm), len(adapters))
     return warm

@@ -22,9 +22,10 @@ CHAT, COMPLETIONS, ROUTE = "/v1/chat/completions", "/v1/completions", "/v1/route
 DECISION = RoutingDecision(
     "v1",
     (TaskScore("sums", 0.91239, 0.8), TaskScore("poems", 0.5, 0.2)),
-    (AdapterWeight("adder", 0.75), AdapterWeight("poet", 0.25)),
+    (AdapterWeight("adder", "a1", 0.75), AdapterWeight("poet", "p1", 0.25)),
     0.64,
 )
+VERSIONS = {"adder": "a1", "poet": "p1"}
 BY_HAND = {"catalog_version": None, "tasks": [], "confidence": None}
 SECRET = "the secret in the prompt"
 
@@ -57,6 +58,9 @@ class FakeService:
         self.routed.append((list(texts), options))
         return [DECISION] * len(texts)
 
+    async def versions(self, names: Sequence[str]) -> dict[str, str]:
+        return {name: VERSIONS[name] for name in names if name in VERSIONS}
+
     def check_load(self) -> None:
         if self.load_error:
             raise self.load_error
@@ -80,7 +84,7 @@ class FakeService:
 
     async def describe(self) -> CatalogDescription:
         await self.check_ready()
-        return CatalogDescription("v1", [{"id": "sums", "object": "task"}], ["adder", "poet"])
+        return CatalogDescription("v1", [{"id": "sums", "object": "task"}], list(VERSIONS))
 
     async def check_ready(self) -> None:
         if self.route_error:

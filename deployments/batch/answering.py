@@ -16,8 +16,10 @@ from deployments.openai_answers import error_answer
 from lorauter.engine import GenerationRequest, MultiLoraEngine
 from lorauter.engine.feed import Outcome, feed
 from lorauter.engine.slots import PackedAdapter
-from lorauter.errors import AdapterUnavailable, InvalidRequest, LorauterError
-from lorauter.routing import RoutingDecision
+from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, LorauterError
+from lorauter.names import AdapterKey
+from lorauter.routing import LeftOut, RoutingDecision
+from lorauter.routing.compose import cause_of
 
 _AHEAD = 256  # requests that are ready before the engine takes them: what a shard holds of adapters at most
 _TOGETHER = 64  # rows whose adapters are fetched at once
@@ -104,29 +106,34 @@ class Answering:
         try:
             for start in range(0, len(work.order), _TOGETHER):
                 places = work.order[start : start + _TOGETHER]
-                names = {
-                    adapter.name
+                keys = {
+                    adapter.key
                     for place in places
                     if not isinstance(decision := work.decisions[place], Exception)
                     for adapter in decision.adapters
                 }
-                fetched = self._wait(self._fetch_all(sorted(names)))
+                fetched = self._wait(self._fetch_all(sorted(keys)))
                 for place in places:
                     put(self._request(work, place, fetched))
         except BaseException as error:  # noqa: BLE001 (a thread's last word: else the engine would wait for ever)
             put(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         put(None)
 
-    def _request(self, work: Work, place: int, fetched: dict[str, Fetched]) -> Ready:
+    def _request(self, work: Work, place: int, fetched: dict[AdapterKey, Fetched]) -> Ready:
+        """A row's request. Where it was routed, its mixture goes on without what cannot be had, if anything is left."""
         decision = work.decisions[place]
         if isinstance(decision, Exception):
             return decision
+        errors = {a.key: e for a in decision.adapters if isinstance(e := fetched[a.key], AdapterError)}
+        if decision.routed and len(errors) < len(decision.adapters):
+            left_out = [LeftOut(*key, cause_of(error)) for key, error in errors.items()]
+            decision = work.decisions[place] = decision.without(left_out)
         try:
             request = read_request(work.rows[place], self._config)
             prompt = self._encode(request)
             mixture = []
             for adapter in decision.adapters:
-                packed = fetched[adapter.name]
+                packed = fetched[adapter.key]
                 if isinstance(packed, Exception):
                     raise packed
                 mixture.append((packed, adapter.weight))
@@ -141,14 +148,13 @@ class Answering:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         return prompt
 
-    async def _fetch_all(self, names: Sequence[str]) -> dict[str, Fetched]:
-        return dict(zip(names, await asyncio.gather(*map(self._fetch, names)), strict=True))
+    async def _fetch_all(self, keys: Sequence[AdapterKey]) -> dict[AdapterKey, Fetched]:
+        return dict(zip(keys, await asyncio.gather(*map(self._fetch, keys)), strict=True))
 
-    async def _fetch(self, name: str) -> Fetched:
+    async def _fetch(self, key: AdapterKey) -> Fetched:
         for patience in (*_PATIENCE_S, None):
             try:
-                [packed] = await self._adapters.get([name])
-                return packed
+                return await self._adapters.get(key)
             except LorauterError as error:
                 if patience is None or not isinstance(error, AdapterUnavailable):
                     cause = getattr(error, "cause", None)  # what Ray has wrapped, traceback and all

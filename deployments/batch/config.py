@@ -97,7 +97,7 @@ class BatchConfig(Settings):
     catalog: str = "default"
     routing: RoutingConfig = RoutingConfig(num_tasks=3)
     engine: EngineSettings = EngineSettings()
-    cache: CacheSettings = CacheSettings(revalidate_s=86400)
+    cache: CacheSettings = CacheSettings()
     columns: Columns = Columns()
     prompts: Literal["chat", "plain"] = "chat"
     system: str | None = None

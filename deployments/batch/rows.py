@@ -20,7 +20,6 @@ from lorauter.engine import SamplingParams
 from lorauter.errors import ConfigError, InvalidRequest, LorauterError
 from lorauter.names import is_valid_name
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text
-from lorauter.routing.compose import AdapterWeight
 from lorauter.tasks import is_encodable
 
 _MAX_ADAPTERS = 64
@@ -29,7 +28,7 @@ _Weighted = list[tuple[str, float]]
 _MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
 _TASK = pa.struct([("name", pa.string()), ("score", pa.float64()), ("probability", pa.float64())])
-_ADAPTER = pa.struct([("name", pa.string()), ("weight", pa.float64())])
+_ADAPTER = pa.struct([("name", pa.string()), ("version", pa.string()), ("weight", pa.float64())])
 _DECISION = [("tasks", pa.list_(_TASK)), ("adapters", pa.list_(_ADAPTER)), ("confidence", pa.float64())]
 _ANSWER = [
     ("answer", pa.string()),
@@ -93,14 +92,14 @@ class RowRequest:
     Attributes:
         text: what is routed; empty where adapters were chosen by hand.
         options: of routing.
-        decision: of adapters chosen by hand, else None.
+        chosen: adapters chosen by hand, with their weights; None where the row is to be routed.
         messages, prompt: a chat, or a plain prompt.
         sampling: how it is answered.
     """
 
     text: str
     options: RoutingOptions
-    decision: RoutingDecision | None
+    chosen: _Weighted | None
     messages: tuple[dict[str, str], ...]
     prompt: str | None
     sampling: SamplingParams
@@ -149,14 +148,14 @@ def read_request(row: SourceRow, config: BatchConfig) -> RowRequest:
     if is_request(values):
         return _openai_request(row, config)
     messages, prompt = _conversation(values, config)
-    decision = _by_hand(_given(values, columns.adapters))
+    chosen = _by_hand(_given(values, columns.adapters))
     options, text = RoutingOptions(), ""
-    if decision is None:
+    if chosen is None:
         options = _options(_given(values, columns.options))
         text = routed_text(messages, config.route_on) if prompt is None else prompt
         check_text(text, param=columns.prompt)
     sampling = SamplingParams() if config.route_only else _sampling(row, config)
-    return RowRequest(text, options, decision, messages, prompt, sampling)
+    return RowRequest(text, options, chosen, messages, prompt, sampling)
 
 
 def _openai_request(row: SourceRow, config: BatchConfig) -> RowRequest:
@@ -177,8 +176,8 @@ def _openai_request(row: SourceRow, config: BatchConfig) -> RowRequest:
         stop=job.stop if body.stop is None else sampling.stop,
         seed=row_seed(job.seed, row.number) if body.seed is None else body.seed,
     )
-    decision = None if chosen is None else _mixture(list(chosen.items()))
-    return RowRequest(text, body.lorauter, decision, messages, prompt, sampling)
+    by_hand = None if chosen is None else _checked(list(chosen.items()))
+    return RowRequest(text, body.lorauter, by_hand, messages, prompt, sampling)
 
 
 def _given(values: Mapping[str, Any], column: str | None) -> Any:
@@ -230,8 +229,8 @@ def _options(given: Any) -> RoutingOptions:
         raise InvalidRequest(f"routing options: {explain(error, 'option')}", param="lorauter") from error
 
 
-def _by_hand(given: Any) -> RoutingDecision | None:
-    """The decision that a row brings along; None where it is to be routed."""
+def _by_hand(given: Any) -> _Weighted | None:
+    """The adapters that a row brings along; None where it is to be routed."""
     given = _decoded(given, opening="[{")
     if given is None:
         return None
@@ -248,17 +247,17 @@ def _by_hand(given: Any) -> RoutingDecision | None:
             f"adapters: got {str(given)[:80]!r}, needed a name, {{name: weight}} or [{{'name', 'weight'}}, ...]",
             param="adapters",
         ) from error
-    return _mixture(weighted)
+    return _checked(weighted)
 
 
-def _mixture(weighted: _Weighted) -> RoutingDecision:
-    """A decision for adapters that were chosen by hand. Raises InvalidRequest."""
+def _checked(weighted: _Weighted) -> _Weighted:
+    """Adapters that were chosen by hand. Raises InvalidRequest: too many, or something that is no name."""
     if len(weighted) > _MAX_ADAPTERS:
         raise InvalidRequest(f"got {len(weighted)} adapters; at most {_MAX_ADAPTERS} can be mixed", param="adapters")
     for name, _ in weighted:
         if not is_valid_name(name):
             raise InvalidRequest(f"adapters: {str(name)[:80]!r} is no adapter's name", param="adapters")
-    return RoutingDecision(None, (), tuple(AdapterWeight(name, weight) for name, weight in weighted))
+    return weighted
 
 
 def _weight(value: Any) -> float:

@@ -120,7 +120,7 @@ class AnswerStage:
         engine = start_engine(config.base_model, config.base_model_aliases, settings.model_copy(update=fed))
         self._answering = Answering(
             engine,
-            HostAdapters(cache, engine.pack, budget_bytes=settings.host_bytes, revalidate_s=config.cache.revalidate_s),
+            HostAdapters(cache, engine.pack, budget_bytes=settings.host_bytes),
             config,
         )
         self._slots = engine.slots

@@ -2,13 +2,18 @@
 
 Layout below the store's root, for an adapter that `push` put there:
 
-    <name>/adapter.json                            the manifest: version, files with size and SHA-256
     <name>/<version>/adapter_config.json           content-addressed, never changed
     <name>/<version>/adapter_model.safetensors
+    <name>/<version>/adapter.json                  the version's manifest: files with size and SHA-256
+    <name>/adapter.json                            the manifest of the newest version
 
-The manifest is written last, so a reader sees the old version or the new one, whole. A plain PEFT folder
-(`<name>/adapter_config.json` beside `<name>/adapter_model.safetensors`, no manifest) is read as well; its
-version then comes from the store's own tags, and sizes are all that can be verified.
+A manifest is written after what it speaks of, so a reader sees the old version or the new one, whole. A plain PEFT
+folder (`<name>/adapter_config.json` beside `<name>/adapter_model.safetensors`, no manifest) is read as well; its
+version then comes from the store's own tags of both files, and there is no other: once somebody has overwritten one of
+them, the version that a catalog names is not there any more.
+
+Which version of an adapter is the newest is asked by who makes a catalog. Who serves what a catalog says asks for that
+version, and for no other.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +31,7 @@ from typing import Any
 from lorauter.adapters.store import ObjectStore
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
 from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, ObjectNotFound, StoreError
-from lorauter.names import RESERVED, RULE, is_valid_name
+from lorauter.names import RESERVED, RULE, AdapterKey, is_valid_name
 
 MANIFEST_FILE = "adapter.json"
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -51,6 +56,11 @@ class AdapterManifest:
     files: Mapping[str, StoredFile]
     base_model: str = ""
     rank: int | None = None
+
+    @property
+    def key(self) -> AdapterKey:
+        """Name and version."""
+        return AdapterKey(self.name, self.version)
 
     @property
     def size(self) -> int:
@@ -95,7 +105,7 @@ class AdapterManifest:
                 for row in [data["files"][file]]
             }
             version = data["version"]
-            if data["name"] != name or not re.fullmatch(r"[0-9a-f]{8,64}", version):
+            if data["name"] != name or not _VERSION.fullmatch(version):
                 raise ValueError("name or version is not as expected")
             return cls(name, version, files, str(data.get("base_model", "")), data.get("rank"))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -112,26 +122,38 @@ class AdapterRepository:
         """Names of the adapters, sorted. Raises StoreError."""
         return [name for name in self.store.children() if _may_be_called(name)]
 
-    def manifest(self, name: str) -> AdapterManifest:
-        """The current version of an adapter.
+    def manifest(self, name: str, version: str | None = None) -> AdapterManifest:
+        """A version of an adapter; the newest, unless one is named.
 
         Raises:
             AdapterNotFound, AdapterRejected (malformed), AdapterUnavailable (the store fails).
         """
         if not _may_be_called(name):
             raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=name)
+        if version is not None and not _VERSION.fullmatch(version):
+            raise AdapterNotFound(f"{version[:80]!r} is no version", adapter=name)
         try:
-            try:
-                raw = self.store.read(f"{name}/{MANIFEST_FILE}")
-            except ObjectNotFound:
-                return self._plain_manifest(name)
-            return AdapterManifest.from_json(json.loads(raw), name=name)
+            found = None if version is None else self._read_manifest(name, f"{name}/{version}/{MANIFEST_FILE}")
+            found = found or self._read_manifest(name, f"{name}/{MANIFEST_FILE}") or self._plain_manifest(name)
         except ObjectNotFound as error:
             raise AdapterNotFound(f"not found in {self.store.uri}", adapter=name) from error
         except StoreError as error:
             raise AdapterUnavailable(f"the store cannot be read: {error}", adapter=name) from error
         except (ValueError, RecursionError) as error:
             raise AdapterRejected(f"its {MANIFEST_FILE} is no JSON: {error}", adapter=name) from error
+        if version not in (None, found.version):
+            raise AdapterNotFound(
+                f"version {version} is not in the store, which has {found.version}; have the catalog name that one "
+                "(lorauter catalog change --refresh-adapters)",
+                adapter=name,
+            )
+        return found
+
+    def _read_manifest(self, name: str, key: str) -> AdapterManifest | None:
+        try:
+            return AdapterManifest.from_json(json.loads(self.store.read(key)), name=name)
+        except ObjectNotFound:
+            return None
 
     def _plain_manifest(self, name: str) -> AdapterManifest:
         tags = {file: self.store.fingerprint(f"{name}/{file}") for file in _FILES}
@@ -143,8 +165,8 @@ class AdapterRepository:
         """Copy an adapter's files into the folder `target` and verify each by size and hash.
 
         Raises:
-            AdapterUnavailable: the store fails, or a file is not what the manifest says (truncated, damaged,
-                or replaced meanwhile). Nothing in `target` may then be used.
+            AdapterUnavailable: the store fails, or a file is not what the manifest says (truncated or damaged).
+            AdapterNotFound: a plain folder was replaced meanwhile. Nothing in `target` may then be used.
         """
         try:
             for name, file in manifest.files.items():
@@ -154,9 +176,13 @@ class AdapterRepository:
         manifest.check_files(target, self.store.uri)
         if any(file.sha256 is None for file in manifest.files.values()):
             # Sizes alone would let a file of another version pass, if it was replaced since the manifest was made.
-            again = self.manifest(manifest.name)
-            if again.version != manifest.version:
-                raise AdapterUnavailable("was replaced while it was downloaded; ask again", adapter=manifest.name)
+            self.manifest(*manifest.key)
+
+    def fetch(self, key: AdapterKey, room: Callable[[AdapterManifest], Path]) -> AdapterManifest:
+        """Download a version; `room`, told what comes, gives the folder for it. Raises as `manifest` and `download`."""
+        manifest = self.manifest(*key)
+        self.download(manifest, room(manifest))
+        return manifest
 
     def push(self, folder: Path, *, force: bool = False) -> AdapterManifest:
         """Validate a PEFT folder and publish it under the folder's name.
@@ -179,15 +205,17 @@ class AdapterRepository:
         }
         manifest = AdapterManifest(name, version, files, weights.base_model, weights.rank)
         content = json.dumps(manifest.to_json(), indent=1, sort_keys=True).encode()
+        manifests = (f"{name}/{version}/{MANIFEST_FILE}", f"{name}/{MANIFEST_FILE}")
         try:
             intact = all(self.store.fingerprint(stored.key)[0] == stored.size for stored in files.values())
-            if not force and intact and self.store.read(f"{name}/{MANIFEST_FILE}") == content:
+            if not force and intact and all(self.store.read(key) == content for key in manifests):
                 return manifest
         except ObjectNotFound:
             pass
         for file, stored in files.items():
             self.store.write(stored.key, folder / file)
-        self.store.write(f"{name}/{MANIFEST_FILE}", content)
+        for key in manifests:
+            self.store.write(key, content)
         return manifest
 
     def remove(self, name: str) -> None:
@@ -243,7 +271,7 @@ class AdapterRepository:
         return max(times)
 
     def _delete_version(self, name: str, version: str) -> None:
-        for file in _FILES:
+        for file in (MANIFEST_FILE, *_FILES):
             self.store.delete(f"{name}/{version}/{file}")
 
 

@@ -88,9 +88,11 @@ def decide(
                 if method in retrievers:
                     config = retrievers[method].config
                     found = retrievers[method].retrieve(embeddings, texts, [options] * len(texts))
+                    decisions = [
+                        compose(f, options, config, catalog_version="", versions=catalog.adapters) for f in found
+                    ]
                     mixtures: Iterable[dict[str, float]] = [
-                        {a.name: a.weight for a in compose(f, options, config, catalog_version="").adapters}
-                        for f in found
+                        {adapter.name: adapter.weight for adapter in decision.adapters} for decision in decisions
                     ]
                 elif method == LORAHUB:
                     mixtures = [weights_for(lorahub or {}, task.name, with_own=regime == REGIMES[0])] * len(texts)

@@ -297,7 +297,9 @@ class _Bench:
         embeddings = self._memory.encode(texts)
         start = time.perf_counter()
         found = self._retriever.retrieve(embeddings, texts, options)
-        decisions = [compose(f, o, self._config, catalog_version="") for f, o in zip(found, options, strict=True)]
+        decisions = [
+            compose(f, o, self._config, catalog_version="", versions={}) for f, o in zip(found, options, strict=True)
+        ]
         return list(zip(found, decisions, strict=True)), time.perf_counter() - start
 
     def fallback(self, found: _Found) -> float:

@@ -1,15 +1,18 @@
 """Composition: from what was retrieved for a query to weighted adapters, and the decision that says so.
 
-Knows nothing of embeddings or catalogs.
+A decision names the versions of its adapters: whoever carries it out asks nobody which is current. Knows nothing of
+embeddings or catalogs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected
+from lorauter.names import AdapterKey
 from lorauter.routing.options import RoutingConfig, RoutingOptions
 from lorauter.routing.retrieve import Retrieved
 
@@ -27,10 +30,40 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class AdapterWeight:
-    """An adapter and its share in the mixture."""
+    """A version of an adapter, and its share in the mixture."""
 
     name: str
+    version: str
     weight: float
+
+    @property
+    def key(self) -> AdapterKey:
+        """Name and version."""
+        return AdapterKey(self.name, self.version)
+
+
+Cause = Literal["not_found", "rejected", "unavailable"]
+
+
+def cause_of(error: AdapterError) -> Cause:
+    """An error in a word: what it says more may not be for whoever asked."""
+    if isinstance(error, AdapterNotFound):
+        return "not_found"
+    return "rejected" if isinstance(error, AdapterRejected) else "unavailable"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A version of an adapter that a mixture goes on without: it is gone, broken, or not to be had just now."""
+
+    name: str
+    version: str
+    cause: Cause
+
+    @property
+    def key(self) -> AdapterKey:
+        """Name and version."""
+        return AdapterKey(self.name, self.version)
 
 
 @dataclass(frozen=True)
@@ -43,25 +76,56 @@ class RoutingDecision:
         adapters: the mixture, the heaviest first; the weights sum to 1. Empty means the base model alone.
         confidence: the probability, in [0, 1], that the query is one of the first task; None where adapters were
             chosen by hand.
+        left_out: what the mixture would have too if it could be had.
     """
 
     catalog_version: str | None
     tasks: tuple[TaskScore, ...]
     adapters: tuple[AdapterWeight, ...]
     confidence: float | None = None
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def routed(self) -> bool:
+        """Whether the router chose the adapters, and nobody by hand."""
+        return self.catalog_version is not None
+
+    def without(self, left_out: Iterable[LeftOut]) -> RoutingDecision:
+        """The same with some adapters left out, for good."""
+        left_out = tuple(left_out)
+        kept = without(self.adapters, {adapter.key for adapter in left_out})
+        return replace(self, adapters=kept, left_out=(*self.left_out, *left_out))
 
     def to_json(self) -> dict[str, Any]:
-        """As the HTTP API and the command line show it."""
+        """As the HTTP API and the command line show it; `left_out` where there is any."""
+        left_out = {"left_out": [vars(adapter) for adapter in self.left_out]} if self.left_out else {}
         return {
             "catalog_version": self.catalog_version,
             "tasks": [vars(task) for task in self.tasks],
             "adapters": [vars(adapter) for adapter in self.adapters],
             "confidence": self.confidence,
+            **left_out,
         }
 
 
+def without(adapters: Iterable[AdapterWeight], keys: set[AdapterKey]) -> tuple[AdapterWeight, ...]:
+    """A mixture without some of its adapters: the others' weights keep their proportions, and sum to what all had."""
+    adapters = tuple(adapters)
+    kept = [adapter for adapter in adapters if adapter.key not in keys]
+    if len(kept) == len(adapters):
+        return adapters
+    left = sum(adapter.weight for adapter in kept)
+    scale = sum(adapter.weight for adapter in adapters) / left if left else 1.0
+    return tuple(replace(adapter, weight=adapter.weight * scale) for adapter in kept)
+
+
 def compose(
-    retrieved: Retrieved, options: RoutingOptions, config: RoutingConfig, *, catalog_version: str
+    retrieved: Retrieved,
+    options: RoutingOptions,
+    config: RoutingConfig,
+    *,
+    catalog_version: str,
+    versions: Mapping[str, str],
 ) -> RoutingDecision:
     """Weigh adapters.
 
@@ -72,6 +136,9 @@ def compose(
     softmax(score / temperature) (LORAUTER, arXiv 2601.21795, section 3.3), where the score is the cosine, or the
     logarithm of the probability where tasks are reranked. An adapter that serves several of them gets their weights'
     sum; one whose weight underflows to 0 is left out.
+
+    Args:
+        catalog_version, versions: of the catalog that it was retrieved from, and of its adapters.
     """
     tasks = retrieved.tasks[: config.num_tasks]
     confidence = retrieved.familiarity * max((task.probability for task in tasks), default=0.0)
@@ -94,7 +161,7 @@ def compose(
     return RoutingDecision(
         catalog_version,
         tuple(TaskScore(task.name, task.score, task.probability) for task in tasks),
-        tuple(AdapterWeight(n, w) for n, w in sorted(weights.items(), key=lambda item: -item[1]) if w),
+        tuple(AdapterWeight(n, versions[n], w) for n, w in sorted(weights.items(), key=lambda item: -item[1]) if w),
         confidence,
     )
 

@@ -69,6 +69,11 @@ class Retrieved:
     familiarity: float = 0.0
     stranger: bool = False
 
+    @property
+    def adapter_names(self) -> set[str]:
+        """All adapters that are named in it."""
+        return {name for task in self.tasks for name in task.adapters} | {adapter.name for adapter in self.adapters}
+
 
 class Retriever:
     """Searches one catalog."""

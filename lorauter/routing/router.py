@@ -71,7 +71,7 @@ class Router:
             return []
         retrieved = self._retriever.retrieve(self._encoder.encode(texts), texts, options)
         return [
-            compose(found, option, self.config, catalog_version=self.catalog.version)
+            compose(found, option, self.config, catalog_version=self.catalog.version, versions=self.catalog.adapters)
             for found, option in zip(retrieved, options, strict=True)
         ]
 

@@ -12,6 +12,11 @@ from deployments.adapter_cache import AdapterCacheActor, CacheSpec, _claim
 from deployments.config import CacheSettings
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.errors import AdapterError, AdapterNotFound
+from lorauter.names import AdapterKey
+
+
+def keys(pool: str, *names: str) -> list[AdapterKey]:
+    return [AdapterRepository(open_store(pool)).manifest(name).key for name in names]
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def test_each_claimant_has_a_folder_and_a_free_one_is_found_again(tmp_path: Path
 
 
 def test_a_spec_has_its_own_prefix_by_store_and_settings() -> None:
-    other = {"directory": "/d", "disk_bytes": 1, "revalidate_s": 1, "downloads": 1}
+    other = {"directory": "/d", "disk_bytes": 1, "downloads": 1}
     specs = [
         CacheSpec("s3://bucket/a", CacheSettings()),
         CacheSpec("s3://bucket/b", CacheSettings()),
@@ -64,32 +69,40 @@ def actor(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         one._root_lock.release()
 
 
-def test_the_actor_keeps_one_copy_for_all_who_ask(actor: Callable[..., AdapterCacheActor], tmp_path: Path) -> None:
+def test_the_actor_keeps_one_copy_for_all_who_ask(
+    actor: Callable[..., AdapterCacheActor], pool: str, tmp_path: Path
+) -> None:
+    a, b, c = keys(pool, "a", "b", "c")
+    nowhere = AdapterKey("nowhere", a.version)
+
     async def scenario() -> None:
         cache = actor()
-        found = await asyncio.gather(*[cache.fetch(["a", "b"]) for _ in range(10)])
-        assert len({local.path for pair in found for local in pair}) == 2
-        assert all(local.path.is_relative_to(tmp_path / "home" / "adapters" / "cache-0") for local in found[0])
-        await cache.prefetch(["c", "nowhere"])
-        [c] = await cache.fetch(["c"])
+        found = await asyncio.gather(*[cache.fetch(key) for _ in range(10) for key in (a, b)])
+        assert len({local.path for local in found}) == 2
+        assert all(local.path.is_relative_to(tmp_path / "home" / "adapters" / "cache-0") for local in found)
+        await cache.prefetch([c, nowhere])
+        local = await cache.fetch(c)
         stats = await cache.stats()
         assert stats["downloads"] == 3
-        assert {name for name, _ in stats["resident"]} == {"a", "b", "c"}
+        assert set(stats["resident"]) == {a, b, c}
         assert stats["size_bytes"] == stats["downloaded_bytes"] > 0
-        assert await cache.wanted(9) == pytest.approx({"a": 10, "b": 10, "c": 2}, rel=1e-2), "what there is not, is not"
-        assert set(await cache.wanted(2)) == {"a", "b"}
-        await cache.discard("c", c.version)
-        assert not c.path.exists()
+        assert await cache.wanted(9) == pytest.approx({a: 10, b: 10, c: 2}, rel=1e-2), "what there is not, is not"
+        assert set(await cache.wanted(2)) == {a, b}
+        await cache.discard(c)
+        assert not local.path.exists()
         with pytest.raises(AdapterNotFound, match="nowhere"):
-            await cache.fetch(["a", "nowhere"])
+            await cache.fetch(nowhere)
 
     asyncio.run(scenario())
 
 
-def test_the_actors_settings_reach_its_cache(actor: Callable[..., AdapterCacheActor], tmp_path: Path) -> None:
+def test_the_actors_settings_reach_its_cache(
+    actor: Callable[..., AdapterCacheActor], pool: str, tmp_path: Path
+) -> None:
     cache = actor(directory=str(tmp_path / "elsewhere"), disk_bytes=10)
+    [a] = keys(pool, "a")
     with pytest.raises(AdapterError, match="disk_bytes"):
-        asyncio.run(cache.fetch(["a"]))
+        asyncio.run(cache.fetch(a))
     assert (tmp_path / "elsewhere" / "cache-0").is_dir()
 
 

@@ -18,6 +18,7 @@ from fake_service import (
     COMPLETIONS,
     DECISION,
     ROUTE,
+    VERSIONS,
     FakeService,
     chat,
     events,
@@ -31,11 +32,8 @@ from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
 from deployments.config import ApiSettings
 from lorauter.engine.types import Chunk, SamplingParams
-from lorauter.errors import (
-    AdapterNotFound,
-    CatalogError,
-)
-from lorauter.routing import RoutingDecision, RoutingOptions
+from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable, CatalogError
+from lorauter.routing import AdapterWeight, LeftOut, RoutingDecision, RoutingOptions
 
 
 @pytest.mark.parametrize(
@@ -61,7 +59,10 @@ def test_an_answer(path: str, body: Any, prefix: str, kind: str, content: dict[s
                 {"name": "sums", "score": 0.91239, "probability": 0.8},
                 {"name": "poems", "score": 0.5, "probability": 0.2},
             ],
-            "adapters": [{"name": "adder", "weight": 0.75}, {"name": "poet", "weight": 0.25}],
+            "adapters": [
+                {"name": "adder", "version": "a1", "weight": 0.75},
+                {"name": "poet", "version": "p1", "weight": 0.25},
+            ],
             "confidence": 0.64,
         },
     }
@@ -137,11 +138,13 @@ def test_adapters_by_name_or_by_hand_are_not_routed(
     response = post(service, path, body(model, lorauter=lorauter, stream=stream))
     answer = events(response)[0] if stream else response.json()
     assert answer["model"] == model
-    assert answer["lorauter"] == {**BY_HAND, "adapters": [{"name": n, "weight": w} for n, w in adapters]}
+    mixture = [AdapterWeight(name, VERSIONS[name], weight) for name, weight in adapters]
+    assert answer["lorauter"] == {**BY_HAND, "adapters": [vars(adapter) for adapter in mixture]}
     assert response.headers["x-lorauter-tasks"] == ""
     assert response.headers["x-lorauter-adapters"] == ",".join(f"{n}={w:.4f}" for n, w in adapters)
     assert service.routed == []
-    assert list(service.calls[0].adapters) == adapters
+    assert list(service.calls[0].adapters) == mixture
+    assert not service.calls[0].routed
 
 
 def test_what_is_routed_goes_to_the_engine_under_the_decision() -> None:
@@ -154,8 +157,9 @@ def test_what_is_routed_goes_to_the_engine_under_the_decision() -> None:
     assert service.calls == [
         GenerateCall(
             Prompt(messages=({"role": "user", "content": "hi"},)),
-            (("adder", 0.75), ("poet", 0.25)),
+            DECISION.adapters,
             SamplingParams(max_tokens=5, temperature=0, top_p=0.5, stop=("x",), seed=3),
+            routed=True,
         )
     ]
 
@@ -253,11 +257,11 @@ class Forgetful(FakeService):
         return [replace(decision, adapters=tuple(a for a in decision.adapters if options.allows(a.name)))]
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
-        for name, _ in call.adapters:
-            if name in self.gone:
-                raise AdapterNotFound("not found", adapter=name)
+        gone = tuple(LeftOut(*adapter.key, "not_found") for adapter in call.adapters if adapter.name in self.gone)
+        if gone and (not call.routed or len(gone) == len(call.adapters)):
+            raise AdapterNotFound("not found", adapter=gone[0].name)
         async for item in super().generate(call):
-            yield item
+            yield Admitted(item.prompt_tokens, gone) if isinstance(item, Admitted) else item
 
 
 @BOTH
@@ -268,8 +272,58 @@ def test_a_routed_request_goes_on_without_an_adapter_that_is_gone(
     service = Forgetful(gone=frozenset(gone))
     response = post(service, path, body(lorauter={"exclude_adapters": ["other"]}))
     assert response.status_code == 200
-    assert [adapter["name"] for adapter in response.json()["lorauter"]["adapters"]] == left
-    assert service.routed[-1][1].exclude_adapters == gone | {"other"}
+    decision = response.json()["lorauter"]
+    assert [(adapter["name"], adapter["weight"]) for adapter in decision["adapters"]] == [(name, 1.0) for name in left]
+    assert {(row["name"], row["cause"]) for row in decision["left_out"]} == {(name, "not_found") for name in gone}
+    assert response.headers["x-lorauter-adapters"] == "".join(f"{name}=1.0000" for name in left)
+    assert service.routed[-1][1].exclude_adapters == {"other"} | (set() if left else gone)
+
+
+@dataclass
+class Broken(FakeService):
+    """Routes to the first of its adapters that is not excluded; none of them can be had."""
+
+    error: type[AdapterError] = AdapterRejected
+    pool: tuple[str, ...] = ("a", "b", "c", "d", "e")
+
+    async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
+        [decision] = await super().route(texts, options)
+        left = [AdapterWeight(name, "1", 1.0) for name in self.pool if options.allows(name)]
+        return [replace(decision, adapters=tuple(left[:1]))]
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+        if call.adapters:
+            raise self.error("no good", adapter=call.adapters[0].name)
+        async for item in super().generate(call):
+            yield item
+
+
+@BOTH
+def test_where_nothing_is_left_the_request_is_routed_anew_and_in_the_end_the_base_model_answers(
+    path: str, body: Any
+) -> None:
+    service = Broken()
+    response = post(service, path, body())
+    assert response.status_code == 200
+    decision = response.json()["lorauter"]
+    assert decision["adapters"] == []
+    assert decision["left_out"] == [{"name": name, "version": "1", "cause": "rejected"} for name in "abc"]
+    assert len(service.routed) == 4
+
+
+@BOTH
+def test_what_may_be_back_soon_is_not_replaced_by_the_base_model(path: str, body: Any) -> None:
+    service = Broken(error=AdapterUnavailable)
+    refused(post(service, path, body()), 503, "adapter_unavailable")
+    assert len(service.routed) == 3
+
+
+@BOTH
+def test_names_that_the_catalog_does_not_know_reach_nobody(path: str, body: Any) -> None:
+    service = FakeService()
+    for asked in (body(model="made-up"), body(lorauter={"adapters": {"adder": 0.5, "made-up": 0.5}})):
+        assert "made-up" in refused(post(service, path, asked), 404, "model_not_found")["message"]
+    assert service.calls == service.routed == []
 
 
 @BOTH

@@ -47,7 +47,7 @@ def test_openai_chat_and_completion() -> None:
         assert answer.usage is not None
         assert answer.usage.total_tokens == 10
         assert answer.model_extra is not None
-        assert answer.model_extra["lorauter"]["adapters"][0] == {"name": "adder", "weight": 0.75}
+        assert answer.model_extra["lorauter"]["adapters"][0] == {"name": "adder", "version": "a1", "weight": 0.75}
         plain = await client.completions.create(model="poet", prompt="hi", stop=["."], seed=1)
         assert plain.choices[0].text == "Héllo"
         raw = await client.chat.completions.with_raw_response.create(model="poet", messages=MESSAGES)

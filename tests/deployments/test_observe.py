@@ -122,7 +122,7 @@ def test_outside_of_a_request_nothing_is_kept() -> None:
 
 def decision(task: str, *adapters: str, confidence: float | None = 0.7) -> RoutingDecision:
     return RoutingDecision(
-        "v1", (TaskScore(task, 0.9, 0.8),), tuple(AdapterWeight(name, 0.5) for name in adapters), confidence
+        "v1", (TaskScore(task, 0.9, 0.8),), tuple(AdapterWeight(name, "1", 0.5) for name in adapters), confidence
     )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from deployments.peers import Began, Loan, PeerSource, Whereabouts, _unpack, lend, order
-from lorauter.adapters import AdapterManifest, AdapterRepository, MemoryStore
+from lorauter.adapters import AdapterManifest, AdapterRepository, LocalAdapter, MemoryStore
 from lorauter.errors import AdapterUnavailable
+from lorauter.names import AdapterKey
 
 HERE = Whereabouts("here")
 
@@ -73,46 +74,71 @@ def test_without_peers_the_store_is_asked_and_meanwhile_one_may_wait_for_us(
     pushed: tuple[MemoryStore, AdapterManifest], tmp_path: Path
 ) -> None:
     store, manifest = pushed
+    key = manifest.key
     said = []
 
     class Watched(AdapterRepository):
         def download(self, manifest: AdapterManifest, target: Path) -> None:
-            said.append([source.whereabouts("a", version) for version in (manifest.version, "another")])
+            said.append([source.whereabouts(AdapterKey("a", version)) for version in (key.version, "another")])
             super().download(manifest, target)
 
     def none_found() -> list[object]:
-        asked = source.whereabouts("a", manifest.version)
+        asked = source.whereabouts(key)
         said.append([asked and asked.state])
         return []
 
     source = PeerSource(Watched(store), none_found)
-    (tmp_path / "in").mkdir()
-    assert source.fetch(manifest, tmp_path / "in") == "store"
+    assert source.fetch(key, lambda manifest: tmp_path) == (manifest, "store")
     [[first], [second, other]] = said
     assert (first, second.state, other) == ("asking", "copying", None)
-    assert source.whereabouts("a", manifest.version) is None
+    assert source.whereabouts(key) is None
     store.down = True
     with pytest.raises(AdapterUnavailable):
-        source.fetch(manifest, tmp_path / "in")
-    assert source.whereabouts("a", manifest.version) is None
+        source.fetch(key, lambda manifest: tmp_path)
+    assert source.whereabouts(key) is None
+
+
+def test_two_versions_of_an_adapter_can_be_on_their_way_at_once(
+    pushed: tuple[MemoryStore, AdapterManifest], tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    store, old = pushed
+    new = AdapterRepository(store).push(make_adapter(tmp_path / "new", "a", rank=3))
+    said = []
+
+    class Watched(AdapterRepository):
+        def download(self, manifest: AdapterManifest, target: Path) -> None:
+            if manifest.key == old.key:
+                source.fetch(new.key, lambda _: tmp_path / "new" / "a")
+            said.append((manifest.version, source.whereabouts(manifest.key)))
+
+    source = PeerSource(Watched(store), list)
+    source.fetch(old.key, lambda manifest: tmp_path)
+    assert [(version, where and where.state) for version, where in said] == [
+        (new.version, "copying"),
+        (old.version, "copying"),
+    ]
+
+
+def held(manifest: AdapterManifest, folder: Path) -> Loan | None:
+    return lend(LocalAdapter(manifest, folder))
 
 
 def test_what_is_lent_is_whole_or_nothing(pushed: tuple[MemoryStore, AdapterManifest], tmp_path: Path) -> None:
     store, manifest = pushed
     AdapterRepository(store).download(manifest, tmp_path)
-    loan = lend(manifest, tmp_path)
+    loan = held(manifest, tmp_path)
     assert loan is not None
     assert {name: content.tobytes() for name, content in loan.files.items()} == {
         name: (tmp_path / name).read_bytes() for name in manifest.files
     }
     assert all(content.dtype == np.uint8 for content in loan.files.values())
     (tmp_path / "got").mkdir()
-    assert _unpack(loan, manifest, tmp_path / "got")
+    assert _unpack(loan, tmp_path / "got")
     config = loan.files["adapter_config.json"]
     for files in ({**loan.files, "adapter_config.json": config[:-1]}, {"adapter_config.json": config}, {}):
-        assert not _unpack(Loan(manifest, files), manifest, tmp_path / "got")
+        assert not _unpack(Loan(manifest, files), tmp_path / "got")
     (tmp_path / "adapter_config.json").unlink()
-    assert lend(manifest, tmp_path) is None
+    assert held(manifest, tmp_path) is None
 
 
 def test_hashes_that_the_store_does_not_know_are_the_lenders(
@@ -121,10 +147,10 @@ def test_hashes_that_the_store_does_not_know_are_the_lenders(
     store, manifest = pushed
     AdapterRepository(store).download(manifest, tmp_path)
     plain = replace(manifest, files={name: replace(file, sha256=None) for name, file in manifest.files.items()})
-    assert lend(plain, tmp_path) is None, "nobody could check it"
-    loan = lend(manifest, tmp_path)
+    assert held(plain, tmp_path) is None, "nobody could check it"
+    loan = held(plain.with_hashes(tmp_path), tmp_path)
     assert loan is not None
-    assert _unpack(loan, plain, tmp_path)
+    assert _unpack(loan, tmp_path)
     config = loan.files["adapter_config.json"].copy()
     config[0] ^= 1
-    assert not _unpack(Loan(manifest, {**loan.files, "adapter_config.json": config}), plain, tmp_path)
+    assert not _unpack(Loan(loan.manifest, {**loan.files, "adapter_config.json": config}), tmp_path)

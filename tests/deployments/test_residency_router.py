@@ -17,6 +17,7 @@ from deployments.config import CacheSettings
 from deployments.placement import report
 from deployments.residency_router import ResidencyRouter, residency_routing
 from lorauter.engine.types import SamplingParams
+from lorauter.routing import AdapterWeight
 
 SPEC = CacheSpec("s3://bucket/a", CacheSettings())
 DEPLOYMENT = DeploymentID("LoraModel", "lorauter")
@@ -31,7 +32,7 @@ class FakeReplica:
     def __init__(self, name: str, *, device: tuple[str, ...] = (), queue: int = 0) -> None:
         self.replica_id = ReplicaID(name, DEPLOYMENT)
         self.node_id = f"node-of-{name}"
-        self.routing_stats = report(device, (), (), 0.0)
+        self.routing_stats = report([f"{name}@1" for name in device], (), (), 0.0)
         self.queue = queue
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
@@ -42,15 +43,15 @@ class FakeCache:
     """A node's cache that keeps what it was told of."""
 
     def __init__(self) -> None:
-        self.told: list[list[str]] = []
+        self.told: list[list[tuple[str, str]]] = []
         self.prefetch = self
 
-    def remote(self, names: list[str]) -> None:
-        self.told.append(names)
+    def remote(self, keys: list[tuple[str, str]]) -> None:
+        self.told.append(keys)
 
 
 def pending(*adapters: str) -> PendingRequest:
-    call = GenerateCall(Prompt(text="x"), tuple((name, 1.0) for name in adapters), SamplingParams())
+    call = GenerateCall(Prompt(text="x"), tuple(AdapterWeight(name, "1", 1.0) for name in adapters), SamplingParams())
     return PendingRequest([call], {}, RequestMetadata("request", "internal"))
 
 
@@ -94,6 +95,16 @@ def test_a_call_goes_to_the_replica_that_holds_its_adapters(route: Callable[...,
     route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1", device=("b",)), FakeReplica("r2"))
 
 
+def test_who_has_another_version_has_nothing(route: Callable[..., None]) -> None:
+    old, new = FakeReplica("old"), FakeReplica("new")
+    old.routing_stats, new.routing_stats = (report([f"a@{version}"], (), (), 0.0) for version in "01")
+
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        assert (await router.choose_replicas(replicas, pending("a")))[0] == [new]
+
+    route(scenario, old, new)
+
+
 def test_queues_count_what_replicas_say_and_what_was_sent(route: Callable[..., None]) -> None:
     async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
         assert (await router.choose_replicas(replicas, pending("a")))[0] == [replicas[1]], "r0 says it is full"
@@ -134,4 +145,6 @@ def test_the_chosen_replicas_node_is_told_which_adapters_will_be_wanted(
         await router.choose_replicas(replicas, pending())
 
     route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1"))
-    assert {name: cache.told for name, cache in caches.items()} == {SPEC.prefix + "node-of-r0": [["a", "c"]]}
+    assert {name: cache.told for name, cache in caches.items()} == {
+        SPEC.prefix + "node-of-r0": [[("a", "1"), ("c", "1")]]
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,10 +15,12 @@ from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.retries import answered, generated
 from lorauter.engine import Chunk, SamplingParams
 from lorauter.errors import Overloaded, ServiceUnavailable
+from lorauter.routing import AdapterWeight, LeftOut
 
 GONE = [ActorDiedError(), ActorUnavailableError("away", b"0" * 16), asyncio.CancelledError()]
 ANSWER = [Chunk(letter, (i,), "length" if i == 4 else None) for i, letter in enumerate("abcde")]
-CALL = GenerateCall(Prompt(text="?"), (("one", 1.0),), SamplingParams(max_tokens=5))
+MIXTURE = (AdapterWeight("one", "v1", 0.75), AdapterWeight("two", "v1", 0.25))
+CALL = GenerateCall(Prompt(text="?"), MIXTURE, SamplingParams(max_tokens=5))
 HANG = "hang"
 
 
@@ -34,7 +36,7 @@ class Replicas:
     outcomes: list[Any]
     calls: list[GenerateCall] = field(default_factory=list)
     cancelled: int = 0
-    version: str = "v1"
+    left_out: tuple[LeftOut, ...] = ()
 
     def send(self, *call: GenerateCall) -> Response:
         self.calls += call
@@ -60,7 +62,7 @@ class Response:
     async def _say(self, outcome: Any, call: GenerateCall) -> AsyncGenerator[Any]:
         chunks, error = outcome if isinstance(outcome, tuple) else (5, outcome)
         if chunks:
-            yield Admitted(3, (self._replicas.version,))
+            yield Admitted(3, self._replicas.left_out)
         for chunk in ANSWER[len(call.generated) : chunks]:
             yield chunk
         if error == HANG:
@@ -128,30 +130,24 @@ def test_nobody_waits_longer_than_said() -> None:
 @pytest.mark.parametrize("deaths", [[0], [1], [3], [1, 4], [0, 0], [2, 2], [5]])
 def test_an_answer_goes_on_from_its_last_token(deaths: list[int], error: BaseException) -> None:
     replicas = Replicas([*((said, error) for said in deaths), None])
-    assert listen(replicas) == [Admitted(3, ("v1",)), *ANSWER]
+    assert listen(replicas) == [Admitted(3), *ANSWER]
     said = [0] + [death for death in deaths if death < 5]
     assert [len(sent.generated) for sent in replicas.calls] == said
 
 
 def test_an_answer_survives_few_deaths_only() -> None:
     heard = listen(Replicas([(1, GONE[0]), (2, GONE[0]), (3, GONE[0]), None]))
-    assert heard[:-1] == [Admitted(3, ("v1",)), *ANSWER[:3]]
+    assert heard[:-1] == [Admitted(3), *ANSWER[:3]]
     assert heard[-1] is GONE[0]
 
 
-def test_an_answer_does_not_go_on_under_another_version_of_its_adapter() -> None:
-    replicas = Replicas([(2, GONE[0]), None])
-    versions = iter(["v1", "v2"])
-    send = replicas.send
-
-    def send_to_next(call: GenerateCall) -> Response:
-        replicas.version = next(versions)
-        return send(call)
-
-    replicas.send = send_to_next  # type: ignore[method-assign]
-    heard = listen(replicas)
-    assert heard[:-1] == [Admitted(3, ("v1",)), *ANSWER[:2]]
-    assert isinstance(heard[-1], ServiceUnavailable)
+def test_an_answer_goes_on_under_the_mixture_that_it_began_with() -> None:
+    replicas = Replicas([(0, GONE[0]), (2, GONE[0]), None], left_out=(LeftOut("two", "v1", "unavailable"),))
+    heard = listen(replicas, replace(CALL, routed=True))
+    assert heard == [Admitted(3, replicas.left_out), *ANSWER]
+    whole, again, rest = replicas.calls
+    assert (whole.adapters, whole.routed) == (again.adapters, again.routed) == (MIXTURE, True)
+    assert (rest.adapters, rest.routed) == ((AdapterWeight("one", "v1", 1.0),), False), "to leave out more is no option"
 
 
 def test_sampling_gets_a_seed_that_all_replicas_share() -> None:

@@ -65,13 +65,13 @@ def test_a_replicas_tiers_and_queue() -> None:
 def test_a_nodes_disk(tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
     repository = AdapterRepository(MemoryStore())
     manifest = repository.push(make_adapter(tmp_path / "pool", "one"))
-    cache = AdapterDiskCache(repository, tmp_path / "disk", budget_bytes=1 << 20, revalidate_s=60, downloads=1)
+    cache = AdapterDiskCache(repository, tmp_path / "disk", budget_bytes=1 << 20, downloads=1)
     recorder = Recorder()
     sample = disk_sampler(cache, recorder)
     sample()
     assert recorder.of(metrics.RESIDENT, "disk") == 0
-    cache.fetch("one")
-    cache.fetch("one")
+    cache.fetch(manifest.key)
+    cache.fetch(manifest.key)
     sample()
     assert recorder.of(metrics.RESIDENT, "disk") == recorder.of(metrics.LOADS, "disk") == 1
     assert recorder.of(metrics.HITS, "disk") == 1

@@ -72,7 +72,7 @@ def test_routing_stays_within_what_a_caller_may_use(
     options = pickle.loads(pickle.dumps(ScopedOptions.of(RoutingOptions(**asked), permitted)))
     options = within_scope(catalog, options)
     [found] = Retriever(catalog, config).retrieve(NEAR, ["a query"], [options])
-    decision = compose(found, options, config, catalog_version="v1")
+    decision = compose(found, options, config, catalog_version="v1", versions=catalog.adapters)
     assert {task.name for task in decision.tasks} == tasks
     assert {adapter.name for adapter in decision.adapters} <= adapters
     assert bool(decision.adapters) == bool(adapters)

@@ -15,13 +15,14 @@ from lorauter.routing import (
 
 PAPER = RoutingConfig(preset="paper", top_k=3, temperature=0.2, num_tasks=10)
 UTILITY = RoutingConfig(composition="utility", top_k=3, temperature=0.2, softening=1, num_tasks=10)
+VERSIONS = {name: f"v-{name}" for name in "abcd"}
 ADAPTERS = (AdapterUtility("a", 0.9), AdapterUtility("b", 0.5), AdapterUtility("c", 0.3), AdapterUtility("d", 0.1))
 
 
 def decide(*retrieved: tuple[str, float, str], config: RoutingConfig = PAPER, **options: float):
     """By tasks, given as name, cosine and adapters."""
     tasks = tuple(RetrievedTask(name, score, tuple(adapters.split())) for name, score, adapters in retrieved)
-    return compose(Retrieved(tasks), RoutingOptions(**options), config, catalog_version="0a1b")
+    return compose(Retrieved(tasks), RoutingOptions(**options), config, catalog_version="0a1b", versions=VERSIONS)
 
 
 def decide_by_utility(
@@ -30,7 +31,7 @@ def decide_by_utility(
     """By utility, for a query of one task that has no adapter of its own."""
     task = RetrievedTask("t", 0.5, (), probability)
     retrieved = Retrieved((task,), adapters, familiarity, stranger)
-    return compose(retrieved, RoutingOptions(**options), config, catalog_version="0a1b")
+    return compose(retrieved, RoutingOptions(**options), config, catalog_version="0a1b", versions=VERSIONS)
 
 
 def weights(decision) -> dict[str, float]:
@@ -57,9 +58,11 @@ def test_reranked_tasks_are_weighted_by_the_logarithm_of_their_probability() -> 
     config = RoutingConfig(preset="paper", rerank=True, top_k=3, temperature=0.5)
     chances = {"a": 0.5, "b": 0.25, "c": 0.125, "d": 0.0}
     tasks = tuple(RetrievedTask(f"t{name}", 0.9, (name,), chance) for name, chance in chances.items())
-    got = weights(compose(Retrieved(tasks), RoutingOptions(), config, catalog_version="0a1b"))
+    got = weights(compose(Retrieved(tasks), RoutingOptions(), config, catalog_version="0a1b", versions=VERSIONS))
     assert got == pytest.approx({"a": 16 / 21, "b": 4 / 21, "c": 1 / 21})
-    assert weights(compose(Retrieved(tasks[3:]), RoutingOptions(), config, catalog_version="0a1b")) == {"d": 1}
+    assert weights(
+        compose(Retrieved(tasks[3:]), RoutingOptions(), config, catalog_version="0a1b", versions=VERSIONS)
+    ) == {"d": 1}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,7 @@ def test_how_sure_the_first_task_is_does_not_change_the_weights() -> None:
 def test_the_base_model_answers_strangers_if_it_is_to(composition, fallback, stranger, answered_by_base) -> None:
     config = UTILITY.model_copy(update={"composition": composition, "fallback": fallback})
     retrieved = Retrieved((RetrievedTask("t", 0.5, ("a",), 0.8),), ADAPTERS, 0.5, stranger)
-    decision = compose(retrieved, RoutingOptions(), config, catalog_version="0a1b")
+    decision = compose(retrieved, RoutingOptions(), config, catalog_version="0a1b", versions=VERSIONS)
     assert (decision.adapters == ()) == answered_by_base
     assert [task.name for task in decision.tasks] == ["t"]
     assert decision.confidence == pytest.approx(0.4)
@@ -182,21 +185,23 @@ def test_the_confidence_is_the_probability_of_the_first_task_and_of_any() -> Non
     tasks = tuple(RetrievedTask(name, 0.5, (), chance) for name, chance in (("t", 0.6), ("u", 0.3), ("v", 0.1)))
     for num_tasks in (1, 3):
         config = RoutingConfig(num_tasks=num_tasks)
-        decision = compose(Retrieved(tasks, (), 0.5), RoutingOptions(), config, catalog_version="0a1b")
+        decision = compose(
+            Retrieved(tasks, (), 0.5), RoutingOptions(), config, catalog_version="0a1b", versions=VERSIONS
+        )
         assert decision.confidence == pytest.approx(0.3)
         assert [task.probability for task in decision.tasks] == [0.6, 0.3, 0.1][:num_tasks]
 
 
 def test_a_decision_as_json() -> None:
     tasks = (RetrievedTask("t", 0.5, ("a",), 0.75), RetrievedTask("u", 0.25, (), 0.25))
-    decision = compose(Retrieved(tasks, (), 0.5), RoutingOptions(), PAPER, catalog_version="0a1b")
-    assert decision.adapters == (AdapterWeight("a", 1.0),)
+    decision = compose(Retrieved(tasks, (), 0.5), RoutingOptions(), PAPER, catalog_version="0a1b", versions=VERSIONS)
+    assert decision.adapters == (AdapterWeight("a", "v-a", 1.0),)
     assert decision.to_json() == {
         "catalog_version": "0a1b",
         "tasks": [
             {"name": "t", "score": 0.5, "probability": 0.75},
             {"name": "u", "score": 0.25, "probability": 0.25},
         ],
-        "adapters": [{"name": "a", "weight": 1.0}],
+        "adapters": [{"name": "a", "version": "v-a", "weight": 1.0}],
         "confidence": 0.375,
     }

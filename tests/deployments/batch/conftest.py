@@ -15,6 +15,7 @@ from lorauter.catalog import build_catalog
 from lorauter.encoder import HashingEncoder
 from lorauter.engine import Chunk, EngineConfig, GenerationRequest
 from lorauter.errors import AdapterNotFound, AdapterUnavailable, ContextLengthExceeded
+from lorauter.names import AdapterKey
 from lorauter.routing import Router
 from lorauter.tasks import Task
 
@@ -63,14 +64,14 @@ class NamedAdapters:
         self.counters = SimpleNamespace(misses=0)
         self.asked: list[str] = []
 
-    async def get(self, names: list[str]) -> list[Any]:
-        [name] = names
+    async def get(self, key: AdapterKey) -> Any:
+        name = key.name
         self.asked.append(name)
         if name == "missing":
             raise AdapterNotFound("not found", adapter=name)
         if name == "flaky" and self.asked.count(name) < 3:
             raise AdapterUnavailable("the store is down", adapter=name)
-        return [SimpleNamespace(name=name, key=(name, "1"))]
+        return SimpleNamespace(name=name, key=key)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def routed(*mixtures, prompts=None):
     decisions = [
         mixture
         if isinstance(mixture, Exception)
-        else RoutingDecision("v", (), tuple(AdapterWeight(name, 1.0) for name in mixture), 0.5)
+        else RoutingDecision("v", (), tuple(AdapterWeight(name, "1", 1.0) for name in mixture), 0.5)
         for mixture in mixtures
     ]
     return Work(0, rows, decisions, order_by_adapters(decisions))
@@ -56,7 +56,7 @@ def test_whatever_is_wrong_with_a_row_is_in_its_error_and_in_no_other(make) -> N
     assert (good["answer"], good["error"]) == ("a", None)
     assert [row["error"].split(":")[0] for row in bad] == ["AdapterNotFound", "InvalidRequest", "ContextLengthExceeded"]
     assert all(row["answer"] is None and row["latency_s"] is None for row in bad)
-    assert bad[0]["adapters"] == [{"name": "missing", "weight": 1.0}]
+    assert bad[0]["adapters"] == [{"name": "missing", "version": "1", "weight": 1.0}]
     assert len(told) == 4
     assert {place: (status, body["error"]["code"]) for place, (status, body) in work.errors.items()} == {
         1: (404, "model_not_found"),
@@ -86,7 +86,7 @@ def test_shards_of_several_threads_do_not_mix(make, echoing) -> None:
 
 
 def test_what_cannot_be_made_ready_stops_the_shard_and_loses_no_thread(make, adapters, monkeypatch) -> None:
-    async def broken(names):
+    async def broken(key):
         raise KeyError("broken")
 
     monkeypatch.setattr(adapters, "get", broken)

@@ -16,7 +16,7 @@ from lorauter.adapters import open_store
 from lorauter.errors import ConfigError, InvalidRequest
 from lorauter.routing import AdapterWeight, RoutingDecision, TaskScore
 
-DECISION = RoutingDecision("v", (TaskScore("sums", 0.9, 0.8),), (AdapterWeight("a", 1.0),), 0.75)
+DECISION = RoutingDecision("v", (TaskScore("sums", 0.9, 0.8),), (AdapterWeight("a", "1", 1.0),), 0.75)
 GOOD = {
     **decision_columns(DECISION),
     "answer": "4",
@@ -55,7 +55,7 @@ def test_a_part_holds_the_rows_with_what_was_added(tmp_path, kind) -> None:
     good, bad = parts(tmp_path / f"part-00000.{kind}", kind)
     assert (str(good["id"]), good["answer"], good["input_answer"]) == ("1", "4", "old")
     assert good["tasks"] == [{"name": "sums", "score": 0.9, "probability": 0.8}]
-    assert good["adapters"] == [{"name": "a", "weight": 1.0}]
+    assert good["adapters"] == [{"name": "a", "version": "1", "weight": 1.0}]
     assert not good["error"]
     assert str(bad["id"]) == "2"
     assert bad["error"] == "InvalidRequest: empty"

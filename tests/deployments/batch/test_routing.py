@@ -1,7 +1,7 @@
 from deployments.batch.config import BatchConfig
 from deployments.batch.routing import route_rows
 from deployments.batch.rows import SourceRow
-from lorauter.errors import InvalidRequest
+from lorauter.errors import AdapterNotFound, InvalidRequest
 
 TEXTS = ["add numbers three", "rhyme verses of three", "add numbers " * 9, "rhyme lines"] * 12
 
@@ -20,10 +20,16 @@ def test_each_row_is_routed_as_it_is_alone(router) -> None:
 
 def test_a_bad_row_is_an_error_in_its_place_and_a_chosen_mixture_stays(router) -> None:
     values = [{"prompt": "add numbers"}, {"prompt": ""}, {"prompt": "rhyme", "adapters": "sums"}]
-    good, bad, chosen = route_rows(router, rows(*values), BatchConfig())
+    values.append({"prompt": "rhyme", "adapters": {"sums": 1, "uncatalogued": 1}})
+    good, bad, chosen, unknown = route_rows(router, rows(*values), BatchConfig())
     assert good.tasks[0].name == "sums"
     assert isinstance(bad, InvalidRequest)
-    assert ([a.name for a in chosen.adapters], chosen.tasks, chosen.confidence) == (["sums"], (), None)
+    assert ([a.key for a in chosen.adapters], chosen.tasks, chosen.confidence) == (
+        [("sums", router.catalog.adapters["sums"])],
+        (),
+        None,
+    )
+    assert isinstance(unknown, AdapterNotFound)
 
 
 def test_one_row_that_the_router_refuses_spoils_no_other(router, monkeypatch) -> None:
