@@ -227,7 +227,7 @@ def main() -> None:
                     "engine": {"max_batch": 8, "max_model_len": 256, "max_slowdown": None, "threads": 1,
                                "dtype": "float32", "adapter_bytes": SLOTS * ADAPTER_BYTES,
                                "host_bytes": HOST_SLOTS * ADAPTER_BYTES},
-                    "cache": {"directory": str(work / "cache" / router), "revalidate_s": 600},
+                    "cache": {"directory": str(work / "cache" / router)},
                 }
             )  # fmt: skip
             light = {"ray_actor_options": {"num_cpus": 0.1}}

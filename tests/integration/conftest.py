@@ -119,7 +119,7 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
                     "max_rank": 32,
                     "max_slowdown": None,
                 },
-                "cache": {"directory": str(work / "disk"), "revalidate_s": 0.5},
+                "cache": {"directory": str(work / "disk")},
                 "api": {"max_body_bytes": 100_000},
             }
         )

@@ -112,7 +112,7 @@ def proxy(service: Any, s3_server: Any) -> Iterator[CountingProxy]:
 @pytest.fixture(scope="module")
 def nodes(proxy: CountingProxy, s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     work = tmp_path_factory.mktemp("nodes")
-    settings = CacheSettings(directory=str(work / "disk"), revalidate_s=0.5, disk_bytes=200_000)
+    settings = CacheSettings(directory=str(work / "disk"), disk_bytes=200_000)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**s3_server.env, "AWS_ENDPOINT_URL_S3": proxy.endpoint}.items():
             patch.setenv(name, value)

@@ -100,7 +100,7 @@ def _cluster(
             "threads": 1,
             "adapter_wait_s": 20,
         },
-        "cache": {"directory": str(work / "disk"), "revalidate_s": 2},
+        "cache": {"directory": str(work / "disk")},
     }
     (work / "config.json").write_text(json.dumps(config))
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:  # a short path
