@@ -51,7 +51,7 @@ def test_openai_client(service: Any, examples: Any) -> None:
     assert text == whole.choices[0].message.content != ""
     assert pieces[-1].usage == whole.usage
     assert whole.usage.prompt_tokens > 10
-    assert pieces[0].lorauter["adapters"] == [{"name": "dbpedia", "weight": 1.0}]
+    assert [(a["name"], a["weight"]) for a in pieces[0].lorauter["adapters"]] == [("dbpedia", 1.0)]
     plain = client.completions.create(model="base", prompt="The capital of France is", max_tokens=4)
     assert plain.choices[0].finish_reason == "length"
     assert plain.usage.completion_tokens == 4
@@ -104,9 +104,10 @@ def test_routing_without_answers(service: Any, examples: Any) -> None:
 def test_adapters_by_hand(service: Any, examples: Any) -> None:
     example = examples("dbpedia")[1]
     mixed = service.ask("lorauter", example.input, lorauter={"adapters": {"dbpedia": 0.9, "tomqa": 0.1}})
+    versions = Catalog.load(service.config.catalog).adapters
     assert mixed.json()["lorauter"]["adapters"] == [
-        {"name": "dbpedia", "weight": 0.9},
-        {"name": "tomqa", "weight": 0.1},
+        {"name": name, "version": versions[name], "weight": weight}
+        for name, weight in (("dbpedia", 0.9), ("tomqa", 0.1))
     ]
     nothing = service.ask("lorauter", example.input, lorauter={"adapters": {"dbpedia": 0}})
     base = service.ask("base", example.input)

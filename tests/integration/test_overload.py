@@ -19,12 +19,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def url(service: Any) -> Iterator[str]:
     """A second app of the running cluster, with the default engine, which refuses what would take too long."""
-    config = service.config.model_copy(
-        update={
-            "engine": EngineSettings(max_batch=8, max_model_len=512),
-            "cache": service.config.cache.model_copy(update={"revalidate_s": 10.0}),
-        }
-    )
+    config = service.config.model_copy(update={"engine": EngineSettings(max_batch=8, max_model_len=512)})
     few = {name: {"ray_actor_options": {"num_cpus": 0.05}, "num_replicas": 1} for name in DEPLOYMENTS}
     serve.run(assemble(config, few), name="overload", route_prefix="/overload")
     yield f"{service.url}/overload"

@@ -92,7 +92,7 @@ def test_openais_format_has_responses_as_the_api_gives_them(tmp_path, plain) -> 
         "stop",
     )
     assert answered.usage.total_tokens == 4
-    assert first["lorauter"]["adapters"] == [{"name": "a", "weight": 1.0}]
+    assert first["lorauter"]["adapters"] == [{"name": "a", "version": "1", "weight": 1.0}]
     assert Completion.model_validate(second).choices[0].text == "4"
     assert second["model"] == "poet"
     assert third["object"] == ("text_completion" if plain else "chat.completion")

@@ -57,12 +57,12 @@ def test_a_request_of_openais_batch_format_is_read_as_the_api_does(coded) -> Non
     body = {**HI, "max_tokens": 5, "stop": "[INST]", "stream": None, "lorauter": {"top_k": 2}}
     request = read(openai(json.dumps(body) if coded and body.pop("stream") is None else body), 3)
     assert (request.text, request.messages, request.prompt) == ("hi", ({"role": "user", "content": "hi"},), None)
-    assert (request.decision, request.options.top_k) == (None, 2)
+    assert (request.chosen, request.options.top_k) == (None, 2)
     assert (request.sampling.max_tokens, request.sampling.stop) == (5, ("[INST]",))
     plain = read(openai({"model": "poet", "prompt": "Roses", "seed": 7}, "/v1/completions"), sampling={"top_p": 0.5})
     assert (plain.prompt, plain.messages, plain.sampling.seed, plain.sampling.top_p) == ("Roses", (), 7, 0.5)
-    assert [(a.name, a.weight) for a in plain.decision.adapters] == [("poet", 1.0)]
-    assert read(openai({**HI, "model": "base"})).decision.adapters == ()
+    assert plain.chosen == [("poet", 1.0)]
+    assert read(openai({**HI, "model": "base"})).chosen == []
 
 
 def test_such_requests_draw_from_numbers_of_their_own_too() -> None:
