@@ -29,8 +29,9 @@ from deployments.batch.output import (
     read_manifest,
     write_manifest,
 )
-from deployments.batch.pipeline import catalog_version, resolved, shards_pipeline
-from deployments.batch.plan import Plan, make_plan
+from deployments.batch.pins import check_pins, pin
+from deployments.batch.pipeline import resolved, shards_pipeline
+from deployments.batch.plan import Plan, make_plan, plan_in
 from deployments.batch.reports import Reports
 from deployments.batch.rows import check_clash, result_schema
 from deployments.batch.stages import Done, unpacked
@@ -94,7 +95,8 @@ def run_job(
         progress: is told twice a second, and after each shard, how far it is.
 
     Raises:
-        ConfigError: a setting is wrong, the input is not there, or the output is another job's.
+        ConfigError: a setting is wrong, the input is not there, the output is another job's, or the catalog's version
+            that the job has been using is gone.
         BatchError: more rows failed than `max_errors`, or the workers cannot go on. What was written stays.
         StoreError: input or output cannot be reached.
     """
@@ -103,11 +105,11 @@ def run_job(
     _check_places(input, output)
     before = read_manifest(output)
     store, kind, files = find_files(input, notify)
-    version = catalog_version(config)
+    catalog = pin(config) if before is None else {**(before.get("catalog") or {}), "uri": config.catalog}
     identity = {
         "input": {"uri": input, "files": [vars(file) for file in files]},
         "output_format": config.format or kind,
-        "catalog": {"uri": config.catalog, "version": version},
+        "catalog": catalog,
         "model": None if config.route_only else config.base_model,
         "settings": config.decides(),
     }
@@ -118,7 +120,7 @@ def run_job(
         plan = make_plan(store, kind, files, config.shard_rows, config.format or kind, clashing)
     else:
         check_same(output, {name: before.get(name) for name in identity}, identity)
-        plan = Plan.from_json(before["plan"])
+        plan = plan_in(output, before)
     check_clash(plan.renamed, config)
     plain = config.prompts == "plain"
     place = Output(output, config.format or kind, plan.schema, added, plan.renamed, plain)
@@ -136,8 +138,9 @@ def run_job(
         notify(f"{len(tallies)} of {len(plan.shards)} shards are done already")
     try:
         if len(tallies) < len(plan.shards):
+            check_pins(catalog)
             with _ray(config, address, notify):
-                job.run(version)
+                job.run(catalog["version"])
     except BaseException:
         with suppress(LorauterError):  # the store may be what has failed
             job.note("stopped")

@@ -18,13 +18,12 @@ from ray.data.expressions import monotonically_increasing_id
 from deployments.batch.config import BatchConfig
 from deployments.batch.formats import arrow_rows
 from deployments.batch.output import Output
+from deployments.batch.pins import pin
 from deployments.batch.plan import Plan, Shard
 from deployments.batch.reports import Reports
 from deployments.batch.rows import SourceRow, Work, check_clash, kept_names, result_schema
 from deployments.batch.stages import AnswerStage, Files, RouteStage, pack, unpack
-from lorauter.catalog import current_version
 from lorauter.defaults import resolve_adapters, resolve_catalog
-from lorauter.errors import ConfigError
 
 _TASK_CPUS = 0.25  # of taking a data set apart, or putting it together: there is always room beside the pools
 _ONE: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
@@ -46,10 +45,10 @@ def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Datas
         The rows with the columns of `rows.result_schema`, in no certain order of batches.
 
     Raises:
-        ConfigError: the catalog is not there.
+        ConfigError: there is no catalog.
     """
     config = resolved(config or BatchConfig())
-    version = catalog_version(config)
+    version = pin(config)["version"]
     added = result_schema(route_only=config.route_only)
     work = dataset.with_column(_NUMBER, monotonically_increasing_id(), num_cpus=_TASK_CPUS).map_batches(
         _gather,  # type: ignore[arg-type]
@@ -81,14 +80,6 @@ def resolved(config: BatchConfig) -> BatchConfig:
     return config.model_copy(
         update={"adapters": resolve_adapters(config.adapters), "catalog": resolve_catalog(config.catalog)}
     )
-
-
-def catalog_version(config: BatchConfig) -> str:
-    """The version that a job begun now uses. Raises ConfigError."""
-    version = current_version(config.catalog)
-    if version is None:
-        raise ConfigError(f"there is no catalog at {config.catalog}", setting="catalog")
-    return version
 
 
 def _stages(

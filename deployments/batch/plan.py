@@ -93,6 +93,14 @@ class Plan:
         )
 
 
+def plan_in(uri: str, manifest: Mapping[str, Any]) -> Plan:
+    """The plan of an output's job that was begun before. Raises ConfigError."""
+    try:
+        return Plan.from_json(manifest["plan"])
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(f"the manifest of {uri} is damaged ({error!r}); choose another output") from error
+
+
 class ShardReader:
     """Reads shards of a plan, best one after another: what a file's shards have in common is then read once."""
 

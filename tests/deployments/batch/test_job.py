@@ -1,11 +1,15 @@
 """What a job checks and notes before it needs Ray; tests/integration runs whole ones."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
+from deployments.batch import job
 from deployments.batch.config import BatchConfig
 from deployments.batch.job import run_job
+from lorauter.catalog import prune_versions, with_tasks
+from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError
 
 
@@ -71,3 +75,68 @@ def test_columns_of_the_added_names_are_refused_where_the_job_says_so(run, tmp_p
 def test_openais_format_needs_answers(run) -> None:
     with pytest.raises(ConfigError, match="route_only"):
         run(format="openai")
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """A job that gets as far as Ray, and no further; the versions that it would have used."""
+    used = []
+
+    def killed(self, version):
+        used.append(version)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job._Job, "run", killed)
+    monkeypatch.setattr(job, "_ray", lambda *arguments: nullcontext())
+    return used
+
+
+def test_a_job_goes_on_with_its_versions_whatever_is_published_meanwhile(
+    run, router, cut_off, tmp_path, make_task
+) -> None:
+    (tmp_path / "in" / "rows.jsonl").write_text('{"prompt": "add numbers"}\n')
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    pinned = json.loads((tmp_path / "out" / "_manifest.json").read_text())["catalog"]
+    assert pinned == {
+        "uri": str(tmp_path / "catalog"),
+        "version": router.catalog.version,
+        "adapters": dict(router.catalog.adapters),
+    }
+    other = with_tasks(router.catalog, [make_task("weather")], HashingEncoder()).save(tmp_path / "catalog")
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert cut_off == [router.catalog.version] * 2
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["catalog"] == pinned
+    with pytest.raises(KeyboardInterrupt):
+        run(output="begun later")
+    assert cut_off[2] == other
+
+
+def test_a_job_whose_catalog_was_deleted_meanwhile_says_so(run, router, cut_off, tmp_path, make_task) -> None:
+    (tmp_path / "in" / "rows.jsonl").write_text('{"prompt": "add numbers"}\n')
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with_tasks(router.catalog, [make_task("weather")], HashingEncoder()).save(tmp_path / "catalog")
+    assert prune_versions(tmp_path / "catalog", keep=0, older_than_s=-1) == [router.catalog.version]
+    with pytest.raises(ConfigError, match=f"version {router.catalog.version}.*not there any more.*another output"):
+        run()
+    router.catalog.save(tmp_path / "catalog")
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+
+def test_a_job_that_is_complete_needs_its_catalog_no_more(run, router, tmp_path, make_task) -> None:
+    run()
+    with_tasks(router.catalog, [make_task("weather")], HashingEncoder()).save(tmp_path / "catalog")
+    prune_versions(tmp_path / "catalog", keep=0, older_than_s=-1)
+    assert run().total == 0
+
+
+@pytest.mark.parametrize("change", [{"plan": None}, {"plan": {}}, {"catalog": None}, {"catalog": {"version": "x"}}])
+def test_a_damaged_manifest_is_refused(run, tmp_path, change) -> None:
+    run()
+    file = tmp_path / "out" / "_manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ConfigError, match="choose another output"):
+        run()
