@@ -16,7 +16,7 @@ from deployments.openai_answers import error_answer
 from lorauter.engine import GenerationRequest, MultiLoraEngine
 from lorauter.engine.feed import Outcome, feed
 from lorauter.engine.slots import PackedAdapter
-from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, LorauterError
+from lorauter.errors import AdapterRejected, AdapterUnavailable, InvalidRequest, LorauterError
 from lorauter.names import AdapterKey
 from lorauter.routing import LeftOut, RoutingDecision
 from lorauter.routing.compose import cause_of
@@ -24,7 +24,7 @@ from lorauter.routing.compose import cause_of
 _AHEAD = 256  # requests that are ready before the engine takes them: what a shard holds of adapters at most
 _TOGETHER = 64  # rows whose adapters are fetched at once
 _PATIENCE_S = (1.0, 4.0, 15.0)  # waits before an adapter that cannot be fetched is tried again
-_ANSWERED = ("answer", "finish_reason", "prompt_tokens", "completion_tokens", "latency_s")
+_ANSWERED = ("left_out", "answer", "finish_reason", "prompt_tokens", "completion_tokens", "latency_s")
 
 T = TypeVar("T")
 Ready = tuple[GenerationRequest, int] | Exception
@@ -120,13 +120,16 @@ class Answering:
         put(None)
 
     def _request(self, work: Work, place: int, fetched: dict[AdapterKey, Fetched]) -> Ready:
-        """A row's request. Where it was routed, its mixture goes on without what cannot be had, if anything is left."""
+        """A row's request. Where it was routed, its mixture goes on without broken adapters, if anything is left.
+
+        Those that are gone, or cannot be fetched, make the row an error: started again, the job would answer otherwise.
+        """
         decision = work.decisions[place]
         if isinstance(decision, Exception):
             return decision
-        errors = {a.key: e for a in decision.adapters if isinstance(e := fetched[a.key], AdapterError)}
-        if decision.routed and len(errors) < len(decision.adapters):
-            left_out = [LeftOut(*key, cause_of(error)) for key, error in errors.items()]
+        broken = {a.key: e for a in decision.adapters if isinstance(e := fetched[a.key], AdapterRejected)}
+        if decision.routed and len(broken) < len(decision.adapters):
+            left_out = [LeftOut(*key, cause_of(error)) for key, error in broken.items()]
             decision = work.decisions[place] = decision.without(left_out)
         try:
             request = read_request(work.rows[place], self._config)
@@ -170,8 +173,10 @@ def _columns(decision: RoutingDecision | Exception, outcome: Outcome, prompt_tok
     result = outcome.result
     if isinstance(result, Exception):
         return {**dict.fromkeys(_ANSWERED), **decision_columns(decision), "error": described(result)}
+    assert isinstance(decision, RoutingDecision)
     return {
         **decision_columns(decision),
+        "left_out": [vars(adapter) for adapter in decision.left_out],
         "answer": result.text,
         "finish_reason": result.finish_reason,
         "prompt_tokens": prompt_tokens,

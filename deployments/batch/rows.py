@@ -29,10 +29,12 @@ _MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
 _TASK = pa.struct([("name", pa.string()), ("score", pa.float64()), ("probability", pa.float64())])
 _ADAPTER = pa.struct([("name", pa.string()), ("version", pa.string()), ("weight", pa.float64())])
+_LEFT_OUT = pa.struct([("name", pa.string()), ("version", pa.string()), ("cause", pa.string())])
 _DECISION = [("tasks", pa.list_(_TASK)), ("adapters", pa.list_(_ADAPTER)), ("confidence", pa.float64())]
 _ANSWER = [
     ("answer", pa.string()),
     *_DECISION,
+    ("left_out", pa.list_(_LEFT_OUT)),
     ("finish_reason", pa.string()),
     ("prompt_tokens", pa.int64()),
     ("completion_tokens", pa.int64()),

@@ -14,7 +14,7 @@ import pytest
 from lorauter.catalog import build_catalog
 from lorauter.encoder import HashingEncoder
 from lorauter.engine import Chunk, EngineConfig, GenerationRequest
-from lorauter.errors import AdapterNotFound, AdapterUnavailable, ContextLengthExceeded
+from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, ContextLengthExceeded
 from lorauter.names import AdapterKey
 from lorauter.routing import Router
 from lorauter.tasks import Task
@@ -58,7 +58,7 @@ class EchoingEngine:
 
 
 class NamedAdapters:
-    """Adapters that are nothing but names; "missing" is not there, and "flaky" not at once."""
+    """Adapters that are nothing but names; "missing" is not there, "broken" not to be served, "flaky" not at once."""
 
     def __init__(self) -> None:
         self.counters = SimpleNamespace(misses=0)
@@ -69,6 +69,8 @@ class NamedAdapters:
         self.asked.append(name)
         if name == "missing":
             raise AdapterNotFound("not found", adapter=name)
+        if name == "broken":
+            raise AdapterRejected("it has NaNs", adapter=name)
         if name == "flaky" and self.asked.count(name) < 3:
             raise AdapterUnavailable("the store is down", adapter=name)
         return SimpleNamespace(name=name, key=key)

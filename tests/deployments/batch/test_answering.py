@@ -65,6 +65,18 @@ def test_whatever_is_wrong_with_a_row_is_in_its_error_and_in_no_other(make) -> N
     }
 
 
+def test_a_mixture_goes_on_without_what_is_broken_and_not_without_what_is_gone(make) -> None:
+    work = routed(("a", "broken"), ("a", "missing"), ("broken",))
+    make().answer(work)
+    good, gone, nothing = work.results
+    assert (good["answer"], good["error"]) == ("a", None)
+    assert good["adapters"] == [{"name": "a", "version": "1", "weight": 2.0}]
+    assert good["left_out"] == [{"name": "broken", "version": "1", "cause": "rejected"}]
+    assert gone["error"].startswith("AdapterNotFound")
+    assert nothing["error"].startswith("AdapterRejected")
+    assert gone["answer"] is gone["left_out"] is None
+
+
 def test_an_adapter_that_cannot_be_had_just_now_is_tried_again(make, adapters) -> None:
     work = routed(("flaky",))
     make().answer(work)

@@ -19,6 +19,7 @@ from lorauter.routing import AdapterWeight, RoutingDecision, TaskScore
 DECISION = RoutingDecision("v", (TaskScore("sums", 0.9, 0.8),), (AdapterWeight("a", "1", 1.0),), 0.75)
 GOOD = {
     **decision_columns(DECISION),
+    "left_out": [],
     "answer": "4",
     "finish_reason": "stop",
     "prompt_tokens": 3,
