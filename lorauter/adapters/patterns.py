@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 MAX_CHARACTERS = 1 << 16
@@ -54,10 +55,10 @@ def first_matches(
     if (size := sum(map(len, patterns)) + len(patterns)) > MAX_CHARACTERS:
         raise PatternError(f"the patterns have {size} characters; at most {MAX_CHARACTERS} are taken")
     plain = all(_PLAIN.fullmatch(pattern) for pattern in patterns)
-    return (_search if plain else _search_apart)(list(patterns), list(texts), template, whole)
+    return list((_search if plain else _search_apart)(tuple(patterns), tuple(texts), template, whole))
 
 
-def _search(patterns: list[str], texts: list[str], template: str, whole: bool) -> list[Found | None]:
+def _search(patterns: Sequence[str], texts: Sequence[str], template: str, whole: bool) -> list[Found | None]:
     matchers = []
     for pattern in patterns:
         try:
@@ -73,7 +74,10 @@ def _search(patterns: list[str], texts: list[str], template: str, whole: bool) -
     return found
 
 
-def _search_apart(patterns: list[str], texts: list[str], template: str, whole: bool) -> list[Found | None]:
+@lru_cache(maxsize=64)  # the adapters of a pool mostly have the same ones
+def _search_apart(
+    patterns: tuple[str, ...], texts: tuple[str, ...], template: str, whole: bool
+) -> tuple[Found | None, ...]:
     try:
         done = subprocess.run(  # noqa: S603 (this interpreter and this file)
             [sys.executable, "-I", "-S", __file__],
@@ -94,7 +98,7 @@ def _search_apart(patterns: list[str], texts: list[str], template: str, whole: b
         )
     if isinstance(answer, str):
         raise PatternError(answer)
-    return [None if row is None else Found(*row) for row in answer]
+    return tuple(None if row is None else Found(*row) for row in answer)
 
 
 def _short(pattern: str) -> str:
