@@ -2,25 +2,31 @@
 
 The actor is named and detached, and pinned to its node: replicas find it or start it, Ray restarts it when its
 process dies, and the disk outlives it. A node that joins gets its own with its first replica; one that leaves takes
-its own along. `NodeCache` is a replica's way to the one on its own node; `deployments.peers` is the caches' way to
-each other.
+its own along. Where the settings change, a cache of the new ones comes beside the old, which ends, disk and all, once
+nobody has used it for a moment. `NodeCache` is a replica's way to the one on its own node; `deployments.peers` is the
+caches' way to each other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
+import shutil
+import threading
 import time
+import weakref
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import ray
 from filelock import FileLock, Timeout
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.config import CacheSettings
@@ -33,8 +39,14 @@ from lorauter.defaults import home
 from lorauter.errors import AdapterUnavailable, LorauterError
 from lorauter.names import AdapterKey
 
+logger = logging.getLogger("lorauter.cache")
+
 NAMESPACE = "lorauter"
+_PREFIX = "adapter-cache-"
 _ATTEMPTS = 5
+_BEAT_S = 5.0  # between two words of everybody who uses a cache
+_MARK = ".settings"  # the file in a cache's folder that says whose it is
+_UNUSED_S = 20.0  # without a word, after which a cache ends if there is another on its node
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,14 @@ class CacheSpec:
     settings: CacheSettings
 
     @property
+    def stamp(self) -> str:
+        """Tells it from caches of other stores and settings."""
+        return hashlib.sha256(f"{self.adapters}\n{self.settings.model_dump_json()}".encode()).hexdigest()[:12]
+
+    @property
     def prefix(self) -> str:
         """What the names of its actors begin with; the node's id follows."""
-        stamp = hashlib.sha256(f"{self.adapters}\n{self.settings.model_dump_json()}".encode()).hexdigest()[:12]
-        return f"adapter-cache-{stamp}-"
+        return f"{_PREFIX}{self.stamp}-"
 
 
 class AdapterCacheActor:
@@ -57,22 +73,25 @@ class AdapterCacheActor:
     def __init__(self, spec: CacheSpec) -> None:
         settings = spec.settings
         base = home() / "adapters" if settings.directory == "default" else Path(settings.directory).expanduser()
-        root, self._root_lock = _claim(base)
+        self._root, self._root_lock = _claim(base, spec.stamp)
         repository = AdapterRepository(open_store(spec.adapters))
         self._peers = PeerSource(repository, lambda: _other_caches(spec))
         self._lending = asyncio.Semaphore(settings.downloads)
         self._cache = AdapterDiskCache(
             repository,
-            root,
+            self._root,
             budget_bytes=settings.disk_bytes,
             downloads=settings.downloads,
             source=self._peers,
         )
         self._demand = Demand()
         self._sampling = Sampling(disk_sampler(self._cache, RayRecorder()))
+        self._used = time.monotonic()
+        threading.Thread(target=_end_unused, args=(spec,), daemon=True, name="end-unused-caches").start()
 
     async def fetch(self, key: AdapterKey) -> LocalAdapter:
         """A local copy of a version. Raises AdapterError."""
+        self._used = time.monotonic()
         local = await asyncio.shield(asyncio.wrap_future(self._cache.submit(key)))
         self._demand.note(key, time.monotonic())
         return local
@@ -108,6 +127,18 @@ class AdapterCacheActor:
             local = self._cache.entry(key)
             return await asyncio.to_thread(lend, local) if local is not None else None
 
+    async def resident(self) -> list[AdapterKey]:
+        """The adapters on the disk, the least recently used first. Whoever uses the cache asks now and then."""
+        self._used = time.monotonic()
+        return self._cache.resident()
+
+    async def end_if_unused(self) -> None:
+        """End for good, disk and all, unless somebody has used this cache of late."""
+        if time.monotonic() - self._used > _UNUSED_S:
+            logger.info("nobody uses this cache any more, and there is another: it ends")
+            await asyncio.to_thread(shutil.rmtree, self._root, ignore_errors=True)
+            ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
     async def pid(self) -> int:
         """The actor's process."""
         return os.getpid()
@@ -121,20 +152,50 @@ class AdapterCacheActor:
         }
 
 
-def _claim(base: Path) -> tuple[Path, FileLock]:
-    """A folder below `base` that no living process owns: the first one free, so that a restart finds its own.
+def _claim(base: Path, stamp: str) -> tuple[Path, FileLock]:
+    """A folder below `base` that no living process owns: one that a cache of this stamp has had, so that a restart
+    finds its own; else one that any has had, so that none is left behind; else a new one.
 
     The lock falls with the process, however it ends.
     """
     base.mkdir(parents=True, exist_ok=True)
-    for number in range(1000):
+    numbers = [path.name.removeprefix("cache-") for path in base.glob("cache-*")]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    free: list[tuple[bool, bool, int, FileLock]] = []
+    for number in count():
         lock = FileLock(base / f".lock-{number}")
-        try:
+        with suppress(Timeout):
             lock.acquire(blocking=False)
-        except Timeout:
-            continue
-        return base / f"cache-{number}", lock
-    raise RuntimeError(f"all cache folders in {base} are taken")
+            mark = base / f"cache-{number}" / _MARK
+            known = mark.read_text() if mark.is_file() else None
+            free.append((known != stamp, known is None, number, lock))
+            if number > last:
+                break
+    *_, chosen, owned = min(free, key=lambda item: item[:3])
+    for *_, lock in free:
+        if lock is not owned:
+            lock.release()
+    root = base / f"cache-{chosen}"
+    root.mkdir(exist_ok=True)
+    (root / _MARK).write_text(stamp)
+    return root, owned
+
+
+def _end_unused(spec: CacheSpec) -> None:
+    """End the caches of other settings on this node that nobody uses, from now on."""
+    while ray.is_initialized():
+        time.sleep(_BEAT_S)
+        with suppress(RayError, ValueError):  # it has ended meanwhile, or the cluster is about to
+            node = ray.get_runtime_context().get_node_id()
+            for name in _named():
+                if name.startswith(_PREFIX) and name.endswith(node) and name != spec.prefix + node:
+                    handle = ray.get_actor(name, namespace=NAMESPACE)
+                    ray.get(handle.end_if_unused.remote(), timeout=_BEAT_S)
+
+
+def _named() -> set[str]:
+    """The names of all caches in the cluster."""
+    return {row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if row["namespace"] == NAMESPACE}
 
 
 def start_cache(spec: CacheSpec, node: str | None = None) -> Any:
@@ -158,7 +219,7 @@ def start_cache(spec: CacheSpec, node: str | None = None) -> Any:
 
 def running_caches(spec: CacheSpec) -> list[Any]:
     """Actor handles of this cache on all nodes that are alive and where it runs."""
-    named = {row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if row["namespace"] == NAMESPACE}
+    named = _named()
     handles = []
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         if node["Alive"] and (name := spec.prefix + node["NodeID"]) in named:
@@ -176,11 +237,15 @@ def _other_caches(spec: CacheSpec) -> list[Any]:
 
 
 class NodeCache:
-    """A replica's side: asks its node's cache, and starts it anew if it has died for good."""
+    """A replica's side: asks its node's cache, and starts it anew if it has died for good.
+
+    While it lives, the cache is in use, whether or not anything is asked.
+    """
 
     def __init__(self, spec: CacheSpec) -> None:
         self._spec = spec
         self._actor = start_cache(spec)
+        threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True, name="cache-in-use").start()
 
     async def fetch(self, key: AdapterKey) -> LocalAdapter:
         """See `AdapterCacheActor.fetch`."""
@@ -201,6 +266,16 @@ class NodeCache:
 
     async def resident(self) -> list[AdapterKey]:
         """The adapters on the node's disk, the least recently used first. Raises RayError."""
-        stats: dict[str, Any] = await self._actor.stats.remote()
-        resident: list[AdapterKey] = stats["resident"]
+        resident: list[AdapterKey] = await self._actor.resident.remote()
         return resident
+
+    def use(self) -> None:
+        """Say that the cache is in use."""
+        self._actor.resident.remote()
+
+
+def _beat(reference: weakref.ref[NodeCache]) -> None:
+    while (cache := reference()) is not None and ray.is_initialized():
+        cache.use()
+        del cache
+        time.sleep(_BEAT_S)

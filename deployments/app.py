@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.adapter_cache import CacheSpec
+from deployments.adapter_listing import AdapterListing
 from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig, explain
 from deployments.embedder import QueryEmbedder
@@ -38,10 +39,13 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
     Raises:
         ConfigError: an override names an unknown deployment or option.
     """
-    own = DEFAULT not in (config.adapters, config.catalog)  # the examples are nobody's to change
+    own = config.catalog is not None and DEFAULT not in (config.adapters, config.catalog)  # not the examples
     config = config.with_absolute_paths(Path.cwd())
     config = config.model_copy(
-        update={"adapters": resolve_adapters(config.adapters), "catalog": resolve_catalog(config.catalog)}
+        update={
+            "adapters": resolve_adapters(config.adapters),
+            "catalog": None if config.catalog is None else resolve_catalog(config.catalog),
+        }
     )
     if unknown := sorted(set(overrides) - set(DEPLOYMENTS)):
         raise ConfigError(
@@ -58,7 +62,10 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
             raise ConfigError(f"deployment {target.name}: {cause}", setting=f"deployments.{target.name}") from error
 
     embedder = deployment(QueryEmbedder).bind(config.encoder)
-    retriever = deployment(TaskRetriever).bind(config.catalog, config.routing, embedder, config.catalog_refresh_s)
+    if config.catalog is None:
+        retriever = deployment(AdapterListing).bind(config.adapters, config.catalog_refresh_s)
+    else:
+        retriever = deployment(TaskRetriever).bind(config.catalog, config.routing, embedder, config.catalog_refresh_s)
     model = deployment(
         LoraModel,
         max_ongoing_requests=config.engine.max_batch + config.engine.max_queue,

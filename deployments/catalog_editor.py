@@ -70,6 +70,7 @@ class CatalogEditor:
     """
 
     def __init__(self, config: AppConfig, embedder: DeploymentHandle[Any], model: DeploymentHandle[Any]) -> None:
+        assert config.catalog is not None  # or there is nothing to edit
         self._store = open_store(config.catalog)
         self._repository = AdapterRepository(open_store(config.adapters))
         self._embedder = embedder

@@ -133,21 +133,30 @@ class AppConfig(Settings):
         base_model_aliases: further names that adapters may give as their base model.
         encoder: "default" (all-MiniLM-L6-v2), a Hugging Face id, or a folder.
         adapters: the adapter store: "default" (the example pool), `s3://bucket/prefix`, or a folder.
-        catalog: "default" (the example tasks), `s3://bucket/prefix`, or a folder.
-        catalog_refresh_s: seconds between two looks at which version of the catalog is published.
+        catalog: "default" (the example tasks), `s3://bucket/prefix`, or a folder; it alone says which adapters are
+            served. Null, or left out where `adapters` is given: all of the store's adapters are served by name, each
+            in its newest version, and nothing is routed.
+        catalog_refresh_s: seconds between two looks at which version of the catalog is published, or, without one, at
+            what the store holds.
     """
 
     base_model: str = "default"
     base_model_aliases: tuple[str, ...] = ()
     encoder: str = "default"
     adapters: str = "default"
-    catalog: str = "default"
+    catalog: str | None = "default"
     catalog_refresh_s: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
     routing: RoutingConfig = RoutingConfig()
     engine: EngineSettings = EngineSettings()
     cache: CacheSettings = CacheSettings()
     api: ApiSettings = ApiSettings()
     access: AccessSettings = AccessSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_catalog_of_other_adapters(cls, given: Any) -> Any:
+        own = isinstance(given, dict) and given.get("adapters", DEFAULT) != DEFAULT
+        return {"catalog": None, **given} if own else given
 
     @classmethod
     def parse(cls, args: dict[str, Any]) -> "AppConfig":
@@ -165,7 +174,7 @@ class AppConfig(Settings):
         resolved = {
             key: _absolute(root, value)
             for key in ("base_model", "encoder", "adapters", "catalog")
-            if (value := getattr(self, key)) != DEFAULT
+            if (value := getattr(self, key)) not in (None, DEFAULT)
             and "://" not in value
             and (value.startswith((".", "~")) or (root / value).is_dir())
         }

@@ -149,7 +149,8 @@ def serve_forever(
     with phase("preparing the model, the encoder and the catalog"):
         resolve_model(file.config.base_model, notify)
         resolve_encoder(file.config.encoder, notify)
-        resolve_catalog(file.config.catalog, notify)
+        if file.config.catalog is not None:
+            resolve_catalog(file.config.catalog, notify)
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("OTEL_SERVICE_NAME", "lorauter")

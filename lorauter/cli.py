@@ -101,13 +101,22 @@ def list_adapters(store: Annotated[str, typer.Argument(help="s3://bucket/prefix 
 @adapters_app.command("prune")
 def prune(
     store: Annotated[str, typer.Argument(help="s3://bucket/prefix or a folder.")],
+    catalogs: Annotated[
+        list[str],
+        typer.Option("--catalog", help="A catalog of these adapters, once for each: what its versions name stays."),
+    ],
     older_than: Annotated[float, typer.Option(help="Hours for which a version has to be out of use.", min=0)] = 24,
 ) -> None:
-    """Delete replaced versions of adapters, which nobody reads any more."""
-    from lorauter.adapters import AdapterRepository, open_store
+    """Delete versions of adapters that were replaced, and that no version of a catalog names.
 
+    `--catalog none` says that there is no catalog of these adapters.
+    """
+    from lorauter.adapters import AdapterRepository, open_store
+    from lorauter.catalog import named_adapters
+
+    keep = {key for catalog in catalogs if catalog != "none" for key in named_adapters(catalog)}
     repository = AdapterRepository(open_store(store))
-    pruned = repository.prune(older_than_s=older_than * 3600)
+    pruned = repository.prune(keep=keep, older_than_s=older_than * 3600)
     for name, version in pruned:
         typer.echo(f"{name}\t{version}")
     notify(f"{len(pruned)} versions deleted from {repository.store.uri}")

@@ -104,12 +104,14 @@ def test_replaced_versions_are_pruned(cli: Cli, pool: Path, tmp_path: Path, make
     old = AdapterRepository(open_store(store)).manifest("sums").version
     make_adapter(pool, "sums", lora_alpha=9)
     cli("adapters", "push", pool, "--to", store)
-    young = cli("adapters", "prune", store)
+    young = cli("adapters", "prune", store, "--catalog", "none")
     assert (young.code, young.out) == (0, "")
-    pruned = cli("adapters", "prune", store, "--older-than", "0")
+    assert cli("adapters", "prune", store, "--older-than", "0").code != 0, "nobody said which catalogs name them"
+    cli("adapters", "prune", store, "--catalog", tmp_path / "nowhere").refused("there is none")
+    pruned = cli("adapters", "prune", store, "--catalog", "none", "--older-than", "0")
     assert (pruned.code, pruned.out) == (0, f"sums\t{old}\n")
     assert pruned.err.startswith("1 versions deleted from ")
-    assert cli("adapters", "prune", store, "--older-than", "-1").code != 0
+    assert cli("adapters", "prune", store, "--catalog", "none", "--older-than", "-1").code != 0
 
 
 @pytest.mark.parametrize("where", ["", "nowhere", "file"])

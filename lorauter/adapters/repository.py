@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +35,10 @@ from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
 from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, ObjectNotFound, StoreError
 from lorauter.names import RESERVED, RULE, AdapterKey, is_valid_name
 
+logger = logging.getLogger("lorauter.adapters")
+
 MANIFEST_FILE = "adapter.json"
+_AT_ONCE = 16  # manifests that are read at the same time
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _VERSION = re.compile(r"[0-9a-f]{16}")
 
@@ -117,6 +122,7 @@ class AdapterRepository:
 
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
+        self._heads: dict[str, tuple[tuple[int, str], str | None]] = {}  # manifests as `newest` saw them last
 
     def names(self) -> list[str]:
         """Names of the adapters, sorted. Raises StoreError."""
@@ -136,7 +142,7 @@ class AdapterRepository:
             found = None if version is None else self._read_manifest(name, f"{name}/{version}/{MANIFEST_FILE}")
             found = found or self._read_manifest(name, f"{name}/{MANIFEST_FILE}") or self._plain_manifest(name)
         except ObjectNotFound as error:
-            raise AdapterNotFound(f"not found in {self.store.uri}", adapter=name) from error
+            raise AdapterNotFound("is not in the store", adapter=name) from error
         except StoreError as error:
             raise AdapterUnavailable(f"the store cannot be read: {error}", adapter=name) from error
         except (ValueError, RecursionError) as error:
@@ -149,6 +155,33 @@ class AdapterRepository:
             )
         return found
 
+    def newest(self) -> dict[str, str]:
+        """The newest version of every adapter, by one listing of the store and a look at each manifest that is new.
+
+        Raises:
+            StoreError, AdapterUnavailable.
+        """
+        tags = self.store.fingerprints(_is_head)
+        heads = {name: tag for key, tag in tags.items() for name, file in [key.split("/")] if file == MANIFEST_FILE}
+        changed = [name for name, tag in heads.items() if self._heads.get(name, (None,))[0] != tag]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            read = dict(zip(changed, pool.map(self._newest_of, changed), strict=True))
+        self._heads = {name: (tag, read[name]) if name in read else self._heads[name] for name, tag in heads.items()}
+        found = {name: version for name, (_, version) in self._heads.items() if version is not None}
+        for name in {key.split("/")[0] for key in tags} - heads.keys():
+            files = {file: tags[f"{name}/{file}"] for file in _FILES if f"{name}/{file}" in tags}
+            if len(files) == len(_FILES):
+                found[name] = _plain_version(files)
+        return {name: found[name] for name in sorted(found)}
+
+    def _newest_of(self, name: str) -> str | None:
+        """None for one that cannot be served, or has gone since it was listed."""
+        try:
+            return self.manifest(name).version
+        except (AdapterNotFound, AdapterRejected) as error:
+            logger.warning("%s", error)
+            return None
+
     def _read_manifest(self, name: str, key: str) -> AdapterManifest | None:
         try:
             return AdapterManifest.from_json(json.loads(self.store.read(key)), name=name)
@@ -157,9 +190,8 @@ class AdapterRepository:
 
     def _plain_manifest(self, name: str) -> AdapterManifest:
         tags = {file: self.store.fingerprint(f"{name}/{file}") for file in _FILES}
-        version = hashlib.sha256(json.dumps(tags).encode()).hexdigest()[:16]
         files = {file: StoredFile(f"{name}/{file}", size, None) for file, (size, _) in tags.items()}
-        return AdapterManifest(name, version, files)
+        return AdapterManifest(name, _plain_version(tags), files)
 
     def download(self, manifest: AdapterManifest, target: Path) -> None:
         """Copy an adapter's files into the folder `target` and verify each by size and hash.
@@ -231,14 +263,17 @@ class AdapterRepository:
         for version in self._versions(name):
             self._delete_version(name, version)
 
-    def prune(self, *, older_than_s: float) -> list[tuple[str, str]]:
-        """Delete the versions that are not current any more, and have not been for so many seconds.
+    def prune(self, *, keep: Container[AdapterKey], older_than_s: float) -> list[AdapterKey]:
+        """Delete the versions that nobody names, are not the newest, and have not been for so many seconds.
 
         Nobody starts to read such a version; who began before has that long to end. What was written lately stays
-        too: a push may be under way.
+        too: a push, or the making of a catalog, may be under way.
+
+        Args:
+            keep: what catalogs name.
 
         Returns:
-            Name and version of each that was deleted.
+            What was deleted.
 
         Raises:
             AdapterUnavailable, StoreError.
@@ -255,9 +290,10 @@ class AdapterRepository:
             except (AdapterNotFound, ObjectNotFound):
                 pass
             for version in self._versions(name):
-                if version != current and max(since, self._written(name, version)) < before:
-                    self._delete_version(name, version)
-                    pruned.append((name, version))
+                key = AdapterKey(name, version)
+                if version != current and key not in keep and max(since, self._written(*key)) < before:
+                    self._delete_version(*key)
+                    pruned.append(key)
         return pruned
 
     def _versions(self, name: str) -> list[str]:
@@ -277,6 +313,17 @@ class AdapterRepository:
 
 def _may_be_called(name: str) -> bool:
     return is_valid_name(name) and name.lower() not in RESERVED
+
+
+def _is_head(key: str) -> bool:
+    """Whether an object says which version of an adapter is the newest."""
+    name, _, file = key.partition("/")
+    return file in (MANIFEST_FILE, *_FILES) and _may_be_called(name)
+
+
+def _plain_version(tags: Mapping[str, tuple[int, str]]) -> str:
+    """A plain folder's version, by its files' fingerprints, in the order of `_FILES`."""
+    return hashlib.sha256(json.dumps(tags).encode()).hexdigest()[:16]
 
 
 def adapter_folders(directory: Path) -> Iterator[Path]:

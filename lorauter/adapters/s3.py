@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -112,15 +112,8 @@ class S3Store:
             )
 
     def files(self, prefix: str = "") -> dict[str, int]:
-        base = self._prefix + (f"{prefix}/" if prefix else "")
-        with self._errors(prefix):
-            pages = _shared_client().get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=base)
-            found = {
-                entry["Key"].removeprefix(self._prefix): entry["Size"]
-                for page in pages
-                for entry in page.get("Contents", [])
-            }
-        return {key: found[key] for key in sorted(found) if not any(p.startswith(".") for p in key.split("/"))}
+        found = self._listed(f"{prefix}/" if prefix else "")
+        return {key: found[key]["Size"] for key in sorted(found) if not any(p.startswith(".") for p in key.split("/"))}
 
     def open(self, key: str) -> BinaryIO:
         size, _ = self.fingerprint(key)
@@ -139,6 +132,23 @@ class S3Store:
         with self._errors(key):
             head = _shared_client().head_object(Bucket=self._bucket, Key=self._prefix + key)
         return head["ContentLength"], head["ETag"].strip('"')
+
+    def fingerprints(self, wanted: Callable[[str], bool]) -> dict[str, tuple[int, str]]:
+        return {
+            key: (entry["Size"], entry["ETag"].strip('"')) for key, entry in self._listed("").items() if wanted(key)
+        }
+
+    def _listed(self, prefix: str) -> dict[str, Any]:
+        """What a listing says of all objects below a prefix that is a key's beginning, by key."""
+        with self._errors(prefix):
+            pages = (
+                _shared_client()
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
+            )
+            return {
+                entry["Key"].removeprefix(self._prefix): entry for page in pages for entry in page.get("Contents", [])
+            }
 
     def modified(self, key: str) -> float:
         with self._errors(key):

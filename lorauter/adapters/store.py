@@ -12,8 +12,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
@@ -38,6 +38,9 @@ class ObjectStore(Protocol):
 
     def fingerprint(self, key: str) -> tuple[int, str]:
         """Size in bytes and a tag that changes when the content does. Raises ObjectNotFound."""
+
+    def fingerprints(self, wanted: Callable[[str], bool]) -> dict[str, tuple[int, str]]:
+        """The `fingerprint` of every object whose key is wanted, by one listing, however many there are."""
 
     def modified(self, key: str) -> float:
         """When the object was written, in seconds since the epoch. Raises ObjectNotFound."""
@@ -105,6 +108,13 @@ class DirectoryStore:
                 with path.open("rb") as file:
                     self._digests[known] = hashlib.file_digest(file, "sha256").hexdigest()
         return status.st_size, self._digests[known]
+
+    def fingerprints(self, wanted: Callable[[str], bool]) -> dict[str, tuple[int, str]]:
+        found = {}
+        for key in filter(wanted, self.files()):
+            with suppress(ObjectNotFound):  # it was there a moment ago
+                found[key] = self.fingerprint(key)
+        return found
 
     def modified(self, key: str) -> float:
         with self._at(key) as path:
@@ -191,6 +201,10 @@ class MemoryStore:
     def fingerprint(self, key: str) -> tuple[int, str]:
         content = self._get(key)
         return len(content), str(hash(content))
+
+    def fingerprints(self, wanted: Callable[[str], bool]) -> dict[str, tuple[int, str]]:
+        self._check_up()
+        return {key: (len(of), str(hash(of))) for key, of in sorted(self.objects.items()) if wanted(key)}
 
     def modified(self, key: str) -> float:
         self._get(key)

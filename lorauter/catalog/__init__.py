@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lorauter.catalog.catalog import Catalog, CatalogTask, RankedAdapter, current_version
     from lorauter.catalog.change import (
         catalog_versions,
+        named_adapters,
         prune_versions,
         use_version,
         with_adapter,
@@ -28,6 +29,7 @@ __all__ = [
     "build_catalog",
     "catalog_versions",
     "current_version",
+    "named_adapters",
     "prune_versions",
     "use_version",
     "with_adapter",

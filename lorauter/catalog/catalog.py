@@ -218,7 +218,20 @@ class Catalog:
         catalog.__dict__["reranker"] = Reranker.from_arrays(rerank)
         catalog.__dict__["index"] = faiss.deserialize_index(np.frombuffer(files["index.faiss"], np.uint8))
         catalog.__dict__["version"] = version
+        if unknown := {a.name for entry in catalog.tasks for a in entry.adapters} - catalog.adapters.keys():
+            raise CatalogError(f"has no version of {', '.join(sorted(unknown)[:5])}; build it anew", uri=store.uri)
         return catalog
+
+
+def read_adapters(store: ObjectStore, version: str) -> dict[str, str]:
+    """The adapters of a version with theirs, and no more of it. Raises CatalogError, StoreUnavailable."""
+    try:
+        adapters = json.loads(store.read(f"{version}/{HEAD_FILE}"))["adapters"]
+        return {str(name): str(of) for name, of in adapters.items()}
+    except ObjectNotFound:  # its removal, or its making, is under way
+        return {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CatalogError(f"version {version} is malformed: {error!r}", uri=store.uri) from error
 
 
 def current_version(source: str | Path | ObjectStore) -> str | None:

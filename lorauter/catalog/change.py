@@ -14,10 +14,11 @@ from pathlib import Path
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository
 from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.catalog.build import assemble, describe, embed, of_own_name, sorted_tasks
-from lorauter.catalog.catalog import CURRENT_FILE, HEAD_FILE, Catalog, current_version
+from lorauter.catalog.catalog import CURRENT_FILE, HEAD_FILE, Catalog, current_version, read_adapters
 from lorauter.catalog.utility import Scores
 from lorauter.encoder import Embeddings, Encoder
-from lorauter.errors import ConfigError
+from lorauter.errors import CatalogError, ConfigError
+from lorauter.names import AdapterKey
 from lorauter.tasks import Task
 
 _VERSION = re.compile(r"[0-9a-f]{16}")
@@ -108,6 +109,20 @@ def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
 def catalog_versions(source: str | Path | ObjectStore) -> list[str]:
     """The versions that a store has, sorted, whole or not. Raises StoreUnavailable."""
     return [name for name in _store(source).children() if _VERSION.fullmatch(name)]
+
+
+def named_adapters(source: str | Path | ObjectStore) -> set[AdapterKey]:
+    """What any version of a catalog names: services use the current one, may go back to another, and jobs keep theirs.
+
+    Raises:
+        CatalogError: there is no version, or one that cannot be read.
+        StoreUnavailable: the store fails.
+    """
+    store = _store(source)
+    versions = catalog_versions(store)
+    if not versions:
+        raise CatalogError("there is none; name the catalog of these adapters", uri=store.uri)
+    return {AdapterKey(*item) for version in versions for item in read_adapters(store, version).items()}
 
 
 def use_version(source: str | Path | ObjectStore, version: str) -> Catalog:

@@ -315,24 +315,86 @@ def test_a_plain_folder_and_a_malformed_one_can_be_removed(memory, pushed, tmp_p
 def test_replaced_versions_are_pruned_once_they_have_been_so_for_long(memory, pushed, tmp_path, make_adapter) -> None:
     old = pushed.manifest("sst2")
     new = pushed.push(make_adapter(tmp_path / "new", "sst2", rank=3))
-    assert pushed.prune(older_than_s=3600) == []
+    assert pushed.prune(keep=(), older_than_s=3600) == []
     memory.times = dict.fromkeys(memory.times, 0.0)
     memory.times[f"sst2/{MANIFEST_FILE}"] = time.time() - 60
-    assert pushed.prune(older_than_s=3600) == [], "it has been replaced a minute ago"
-    assert pushed.prune(older_than_s=30) == [("sst2", old.version)]
-    assert pushed.prune(older_than_s=0) == []
+    assert pushed.prune(keep=(), older_than_s=3600) == [], "it has been replaced a minute ago"
+    assert pushed.prune(keep=(), older_than_s=30) == [("sst2", old.version)]
+    assert pushed.prune(keep=(), older_than_s=0) == []
     assert pushed.names() == ["sst2"]
     pushed.download(new, tmp_path)
     assert not any(old.version in key for key in memory.objects)
+
+
+def test_what_a_catalog_names_is_not_pruned(memory, pushed, tmp_path, make_adapter) -> None:
+    old = pushed.manifest("sst2")
+    pushed.push(make_adapter(tmp_path / "new", "sst2", rank=3))
+    memory.times = {}
+    assert pushed.prune(keep={old.key}, older_than_s=1) == []
+    assert pushed.manifest(*old.key) == old
+    pushed.download(old, tmp_path)
+    assert pushed.prune(keep={("wic", old.version)}, older_than_s=1) == [old.key]
+    with pytest.raises(AdapterNotFound, match=old.version):
+        pushed.manifest(*old.key)
+
+
+def test_every_version_can_be_had_by_its_name(pushed, tmp_path, make_adapter) -> None:
+    old = pushed.manifest("sst2")
+    new = pushed.push(make_adapter(tmp_path / "new", "sst2", rank=3))
+    for manifest in (old, new):
+        assert pushed.manifest(*manifest.key) == manifest
+    for version in ("0" * 16, "../sst2", "", "x"):
+        with pytest.raises(AdapterNotFound):
+            pushed.manifest("sst2", version)
+
+
+def test_the_newest_versions_are_those_of_the_manifests(store, tmp_path, make_adapter) -> None:
+    repository = AdapterRepository(store)
+    assert repository.newest() == {}
+    for name in ("wic", "agnews"):
+        repository.push(make_adapter(tmp_path / "one", name))
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        store.write(f"plain/{file}", make_adapter(tmp_path / "one", "plain") / file)
+        store.write(f"base/{file}", b"a reserved name")
+    store.write(f"half/{CONFIG_FILE}", b"{}")
+    store.write("notes/readme.txt", b"")
+    store.write(f"broken/{MANIFEST_FILE}", b"{}")
+
+    def expected() -> dict[str, str]:
+        return {name: AdapterRepository(store).manifest(name).version for name in ("agnews", "plain", "wic")}
+
+    assert repository.newest() == expected()
+    assert list(repository.newest()) == ["agnews", "plain", "wic"]
+    before = repository.newest()
+    repository.push(make_adapter(tmp_path / "two", "wic", rank=3))
+    store.write(f"plain/{CONFIG_FILE}", make_adapter(tmp_path / "two", "plain", lora_alpha=3) / CONFIG_FILE)
+    assert repository.newest() == expected()
+    assert {name for name in before if before[name] != expected()[name]} == {"plain", "wic"}
+    repository.remove("wic")
+    repository.remove("plain")
+    assert list(repository.newest()) == ["agnews"]
+
+
+def test_manifests_are_read_again_only_where_they_changed(memory, pushed, tmp_path, make_adapter) -> None:
+    for name in ("a", "b", "c"):
+        pushed.push(make_adapter(tmp_path / "one", name))
+    pushed.newest()
+    memory.reads.clear()
+    pushed.newest()
+    assert memory.reads == []
+    new = pushed.push(make_adapter(tmp_path / "two", "b", rank=3))
+    memory.reads.clear()
+    assert pushed.newest()["b"] == new.version
+    assert memory.reads == ["b/adapter.json"]
 
 
 def test_a_push_under_way_is_not_pruned(memory, pushed) -> None:
     memory.times = dict.fromkeys(memory.times, 0.0)
     memory.write(f"sst2/{'0' * 16}/{CONFIG_FILE}", b"{}")
     memory.write(f"sst2/notes/{CONFIG_FILE}", b"no version")
-    assert pushed.prune(older_than_s=3600) == []
+    assert pushed.prune(keep=(), older_than_s=3600) == []
     memory.times = dict.fromkeys(memory.times, 0.0)
-    assert pushed.prune(older_than_s=3600) == [("sst2", "0" * 16)]
+    assert pushed.prune(keep=(), older_than_s=3600) == [("sst2", "0" * 16)]
     assert f"sst2/notes/{CONFIG_FILE}" in memory.objects
 
 
@@ -341,11 +403,11 @@ def test_pruning_leaves_a_malformed_adapter_alone_and_clears_what_a_removal_left
     memory.times = {}
     sound = memory.objects[f"sst2/{MANIFEST_FILE}"]
     memory.objects[f"sst2/{MANIFEST_FILE}"] = b"{}"
-    assert pushed.prune(older_than_s=1) == []
+    assert pushed.prune(keep=(), older_than_s=1) == []
     memory.objects[f"sst2/{MANIFEST_FILE}"] = sound
-    assert pushed.prune(older_than_s=1) == []
+    assert pushed.prune(keep=(), older_than_s=1) == []
     del memory.objects[f"sst2/{MANIFEST_FILE}"]
-    assert pushed.prune(older_than_s=1) == [("sst2", version)]
+    assert pushed.prune(keep=(), older_than_s=1) == [("sst2", version)]
     assert memory.objects == {}
 
 
@@ -355,5 +417,5 @@ def test_a_plain_folder_that_took_an_adapters_place_outlives_its_versions(memory
         memory.objects[f"sst2/{file}"] = memory.objects[f"sst2/{version}/{file}"]
     del memory.objects[f"sst2/{MANIFEST_FILE}"]
     memory.times = {}
-    assert pushed.prune(older_than_s=1) == [("sst2", version)]
+    assert pushed.prune(keep=(), older_than_s=1) == [("sst2", version)]
     assert pushed.manifest("sst2")

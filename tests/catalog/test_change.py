@@ -4,13 +4,14 @@ import random
 
 import pytest
 
-from lorauter.adapters.repository import AdapterRepository
+from lorauter.adapters.repository import AdapterManifest, AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import (
     Catalog,
     build_catalog,
     catalog_versions,
     current_version,
+    named_adapters,
     prune_versions,
     use_version,
     with_adapter,
@@ -20,7 +21,7 @@ from lorauter.catalog import (
     without_adapters,
     without_tasks,
 )
-from lorauter.catalog.catalog import PROBE_TEXT
+from lorauter.catalog.catalog import HEAD_FILE, PROBE_TEXT
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import CatalogError, ConfigError, StoreUnavailable
 
@@ -244,6 +245,17 @@ def test_versions_and_the_way_back(tasks, encoder) -> None:
         with pytest.raises(CatalogError):
             use_version(store, version)
     assert current_version(store) == first.version
+
+
+def test_what_any_version_of_a_catalog_names_is_known(encoder, tasks):
+    store, catalog = MemoryStore(), build_catalog(list(tasks.values()), encoder)
+    for version in ("1" * 16, "2" * 16):
+        with_adapter(catalog, AdapterManifest("wic", version, {})).save(store)
+    assert named_adapters(store) == {("wic", "1" * 16), ("wic", "2" * 16)}
+    store.objects = {key: content for key, content in store.objects.items() if not key.endswith(HEAD_FILE)}
+    assert named_adapters(store) == set()
+    with pytest.raises(CatalogError, match="there is none"):
+        named_adapters(MemoryStore())
 
 
 def test_old_versions_are_pruned_and_never_the_current_one(encoder, tasks):

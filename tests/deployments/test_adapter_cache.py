@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,14 +30,28 @@ def pool(tmp_path: Path, make_adapter: Callable[..., Path]) -> str:
 
 
 def test_each_claimant_has_a_folder_and_a_free_one_is_found_again(tmp_path: Path) -> None:
-    first, first_lock = _claim(tmp_path / "base")
-    second, second_lock = _claim(tmp_path / "base")
+    first, first_lock = _claim(tmp_path / "base", "a")
+    second, second_lock = _claim(tmp_path / "base", "a")
     assert {first, second} == {tmp_path / "base" / "cache-0", tmp_path / "base" / "cache-1"}
     first_lock.release()
-    again, again_lock = _claim(tmp_path / "base")
+    again, again_lock = _claim(tmp_path / "base", "a")
     assert again == first
     for lock in (second_lock, again_lock):
         lock.release()
+
+
+def test_a_restart_finds_its_own_folder_and_new_settings_take_over_one_that_is_free(tmp_path: Path) -> None:
+    old, old_lock = _claim(tmp_path, "old")
+    new, new_lock = _claim(tmp_path, "new")
+    old_lock.release()
+    shutil.rmtree(old)  # as a cache that ends does
+    new_lock.release()
+    again, again_lock = _claim(tmp_path, "new")
+    assert again == new
+    again_lock.release()
+    newest, lock = _claim(tmp_path, "newest")
+    assert newest == new, "no folder is left behind"
+    lock.release()
 
 
 def test_a_spec_has_its_own_prefix_by_store_and_settings() -> None:
