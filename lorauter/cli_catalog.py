@@ -208,7 +208,8 @@ def _matched(
     config = MatchConfig(candidates={entry.name: [a.name for a in entry.adapters] for entry in catalog.tasks})
     with ExitStack() as stack:
         with phase("loading the base model"):
-            scorer = stack.enter_context(scoring.open_scorer(by.value, model, adapters_in(repository), tasks))
+            load = adapters_in(repository, catalog.adapters)
+            scorer = stack.enter_context(scoring.open_scorer(by.value, model, load, tasks))
         what = f"trying {len(catalog.adapters)} adapters on {len(tasks)} tasks"
         progress = stack.enter_context(counting(what, "evaluations"))
         matching = match_adapters(tasks, catalog.adapters, scorer, config, table, progress)

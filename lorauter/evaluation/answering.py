@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -87,15 +87,15 @@ def answer(
             progress(done, len(rows))
 
 
-def adapters_in(source: str | Path | AdapterRepository) -> LoadAdapter:
-    """Reads adapters from a folder of PEFT folders, a store's URI, or a repository.
+def adapters_in(source: str | Path | AdapterRepository, versions: Mapping[str, str] | None = None) -> LoadAdapter:
+    """Reads adapters from a folder of PEFT folders, a store's URI, or a repository: in these versions, else the newest.
 
     The function returned raises AdapterNotFound, AdapterRejected, or AdapterUnavailable.
     """
     repository = source if isinstance(source, AdapterRepository) else AdapterRepository(open_store(source))
 
     def load(name: str) -> LoraWeights:
-        manifest = repository.manifest(name)
+        manifest = repository.manifest(name, (versions or {}).get(name))
         with tempfile.TemporaryDirectory(prefix="lorauter-") as folder:
             repository.download(manifest, Path(folder))
             return LoraWeights.load(Path(folder), name=name, version=manifest.version)

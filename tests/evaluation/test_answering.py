@@ -175,6 +175,13 @@ def test_adapters_come_from_a_folder_or_a_repository(load, tmp_path) -> None:
             load(name)
 
 
+def test_adapters_come_in_the_versions_that_are_named(tmp_path, make_adapter) -> None:
+    repository = AdapterRepository(MemoryStore())
+    old, new = (repository.push(make_adapter(tmp_path, "a", rank=rank)).version for rank in (2, 3))
+    assert adapters_in(repository, {"a": old})("a").key == ("a", old)
+    assert adapters_in(repository, {"b": old})("a").key == ("a", new)
+
+
 def test_fusion_averages_a_and_b_apart() -> None:
     draw = torch.Generator().manual_seed(0)
 
