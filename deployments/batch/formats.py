@@ -57,7 +57,11 @@ def scan(file: BinaryIO, kind: Format, shard_rows: Callable[[int], int]) -> Scan
     file.seek(0)
     if kind == "parquet":
         parquet = _parquet(file)
-        return Scan(list(_cut(range(parquet.metadata.num_rows), shard_rows)), parquet.schema_arrow)
+        total, start, found = parquet.metadata.num_rows, 0, []
+        while start < total:
+            found.append((start, min(shard_rows(start), total - start)))
+            start += found[-1][1]
+        return Scan(found, parquet.schema_arrow)
     _check_text(file, kind)
     if kind == "csv":
         schema = pa.schema([(name, pa.string()) for name in csv_header(file)])

@@ -60,17 +60,10 @@ def find_files(
         ConfigError: there is none, or they are of several formats.
     """
     parent, separator, name = uri.rstrip("/").rpartition("/")
-    store, kind = open_store(parent or ("/" if separator else ".")), format_of(name)
-    try:
-        one = InputFile(name, *store.fingerprint(name))
-    except ObjectNotFound:
-        pass  # a folder, whatever its name ends with
-    else:
-        if kind is None:
-            raise ConfigError(
-                f"input {uri}: got no known format, needed a name that ends with {_KNOWN}", setting="input"
-            )
-        return store, kind, (one,)
+    if (kind := format_of(name)) is not None:
+        store = open_store(parent or ("/" if separator else "."))
+        with suppress(ObjectNotFound):  # a folder may be called like a file
+            return store, kind, (InputFile(name, *store.fingerprint(name)),)
     store = open_store(uri)
     there = []
     with suppress(ObjectNotFound):

@@ -30,16 +30,18 @@ def is_request(values: Mapping[str, Any]) -> bool:
 def read_body(values: Mapping[str, Any]) -> ChatBody | CompletionBody:
     """The request of such a row, as the HTTP API takes it; `stream` is of no use in a file. Raises InvalidRequest."""
     method, url = values["method"], values["url"]
-    if method != "POST" or url not in _BODIES:
+    if method != "POST" or not isinstance(url, str) or url not in _BODIES:
         raise InvalidRequest(
             f"got method {method!r} and url {url!r}, needed POST and one of {', '.join(_BODIES)}", param="url"
         )
     body = values["body"]
     try:
-        text = body if isinstance(body, str) else json.dumps(without_nulls(body), default=str)
+        text = body if isinstance(body, str | bytes) else json.dumps(without_nulls(body), default=str)
         return _BODIES[url].model_validate_json(text)
     except ValidationError as error:
         raise InvalidRequest(f"body: {explain(error, 'option')}", param=first_field(error)) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"body: it is no JSON: {error}", param="body") from error
 
 
 def output_line(
@@ -85,5 +87,5 @@ def output_line(
 
 def _model(body: Any) -> str:
     """The model that a request named: it was read before, so that its shape is known."""
-    asked = json.loads(body) if isinstance(body, str) else body
+    asked = json.loads(body) if isinstance(body, str | bytes) else body
     return ROUTED_MODEL if asked is None else str(asked["model"])

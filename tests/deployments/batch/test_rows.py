@@ -74,7 +74,9 @@ def test_such_requests_draw_from_numbers_of_their_own_too() -> None:
     [
         (openai(HI, method="GET"), "GET"),
         (openai(HI, "/v1/embeddings"), "/v1/embeddings"),
+        (openai(HI, ["/v1/embeddings"]), "needed POST and"),
         (openai(None), "body"),
+        (openai({1: {2, 3}}), "body"),
         (openai("{oh"), "body"),
         (openai({**HI, "messages": []}), "messages"),
         (openai({**HI, "n": 3}), "n: "),
