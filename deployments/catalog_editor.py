@@ -1,8 +1,8 @@
 """CatalogEditor: adds and removes adapters and tasks while the service runs, one change after the other.
 
 Every change is a new version of the catalog, made of the current one and published; the retrievers find it there. One
-replica at most, which Serve starts for the first change, so that two admins never lose each other's; who publishes by
-other means meanwhile (the command line) has the change made again on top. Knows nothing of HTTP and keys.
+replica at most, which Serve starts for the first change; where somebody else publishes meanwhile (the command line),
+the change is made again of theirs. Knows nothing of HTTP and keys.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig
 from lorauter.adapters import AdapterManifest, AdapterRepository, LoraWeights, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
-from lorauter.catalog import Catalog, current_version, with_adapter, with_tasks, without_adapters, without_tasks
+from lorauter.catalog import Catalog, change_catalog, with_adapter, with_tasks, without_adapters, without_tasks
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.encoder import Embeddings
-from lorauter.errors import AdapterNotFound, InvalidRequest, ServiceUnavailable, TaskNotFound
+from lorauter.errors import AdapterNotFound, InvalidRequest, TaskNotFound
 from lorauter.tasks import Task
 
-_ATTEMPTS = 5
 _AT_ONCE = 16
 _IDLE_S = 300.0
 
@@ -85,7 +84,9 @@ class CatalogEditor:
             some = texts[start : start + _AT_ONCE]
             vectors |= zip(some, await self._embedder.embed.remote(some), strict=True)
         encoder = _Embedded(await self._embedder.name.remote(), vectors)
-        catalog = await self._alone(lambda: self._change(lambda before: with_tasks(before, [task], encoder)))
+        catalog = await self._alone(
+            lambda: self._change(lambda before: with_tasks(before, [task], encoder), tasks=[task.name])
+        )
         [entry] = [entry for entry in catalog.tasks if entry.name == task.name]
         served = [adapter.name for adapter in entry.adapters]
         return {"id": task.name, "object": "task", "adapters": served, "catalog_version": catalog.version}
@@ -101,7 +102,7 @@ class CatalogEditor:
                 raise InvalidRequest(f"task {name!r} is the catalog's last; add another first", param="name")
             return without_tasks(before, [name])
 
-        catalog = await self._alone(lambda: self._change(without))
+        catalog = await self._alone(lambda: self._change(without, tasks=[name]))
         return {"id": name, "object": "task", "deleted": True, "catalog_version": catalog.version}
 
     async def put_adapter(self, name: str, files: Files | None) -> dict[str, Any]:
@@ -116,7 +117,12 @@ class CatalogEditor:
 
         def take_in() -> tuple[AdapterManifest, Catalog]:
             manifest = push()
-            return manifest, self._change(lambda before: with_adapter(before, manifest))
+
+            def with_it(before: Catalog) -> Catalog:
+                self._repository.check_current(manifest)
+                return with_adapter(before, manifest)
+
+            return manifest, self._change(with_it, adapters=[name])
 
         def push() -> AdapterManifest:
             if files is None or fits is None:
@@ -151,7 +157,7 @@ class CatalogEditor:
             return without_adapters(before, [name]) if known else before
 
         def remove() -> Catalog:
-            catalog = self._change(without)
+            catalog = self._change(without, adapters=[name])
             try:
                 self._repository.remove(name)
             except AdapterNotFound:
@@ -165,14 +171,7 @@ class CatalogEditor:
     async def _alone(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
-    def _change(self, edit: Callable[[Catalog], Catalog]) -> Catalog:
-        """Publish what an edit makes of the current version, unless another one became current meanwhile."""
-        for _ in range(_ATTEMPTS):
-            before = Catalog.load(self._store)
-            after = edit(before)
-            if after.version == before.version:
-                return before
-            if current_version(self._store) == before.version:
-                after.save(self._store)
-                return after
-        raise ServiceUnavailable(f"somebody else published the catalog {_ATTEMPTS} times meanwhile; try again")
+    def _change(
+        self, edit: Callable[[Catalog], Catalog], *, tasks: Sequence[str] = (), adapters: Sequence[str] = ()
+    ) -> Catalog:
+        return change_catalog(self._store, edit, tasks=tasks, adapters=adapters)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.told import Audience, told
 from lorauter.errors import (
     AdapterNotFound,
     AdapterRejected,
     AdapterUnavailable,
     CatalogError,
+    Conflict,
     ContextLengthExceeded,
     InvalidRequest,
     LorauterError,
@@ -28,8 +28,6 @@ from lorauter.errors import (
 
 logger = logging.getLogger("lorauter.api")
 
-_UNKNOWN = "internal error; the server's log says more"
-
 # (status, type, code) of each error that may reach a client; the first class that fits counts.
 _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
     (ContextLengthExceeded, 400, "invalid_request_error", "context_length_exceeded"),
@@ -39,6 +37,7 @@ _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
     (AdapterNotFound, 404, "invalid_request_error", "model_not_found"),
     (AdapterRejected, 422, "invalid_request_error", "adapter_rejected"),
     (AdapterUnavailable, 503, "service_unavailable", "adapter_unavailable"),
+    (Conflict, 409, "conflict_error", "conflict"),
     (Unauthenticated, 401, "invalid_request_error", "invalid_api_key"),
     (PermissionDenied, 403, "permission_error", "permission_denied"),
     (RateLimited, 429, "rate_limit_error", "rate_limit_exceeded"),
@@ -93,12 +92,12 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def error_answer(error: Exception, audience: Audience) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error for whoever reads it; what is not ours is logged and told to nobody."""
+def error_answer(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error; what is not ours is logged and told to nobody."""
     for kind, status, type_, code in _STATUS:
         if isinstance(error, kind):
-            message, param = told(error, audience), getattr(error, "param", None)
-            return status, {"error": {"message": message, "type": type_, "param": param, "code": code}}
+            param = getattr(error, "param", None)
+            return status, {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
     logger.error("request failed", exc_info=error)
-    message = told(error, audience) if isinstance(error, LorauterError) and audience != "limited" else _UNKNOWN
+    message = str(error) if isinstance(error, LorauterError) else "internal error; the server's log says more"
     return 500, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}

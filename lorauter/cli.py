@@ -25,7 +25,7 @@ from lorauter.cli_console import console, notify, phase, warn
 from lorauter.cli_eval import eval_app
 from lorauter.cli_keys import keys_app
 from lorauter.defaults import DEFAULT
-from lorauter.errors import AdapterError, ConfigError, InvalidRequest, LorauterError
+from lorauter.errors import AdapterError, ConfigError, Conflict, InvalidRequest, LorauterError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,6 +58,9 @@ def main() -> None:
 def push(
     directory: Annotated[Path, typer.Argument(help="A PEFT adapter's folder, or a folder of such folders.")],
     to: Annotated[str, typer.Option(help="The store: s3://bucket/prefix or a folder.")],
+    catalog: Annotated[
+        str | None, typer.Option(help="A catalog that is to serve them: all of them become one new version of it.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Send again what the store seems to have.")] = False,
 ) -> None:
     """Validate adapters and publish them in a store, each under its folder's name."""
@@ -66,15 +69,30 @@ def push(
     folders = list(adapter_folders(directory))
     if not folders:
         raise ConfigError(f"{directory} holds no adapter: no adapter_config.json in it or one level below")
+    if catalog is not None:
+        from lorauter.catalog import Catalog, change_catalog, current_version, with_adapter
+
+        if current_version(catalog) is None:
+            raise ConfigError(f"there is no catalog at {catalog}; build it by 'lorauter catalog build'")
     repository = AdapterRepository(open_store(to))
-    refused = 0
+    refused, pushed = 0, []
     for folder in folders:
         try:
             manifest = repository.push(folder.absolute(), force=force)
+            pushed.append(manifest)
             typer.echo(f"{manifest.name}\t{manifest.version}\t{manifest.size} bytes")
-        except AdapterError as error:
+        except (AdapterError, Conflict) as error:
             refused += 1
             warn(f"refused: {error}")
+    if catalog is not None and pushed:
+
+        def take_in(before: Catalog) -> Catalog:
+            for manifest in pushed:
+                repository.check_current(manifest)
+            return with_adapter(before, *pushed)
+
+        changed = change_catalog(catalog, take_in, adapters=[manifest.name for manifest in pushed])
+        notify(f"version {changed.version} of the catalog {catalog} serves them")
     notify(f"{len(folders) - refused} of {len(folders)} adapters are in {repository.store.uri}")
     if refused:
         raise typer.Exit(1)

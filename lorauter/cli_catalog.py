@@ -62,7 +62,9 @@ def build(
     few examples of every task, and the best of them more and more (successive halving); those of a task's name or
     mapping meet all of its examples.
     """
-    from lorauter.catalog import build_catalog
+    from lorauter.adapters import open_store
+    from lorauter.catalog import build_catalog, publish
+    from lorauter.catalog.catalog import pointed_version
     from lorauter.defaults import load_encoder
     from lorauter.tasks import read_tasks
 
@@ -70,6 +72,7 @@ def build(
         raise ConfigError("--match needs adapters to try; name their store with --adapters", setting="adapters")
     if scores is not None and not match:
         raise ConfigError("--scores is of use only with --match", setting="scores")
+    over = pointed_version(open_store(out))  # who publishes another one in its place meanwhile is not overwritten
     found = read_tasks(tasks)
     assigned = _read_mapping(mapping) if mapping else None
     with phase("loading the encoder"):
@@ -79,7 +82,9 @@ def build(
         catalog = build_catalog(found, embedder, repository=repository, mapping=assigned)
     if match and repository is not None:
         catalog = _matched(catalog, found, repository, by, model, scores)
-    _publish(catalog, out)
+    with phase("publishing the catalog"):
+        version = publish(catalog, out, over=over)
+    typer.echo(f"{version}\t{_summary(catalog)}")
 
 
 @catalog_app.command("change")
@@ -98,32 +103,37 @@ def change(
     encoder: _Encoder = DEFAULT,
 ) -> None:
     """Change the current version, in the order of the options, and publish what comes of it as a new one."""
-    from lorauter.catalog import Catalog, with_adapters, with_tasks, without_adapters, without_tasks
+    from lorauter.catalog import change_catalog, with_adapters, with_tasks, without_adapters, without_tasks
     from lorauter.defaults import load_encoder
+    from lorauter.encoder import RememberingEncoder
     from lorauter.tasks import read_tasks
 
     if not (add_tasks or remove_task or refresh_adapters or remove_adapter):
         raise ConfigError("nothing to change; give --add-tasks, --remove-task, --refresh-adapters or --remove-adapter")
-    with phase("reading the catalog"):
-        before = changed = Catalog.load(catalog)
-    if add_tasks:
-        added = read_tasks(add_tasks)
+    added = read_tasks(add_tasks) if add_tasks else []
+    if added:
         with phase("loading the encoder"):
-            embedder = load_encoder(encoder)
-        with phase(f"embedding the examples of {len(added)} tasks"):
+            embedder = RememberingEncoder(load_encoder(encoder))
+    renewed: list[str] = []
+
+    def edit(before: Catalog) -> Catalog:
+        changed = before
+        if added:
             changed = with_tasks(changed, added, embedder)
-    if remove_task:
-        changed = without_tasks(changed, remove_task)
-    if refresh_adapters:
-        with phase("reading the adapters"):
+        if remove_task:
+            changed = without_tasks(changed, remove_task)
+        if refresh_adapters:
             changed = with_adapters(changed, _repository(refresh_adapters))
-        scored = {name for entry in changed.tasks for name in entry.scores}
-        for name in sorted(scored & before.adapters.keys()):
-            if changed.adapters[name] != before.adapters[name]:
-                notify(f"adapter {name!r} has another version, and keeps the scores of the one before")
-    if remove_adapter:
-        changed = without_adapters(changed, remove_adapter)
-    _publish(changed, catalog)
+            scored = {name for entry in changed.tasks for name in entry.scores} & before.adapters.keys()
+            renewed[:] = sorted(name for name in scored if changed.adapters[name] != before.adapters[name])
+        return without_adapters(changed, remove_adapter) if remove_adapter else changed
+
+    with phase("changing the catalog"):
+        tasks = [*(task.name for task in added), *(remove_task or [])]
+        changed = change_catalog(catalog, edit, tasks=tasks, adapters=remove_adapter or [])
+    for name in renewed:
+        notify(f"adapter {name!r} has another version, and keeps the scores of the one before")
+    typer.echo(f"{changed.version}\t{_summary(changed)}")
 
 
 @catalog_app.command("versions")
@@ -163,12 +173,6 @@ def prune(
     for version in pruned:
         typer.echo(version)
     notify(f"{len(pruned)} versions deleted from {catalog}")
-
-
-def _publish(catalog: Catalog, to: str) -> None:
-    with phase("publishing the catalog"):
-        version = catalog.save(to)
-    typer.echo(f"{version}\t{_summary(catalog)}")
 
 
 def _summary(catalog: Catalog) -> str:

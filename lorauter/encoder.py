@@ -79,6 +79,21 @@ class HashingEncoder:
         return normalised(vectors)
 
 
+class RememberingEncoder:
+    """An encoder that embeds what comes again once: a change that is made anew costs no second embedding."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._known: dict[tuple[str, ...], Embeddings] = {}
+        self.name = encoder.name
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        key = tuple(texts)
+        if key not in self._known:
+            self._known[key] = self._encoder.encode(texts)
+        return self._known[key]
+
+
 def normalised(vectors: Embeddings) -> Embeddings:
     """Rows scaled to unit length; a zero row stays zero."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)

@@ -18,6 +18,7 @@ because they cross process boundaries.
     │   ├── AdapterNotFound
     │   ├── AdapterRejected     the adapter can never be served as it is
     │   └── AdapterUnavailable  the adapter cannot be had just now
+    ├── Conflict                somebody else changed the same thing meanwhile
     ├── Unauthenticated         no valid key came with the request
     ├── PermissionDenied        the key may not do this
     ├── BatchError              a batch job stopped before its end
@@ -133,6 +134,10 @@ class AdapterRejected(AdapterError):
 
 class AdapterUnavailable(AdapterError):
     """The adapter exists, but cannot be fetched or placed at the moment."""
+
+
+class Conflict(LorauterError):
+    """Somebody else changed the same thing meanwhile. Theirs stands; nothing was overwritten."""
 
 
 class Unauthenticated(LorauterError):

@@ -81,14 +81,17 @@ class FaultyS3:
             self.faults += 1
             client.sendall(_REFUSAL)
             return
-        with socket.create_connection(("127.0.0.1", self._upstream)) as server:
-            server.sendall(request)
-            answer = b"".join(iter(lambda: server.recv(1 << 16), b""))
+        answer = self._answer(request)
         if len(answer) > 1000 and self._random.random() < self.cutting:
             client.sendall(answer[: len(answer) // 2])
             self._reset(client)
         else:
             client.sendall(answer)
+
+    def _answer(self, request: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", self._upstream)) as server:
+            server.sendall(request)
+            return b"".join(iter(lambda: server.recv(1 << 16), b""))
 
     def _reset(self, client: socket.socket) -> None:
         self.faults += 1

@@ -7,8 +7,9 @@ Layout below the store's root, for an adapter that `push` put there:
     <name>/<version>/adapter.json                  the version's manifest: files with size and SHA-256
     <name>/adapter.json                            the manifest of the newest version
 
-A manifest is written after what it speaks of, so a reader sees the old version or the new one, whole. A plain PEFT
-folder (`<name>/adapter_config.json` beside `<name>/adapter_model.safetensors`, no manifest) is read as well; its
+A manifest is written after what it speaks of, and the newest version's only if it is what it was when the push began:
+a reader sees the old version or the new one, whole, and of two who push at once one is told. A plain PEFT folder
+(`<name>/adapter_config.json` beside `<name>/adapter_model.safetensors`, no manifest) is read as well; its
 version then comes from the store's own tags of both files, and there is no other: once somebody has overwritten one of
 them, the version that a catalog names is not there any more.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -32,7 +34,14 @@ from typing import Any
 
 from lorauter.adapters.store import ObjectStore
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
-from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, ObjectNotFound, StoreError
+from lorauter.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterUnavailable,
+    Conflict,
+    ObjectNotFound,
+    StoreError,
+)
 from lorauter.names import RESERVED, RULE, AdapterKey, is_valid_name
 
 logger = logging.getLogger("lorauter.adapters")
@@ -41,6 +50,7 @@ MANIFEST_FILE = "adapter.json"
 _AT_ONCE = 16  # manifests that are read at the same time
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _VERSION = re.compile(r"[0-9a-f]{16}")
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -223,11 +233,17 @@ class AdapterRepository:
 
         Raises:
             AdapterRejected: it is no adapter that could be served, or its name is not allowed.
+            Conflict: somebody else pushed another version, or removed the adapter, meanwhile.
             StoreError: the store fails.
         """
         name = folder.name
         if not _may_be_called(name):
             raise AdapterRejected(f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}", adapter=name)
+        key = f"{name}/{MANIFEST_FILE}"
+        try:
+            before = self.store.read(key)
+        except ObjectNotFound:
+            before = None
         digests = {file: sha256_of(folder / file) for file in _FILES if (folder / file).is_file()}
         version = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
         weights = LoraWeights.load(folder, name=name, version=version)
@@ -237,31 +253,53 @@ class AdapterRepository:
         }
         manifest = AdapterManifest(name, version, files, weights.base_model, weights.rank)
         content = json.dumps(manifest.to_json(), indent=1, sort_keys=True).encode()
-        manifests = (f"{name}/{version}/{MANIFEST_FILE}", f"{name}/{MANIFEST_FILE}")
+        if not force and before == content and self._has(manifest, content):
+            return manifest
+        for _ in range(_ATTEMPTS):
+            for file, stored in files.items():
+                self.store.write(stored.key, folder / file)
+            self.store.write(f"{name}/{version}/{MANIFEST_FILE}", content)
+            with self.store.locked(key) as current:
+                if current.content not in (before, content):
+                    raise Conflict(
+                        f"adapter {name!r}: somebody else pushed another version of it, or removed it, meanwhile; "
+                        f"this one ({version}) replaced nothing: look at theirs, then push it again if it is to"
+                    )
+                if self._has(manifest, content):  # and nobody deletes it while the manifest is locked
+                    current.write(content)
+                    return manifest
+        raise StoreError(f"version {version} is deleted as often as it is sent; try again", uri=self.store.uri)
+
+    def check_current(self, pushed: AdapterManifest) -> None:
+        """Raise Conflict unless what was pushed is the adapter's current version still."""
+        now = self.manifest(pushed.name)
+        if now.version != pushed.version:
+            raise Conflict(
+                f"adapter {pushed.name!r}: somebody else pushed version {now.version} meanwhile, in place of "
+                f"{pushed.version}; theirs stays: look at it, then push yours again if it is to replace it"
+            )
+
+    def _has(self, manifest: AdapterManifest, content: bytes) -> bool:
+        """Whether a version is there whole, with its manifest of this content."""
         try:
-            intact = all(self.store.fingerprint(stored.key)[0] == stored.size for stored in files.values())
-            if not force and intact and all(self.store.read(key) == content for key in manifests):
-                return manifest
+            same = self.store.read(f"{manifest.name}/{manifest.version}/{MANIFEST_FILE}") == content
+            return same and all(self.store.fingerprint(file.key)[0] == file.size for file in manifest.files.values())
         except ObjectNotFound:
-            pass
-        for file, stored in files.items():
-            self.store.write(stored.key, folder / file)
-        for key in manifests:
-            self.store.write(key, content)
-        return manifest
+            return False
 
     def remove(self, name: str) -> None:
         """Delete an adapter with all its versions, what says that it is there first.
 
         Raises:
-            AdapterNotFound, AdapterUnavailable, StoreError.
+            AdapterNotFound, AdapterUnavailable, StoreError; Conflict: the store is so slow that a part is left.
         """
         with suppress(AdapterRejected):  # a malformed one can be taken out too
             self.manifest(name)
-        for file in (MANIFEST_FILE, *_FILES):
-            self.store.delete(f"{name}/{file}")
+        with self.store.locked(f"{name}/{MANIFEST_FILE}") as current:
+            for file in (MANIFEST_FILE, *_FILES):
+                current.delete(f"{name}/{file}")
         for version in self._versions(name):
-            self._delete_version(name, version)
+            self._delete_version(name, version, before=math.inf)
 
     def prune(self, *, keep: Container[AdapterKey], older_than_s: float) -> list[AdapterKey]:
         """Delete the versions that nobody names, are not the newest, and have not been for so many seconds.
@@ -276,24 +314,21 @@ class AdapterRepository:
             What was deleted.
 
         Raises:
-            AdapterUnavailable, StoreError.
+            AdapterUnavailable, StoreError; Conflict: the store is so slow that a version is left for the next time.
         """
-        pruned = []
         before = time.time() - older_than_s
+        pruned = []
         for name in self.names():
-            current, since = "", 0.0  # of a removal that was cut off, or a plain folder that took a pushed one's place
-            try:
-                current = self.manifest(name).version
-                since = self.store.modified(f"{name}/{MANIFEST_FILE}")
-            except AdapterRejected:  # a malformed manifest: nobody knows what it should say
-                continue
-            except (AdapterNotFound, ObjectNotFound):
-                pass
-            for version in self._versions(name):
-                key = AdapterKey(name, version)
-                if version != current and key not in keep and max(since, self._written(*key)) < before:
-                    self._delete_version(*key)
-                    pruned.append(key)
+            manifest = None  # of a removal that was cut off, or a plain folder that took a pushed adapter's place
+            with suppress(ObjectNotFound):
+                manifest = self.store.read(f"{name}/{MANIFEST_FILE}")
+                if self.store.modified(f"{name}/{MANIFEST_FILE}") >= before:
+                    continue
+            pruned += [
+                key
+                for key in (AdapterKey(name, version) for version in self._versions(name))
+                if key not in keep and not _names(manifest, key.version) and self._delete_version(*key, before)
+            ]
         return pruned
 
     def _versions(self, name: str) -> list[str]:
@@ -306,9 +341,25 @@ class AdapterRepository:
                 times.append(self.store.modified(f"{name}/{version}/{file}"))
         return max(times)
 
-    def _delete_version(self, name: str, version: str) -> None:
-        for file in (MANIFEST_FILE, *_FILES):
-            self.store.delete(f"{name}/{version}/{file}")
+    def _delete_version(self, name: str, version: str, before: float) -> bool:
+        """Delete a version if it was written before then, and is not what the manifest names. Returns whether it was.
+
+        A push looks whether its version is there, and writes the manifest, under the same lock.
+        """
+        with self.store.locked(f"{name}/{MANIFEST_FILE}") as current:
+            if _names(current.content, version) or self._written(name, version) >= before:
+                return False
+            for file in (MANIFEST_FILE, *_FILES):
+                current.delete(f"{name}/{version}/{file}")
+        return True
+
+
+def _names(manifest: bytes | None, version: str) -> bool:
+    """Whether a manifest may name a version: nobody knows what a malformed one should say."""
+    try:
+        return manifest is not None and json.loads(manifest)["version"] == version
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True
 
 
 def _may_be_called(name: str) -> bool:

@@ -4,6 +4,9 @@ Endpoint, region and credentials come from where AWS tools take them (`AWS_ENDPO
 `AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_DEFAULT_REGION`, profiles, instance roles), never from a lorauter
 file. `AWS_REQUEST_CHECKSUM_CALCULATION` and `AWS_RESPONSE_CHECKSUM_VALIDATION` set to `when_required` serve
 stores that break on botocore's default checksums. Knows nothing of what the objects hold.
+
+Not every store has conditional writes, and some ignore the condition without a word (`rclone serve s3`). So nothing
+depends on them alone: writers take turns by `s3_lock`, and the condition comes on top of it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -22,22 +25,28 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
-from lorauter.errors import ConfigError, ObjectNotFound, StoreError, StoreUnavailable
+from lorauter.adapters import s3_lock
+from lorauter.adapters.store import LOCKS, Locked
+from lorauter.errors import ConfigError, Conflict, ObjectNotFound, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _CONCURRENCY = 8
 _PART = 4 << 20  # bytes of a ranged read at least
-_client: tuple[S3Client, S3Client] | None = None  # for whole objects, and for parts of them
+_CONNECT_S = 2.0  # of the brief client
+_Kind = Literal["whole", "unchecked", "brief"]
+_client: dict[_Kind, S3Client] | None = None
 _client_pid = 0
 _client_lock = threading.Lock()
 
 
-def _shared_client(*, parts: bool = False) -> S3Client:
+def _shared_client(kind: _Kind = "whole") -> S3Client:
     """One client a process: clients are thread-safe, sessions are not, and a fork must not share sockets.
 
-    The one for parts asks for no checksums: some stores send the whole object's, which no part of it has.
+    The unchecked one asks for no checksums: some stores send the whole object's, which no part of it has, and a fault
+    that comes with one botocore cannot read. The brief one, for what is done under a lock, gives up after
+    `s3_lock.REQUEST_S`, and does nothing twice.
     """
     global _client, _client_pid
     with _client_lock:
@@ -53,14 +62,19 @@ def _shared_client(*, parts: bool = False) -> S3Client:
             try:
                 session = boto3.session.Session()
                 unchecked = config.merge(Config(response_checksum_validation="when_required"))
-                _client = (
-                    session.client("s3", region_name=region, config=config),
-                    session.client("s3", region_name=region, config=unchecked),
+                brief = unchecked.merge(
+                    Config(
+                        retries={"mode": "standard", "total_max_attempts": 1},
+                        connect_timeout=_CONNECT_S,
+                        read_timeout=s3_lock.REQUEST_S - _CONNECT_S,
+                    )
                 )
+                configs: dict[_Kind, Config] = {"whole": config, "unchecked": unchecked, "brief": brief}
+                _client = {name: session.client("s3", region_name=region, config=of) for name, of in configs.items()}
             except (BotoCoreError, ValueError) as error:
                 raise ConfigError(f"the AWS settings of the environment are wrong: {error}") from error
             _client_pid = os.getpid()
-        return _client[parts]
+        return _client[kind]
 
 
 class S3Store:
@@ -105,11 +119,12 @@ class S3Store:
                 .get_paginator("list_objects_v2")
                 .paginate(Bucket=self._bucket, Prefix=base, Delimiter="/")
             )
-            return sorted(
+            names = [
                 entry["Prefix"].removeprefix(base).rstrip("/")
                 for page in pages
                 for entry in page.get("CommonPrefixes", [])
-            )
+            ]
+        return sorted(name for name in names if not name.startswith("."))
 
     def files(self, prefix: str = "") -> dict[str, int]:
         found = self._listed(f"{prefix}/" if prefix else "")
@@ -122,7 +137,7 @@ class S3Store:
     def read_part(self, key: str, start: int, length: int) -> bytes:
         """Bytes of an object from `start`; at least one, and none beyond its end may be asked for."""
         with self._errors(key):
-            part = _shared_client(parts=True).get_object(
+            part = _shared_client("unchecked").get_object(
                 Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{start + length - 1}"
             )
             body: bytes = part["Body"].read()
@@ -156,9 +171,7 @@ class S3Store:
         return head["LastModified"].timestamp()
 
     def read(self, key: str) -> bytes:
-        with self._errors(key):
-            body: bytes = _shared_client().get_object(Bucket=self._bucket, Key=self._prefix + key)["Body"].read()
-            return body
+        return self.read_tagged(key)[0]
 
     def download(self, key: str, target: Path) -> None:
         with self._errors(key):
@@ -180,6 +193,101 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._errors(key):
             _shared_client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[Locked]:
+        with s3_lock.turn(_Claims(self, f"{LOCKS}/{key}/"), f"{self.uri}/{key}") as lease:
+            yield _Held(self, key, lease)
+
+    def read_tagged(self, key: str) -> tuple[bytes, str]:
+        """An object and its ETag."""
+        with self._errors(key):
+            answer = _shared_client("unchecked").get_object(Bucket=self._bucket, Key=self._prefix + key)
+            return answer["Body"].read(), answer["ETag"]
+
+    def put(self, key: str, content: bytes, **condition: Any) -> str:
+        """Write an object, once and soon or not at all; returns its ETag.
+
+        Stores that know no conditions ignore them or say that they are not implemented; both are taken for no.
+
+        Raises:
+            Conflict: the condition, `IfMatch` or `IfNoneMatch`, does not hold.
+        """
+        with self._errors(key):
+            where: dict[str, Any] = {"Bucket": self._bucket, "Key": self._prefix + key, "Body": content}
+            try:
+                return _shared_client("brief").put_object(**where, **condition)["ETag"]
+            except ClientError as error:
+                status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+                if status in (409, 412):
+                    raise Conflict(f"{self.uri}/{key} was changed meanwhile; look at it, and try again") from error
+                if status == 501 and condition:
+                    return _shared_client("brief").put_object(**where)["ETag"]
+                raise
+
+    def delete_once(self, key: str) -> None:
+        """Remove an object, soon or not at all."""
+        with self._errors(key):
+            _shared_client("brief").delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def claims(self, prefix: str) -> list[str]:
+        """The last parts of the names of up to 1,000 objects below a prefix, sorted."""
+        with self._errors(prefix):
+            found = _shared_client("brief").list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix)
+        return sorted(entry["Key"].rpartition("/")[2] for entry in found.get("Contents", []))
+
+
+class _Claims:
+    """The objects below one prefix, as `s3_lock` needs them."""
+
+    def __init__(self, store: S3Store, prefix: str) -> None:
+        self._store, self._prefix = store, prefix
+
+    def names(self) -> list[str]:
+        return self._store.claims(self._prefix)
+
+    def put(self, name: str) -> None:
+        self._store.put(f"{self._prefix}{name}", b"")
+
+    def delete(self, name: str) -> None:
+        self._store.delete_once(f"{self._prefix}{name}")
+
+
+class _Held:
+    """A locked object. The store's own condition, where it has one, holds against whoever asks for no lock, too."""
+
+    def __init__(self, store: S3Store, key: str, lease: s3_lock.Lease) -> None:
+        self._store, self._key, self._lease = store, key, lease
+        self.content, self._tag = self._read()
+
+    def write(self, content: bytes) -> None:
+        condition = {"IfMatch": self._tag} if self._tag else {"IfNoneMatch": "*"}
+        for attempt in range(2):
+            self._lease.check()
+            try:
+                self._tag = self._store.put(self._key, content, **condition)
+                break
+            except ObjectNotFound as error:
+                if self._tag is None:  # there is no bucket
+                    raise
+                raise Conflict(f"{self._store.uri}/{self._key} was deleted meanwhile; try again") from error
+            except StoreUnavailable:
+                now, self._tag = self._read()
+                if now == content:  # it came, though the answer did not
+                    break
+                if attempt or now != self.content:
+                    raise
+        self.content = content
+
+    def delete(self, key: str) -> None:
+        self._lease.check()
+        self._store.delete_once(key)
+
+    def _read(self) -> tuple[bytes | None, str | None]:
+        try:
+            return self._store.read_tagged(self._key)
+        except ObjectNotFound:
+            return None, None
 
 
 class _Parts(io.RawIOBase):

@@ -1,7 +1,8 @@
 """The object-store seam, a directory behind it, and the fake for tests.
 
-A store maps keys (relative, `/`-separated) to bytes. It knows nothing of adapters or catalogs.
-`lorauter.adapters.s3` has the S3 store; `open_store` picks one by URI.
+A store maps keys (relative, `/`-separated) to bytes. What several writers share, a pointer, they change by turns
+(`locked`), and only if it is still what they saw. Knows nothing of adapters or catalogs. `lorauter.adapters.s3` has
+the S3 store; `open_store` picks one by URI.
 """
 
 from __future__ import annotations
@@ -11,13 +12,39 @@ import io
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from lorauter.errors import ConfigError, ObjectNotFound, StoreUnavailable
+from filelock import FileLock, Timeout
+
+from lorauter.errors import ConfigError, Conflict, ObjectNotFound, StoreUnavailable
+
+LOCKS = ".locks"
+"""Where a store keeps what its locks need."""
+
+WAIT_S = 30.0
+"""Seconds that a writer waits for its turn; longer than any store needs to take a dead writer's lock away."""
+
+
+class Locked(Protocol):
+    """An object that other writers leave alone for now: for seconds, so that nobody waits long.
+
+    Attributes:
+        content: what it held when it was locked; None where it is not there.
+    """
+
+    content: bytes | None
+
+    def write(self, content: bytes) -> None:
+        """Replace it. Raises Conflict where it is not what it was, or the lock is not sure to hold any more."""
+
+    def delete(self, key: str) -> None:
+        """Remove it, or what only those who lock it touch, if it is there. Raises Conflict, as `write` does."""
 
 
 class ObjectStore(Protocol):
@@ -56,6 +83,38 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object, if it is there."""
+
+    def locked(self, key: str) -> AbstractContextManager[Locked]:
+        """The object, which is there or not, for one writer at a time; a writer that dies lets go of it.
+
+        Raises:
+            StoreUnavailable: it is not to be had within WAIT_S.
+        """
+
+
+@dataclass
+class _Held:
+    """A locked object of a store whose locks cannot be lost."""
+
+    content: bytes | None
+    key: str
+    store: DirectoryStore | MemoryStore
+
+    def write(self, content: bytes) -> None:
+        if _content(self.store, self.key) != self.content:  # by somebody who asks for no lock
+            raise Conflict(f"{self.store.uri}/{self.key} was changed meanwhile; look at it, and try again")
+        self.store.write(self.key, content)
+        self.content = content
+
+    def delete(self, key: str) -> None:
+        self.store.delete(key)
+
+
+def _content(store: DirectoryStore | MemoryStore, key: str) -> bytes | None:
+    try:
+        return store.read(key)
+    except ObjectNotFound:
+        return None
 
 
 class DirectoryStore:
@@ -151,6 +210,22 @@ class DirectoryStore:
         with self._at(key) as path:
             path.unlink(missing_ok=True)
 
+    @contextmanager
+    def locked(self, key: str) -> Iterator[Locked]:
+        with self._at(f"{LOCKS}/{key}") as path:  # the system's own lock, which falls with its process
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(path, timeout=WAIT_S)
+                lock.acquire()
+            except Timeout as error:
+                raise busy(f"{self.root}/{key}") from error
+            except OSError as error:
+                raise StoreUnavailable(f"cannot be locked: {error}", uri=f"{self.root}/{key}") from error
+        try:
+            yield _Held(_content(self, key), key, self)
+        finally:
+            lock.release()
+
 
 def _is_hidden(key: Path) -> bool:
     return any(part.startswith(".") for part in key.parts)
@@ -158,6 +233,11 @@ def _is_hidden(key: Path) -> bool:
 
 def _holds_files(path: Path) -> bool:
     return path.is_dir() and any(below.is_file() for below in path.rglob("*"))
+
+
+def busy(uri: str) -> StoreUnavailable:
+    """What a writer is told whose turn has not come."""
+    return StoreUnavailable(f"other writers have had their turns for {WAIT_S:.0f} s; try again", uri=uri)
 
 
 class MemoryStore:
@@ -168,6 +248,7 @@ class MemoryStore:
         self.times: dict[str, float] = {}
         self.down = False
         self.reads: list[str] = []
+        self._locks: dict[str, threading.Lock] = {}
 
     @property
     def uri(self) -> str:
@@ -224,6 +305,16 @@ class MemoryStore:
     def delete(self, key: str) -> None:
         self._check_up()
         self.objects.pop(key, None)
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[Locked]:
+        lock = self._locks.setdefault(key, threading.Lock())
+        if not lock.acquire(timeout=WAIT_S):
+            raise busy(f"{self.uri}{key}")
+        try:
+            yield _Held(_content(self, key), key, self)
+        finally:
+            lock.release()
 
 
 def open_store(uri: str | Path) -> ObjectStore:

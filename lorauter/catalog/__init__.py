@@ -10,16 +10,20 @@ if TYPE_CHECKING:
     from lorauter.catalog.build import build_catalog
     from lorauter.catalog.catalog import Catalog, CatalogTask, RankedAdapter, current_version
     from lorauter.catalog.change import (
-        catalog_versions,
-        named_adapters,
-        prune_versions,
-        use_version,
         with_adapter,
         with_adapters,
         with_scores,
         with_tasks,
         without_adapters,
         without_tasks,
+    )
+    from lorauter.catalog.versions import (
+        catalog_versions,
+        change_catalog,
+        named_adapters,
+        prune_versions,
+        publish,
+        use_version,
     )
 
 __all__ = [
@@ -28,9 +32,11 @@ __all__ = [
     "RankedAdapter",
     "build_catalog",
     "catalog_versions",
+    "change_catalog",
     "current_version",
     "named_adapters",
     "prune_versions",
+    "publish",
     "use_version",
     "with_adapter",
     "with_adapters",
@@ -40,11 +46,15 @@ __all__ = [
     "without_tasks",
 ]
 
-_CATALOG = {"Catalog", "CatalogTask", "RankedAdapter", "current_version"}
+_HOMES = {
+    "build": {"build_catalog"},
+    "catalog": {"Catalog", "CatalogTask", "RankedAdapter", "current_version"},
+    "versions": {"catalog_versions", "change_catalog", "named_adapters", "prune_versions", "publish", "use_version"},
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lorauter.catalog' has no attribute {name!r}")
-    home = "catalog" if name in _CATALOG else "build" if name == "build_catalog" else "change"
+    home = next((home for home, names in _HOMES.items() if name in names), "change")
     return getattr(import_module(f"lorauter.catalog.{home}"), name)

@@ -8,7 +8,7 @@ Below the root of a store:
     <version>/rerank/*.npy      the reranker that was fitted to them
     <version>/index.faiss       the FAISS index over the tasks
 
-The version is the hash of `catalog.json`, and so of everything. It is published by writing CURRENT last.
+The version is the hash of `catalog.json`, and so of everything. `lorauter.catalog.versions` makes one current.
 Knows nothing of how embeddings and rankings come about, nor of routing.
 """
 
@@ -158,13 +158,28 @@ class Catalog:
                 uri=self.version,
             )
 
-    def save(self, to: str | Path | ObjectStore) -> str:
-        """Write the catalog and make it the current one; returns its version. Raises StoreError."""
-        store = _store(to)
+    def upload(self, store: ObjectStore) -> None:
+        """Write every file, which makes nothing current. Raises StoreError, CatalogError (it cannot be written)."""
+        if hashlib.sha256(self._files[HEAD_FILE]).hexdigest()[:16] != self.version:
+            raise CatalogError("was written by other libraries, which make other bytes of it", uri=self.version)
         for name, content in self._files.items():
             store.write(f"{self.version}/{name}", content)
-        store.write(CURRENT_FILE, self.version.encode())
-        return self.version
+
+    def is_whole_in(self, store: ObjectStore) -> bool:
+        """Whether a store has every file. Raises StoreUnavailable."""
+        names = {HEAD_FILE, "index.faiss", *(f"{name}.npy" for name in _ARRAYS)}
+        names |= {f"rerank/{name}.npy" for name in self.reranker.arrays()}
+        try:
+            return {f"{self.version}/{name}" for name in names} <= store.files(self.version).keys()
+        except ObjectNotFound:
+            return False
+
+    def save(self, to: str | Path | ObjectStore) -> str:
+        """Publish over whatever version is current, as `lorauter.catalog.publish` does; returns the own version."""
+        from lorauter.catalog.versions import publish
+
+        store = _store(to)
+        return publish(self, store, over=pointed_version(store))
 
     @classmethod
     def load(cls, source: str | Path | ObjectStore, *, version: str | None = None) -> Catalog:
@@ -175,8 +190,20 @@ class Catalog:
             StoreUnavailable: the store fails.
         """
         store = _store(source)
+        while True:
+            pointer = version.encode() if version is not None else _pointer(store)
+            try:
+                return cls._pointed_at(store, pointer)
+            except CatalogError:
+                if version is not None or _pointer(store) == pointer:
+                    raise  # else it was replaced, and deleted, while it was read
+
+    @classmethod
+    def _pointed_at(cls, store: ObjectStore, pointer: bytes | None) -> Catalog:
         try:
-            version = version or store.read(CURRENT_FILE).decode().strip()
+            if pointer is None:
+                raise ObjectNotFound(f"{store.uri}/{CURRENT_FILE}")
+            version = pointer.decode().strip()
             if not is_valid_name(version):
                 raise CatalogError(f"{version!r} is no version", uri=store.uri)
             raw = store.read(f"{version}/{HEAD_FILE}")
@@ -235,9 +262,32 @@ def read_adapters(store: ObjectStore, version: str) -> dict[str, str]:
 
 
 def current_version(source: str | Path | ObjectStore) -> str | None:
-    """The version that readers of a catalog take, or None where none was published. Raises StoreUnavailable."""
+    """The version that readers of a catalog take, or None where none was published.
+
+    Raises:
+        CatalogError: the pointer is no text.
+        StoreUnavailable: the store fails.
+    """
+    store = _store(source)
+    version = pointed_version(store)
+    if version is not None and "\ufffd" in version:
+        raise CatalogError(f"{CURRENT_FILE} is no text; 'lorauter catalog use' mends it", uri=store.uri)
+    return version
+
+
+def pointed_version(store: ObjectStore) -> str | None:
+    """The same, whether it can be a version or not."""
+    return version_in(_pointer(store))
+
+
+def version_in(pointer: bytes | None) -> str | None:
+    """What the pointer's content names."""
+    return None if pointer is None else pointer.decode(errors="replace").strip()
+
+
+def _pointer(store: ObjectStore) -> bytes | None:
     try:
-        return _store(source).read(CURRENT_FILE).decode().strip()
+        return store.read(CURRENT_FILE)
     except ObjectNotFound:
         return None
 

@@ -1,4 +1,4 @@
-"""Changes to a catalog, each of which gives a new one, and the versions that a store has of it.
+"""Changes to a catalog, each of which gives a new one.
 
 A change embeds no more than the examples that are new. What comes out is, byte for byte, the catalog that would be
 built anew from the same tasks, adapters, mapping and scores. Knows nothing of how scores are made.
@@ -6,22 +6,15 @@ built anew from the same tasks, adapters, mapping and scores. Knows nothing of h
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Container, Iterable, Mapping, Sequence
-from pathlib import Path
 
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository
-from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.catalog.build import assemble, describe, embed, of_own_name, sorted_tasks
-from lorauter.catalog.catalog import CURRENT_FILE, HEAD_FILE, Catalog, current_version, read_adapters
+from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.utility import Scores
 from lorauter.encoder import Embeddings, Encoder
-from lorauter.errors import CatalogError, ConfigError
-from lorauter.names import AdapterKey
+from lorauter.errors import ConfigError
 from lorauter.tasks import Task
-
-_VERSION = re.compile(r"[0-9a-f]{16}")
 
 
 def with_tasks(
@@ -83,10 +76,11 @@ def with_adapters(
     return _changed(catalog, pool=describe(repository), added=scores)
 
 
-def with_adapter(catalog: Catalog, adapter: AdapterManifest) -> Catalog:
-    """Add one adapter, or another version of it, which keeps the scores of the one before."""
-    bases = {name for name in (*catalog.base_model.split(", "), adapter.base_model) if name}
-    return _changed(catalog, pool=({**catalog.adapters, adapter.name: adapter.version}, ", ".join(sorted(bases))))
+def with_adapter(catalog: Catalog, *adapters: AdapterManifest) -> Catalog:
+    """Add an adapter or some, or another version of them, which keeps the scores of the one before."""
+    bases = {*catalog.base_model.split(", "), *(adapter.base_model for adapter in adapters)} - {""}
+    versions = {adapter.name: adapter.version for adapter in adapters}
+    return _changed(catalog, pool=({**catalog.adapters, **versions}, ", ".join(sorted(bases))))
 
 
 def without_adapters(catalog: Catalog, names: Iterable[str]) -> Catalog:
@@ -104,64 +98,6 @@ def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
         ConfigError: a score is of no validation example or not finite.
     """
     return _changed(catalog, added=scores)
-
-
-def catalog_versions(source: str | Path | ObjectStore) -> list[str]:
-    """The versions that a store has, sorted, whole or not. Raises StoreUnavailable."""
-    return [name for name in _store(source).children() if _VERSION.fullmatch(name)]
-
-
-def named_adapters(source: str | Path | ObjectStore) -> set[AdapterKey]:
-    """What any version of a catalog names: services use the current one, may go back to another, and jobs keep theirs.
-
-    Raises:
-        CatalogError: there is no version, or one that cannot be read.
-        StoreUnavailable: the store fails.
-    """
-    store = _store(source)
-    versions = catalog_versions(store)
-    if not versions:
-        raise CatalogError("there is none; name the catalog of these adapters", uri=store.uri)
-    return {AdapterKey(*item) for version in versions for item in read_adapters(store, version).items()}
-
-
-def use_version(source: str | Path | ObjectStore, version: str) -> Catalog:
-    """Make a version the current one, once every hash of it is verified.
-
-    Raises:
-        CatalogError: it is not there, or damaged.
-        StoreError: the store fails.
-    """
-    store = _store(source)
-    catalog = Catalog.load(store, version=version)
-    store.write(CURRENT_FILE, version.encode())
-    return catalog
-
-
-def prune_versions(source: str | Path | ObjectStore, *, keep: int, older_than_s: float) -> list[str]:
-    """Delete old versions; the current one stays, and so do `keep` others, the newest, and what was written lately.
-
-    Services hold the version that they use in memory; a batch job's workers read its version when they start.
-
-    Returns:
-        The versions that were deleted, the oldest first; none where no version is current.
-
-    Raises:
-        StoreError.
-    """
-    store = _store(source)
-    current = current_version(store)
-    if current is None:
-        return []
-    files = {version: list(store.files(version)) for version in catalog_versions(store) if version != current}
-    written = {version: max(map(store.modified, keys)) for version, keys in files.items()}
-    oldest_first = sorted(written, key=lambda version: written[version])
-    before = time.time() - older_than_s
-    pruned = [version for version in oldest_first[: max(len(written) - keep, 0)] if written[version] < before]
-    for version in pruned:
-        for key in sorted(files[version], key=lambda key: key != f"{version}/{HEAD_FILE}"):  # so that nobody begins
-            store.delete(key)
-    return pruned
 
 
 _Parts = dict[str, tuple[Task, Embeddings]]
@@ -224,7 +160,3 @@ def _check_there(names: Iterable[str], there: Container[str], what: str) -> None
     unknown = sorted(name for name in names if name not in there)
     if unknown:
         raise ConfigError(f"the catalog has no {what} called {', '.join(unknown)}", setting=f"{what}s")
-
-
-def _store(source: str | Path | ObjectStore) -> ObjectStore:
-    return open_store(source) if isinstance(source, str | Path) else source

@@ -7,7 +7,7 @@ import pytest
 from lorauter.adapters.repository import MANIFEST_FILE, AdapterRepository, adapter_folders
 from lorauter.adapters.store import DirectoryStore, MemoryStore
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
-from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, StoreUnavailable
+from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, Conflict, StoreUnavailable
 
 PATH_LIKE = ["..", ".", "a/b", "../a", "/etc", "", ".hidden", "a b", "a\\b", "x" * 129]
 
@@ -419,3 +419,58 @@ def test_a_plain_folder_that_took_an_adapters_place_outlives_its_versions(memory
     memory.times = {}
     assert pushed.prune(keep=(), older_than_s=1) == [("sst2", version)]
     assert pushed.manifest("sst2")
+
+
+def _before_it_is_locked(memory, act) -> None:
+    """Have something done by somebody else just before a manifest is locked the next time."""
+    real, left = memory.locked, [act]
+
+    def locked(key):
+        if left:
+            left.pop()()
+        return real(key)
+
+    memory.locked = locked
+
+
+def test_of_two_who_push_at_once_one_is_told(memory, pushed, tmp_path, make_adapter) -> None:
+    mine, theirs = (make_adapter(tmp_path / who, "sst2", rank=rank) for who, rank in (("mine", 3), ("theirs", 4)))
+    _before_it_is_locked(memory, lambda: pushed.push(theirs))
+    with pytest.raises(Conflict, match=r"somebody else pushed .* push it again"):
+        pushed.push(mine)
+    assert pushed.manifest("sst2").rank == 4
+    assert pushed.push(mine) == pushed.manifest("sst2")
+    _before_it_is_locked(memory, lambda: pushed.remove("sst2"))
+    with pytest.raises(Conflict, match="removed it"):
+        pushed.push(theirs)
+    assert pushed.names() == []
+    _before_it_is_locked(memory, lambda: pushed.push(mine))
+    pushed.push(mine)  # the same twice is no conflict
+
+
+def test_a_version_that_is_deleted_before_it_is_current_is_sent_again(memory, pushed, tmp_path, make_adapter) -> None:
+    def delete() -> None:
+        assert pushed.prune(keep=(), older_than_s=0) == [("sst2", new)]
+
+    folder = make_adapter(tmp_path / "new", "sst2", rank=3)
+    new = AdapterRepository(MemoryStore()).push(folder).version
+    _before_it_is_locked(memory, delete)
+    assert pushed.push(folder).version == new
+    pushed.download(pushed.manifest("sst2"), tmp_path)
+
+
+def test_a_version_that_is_current_again_once_it_is_to_be_deleted_stays(memory, pushed, tmp_path, make_adapter) -> None:
+    old = pushed.manifest("sst2")
+    pushed.push(make_adapter(tmp_path / "new", "sst2", rank=3))
+    _before_it_is_locked(memory, lambda: pushed.push(tmp_path / "pushed" / "sst2"))
+    assert pushed.prune(keep=(), older_than_s=0) == []
+    assert pushed.manifest("sst2") == old
+    pushed.download(old, tmp_path)
+
+
+def test_what_was_pushed_is_current_until_somebody_pushes_another(memory, pushed, tmp_path, make_adapter) -> None:
+    mine = pushed.manifest("sst2")
+    pushed.check_current(mine)
+    pushed.push(make_adapter(tmp_path / "new", "sst2", rank=3))
+    with pytest.raises(Conflict, match="in place of"):
+        pushed.check_current(mine)

@@ -4,16 +4,11 @@ import random
 
 import pytest
 
-from lorauter.adapters.repository import AdapterManifest, AdapterRepository
+from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import (
     Catalog,
     build_catalog,
-    catalog_versions,
-    current_version,
-    named_adapters,
-    prune_versions,
-    use_version,
     with_adapter,
     with_adapters,
     with_scores,
@@ -21,7 +16,7 @@ from lorauter.catalog import (
     without_adapters,
     without_tasks,
 )
-from lorauter.catalog.catalog import HEAD_FILE, PROBE_TEXT
+from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import CatalogError, ConfigError, StoreUnavailable
 
@@ -228,49 +223,3 @@ def test_what_cannot_be_changed_is_refused(tasks, repository, encoder) -> None:
     repository.store.down = True
     with pytest.raises(StoreUnavailable):
         with_adapters(catalog, repository)
-
-
-def test_versions_and_the_way_back(tasks, encoder) -> None:
-    store = MemoryStore()
-    first = build_catalog([tasks["wic"]], encoder)
-    second = with_tasks(first, [tasks["sst2"]], encoder)
-    for catalog in (first, second):
-        catalog.save(store)
-    store.write("notes/readme.txt", b"no version")
-    assert catalog_versions(store) == sorted([first.version, second.version])
-    assert current_version(store) == second.version
-    assert use_version(store, first.version).version == first.version == current_version(store)
-    store.objects[f"{second.version}/examples.npy"] = b"damaged"
-    for version in (second.version, "0" * 16, "../etc"):
-        with pytest.raises(CatalogError):
-            use_version(store, version)
-    assert current_version(store) == first.version
-
-
-def test_what_any_version_of_a_catalog_names_is_known(encoder, tasks):
-    store, catalog = MemoryStore(), build_catalog(list(tasks.values()), encoder)
-    for version in ("1" * 16, "2" * 16):
-        with_adapter(catalog, AdapterManifest("wic", version, {})).save(store)
-    assert named_adapters(store) == {("wic", "1" * 16), ("wic", "2" * 16)}
-    store.objects = {key: content for key, content in store.objects.items() if not key.endswith(HEAD_FILE)}
-    assert named_adapters(store) == set()
-    with pytest.raises(CatalogError, match="there is none"):
-        named_adapters(MemoryStore())
-
-
-def test_old_versions_are_pruned_and_never_the_current_one(encoder, tasks):
-    store = MemoryStore()
-    made = [build_catalog([task], encoder) for task in tasks.values()]
-    assert prune_versions(store, keep=0, older_than_s=0) == []
-    for age, catalog in enumerate(reversed(made)):
-        catalog.save(store)
-        store.times |= dict.fromkeys(store.files(catalog.version), 1000.0 - age)
-    current, *others = (catalog.version for catalog in reversed(made))
-    use_version(store, current)
-    store.write(f"{'0' * 16}/examples.npy", b"a version on its way into the store")
-    assert prune_versions(store, keep=2, older_than_s=3600) == [others[2], others[1]]
-    assert prune_versions(store, keep=2, older_than_s=3600) == []
-    assert sorted(catalog_versions(store)) == sorted([current, others[0], "0" * 16])
-    assert Catalog.load(store, version=others[0]).version == others[0]
-    assert prune_versions(store, keep=0, older_than_s=0) == [others[0], "0" * 16]
-    assert Catalog.load(store).version == current

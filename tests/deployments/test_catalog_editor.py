@@ -20,7 +20,7 @@ from lorauter.adapters import AdapterRepository, ModelShape, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_tasks
 from lorauter.encoder import HashingEncoder
-from lorauter.errors import AdapterNotFound, AdapterRejected, InvalidRequest, ServiceUnavailable, TaskNotFound
+from lorauter.errors import AdapterNotFound, AdapterRejected, Conflict, InvalidRequest, TaskNotFound
 from lorauter.tasks import Task
 
 ENCODER = HashingEncoder(64)
@@ -219,7 +219,7 @@ def test_who_publishes_by_other_means_meanwhile_loses_nothing(
         return with_tasks(catalog, *args)
 
     monkeypatch.setattr(catalog_editor, "with_tasks", forever)
-    with pytest.raises(ServiceUnavailable, match="somebody else"):
+    with pytest.raises(Conflict, match="somebody else published"):
         asyncio.run(editor.put_task(make_task("late")))
 
 
