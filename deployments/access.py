@@ -17,8 +17,10 @@ from typing import Protocol
 from starlette.requests import Request
 
 from deployments import observe
+from deployments.browsers import check_no_other_site
 from deployments.config import AccessSettings
 from deployments.scope import Permitted, permits
+from deployments.told import Audience
 from lorauter.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
 from lorauter.keys import ApiKey, Role, parse_keys
 
@@ -41,7 +43,15 @@ class Caller:
     @property
     def permitted(self) -> Permitted:
         """The patterns of adapters that may be used; None is all."""
-        return self.key.adapters if self.key else None
+        patterns = self.key.adapters if self.key else None
+        return None if patterns is None or "*" in patterns else patterns
+
+    @property
+    def audience(self) -> Audience:
+        """What errors may tell."""
+        if self.permitted is not None:
+            return "limited"
+        return "operator" if self.key is not None and "admin" in self.key.roles else "unlimited"
 
     def permits(self, adapter: str) -> bool:
         """Whether an adapter may be used."""
@@ -71,6 +81,7 @@ class Access:
 
     def __init__(self, settings: AccessSettings, limits: Limits | None = None) -> None:
         self._closed = settings.closed
+        self._hosts = frozenset(map(str.lower, settings.trusted_hosts))
         self._limits = limits
         self._file = Path(settings.keys_file) if settings.keys_file is not None else None
         self._stamp: tuple[int, ...] | None = None
@@ -104,6 +115,7 @@ class Access:
         caller = self.identify(request.headers.get("authorization"))
         observe.current().key_name = caller.name
         if caller.key is None:
+            check_no_other_site(request, self._hosts)
             if "inference" not in roles:
                 raise PermissionDenied("this needs an API key with the role 'admin', and no keys are configured")
             return caller
@@ -129,11 +141,15 @@ class Access:
             raise Unauthenticated("the API key is not valid")
         return found
 
-    async def reserve(self, caller: Caller, tokens: int) -> Reservation:
-        """Count tokens that an answer is about to take. Raises RateLimited, ServiceUnavailable."""
+    async def reserve(self, caller: Caller, tokens: int, *, at_least: int = 0) -> Reservation:
+        """Count tokens that an answer is about to take at most, and what it takes at least.
+
+        Raises:
+            RateLimited, ServiceUnavailable.
+        """
         limit = caller.key.tokens_per_minute if caller.key else None
         await self._take(caller, "tokens", tokens, limit)
-        return Reservation(caller, tokens, limit, self._limits)
+        return Reservation(caller, tokens, at_least, limit, self._limits)
 
     async def _take(self, caller: Caller, kind: str, amount: int, limit: int | None) -> None:
         if limit is None:
@@ -166,9 +182,14 @@ class Access:
 
 
 class Reservation:
-    """Tokens counted for an answer before it is made."""
+    """Tokens counted for an answer before it is made.
 
-    def __init__(self, caller: Caller, tokens: int, limit: int | None, limits: Limits | None) -> None:
+    Attributes:
+        at_least: what it takes, if its client leaves before that is known.
+    """
+
+    def __init__(self, caller: Caller, tokens: int, at_least: int, limit: int | None, limits: Limits | None) -> None:
+        self.at_least = at_least
         self._caller = caller
         self._tokens = tokens
         self._limit = limit

@@ -1,31 +1,42 @@
 """The admin API: adapters and tasks added and removed while the service runs.
 
-Knows HTTP; what is done is `deployments.catalog_editor`'s. Adapters come as uploads, or are in the
-service's own store already: no client names a place for the server to read from.
+Knows HTTP; who may do it is for `deployments.rights` to say, and what is done is `deployments.catalog_editor`'s.
+Adapters come as uploads, or are in the service's own store already: no client names a place for the server to read
+from. An upload is on the disk while it comes and until it is taken in; few are taken at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, Protocol
+import mmap
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
+from deployments.bodies import FORM, JSON, content_type, limited, read_json
 from deployments.config import ApiSettings, explain, first_field
+from deployments.rights import Change
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
-from lorauter.errors import InvalidRequest
+from lorauter.errors import InvalidRequest, Overloaded, ServiceUnavailable
 from lorauter.names import RESERVED, RULE, is_valid_name
 from lorauter.tasks import Task
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+ReadChange = Callable[[Request], AbstractAsyncContextManager[Change]]
+"""Reads what change a request asks for; what the change is made of is kept until the end."""
+
 _MAX_EXAMPLES = 512
+_UPLOADS, _UPLOADS_A_KEY = 4, 2  # that a replica of the ingress takes at once
+_UPLOAD_S = 600.0  # for which one may come
 _PARTS = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
 
 
@@ -45,7 +56,7 @@ class Editor(Protocol):
         """Take an adapter out."""
 
 
-def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[str, str, Endpoint]]:
+def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[str, str, ReadChange]]:
     """Method, path and function of each; without an editor, where what is served is the examples, they refuse."""
     admin = _Admin(editor, settings)
     return [
@@ -68,10 +79,12 @@ class _Admin:
     def __init__(self, editor: Editor | None, settings: ApiSettings) -> None:
         self._editor = editor
         self._settings = settings
+        self._uploads: Counter[str | None] = Counter()
 
-    async def put_task(self, request: Request) -> Response:
+    @asynccontextmanager
+    async def put_task(self, request: Request) -> AsyncIterator[Change]:
         editor = self._open()
-        raw = await self._raw(request)
+        raw = await read_json(request, self._settings.max_body_bytes)
         try:
             task = Task.from_json(json.loads(raw), source="the task")
         except (ValueError, RecursionError) as error:
@@ -81,29 +94,37 @@ class _Admin:
                 f"got {len(task.validation)} validation examples; at most {_MAX_EXAMPLES} are taken, 20 do",
                 param="validation",
             )
-        return JSONResponse(await editor.put_task(task))
+        yield Change(lambda: editor.put_task(task), tasks=(task.name,))
 
-    async def remove_task(self, request: Request) -> Response:
-        return JSONResponse(await self._open().remove_task(request.path_params["name"]))
+    @asynccontextmanager
+    async def remove_task(self, request: Request) -> AsyncIterator[Change]:
+        editor, name = self._open(), request.path_params["name"]
+        yield Change(lambda: editor.remove_task(name), tasks=(name,))
 
-    async def put_adapter(self, request: Request) -> Response:
-        editor = self._open()
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            name, files = await self._upload(request)
-            return JSONResponse(await editor.put_adapter(name, files))
-        if kind != "application/json":
+    @asynccontextmanager
+    async def put_adapter(self, request: Request) -> AsyncIterator[Change]:
+        editor, kind = self._open(), content_type(request)
+        if kind == FORM:
+            with self._slot(request.state.caller.name):
+                async with self._form(request) as form:
+                    name, files = _adapter(form)
+                    yield Change(lambda: editor.put_adapter(name, files), adapters=(name,))
+        elif kind == JSON:
+            raw = await read_json(request, self._settings.max_body_bytes)
+            try:
+                known = _name(_AdapterBody.model_validate_json(raw).name)
+            except ValidationError as error:
+                raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
+            yield Change(lambda: editor.put_adapter(known, None), adapters=(known,))
+        else:
             raise HTTPException(
-                415, "send multipart/form-data (name, config, weights), or JSON with the name of one in the store"
+                415, f"send {FORM} (name, config, weights), or {JSON} with the name of an adapter in the store"
             )
-        try:
-            body = _AdapterBody.model_validate_json(await self._raw(request))
-        except ValidationError as error:
-            raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
-        return JSONResponse(await editor.put_adapter(_name(body.name), None))
 
-    async def remove_adapter(self, request: Request) -> Response:
-        return JSONResponse(await self._open().remove_adapter(_name(request.path_params["name"])))
+    @asynccontextmanager
+    async def remove_adapter(self, request: Request) -> AsyncIterator[Change]:
+        editor, name = self._open(), _name(request.path_params["name"])
+        yield Change(lambda: editor.remove_adapter(name), adapters=(name,))
 
     def _open(self) -> Editor:
         """The editor, if there is something to edit."""
@@ -111,44 +132,67 @@ class _Admin:
             raise HTTPException(409, "the examples are not changed; set `adapters` and `catalog` to stores of your own")
         return self._editor
 
-    async def _raw(self, request: Request) -> bytes:
-        return b"".join([part async for part in _limited(request, self._settings.max_body_bytes)])
-
-    async def _upload(self, request: Request) -> tuple[str, dict[str, Any]]:
-        """An adapter's name and files. Large ones are on the disk while they come."""
-        stream = _limited(request, self._settings.max_adapter_bytes)
+    @contextmanager
+    def _slot(self, key: str | None) -> Iterator[None]:
+        """A place among the uploads that are taken at once. Raises Overloaded."""
+        if self._uploads.total() >= _UPLOADS or self._uploads[key] >= _UPLOADS_A_KEY:
+            raise Overloaded(
+                f"{self._uploads[key]} uploads of this key and {self._uploads.total()} in all are being taken; at "
+                f"most {_UPLOADS_A_KEY} and {_UPLOADS} are at once; try again",
+                retry_after_s=5.0,
+            )
+        self._uploads[key] += 1
         try:
-            form = await MultiPartParser(request.headers, stream, max_files=len(_PARTS), max_fields=1).parse()
+            yield
+        finally:
+            self._uploads[key] -= 1
+
+    @asynccontextmanager
+    async def _form(self, request: Request) -> AsyncIterator[FormData]:
+        """An upload, whose large parts are files."""
+        stream = limited(request, self._settings.max_adapter_bytes)
+        parser = MultiPartParser(request.headers, stream, max_files=len(_PARTS), max_fields=1)
+        try:
+            async with asyncio.timeout(_UPLOAD_S):
+                form = await parser.parse()
         except MultiPartException as error:
             raise InvalidRequest(f"the upload cannot be read: {error.message}") from error
+        except TimeoutError as error:
+            raise HTTPException(408, f"the upload did not end within {_UPLOAD_S:g} s; send it faster") from error
+        except OSError as error:
+            raise ServiceUnavailable(f"the upload cannot be kept: {error.strerror}") from error
         try:
-            parts = dict(form.multi_items())
-            wrong = sorted({"name", *_PARTS} ^ parts.keys())
-            if wrong or not isinstance(parts["name"], str):
-                raise InvalidRequest(
-                    f"got the parts {', '.join(sorted(parts)) or 'none'}; needed are name, config "
-                    f"({CONFIG_FILE}) and weights ({WEIGHTS_FILE})",
-                    param=wrong[0] if wrong else "name",
-                )
-            files = {}
-            for part, file in _PARTS.items():
-                upload = parts[part]
-                if not isinstance(upload, UploadFile):
-                    raise InvalidRequest(f"the part {part} is no file; send the content of {file} as one", param=part)
-                files[file] = np.frombuffer(await upload.read(), np.uint8)
-            return _name(parts["name"]), files
+            yield form
         finally:
             await form.close()
 
 
-async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body's parts, no further than the limit."""
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise HTTPException(413, f"the body is larger than {limit} bytes; send a smaller one")
-        yield part
+def _adapter(form: FormData) -> tuple[str, dict[str, NDArray[np.uint8]]]:
+    """An uploaded adapter's name and files. Raises InvalidRequest."""
+    parts = dict(form.multi_items())
+    wrong = sorted({"name", *_PARTS} ^ parts.keys())
+    if wrong or not isinstance(parts["name"], str):
+        raise InvalidRequest(
+            f"got the parts {', '.join(sorted(parts)) or 'none'}; needed are name, config "
+            f"({CONFIG_FILE}) and weights ({WEIGHTS_FILE})",
+            param=wrong[0] if wrong else "name",
+        )
+    files = {}
+    for part, file in _PARTS.items():
+        upload = parts[part]
+        if not isinstance(upload, UploadFile):
+            raise InvalidRequest(f"the part {part} is no file; send the content of {file} as one", param=part)
+        files[file] = _mapped(upload.file)
+    return _name(parts["name"]), files
+
+
+def _mapped(file: BinaryIO) -> NDArray[np.uint8]:
+    """A file's bytes, which stay on the disk until they are read."""
+    descriptor = file.fileno()  # from here on a small one is on the disk too
+    file.flush()
+    if not file.seek(0, 2):
+        return np.zeros(0, np.uint8)
+    return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 def _name(name: str) -> str:

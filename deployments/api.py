@@ -10,7 +10,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import islice
@@ -26,12 +26,15 @@ from starlette.types import Receive, Scope, Send
 
 from deployments import observe
 from deployments.access import Access, Caller, Reservation
-from deployments.admin import Endpoint
+from deployments.admin import ReadChange
+from deployments.bodies import read_json
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
-from deployments.config import AccessSettings, ApiSettings, explain, first_field
+from deployments.config import AccessSettings, ApiSettings, EngineSettings, explain, first_field
 from deployments.openai_answers import CHAT, TEXT, Shape, error_answer, usage
 from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody, GenerationBody, RouteBody
+from deployments.rights import ROLES, check_change
 from deployments.scope import ScopedOptions, visible_tasks
+from deployments.told import Audience, without_places
 from lorauter.engine.types import Chunk
 from lorauter.errors import (
     AdapterError,
@@ -41,7 +44,6 @@ from lorauter.errors import (
     Overloaded,
     Unauthenticated,
 )
-from lorauter.keys import Role
 from lorauter.names import RULE, is_valid_name
 from lorauter.routing.compose import AdapterWeight, LeftOut, RoutingDecision, cause_of
 from lorauter.routing.options import RoutingOptions
@@ -76,6 +78,7 @@ class Service(Protocol):
 
 
 Body = TypeVar("Body", bound=BaseModel)
+Endpoint = Callable[[Request], Awaitable[Response]]
 _Answer = AsyncGenerator[Admitted | Chunk]
 
 
@@ -83,14 +86,25 @@ def build_api(
     service: Service,
     settings: ApiSettings,
     access: Access | None = None,
-    admin: Sequence[tuple[str, str, Endpoint]] = (),
+    admin: Sequence[tuple[str, str, ReadChange]] = (),
+    *,
+    max_model_len: int = EngineSettings().max_model_len,
 ) -> Starlette:
-    """The ASGI application over a service, with the admin API's endpoints; without `access` everybody may use it."""
-    access = access or Access(AccessSettings())
-    api = _Api(service, settings, access)
+    """The ASGI application over a service.
 
-    def route(path: str, endpoint: Endpoint, *roles: Role, method: str = "GET") -> Route:
-        """A route for callers with one of the roles; for everybody where none is given."""
+    Args:
+        service: does the work.
+        settings: the API's.
+        access: who may use it; everybody, if it is left out.
+        admin: the admin API's endpoints.
+        max_model_len: tokens that a prompt and its answer can take together.
+    """
+    access = access or Access(AccessSettings())
+    api = _Api(service, settings, access, max_model_len)
+
+    def route(method: str, path: str, endpoint: Endpoint) -> Route:
+        """A route for callers with one of the endpoint's roles."""
+        roles = ROLES[method, path]
 
         async def guarded(request: Request) -> Response:
             observe.current().endpoint = path
@@ -100,6 +114,16 @@ def build_api(
 
         return Route(path, guarded, methods=[method])
 
+    def change(method: str, path: str, read: ReadChange) -> Route:
+        """The same for an endpoint that changes something, which takes the right to just that."""
+
+        async def changed(request: Request) -> Response:
+            async with read(request) as wanted:
+                await check_change(request.state.caller, wanted, service)
+                return JSONResponse(await wanted.make())
+
+        return route(method, path, changed)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await service.check_ready()
@@ -107,14 +131,14 @@ def build_api(
 
     return Starlette(
         routes=[
-            route("/v1/chat/completions", api.chat, "inference", method="POST"),
-            route("/v1/completions", api.completion, "inference", method="POST"),
-            route("/v1/route", api.route, "inference", method="POST"),
-            route("/v1/models", api.models, "inference", "admin"),
-            route("/v1/models/{model}", api.model, "inference", "admin"),
-            route("/v1/tasks", api.tasks, "inference", "admin"),
-            route("/healthz", api.health),
-            *[route(path, endpoint, "admin", method=method) for method, path, endpoint in admin],
+            route("POST", "/v1/chat/completions", api.chat),
+            route("POST", "/v1/completions", api.completion),
+            route("POST", "/v1/route", api.route),
+            route("GET", "/v1/models", api.models),
+            route("GET", "/v1/models/{model}", api.model),
+            route("GET", "/v1/tasks", api.tasks),
+            route("GET", "/healthz", api.health),
+            *[change(method, path, read) for method, path, read in admin],
         ],
         exception_handlers={LorauterError: _known, HTTPException: _http, Exception: _unknown},
         lifespan=lifespan,
@@ -122,10 +146,11 @@ def build_api(
 
 
 class _Api:
-    def __init__(self, service: Service, settings: ApiSettings, access: Access) -> None:
+    def __init__(self, service: Service, settings: ApiSettings, access: Access, context: int) -> None:
         self._service = service
         self._settings = settings
         self._access = access
+        self._context = context
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
@@ -144,7 +169,12 @@ class _Api:
                 f"got {len(texts)} texts; at most {self._settings.max_inputs} are routed at once", param="input"
             )
         self._check_length(max(map(len, texts)), "input")
-        decisions = await self._service.route(texts, _scoped(body, request.state.caller))
+        reservation = await self._access.reserve(request.state.caller, sum(_tokens(len(text)) for text in texts))
+        try:
+            decisions = await self._service.route(texts, _scoped(body, request.state.caller))
+        except Exception:
+            await reservation.settle(0)
+            raise
         data = [{"index": i, **decision.to_json()} for i, decision in enumerate(decisions)]
         return JSONResponse({"object": "list", "data": data})
 
@@ -163,24 +193,23 @@ class _Api:
         return JSONResponse(_model_row(name))
 
     async def tasks(self, request: Request) -> Response:
-        catalog = await self._service.describe()
-        refused = {"refused": dict(zip(("version", "reason"), catalog.refused, strict=True))} if catalog.refused else {}
-        tasks = visible_tasks(catalog.tasks, request.state.caller.permitted)
+        catalog, caller = await self._service.describe(), request.state.caller
+        refused = {}
+        if catalog.refused and (caller.audience == "operator" or caller.key is None):
+            version, reason = catalog.refused
+            reason = reason if caller.audience == "operator" else without_places(reason)
+            refused = {"refused": {"version": version, "reason": reason}}
+        tasks = visible_tasks(catalog.tasks, caller.permitted)
         return JSONResponse({"object": "list", "catalog_version": catalog.version, **refused, "data": tasks})
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        """The request's body, no further read than the limit, validated."""
-        limit = self._settings.max_body_bytes
-        raw = bytearray()
-        async for part in request.stream():
-            raw += part
-            if len(raw) > limit:
-                raise HTTPException(413, f"the body is larger than {limit} bytes; send a smaller one")
+        """The request's body, validated."""
+        raw = await read_json(request, self._settings.max_body_bytes)
         try:
-            return kind.model_validate_json(bytes(raw))
+            return kind.model_validate_json(raw)
         except ValidationError as error:
             raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
 
@@ -258,7 +287,10 @@ class _Api:
         settings, caller = self._settings, request.state.caller
         sampling = body.sampling(max_tokens=settings.default_max_tokens, temperature=settings.default_temperature)
         self._service.check_load()
-        reservation = await self._access.reserve(caller, prompt.characters // _CHARS_A_TOKEN + sampling.max_tokens)
+        prompt_tokens = min(_tokens(prompt.characters), self._context)
+        reservation = await self._access.reserve(
+            caller, min(prompt_tokens + sampling.max_tokens, self._context), at_least=prompt_tokens
+        )
 
         def ask(decision: RoutingDecision) -> _Answer:
             call = GenerateCall(prompt, decision.adapters, sampling, routed=decision.routed)
@@ -266,8 +298,8 @@ class _Api:
 
         try:
             decision, stream, admitted = await self._admit(body, text, caller, ask)
-        except Exception:
-            await reservation.settle(0)
+        except BaseException as error:
+            await reservation.settle(0 if isinstance(error, Exception) else reservation.at_least)
             raise
         observe.current().decided(body.model, len(decision.adapters), decision.confidence)
         head = {
@@ -282,7 +314,7 @@ class _Api:
         }
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(stream, admitted, head, decision, shape, with_usage=with_usage)
+            events = _events(stream, admitted, head, decision, shape, with_usage=with_usage, audience=caller.audience)
             return _EventStream(events, stream, headers)
         chunks = [item async for item in stream if isinstance(item, Chunk)]
         text = "".join(chunk.text for chunk in chunks)
@@ -294,20 +326,22 @@ class _Api:
 async def _metered(stream: _Answer, reservation: Reservation) -> _Answer:
     """The same stream; what it took is counted in place of what was reserved.
 
-    If the client leaves before the first token, nobody knows what it took, and the reservation stands.
+    Where it is refused before it is admitted, the reservation stands for another attempt. If the client leaves before
+    that, nobody knows what it took, and the prompt is counted.
     """
     used: int | None = None
+    refused = False
     try:
         async for item in stream:
             used = (used or 0) + (item.prompt_tokens if isinstance(item, Admitted) else len(item.token_ids))
             yield item
     except Exception:
-        used = used or 0
+        refused = used is None
         raise
     finally:
         await stream.aclose()
-        if used is not None:
-            await reservation.settle(used)
+        if not refused:
+            await reservation.settle(reservation.at_least if used is None else used)
 
 
 def _scoped(options: RoutingOptions, caller: Caller) -> RoutingOptions:
@@ -339,6 +373,7 @@ async def _events(
     shape: Shape,
     *,
     with_usage: bool,
+    audience: Audience,
 ) -> AsyncGenerator[str]:
     """Server-sent events: the decision with the first, then the answer as it comes, then `[DONE]`."""
 
@@ -357,7 +392,7 @@ async def _events(
                 if item.text or item.finish_reason:
                     yield event({**head, **choice(shape.delta(item.text), item.finish_reason)})
     except Exception as error:  # noqa: BLE001 (the status is sent; the error has to go into the stream)
-        yield event(error_answer(error)[1])
+        yield event(error_answer(error, audience)[1])
         return
     if with_usage:
         yield event({**head, "choices": [], "usage": usage(admitted.prompt_tokens, tokens)})
@@ -367,6 +402,11 @@ async def _events(
 def _header(pairs: Iterable[tuple[str, float]]) -> str:
     """`name=0.1234,...`, no longer than proxies take; the body has them all."""
     return ",".join(f"{name}={value:.4f}" for name, value in islice(pairs, _HEADER_ITEMS))
+
+
+def _tokens(characters: int) -> int:
+    """About how many tokens a text has."""
+    return math.ceil(characters / _CHARS_A_TOKEN)
 
 
 def _short(name: str) -> str:
@@ -379,8 +419,9 @@ def _model_row(name: str) -> dict[str, Any]:
     return row if name in (ROUTED_MODEL, BASE_MODEL) else {**row, "parent": BASE_MODEL}
 
 
-async def _known(_: Request, error: Exception) -> Response:
-    status, body = error_answer(error)
+async def _known(request: Request, error: Exception) -> Response:
+    caller: Caller = getattr(request.state, "caller", Caller())
+    status, body = error_answer(error, caller.audience)
     headers = {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
@@ -395,7 +436,7 @@ async def _http(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
-async def _unknown(_: Request, error: Exception) -> Response:
+async def _unknown(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
-    return await _known(_, error)
+    return await _known(request, error)

@@ -108,10 +108,13 @@ class AccessSettings(Settings):
     Attributes:
         keys_file: a YAML or JSON list of keys' hashes, on every node that runs a Router; read again when it changes.
         keys_env: the environment variable that holds the same; read once.
+        trusted_hosts: where no keys are configured, names of this machine, beside "localhost", that requests over the
+            loopback may be sent to (a proxy's, say), and hosts whose web pages may use the service.
     """
 
     keys_file: str | None = None
     keys_env: str | None = None
+    trusted_hosts: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_source(self) -> "AccessSettings":

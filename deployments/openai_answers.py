@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from deployments.told import Audience, told
 from lorauter.errors import (
     AdapterNotFound,
     AdapterRejected,
@@ -27,6 +28,8 @@ from lorauter.errors import (
 )
 
 logger = logging.getLogger("lorauter.api")
+
+_UNKNOWN = "internal error; the server's log says more"
 
 # (status, type, code) of each error that may reach a client; the first class that fits counts.
 _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
@@ -92,12 +95,12 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def error_answer(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error; what is not ours is logged and told to nobody."""
+def error_answer(error: Exception, audience: Audience) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error for whoever reads it; what is not ours is logged and told to nobody."""
     for kind, status, type_, code in _STATUS:
         if isinstance(error, kind):
-            param = getattr(error, "param", None)
-            return status, {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
+            message, param = told(error, audience), getattr(error, "param", None)
+            return status, {"error": {"message": message, "type": type_, "param": param, "code": code}}
     logger.error("request failed", exc_info=error)
-    message = str(error) if isinstance(error, LorauterError) else "internal error; the server's log says more"
+    message = told(error, audience) if isinstance(error, LorauterError) and audience != "limited" else _UNKNOWN
     return 500, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}

@@ -78,7 +78,9 @@ class Router:
         self._refused_until = 0.0
 
     def __serve_build_asgi_app__(self) -> Any:
-        api = build_api(self, self._config.api, self._access, admin_endpoints(self._editor, self._config.api))
+        config = self._config
+        admin = admin_endpoints(self._editor, config.api)
+        api = build_api(self, config.api, self._access, admin, max_model_len=config.engine.max_model_len)
         return observe.Observed(api, self._recorder)
 
     async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:

@@ -1,6 +1,6 @@
 """What a caller may see of the adapters: name patterns, and routing options that keep to them.
 
-A task that other callers' adapters alone serve is hidden as a whole: it is routed as if the catalog lacked it.
+A task that none of a caller's adapters serves is hidden as a whole: it is routed as if the catalog lacked it.
 Knows nothing of keys or HTTP.
 """
 
@@ -51,9 +51,8 @@ class ScopedOptions(RoutingOptions):
 
 
 def is_hidden(adapters: Iterable[str], permitted: Permitted) -> bool:
-    """Whether a task with these adapters is to be hidden: it has some, and none is permitted."""
-    names = list(adapters)
-    return bool(names) and not any(permits(permitted, name) for name in names)
+    """Whether a task with these adapters is to be hidden: none of them is permitted, though not all adapters are."""
+    return permitted is not None and "*" not in permitted and not any(permits(permitted, name) for name in adapters)
 
 
 def _hidden_tasks(catalog: Catalog, permitted: tuple[str, ...]) -> frozenset[str]:

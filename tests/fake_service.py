@@ -110,7 +110,7 @@ def post(service: FakeService, path: str, body: Any, **settings: Any) -> Any:
     """POST a JSON value, or raw bytes, or an async iterator of bytes."""
     if not hasattr(body, "__aiter__") and not isinstance(body, bytes):
         body = json.dumps(body).encode()
-    return send(service, "POST", path, settings, content=body)
+    return send(service, "POST", path, settings, content=body, headers={"Content-Type": "application/json"})
 
 
 def chat(model: str = "lorauter", text: Any = "hi", **options: Any) -> dict[str, Any]:

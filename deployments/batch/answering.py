@@ -90,7 +90,7 @@ class Answering:
         for place, outcome, size in zip(work.order, outcomes, sizes, strict=True):
             results[place] = _columns(work.decisions[place], outcome, size)
             if isinstance(outcome.result, Exception):
-                work.errors[place] = error_answer(outcome.result)
+                work.errors[place] = error_answer(outcome.result, "operator")
         work.results = results
 
     def _prepare(self, work: Work, ready: queue.Queue[Ready | None], stopped: threading.Event) -> None:

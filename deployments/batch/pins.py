@@ -5,14 +5,13 @@ The job goes on with these whatever is published meanwhile. What is deleted mean
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from deployments.batch.config import BatchConfig
 from lorauter.adapters import open_store
 from lorauter.catalog import current_version
-from lorauter.catalog.catalog import HEAD_FILE
+from lorauter.catalog.catalog import HEAD_FILE, read_adapters
 from lorauter.errors import ConfigError, ObjectNotFound
 
 
@@ -20,24 +19,21 @@ def pin(config: BatchConfig) -> dict[str, Any]:
     """The pins of a job that begins now, as its manifest has them: `{"uri", "version", "adapters": {name: version}}`.
 
     Raises:
-        ConfigError: there is no catalog.
+        ConfigError, CatalogError: there is no catalog, or it is damaged.
         StoreError: it cannot be reached.
     """
     version = current_version(config.catalog)
     if version is None:
         raise ConfigError(f"there is no catalog at {config.catalog}", setting="catalog")
     pins = {"uri": config.catalog, "version": version}
-    return {**pins, "adapters": dict(_head(pins)["adapters"])}
+    check_pins(pins)
+    return {**pins, "adapters": read_adapters(open_store(config.catalog), version)}
 
 
 def check_pins(pins: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the catalog's version of a job that is to go on was deleted since it began."""
-    _head(pins)
-
-
-def _head(pins: Mapping[str, Any]) -> Any:
+    """Raise ConfigError where the version of the catalog was deleted, as may be since a job has begun."""
     try:
-        return json.loads(open_store(pins["uri"]).read(f"{pins['version']}/{HEAD_FILE}"))
+        open_store(pins["uri"]).fingerprint(f"{pins['version']}/{HEAD_FILE}")
     except ObjectNotFound as error:
         raise ConfigError(
             f"the job is pinned to version {pins['version']} of the catalog {pins['uri']}, which is not there any more "
@@ -45,5 +41,3 @@ def _head(pins: Mapping[str, Any]) -> Any:
             "another output to begin anew",
             setting="catalog",
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"version {pins['version']} of the catalog {pins['uri']} is damaged: {error}") from error

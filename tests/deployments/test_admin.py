@@ -172,7 +172,8 @@ def test_the_examples_are_not_changed(method: str, path: str) -> None:
     ],
 )
 def test_a_wrong_task_is_refused(body: bytes, said: str) -> None:
-    response = send(FakeEditor(), "POST", "/v1/tasks", content=body)
+    headers = {**AUTHORIZED, "Content-Type": "application/json"}
+    response = send(FakeEditor(), "POST", "/v1/tasks", headers=headers, content=body)
     assert response.status_code == 400
     assert said in message(response)
 

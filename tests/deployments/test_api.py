@@ -366,8 +366,9 @@ def test_a_client_that_leaves_ends_its_call(path: str, body: Any, when: str, spe
                 await asyncio.Event().wait()
 
         scope = {"type": "http", "asgi": {"spec_version": spec}, "method": "POST", "path": path}
+        headers = [(b"content-type", b"application/json")]
         app = build_api(service, ApiSettings())
-        task = asyncio.create_task(app({**scope, "headers": [], "query_string": b""}, receive, give))  # type: ignore[arg-type]
+        task = asyncio.create_task(app({**scope, "headers": headers, "query_string": b""}, receive, give))  # type: ignore[arg-type]
         if when == "while waiting":
             await waiting.wait()
             gone.set()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from fake_service import BOTH, CHAT, COMPLETIONS, ROUTE, FakeService, chat, refused, text, transport
+from fake_service import BOTH, CHAT, COMPLETIONS, DECISION, ROUTE, FakeService, chat, refused, text, transport
 
 from deployments.access import Access
 from deployments.api import build_api
@@ -18,10 +19,12 @@ from deployments.config import AccessSettings, ApiSettings
 from deployments.limits import LimitsActor
 from lorauter.engine.types import Chunk
 from lorauter.errors import (
+    AdapterNotFound,
     Overloaded,
     ServiceUnavailable,
 )
 from lorauter.keys import hash_key
+from lorauter.routing import RoutingDecision, RoutingOptions
 
 KEYS = [
     {"name": "poets", "sha256": hash_key("lr-poets"), "adapters": ["poe*"], "tokens_per_minute": 400},
@@ -34,11 +37,12 @@ KEYS = [
 def secured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`secured(service, method, path, key, body)`: a request to a service with KEYS."""
     monkeypatch.setenv("KEYS", json.dumps(KEYS))
-    access = Access(AccessSettings(keys_env="KEYS"), LimitsActor())
+    limits = LimitsActor()
+    access = Access(AccessSettings(keys_env="KEYS"), limits)
 
-    def ask(service: FakeService, method: str, path: str, key: str | None, body: Any = None) -> Any:
+    def ask(service: FakeService, method: str, path: str, key: str | None, body: Any = None, **options: Any) -> Any:
         async def talk() -> httpx.Response:
-            app = build_api(service, ApiSettings(), access)
+            app = build_api(service, ApiSettings(), access, **options)
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
             async with httpx.AsyncClient(
                 transport=transport(app), base_url="http://lorauter", headers=headers
@@ -47,6 +51,7 @@ def secured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
         return asyncio.run(talk())
 
+    ask.limits = limits  # type: ignore[attr-defined]
     return ask
 
 
@@ -156,25 +161,91 @@ def test_what_fails_gives_its_tokens_back(secured: Any, service: FakeService, bo
     assert secured(FakeService(), "POST", CHAT, "lr-poets", chat("poet", max_tokens=390)).status_code == 200
 
 
-def test_who_leaves_before_the_first_token_pays_what_was_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["routing", "generating"])
+def test_who_leaves_before_the_first_token_pays_for_the_prompt_alone(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Slow(FakeService):
         async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
             await asyncio.sleep(10)
             yield Admitted(1)
 
+        async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
+            await asyncio.sleep(10)
+            return []
+
     monkeypatch.setenv("KEYS", json.dumps(KEYS))
     access = Access(AccessSettings(keys_env="KEYS"), LimitsActor())
 
-    async def ask(service: FakeService, timeout_s: float) -> int:
+    async def ask(service: FakeService, timeout_s: float, body: Any) -> int:
         headers = {"Authorization": "Bearer lr-poets"}
         app = build_api(service, ApiSettings(), access)
         async with httpx.AsyncClient(transport=transport(app), base_url="http://lorauter", headers=headers) as client:
-            asked = client.post(CHAT, json=chat("poet", max_tokens=390))
-            return (await asyncio.wait_for(asked, timeout_s)).status_code
+            return (await asyncio.wait_for(client.post(CHAT, json=body), timeout_s)).status_code
 
-    async def talk() -> int:
+    async def talk() -> list[int]:
+        model = "poet" if where == "generating" else "lorauter"
+        for _ in range(2):
+            with pytest.raises(TimeoutError):  # of 400 tokens a minute, 390 are reserved each time
+                await ask(Slow(), 0.1, chat(model, max_tokens=390))
         with pytest.raises(TimeoutError):
-            await ask(Slow(), 0.1)
-        return await ask(FakeService(), 10)
+            await ask(Slow(), 0.1, chat(model, text="x" * 400, max_tokens=1))
+        return [await ask(FakeService(), 10, chat("poet", max_tokens=n)) for n in (320, 280)]
 
-    assert asyncio.run(talk()) == 429
+    assert asyncio.run(talk()) == [429, 200]
+
+
+def test_no_more_is_reserved_than_the_context_holds(secured: Any) -> None:
+    """A key of 400 tokens a minute and a context of 300; each request takes 10."""
+    for max_tokens in (10**9, 290, 10**6):
+        for prompt in ("hi", "x" * 100_000):
+            body = chat("poet", text=prompt, max_tokens=max_tokens)
+            assert secured(FakeService(), "POST", CHAT, "lr-poets", body, max_model_len=300).status_code == 200
+
+    class Dies(FakeService):
+        async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+            raise asyncio.CancelledError
+            yield
+
+    with pytest.raises(asyncio.CancelledError):
+        secured(Dies(), "POST", CHAT, "lr-poets", chat("poet", text="x" * 100_000), max_model_len=300)
+    waits = secured(FakeService(), "POST", CHAT, "lr-poets", chat("poet", max_tokens=300), max_model_len=300)
+    refused(waits, 429, "rate_limit_exceeded")
+    assert int(waits.headers["retry-after"]) <= 60
+
+
+def test_a_request_that_is_routed_anew_keeps_its_reservation(secured: Any) -> None:
+    """While one is routed anew, another of the same key cannot take the tokens that it reserved."""
+    others: list[float] = []
+
+    class Anew(FakeService):
+        async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+            if not self.calls:
+                self.calls.append(call)
+                raise AdapterNotFound("gone", adapter="poet")
+            others.append(await limits.take("poets tokens", 200, 400))
+            async for item in super().generate(call):
+                yield item
+
+        async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
+            return [replace(DECISION, adapters=())]
+
+    limits = secured.limits
+    assert secured(Anew(), "POST", CHAT, "lr-poets", chat(max_tokens=300)).status_code == 200
+    assert others[0] > 0
+    assert asyncio.run(limits.take("poets tokens", 385, 400)) == 0  # it was settled in the end
+
+
+def test_routing_alone_is_charged(secured: Any) -> None:
+    """About a token for four characters, of 400 a minute."""
+    texts = ["x" * 100] * 7
+    assert secured(FakeService(), "POST", ROUTE, "lr-poets", {"input": texts}).status_code == 200
+    assert (
+        secured(
+            FakeService(route_error=ServiceUnavailable("x")), "POST", ROUTE, "lr-poets", {"input": texts}
+        ).status_code
+        == 503
+    )
+    assert secured(FakeService(), "POST", ROUTE, "lr-poets", {"input": texts}).status_code == 200
+    refused(secured(FakeService(), "POST", ROUTE, "lr-poets", {"input": texts}), 429, "rate_limit_exceeded")
+    assert secured(FakeService(), "POST", ROUTE, "lr-few", {"input": ["x" * 1000] * 256}).status_code == 200

@@ -76,7 +76,7 @@ def test_openais_format_has_responses_as_the_api_gives_them(tmp_path, plain) -> 
     error = InvalidRequest("needed POST", param="url")
     done = Work(3, [SourceRow(i, values) for i, values in enumerate(rows)], decisions=[DECISION] * 3 + [error] * 2)
     done.results = [GOOD, GOOD, GOOD, BAD, BAD]
-    done.errors = {3: error_answer(error), 4: error_answer(error)}
+    done.errors = {place: error_answer(error, "operator") for place in (3, 4)}
     output = Output(str(tmp_path), "openai", None, result_schema(route_only=False), plain=plain)
     assert output.write(done).errors == 2
     assert list(output.done(4)) == [3]

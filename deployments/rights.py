@@ -1,0 +1,75 @@
+"""Who may do what: by endpoint and caller, in this one place. What handles a request asks no more.
+
+An endpoint takes one of some roles. A change also takes the right to what it changes: a key that is limited to
+adapters changes those alone, and of the tasks those that are served by none but its adapters, or that nothing serves
+and that are called as its adapters are. It is told the same of a task that it may not change as of one that is not
+there. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deployments.access import Caller
+from deployments.calls import CatalogDescription
+from lorauter.errors import PermissionDenied
+from lorauter.keys import Role
+
+ROLES: Mapping[tuple[str, str], tuple[Role, ...]] = {
+    ("POST", "/v1/chat/completions"): ("inference",),
+    ("POST", "/v1/completions"): ("inference",),
+    ("POST", "/v1/route"): ("inference",),
+    ("GET", "/v1/models"): ("inference", "admin"),
+    ("GET", "/v1/models/{model}"): ("inference", "admin"),
+    ("GET", "/v1/tasks"): ("inference", "admin"),
+    ("GET", "/healthz"): (),
+    ("POST", "/v1/adapters"): ("admin",),
+    ("DELETE", "/v1/adapters/{name}"): ("admin",),
+    ("POST", "/v1/tasks"): ("admin",),
+    ("DELETE", "/v1/tasks/{name}"): ("admin",),
+}
+"""The roles of which an endpoint takes one; none where it needs no key."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of what is served, as it was asked for.
+
+    Attributes:
+        make: makes it; returns what to answer.
+        adapters, tasks: the names of what it adds, replaces or removes.
+    """
+
+    make: Callable[[], Awaitable[dict[str, Any]]]
+    adapters: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+
+class Described(Protocol):
+    """What tells what the catalog holds."""
+
+    async def describe(self) -> CatalogDescription:
+        """The tasks and adapters there are."""
+
+
+async def check_change(caller: Caller, change: Change, service: Described) -> None:
+    """Raise PermissionDenied unless a caller who may change something may change this."""
+    if caller.permitted is None:
+        return
+    own = " or ".join(caller.permitted) or "nothing"
+    for name in change.adapters:
+        if not caller.permits(name):
+            raise PermissionDenied(f"the key {caller.name!r} may change adapters called {own} alone, and not {name!r}")
+    if not change.tasks:
+        return
+    serving = {
+        task["id"]: [row["name"] for row in task.get("adapters", ())] for task in (await service.describe()).tasks
+    }
+    for name in change.tasks:
+        if not all(map(caller.permits, serving.get(name) or [name])):
+            raise PermissionDenied(
+                f"the key {caller.name!r} may change a task only if it may use every adapter that serves it, and add "
+                f"one only if it is called {own}; {name!r} is neither"
+            )
