@@ -113,7 +113,8 @@ class CatalogEditor:
             AdapterNotFound: there are no files, and none of this name in the store.
             AdapterUnavailable, CatalogError, StoreError.
         """
-        fits = await self._model.shape.remote() if files is not None else None
+        shape, max_rank = await self._model.shape.remote()
+        warnings: list[str] = []
 
         def take_in() -> tuple[AdapterManifest, Catalog]:
             manifest = push()
@@ -125,21 +126,26 @@ class CatalogEditor:
             return manifest, self._change(with_it, adapters=[name])
 
         def push() -> AdapterManifest:
-            if files is None or fits is None:
-                return self._repository.manifest(name)
-            shape, max_rank = fits
+            if files is None:
+                manifest = self._repository.manifest(name)
+                check(self._repository.load(manifest))
+                return manifest
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch) / name
                 folder.mkdir()
                 for file in (CONFIG_FILE, WEIGHTS_FILE):
                     files[file].tofile(folder / file)
-                LoraWeights.load(folder, name=name, version="pushed").check_fits(shape, max_rank=max_rank)
+                check(LoraWeights.load(folder, name=name, version="pushed"))
                 return self._repository.push(folder)
+
+        def check(weights: LoraWeights) -> None:
+            warnings[:] = *weights.warnings, *weights.check_fits(shape, max_rank=max_rank)
 
         manifest, catalog = await self._alone(take_in)
         serves = [entry.name for entry in catalog.tasks if name in {adapter.name for adapter in entry.adapters}]
         head = {"id": name, "object": "adapter", "version": manifest.version, "bytes": manifest.size}
-        return {**head, "rank": manifest.rank, "tasks": serves, "catalog_version": catalog.version}
+        told = {"warnings": warnings} if warnings else {}
+        return {**head, "rank": manifest.rank, "tasks": serves, "catalog_version": catalog.version, **told}
 
     async def remove_adapter(self, name: str) -> dict[str, Any]:
         """Take an adapter out of the catalog, then out of the store.

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.config import AppConfig
-from deployments.engines import start_engine
+from deployments.engines import Packing, start_engine
 from deployments.host_adapters import HostAdapters
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
@@ -62,7 +62,7 @@ class LoraModel:
         self._adapter_wait_s = settings.adapter_wait_s
         self._adapters = HostAdapters(
             self._node_cache,
-            self._engine.pack,
+            Packing(self._engine),
             budget_bytes=settings.host_bytes,
         )
         self._sampling = Sampling(model_sampler(self._engine, self._adapters, RayRecorder()))

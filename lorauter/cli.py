@@ -78,7 +78,7 @@ def push(
     refused, pushed = 0, []
     for folder in folders:
         try:
-            manifest = repository.push(folder.absolute(), force=force)
+            manifest = repository.push(folder.absolute(), force=force, report=warn)
             pushed.append(manifest)
             typer.echo(f"{manifest.name}\t{manifest.version}\t{manifest.size} bytes")
         except (AdapterError, Conflict) as error:

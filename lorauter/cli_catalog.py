@@ -79,7 +79,7 @@ def build(
         embedder = load_encoder(encoder)
     with phase(f"embedding the examples of {len(found)} tasks"):
         repository = _repository(adapters) if adapters else None
-        catalog = build_catalog(found, embedder, repository=repository, mapping=assigned)
+        catalog = build_catalog(found, embedder, repository=repository, mapping=assigned, report=warn)
     if match and repository is not None:
         catalog = _matched(catalog, found, repository, by, model, scores)
     with phase("publishing the catalog"):
@@ -115,15 +115,17 @@ def change(
         with phase("loading the encoder"):
             embedder = RememberingEncoder(load_encoder(encoder))
     renewed: list[str] = []
+    told: list[str] = []
 
     def edit(before: Catalog) -> Catalog:
         changed = before
+        told.clear()
         if added:
             changed = with_tasks(changed, added, embedder)
         if remove_task:
             changed = without_tasks(changed, remove_task)
         if refresh_adapters:
-            changed = with_adapters(changed, _repository(refresh_adapters))
+            changed = with_adapters(changed, _repository(refresh_adapters), report=told.append)
             scored = {name for entry in changed.tasks for name in entry.scores} & before.adapters.keys()
             renewed[:] = sorted(name for name in scored if changed.adapters[name] != before.adapters[name])
         return without_adapters(changed, remove_adapter) if remove_adapter else changed
@@ -131,6 +133,8 @@ def change(
     with phase("changing the catalog"):
         tasks = [*(task.name for task in added), *(remove_task or [])]
         changed = change_catalog(catalog, edit, tasks=tasks, adapters=remove_adapter or [])
+    for line in told:
+        warn(line)
     for name in renewed:
         notify(f"adapter {name!r} has another version, and keeps the scores of the one before")
     typer.echo(f"{changed.version}\t{_summary(changed)}")

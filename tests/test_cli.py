@@ -71,6 +71,15 @@ def test_push_a_single_adapter(cli: Cli, pool: Path, tmp_path: Path, monkeypatch
     assert AdapterRepository(open_store(tmp_path / "store")).names() == ["sums"]
 
 
+def test_what_an_adapter_has_and_nobody_uses_is_told(
+    cli: Cli, pool: Path, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    make_adapter(pool, "odd", target_modules=["q_proj"])
+    pushed = cli("adapters", "push", pool, "--to", tmp_path / "store")
+    assert pushed.code == 0
+    assert "adapter 'odd': ignored, as in PEFT: tensors of modules that the configuration leaves out" in pushed.err
+
+
 def test_a_broken_adapter_does_not_hold_up_the_others(
     cli: Cli, pool: Path, tmp_path: Path, make_adapter: Callable[..., Path]
 ) -> None:

@@ -103,6 +103,21 @@ def served(catalog: Path) -> dict[str, list[str]]:
     return {task.name: [adapter.name for adapter in task.adapters] for task in Catalog.load(catalog).tasks}
 
 
+def test_what_cannot_be_served_is_told_and_left_out(
+    cli: Cli, tasks: Path, pool: Path, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    make_adapter(pool, "poems", use_dora=True)
+    ran = cli("build", "--tasks", tasks, "--adapters", pool, "--out", tmp_path / "out")
+    assert ran.code == 0
+    assert "left out: adapter 'poems': adapter_config.json has use_dora, which is not served" in ran.err
+    assert served(tmp_path / "out") == {"sums": ["sums"], "poems": [], "rain": []}
+    make_adapter(pool, "poems")
+    make_adapter(pool, "sums", fill=float("nan"))
+    ran = cli("change", tmp_path / "out", "--refresh-adapters", pool)
+    assert "left out: adapter 'sums': " in ran.err
+    assert served(tmp_path / "out") == {"sums": [], "poems": ["poems"], "rain": []}
+
+
 @pytest.mark.parametrize("by", ["metric", "likelihood"])
 def test_matching_takes_the_best(match: Cli, scorer: Scorer, tmp_path: Path, by: str) -> None:
     ran = match("--by", by, "--model", "some/model")

@@ -26,7 +26,7 @@ from deployments.batch.reports import Reports, reporting
 from deployments.batch.routing import route_rows
 from deployments.batch.rows import Work, decision_columns, order_by_adapters
 from deployments.batch.tally import Tally
-from deployments.engines import start_engine
+from deployments.engines import Packing, start_engine
 from deployments.host_adapters import HostAdapters
 from lorauter.catalog import Catalog
 from lorauter.defaults import load_encoder
@@ -120,7 +120,7 @@ class AnswerStage:
         engine = start_engine(config.base_model, config.base_model_aliases, settings.model_copy(update=fed))
         self._answering = Answering(
             engine,
-            HostAdapters(cache, engine.pack, budget_bytes=settings.host_bytes),
+            HostAdapters(cache, Packing(engine), budget_bytes=settings.host_bytes),
             config,
         )
         self._slots = engine.slots

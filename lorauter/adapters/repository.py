@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorauter.adapters.foreign import what_is_missing
 from lorauter.adapters.store import ObjectStore
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
 from lorauter.errors import (
@@ -51,6 +53,10 @@ _AT_ONCE = 16  # manifests that are read at the same time
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _VERSION = re.compile(r"[0-9a-f]{16}")
 _ATTEMPTS = 3
+
+MISNAMED = f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}"
+Report = Callable[[str], None]
+"""Is told what somebody should know of an adapter, in a line."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,16 @@ class AdapterRepository:
         """Names of the adapters, sorted. Raises StoreError."""
         return [name for name in self.store.children() if _may_be_called(name)]
 
+    def misnamed(self) -> list[str]:
+        """Folders that hold an adapter, and have a name that none may have. Raises StoreError."""
+        others = (name for name in self.store.children() if not _may_be_called(name))
+        return [name for name in others if f"{name}/{CONFIG_FILE}" in self.store.files(name)]
+
     def manifest(self, name: str, version: str | None = None) -> AdapterManifest:
         """A version of an adapter; the newest, unless one is named.
 
         Raises:
-            AdapterNotFound, AdapterRejected (malformed), AdapterUnavailable (the store fails).
+            AdapterNotFound, AdapterRejected (malformed, or without weights), AdapterUnavailable (the store fails).
         """
         if not _may_be_called(name):
             raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=name)
@@ -199,7 +210,12 @@ class AdapterRepository:
             return None
 
     def _plain_manifest(self, name: str) -> AdapterManifest:
-        tags = {file: self.store.fingerprint(f"{name}/{file}") for file in _FILES}
+        tags = {CONFIG_FILE: self.store.fingerprint(f"{name}/{CONFIG_FILE}")}
+        try:
+            tags[WEIGHTS_FILE] = self.store.fingerprint(f"{name}/{WEIGHTS_FILE}")
+        except ObjectNotFound as error:
+            what = what_is_missing(key.removeprefix(f"{name}/") for key in self.store.files(name))
+            raise AdapterRejected(f"{WEIGHTS_FILE} cannot be read: {what}", adapter=name) from error
         files = {file: StoredFile(f"{name}/{file}", size, None) for file, (size, _) in tags.items()}
         return AdapterManifest(name, _plain_version(tags), files)
 
@@ -226,10 +242,30 @@ class AdapterRepository:
         self.download(manifest, room(manifest))
         return manifest
 
-    def push(self, folder: Path, *, force: bool = False) -> AdapterManifest:
+    def load(self, manifest: AdapterManifest) -> LoraWeights:
+        """Download a version and read it.
+
+        Raises:
+            AdapterRejected: it cannot be served, whatever the base model.
+            AdapterNotFound, AdapterUnavailable: as `download`.
+        """
+        for attempt in (1, 2):  # a fault of this machine's disk says nothing of the adapter
+            with tempfile.TemporaryDirectory() as scratch:
+                self.download(manifest, Path(scratch))
+                try:
+                    return LoraWeights.load(Path(scratch), name=manifest.name, version=manifest.version)
+                except AdapterRejected:
+                    if attempt == 2:
+                        raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def push(self, folder: Path, *, force: bool = False, report: Report = logger.warning) -> AdapterManifest:
         """Validate a PEFT folder and publish it under the folder's name.
 
         What the store has already, by manifest and sizes, is sent again only with `force`.
+
+        Args:
+            report: is told what is in the folder and has no effect.
 
         Raises:
             AdapterRejected: it is no adapter that could be served, or its name is not allowed.
@@ -238,7 +274,7 @@ class AdapterRepository:
         """
         name = folder.name
         if not _may_be_called(name):
-            raise AdapterRejected(f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}", adapter=name)
+            raise AdapterRejected(MISNAMED, adapter=name)
         key = f"{name}/{MANIFEST_FILE}"
         try:
             before = self.store.read(key)
@@ -247,6 +283,8 @@ class AdapterRepository:
         digests = {file: sha256_of(folder / file) for file in _FILES if (folder / file).is_file()}
         version = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
         weights = LoraWeights.load(folder, name=name, version=version)
+        for warning in weights.warnings:
+            report(f"adapter {name!r}: {warning}")
         files = {
             file: StoredFile(f"{name}/{version}/{file}", (folder / file).stat().st_size, digests[file])
             for file in _FILES

@@ -7,19 +7,22 @@ catalogs are stored or queried.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
 
-from lorauter.adapters.repository import AdapterRepository
+from lorauter.adapters.repository import AdapterRepository, Report
 from lorauter.catalog.catalog import PROBE_TEXT, Catalog, CatalogTask, RankedAdapter
+from lorauter.catalog.pool import Pool, read_pool
 from lorauter.catalog.utility import Scores, shrunken_scores, worths
 from lorauter.encoder import Embeddings, Encoder, normalised
-from lorauter.errors import AdapterNotFound, ConfigError
+from lorauter.errors import ConfigError
 from lorauter.tasks import Task
+
+logger = logging.getLogger("lorauter.catalog")
 
 MAX_RANKED = 64
 """Adapters that a task keeps at most, of those that were tried on it."""
@@ -32,6 +35,7 @@ def build_catalog(
     repository: AdapterRepository | None = None,
     mapping: Mapping[str, Sequence[str]] | None = None,
     scores: Mapping[str, Scores] | None = None,
+    report: Report = logger.warning,
 ) -> Catalog:
     """Represent the tasks and assign the adapters.
 
@@ -42,23 +46,24 @@ def build_catalog(
         mapping: `{task: [adapter, ...]}`, the best first, for tasks that do not take the adapter of their name.
         scores: `{task: {adapter: {validation example: score}}}`, as matching makes them; tasks that have any rank
             their adapters by `lorauter.catalog.utility.worths`.
+        report: is told of adapters that cannot be served, which are left out, and of what is odd about others.
 
     Raises:
         ConfigError: no tasks, two of one name, the mapping names a task or an adapter that is not there, or a score
             is of no validation example or not finite.
-        AdapterError, StoreError: the repository cannot be read.
+        AdapterUnavailable, StoreError: the repository cannot be read.
     """
     tasks = sorted_tasks(tasks)
-    adapters, base_model = describe(repository) if repository else ({}, "")
+    pool = read_pool(repository, report) if repository else Pool({})
     return assemble(
         tasks,
         [embed(task, encoder) for task in tasks],
-        assigned=_assign(tasks, adapters, mapping or {}),
+        assigned=_assign(tasks, pool, mapping or {}),
         scores=scores or {},
-        adapters=adapters,
+        adapters=pool.versions,
         probe=encoder.encode([PROBE_TEXT])[0],
         encoder=encoder.name,
-        base_model=base_model,
+        base_model=pool.base_model,
     )
 
 
@@ -118,16 +123,6 @@ def embed(task: Task, encoder: Encoder) -> Embeddings:
     return encoder.encode([example.input for example in task.validation])
 
 
-def describe(repository: AdapterRepository) -> tuple[dict[str, str], str]:
-    """The adapters' versions, and the names of their base models. Raises AdapterError, StoreError."""
-    manifests = {}
-    for name in repository.names():
-        with suppress(AdapterNotFound):  # some other folder in the store
-            manifests[name] = repository.manifest(name)
-    base_models = sorted({manifest.base_model for manifest in manifests.values() if manifest.base_model})
-    return {name: manifest.version for name, manifest in manifests.items()}, ", ".join(base_models)
-
-
 def of_own_name(task: str, adapters: Container[str]) -> list[str]:
     """The adapters that serve a task of which nothing else is known."""
     return [task] if task in adapters else []
@@ -171,17 +166,16 @@ def _entries(
     return tuple(entries)
 
 
-def _assign(
-    tasks: Sequence[Task], adapters: Container[str], mapping: Mapping[str, Sequence[str]]
-) -> dict[str, Sequence[str]]:
+def _assign(tasks: Sequence[Task], pool: Pool, mapping: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
     names = {task.name for task in tasks}
     for task, wanted in mapping.items():
         if task not in names:
             raise ConfigError(f"the mapping names task {task!r}, which is not among the tasks", setting="mapping")
         for adapter in wanted:
-            if adapter not in adapters:
+            if adapter not in pool.versions and adapter not in pool.left_out:
                 raise ConfigError(
                     f"the mapping gives task {task!r} the adapter {adapter!r}, which is not in the store",
                     setting="mapping",
                 )
-    return {name: mapping.get(name, of_own_name(name, adapters)) for name in names}
+    given = {task: [name for name in wanted if name in pool.versions] for task, wanted in mapping.items()}
+    return {name: given.get(name, of_own_name(name, pool.versions)) for name in names}

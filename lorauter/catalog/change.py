@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from lorauter.adapters.repository import AdapterManifest, AdapterRepository
-from lorauter.catalog.build import assemble, describe, embed, of_own_name, sorted_tasks
+from lorauter.adapters.repository import AdapterManifest, AdapterRepository, Report
+from lorauter.catalog.build import assemble, embed, logger, of_own_name, sorted_tasks
 from lorauter.catalog.catalog import Catalog
+from lorauter.catalog.pool import Pool, read_pool
 from lorauter.catalog.utility import Scores
 from lorauter.encoder import Embeddings, Encoder
 from lorauter.errors import ConfigError
@@ -24,6 +25,7 @@ def with_tasks(
     *,
     repository: AdapterRepository | None = None,
     scores: Mapping[str, Scores] | None = None,
+    report: Report = logger.warning,
 ) -> Catalog:
     """Add tasks, or replace those of the same names.
 
@@ -33,11 +35,12 @@ def with_tasks(
         encoder: the one that the catalog was built with.
         repository: adapters are taken from it, as by `with_adapters`; else they are the catalog's.
         scores: `{task: {adapter: {validation example: score}}}` to add.
+        report: as for `with_adapters`.
 
     Raises:
         CatalogError: another encoder.
         ConfigError: no tasks, two of one name, or a score is of no validation example or not finite.
-        AdapterError, StoreError: the repository cannot be read.
+        AdapterUnavailable, StoreError: the repository cannot be read.
     """
     catalog.check_encoder(encoder)
     known, parts = _scores(catalog), _parts(catalog)
@@ -47,7 +50,8 @@ def with_tasks(
         parts[task.name] = task, before[1] if before is not None and same else embed(task, encoder)
         if before is not None and not (same and before[0].metric == task.metric):
             known.pop(task.name)
-    return _changed(catalog, parts=parts, pool=describe(repository) if repository else None, known=known, added=scores)
+    pool = read_pool(repository, report, known=catalog.adapters) if repository else None
+    return _changed(catalog, parts=parts, pool=pool, known=known, added=scores)
 
 
 def without_tasks(catalog: Catalog, names: Iterable[str]) -> Catalog:
@@ -60,7 +64,11 @@ def without_tasks(catalog: Catalog, names: Iterable[str]) -> Catalog:
 
 
 def with_adapters(
-    catalog: Catalog, repository: AdapterRepository, *, scores: Mapping[str, Scores] | None = None
+    catalog: Catalog,
+    repository: AdapterRepository,
+    *,
+    scores: Mapping[str, Scores] | None = None,
+    report: Report = logger.warning,
 ) -> Catalog:
     """Take the adapters and their versions anew from a repository: new ones come, and those that are gone go.
 
@@ -68,19 +76,20 @@ def with_adapters(
 
     Args:
         scores: `{task: {adapter: {validation example: score}}}` to add.
+        report: is told of adapters that cannot be served, which are left out, and of what is odd about others.
 
     Raises:
         ConfigError: a score is of no validation example or not finite.
-        AdapterError, StoreError: the repository cannot be read.
+        AdapterUnavailable, StoreError: the repository cannot be read.
     """
-    return _changed(catalog, pool=describe(repository), added=scores)
+    return _changed(catalog, pool=read_pool(repository, report, known=catalog.adapters), added=scores)
 
 
 def with_adapter(catalog: Catalog, *adapters: AdapterManifest) -> Catalog:
     """Add an adapter or some, or another version of them, which keeps the scores of the one before."""
     bases = {*catalog.base_model.split(", "), *(adapter.base_model for adapter in adapters)} - {""}
     versions = {adapter.name: adapter.version for adapter in adapters}
-    return _changed(catalog, pool=({**catalog.adapters, **versions}, ", ".join(sorted(bases))))
+    return _changed(catalog, pool=Pool({**catalog.adapters, **versions}, ", ".join(sorted(bases))))
 
 
 def without_adapters(catalog: Catalog, names: Iterable[str]) -> Catalog:
@@ -88,7 +97,7 @@ def without_adapters(catalog: Catalog, names: Iterable[str]) -> Catalog:
     names = set(names)
     _check_there(names, catalog.adapters, "adapter")
     left = {name: version for name, version in catalog.adapters.items() if name not in names}
-    return _changed(catalog, pool=(left, catalog.base_model if left else ""))
+    return _changed(catalog, pool=Pool(left, catalog.base_model if left else ""))
 
 
 def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
@@ -107,13 +116,14 @@ def _changed(
     catalog: Catalog,
     *,
     parts: _Parts | None = None,
-    pool: tuple[Mapping[str, str], str] | None = None,
+    pool: Pool | None = None,
     known: Mapping[str, Scores] | None = None,
     added: Mapping[str, Scores] | None = None,
 ) -> Catalog:
     """The catalog with some of it replaced: tasks, adapters with their base model, scores; and with scores added."""
     parts = dict(sorted((_parts(catalog) if parts is None else parts).items()))
-    adapters, base_model = (catalog.adapters, catalog.base_model) if pool is None else pool
+    pool = pool or Pool(catalog.adapters, catalog.base_model)
+    adapters = pool.versions
     renewed = {name for name, version in adapters.items() if catalog.adapters.get(name) != version}
     return assemble(
         [task for task, _ in parts.values()],
@@ -123,7 +133,7 @@ def _changed(
         adapters=adapters,
         probe=catalog.probe,
         encoder=catalog.encoder,
-        base_model=base_model,
+        base_model=pool.base_model,
     )
 
 

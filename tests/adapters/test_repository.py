@@ -6,7 +6,7 @@ import pytest
 
 from lorauter.adapters.repository import MANIFEST_FILE, AdapterRepository, adapter_folders
 from lorauter.adapters.store import DirectoryStore, MemoryStore
-from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
+from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
 from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, Conflict, StoreUnavailable
 
 PATH_LIKE = ["..", ".", "a/b", "../a", "/etc", "", ".hidden", "a b", "a\\b", "x" * 129]
@@ -149,11 +149,68 @@ def test_a_plain_folder_is_an_adapter_too(tmp_path, make_adapter) -> None:
         repository.download(first, tmp_path / "target")
 
 
-@pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
-def test_a_plain_folder_that_lacks_a_file_is_no_adapter(tmp_path, make_adapter, missing) -> None:
-    (make_adapter(tmp_path, "sst2") / missing).unlink()
+def test_a_plain_folder_without_a_configuration_is_no_adapter(tmp_path, make_adapter) -> None:
+    (make_adapter(tmp_path, "sst2") / CONFIG_FILE).unlink()
     with pytest.raises(AdapterNotFound):
         AdapterRepository(DirectoryStore(tmp_path)).manifest("sst2")
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (None, f"{WEIGHTS_FILE} cannot be read: it is missing$"),
+        ("adapter_model.bin", "it is missing, and adapter_model.bin is a pickle"),
+        ("adapter_model-00001-of-00002.safetensors", "is of several files; PEFT reads one"),
+    ],
+)
+def test_a_plain_folder_without_weights_is_refused_as_push_refuses_it(store, tmp_path, make_adapter, there, said):
+    folder = make_adapter(tmp_path / "mine", "sst2")
+    (folder / WEIGHTS_FILE).unlink()
+    store.write(f"sst2/{CONFIG_FILE}", folder / CONFIG_FILE)
+    if there is not None:
+        (folder / there).write_bytes(b"x")
+        store.write(f"sst2/{there}", b"x")
+    with pytest.raises(AdapterRejected, match=said) as pulled:
+        AdapterRepository(store).manifest("sst2")
+    with pytest.raises(AdapterRejected) as pushed:
+        AdapterRepository(store).push(folder)
+    assert str(pulled.value) == str(pushed.value)
+
+
+def test_what_has_no_effect_is_told_when_it_is_pushed(memory, tmp_path, make_adapter) -> None:
+    told: list[str] = []
+    folder = make_adapter(tmp_path, "sst2", target_modules=["q_proj"], notes="mine")
+    AdapterRepository(memory).push(folder, report=told.append)
+    assert len(told) == 2
+    assert told[0] == f"adapter 'sst2': {CONFIG_FILE} has notes, which PEFT does not know and ignores"
+    assert "leaves out (model.layers.0.self_attn.v_proj)" in told[1]
+
+
+def test_a_plain_adapter_is_read_and_a_fault_of_the_local_disk_is_none_of_its(
+    tmp_path, make_adapter, monkeypatch
+) -> None:
+    repository = AdapterRepository(DirectoryStore(tmp_path))
+    make_adapter(tmp_path, "sst2", rank=3)
+    assert repository.load(repository.manifest("sst2")).rank == 3
+    faults = [AdapterRejected("too many open files", adapter="sst2")]
+
+    def load(*args, **kwargs):
+        if faults:
+            raise faults.pop()
+        return read(*args, **kwargs)
+
+    read = LoraWeights.load
+    monkeypatch.setattr(LoraWeights, "load", load)
+    assert repository.load(repository.manifest("sst2")).rank == 3
+    assert not faults
+
+
+def test_folders_of_adapters_with_names_that_none_may_have_are_known(store, tmp_path, make_adapter) -> None:
+    folder = make_adapter(tmp_path / "mine", "sst2")
+    for name in ("my adapter", "base", "sst2"):
+        store.write(f"{name}/{CONFIG_FILE}", folder / CONFIG_FILE)
+    store.write("my notes/readme.txt", b"")
+    assert AdapterRepository(store).misnamed() == ["base", "my adapter"]
 
 
 def _without(*path):

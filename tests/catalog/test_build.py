@@ -6,7 +6,7 @@ from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import RankedAdapter, build_catalog
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.encoder import HashingEncoder
-from lorauter.errors import AdapterRejected, ConfigError, StoreUnavailable
+from lorauter.errors import ConfigError, StoreUnavailable
 
 ENCODER = HashingEncoder(64)
 
@@ -90,12 +90,22 @@ def test_tasks_are_needed_and_need_names_of_their_own(make_task) -> None:
 
 
 def test_a_repository_that_cannot_be_read_stops_the_build(tasks, repository) -> None:
-    repository.store.objects["wic/adapter.json"] = b"{}"
-    with pytest.raises(AdapterRejected, match="'wic'"):
-        build_catalog(tasks, ENCODER, repository=repository)
     repository.store.down = True
     with pytest.raises(StoreUnavailable):
         build_catalog(tasks, ENCODER, repository=repository)
+
+
+def test_what_cannot_be_served_is_reported_and_left_out_though_a_mapping_names_it(tasks, repository) -> None:
+    repository.store.objects["wic/adapter.json"] = b"{}"
+    told: list[str] = []
+    mapping = {"sst2": ["wic", "spare"]}
+    catalog = build_catalog(tasks, ENCODER, repository=repository, mapping=mapping, report=told.append)
+    assert sorted(catalog.adapters) == ["spare", "sst2"]
+    assert {entry.name: [a.name for a in entry.adapters] for entry in catalog.tasks}["sst2"] == ["spare"]
+    [line] = told
+    assert line.startswith("left out: adapter 'wic': its adapter.json is malformed")
+    with pytest.raises(ConfigError, match="'nowhere', which is not in the store"):
+        build_catalog(tasks, ENCODER, repository=repository, mapping={"sst2": ["nowhere"]})
 
 
 def test_other_folders_in_the_store_are_passed_over(tasks, repository) -> None:

@@ -227,3 +227,32 @@ def test_what_changes_nothing_makes_no_version(editor: Any, config: AppConfig, m
     before = catalog_versions(config.catalog)
     asyncio.run(editor.put_task(make_task("sums")))
     assert catalog_versions(config.catalog) == before
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"fill": float("nan")}])
+def test_a_broken_adapter_of_the_store_is_refused_in_the_words_of_push(
+    editor: Any,
+    config: AppConfig,
+    files: Callable[..., Any],
+    make_adapter: Callable[..., Path],
+    settings: dict[str, Any],
+) -> None:
+    folder = make_adapter(Path(config.adapters), "sums", **settings)
+    with pytest.raises(AdapterRejected) as pushed:
+        AdapterRepository(open_store(config.adapters)).push(folder)
+    for upload in (None, files("sums", **settings)):
+        with pytest.raises(AdapterRejected) as caught:
+            asyncio.run(editor.put_adapter("sums", upload))
+        assert str(caught.value) == str(pushed.value)
+    assert served(config) == {"poems": [], "sums": []}
+
+
+def test_what_of_an_adapter_has_no_effect_is_told(
+    editor: Any, config: AppConfig, files: Callable[..., Any], make_adapter: Callable[..., Path]
+) -> None:
+    odd = {"target_modules": ["q_proj", "k_proj"], "notes": "mine"}
+    make_adapter(Path(config.adapters), "poems", **odd)
+    for name, upload in (("sums", files("sums", **odd)), ("poems", None)):
+        answer = asyncio.run(editor.put_adapter(name, upload))
+        assert [warning.partition(" ")[0] for warning in answer["warnings"]] == ["adapter_config.json", "ignored,"]
+    assert "warnings" not in asyncio.run(editor.put_adapter("films", files("films")))

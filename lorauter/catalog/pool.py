@@ -1,0 +1,70 @@
+"""The adapters of a repository that a catalog may name: those that can be served, as far as their files say.
+
+What `push` has put there was read then. Plain PEFT folders are read now. Whether an adapter fits the base model is for
+the engine to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lorauter.adapters.repository import MISNAMED, AdapterManifest, AdapterRepository, Report
+from lorauter.errors import AdapterNotFound, AdapterRejected
+
+_AT_ONCE = 4  # each is in memory while it is read
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What there is to serve.
+
+    Attributes:
+        versions: of each adapter.
+        base_model: the names of their base models, as far as manifests say.
+        left_out: the names of those that cannot be served.
+    """
+
+    versions: Mapping[str, str]
+    base_model: str = ""
+    left_out: frozenset[str] = frozenset()
+
+
+def read_pool(repository: AdapterRepository, report: Report, *, known: Mapping[str, str] | None = None) -> Pool:
+    """See which adapters there are, and which of them can be served.
+
+    Args:
+        report: is told which are left out and why, and what else is odd.
+        known: `{adapter: version}` that were read before.
+
+    Raises:
+        AdapterUnavailable, StoreError: the store fails.
+    """
+
+    def look(name: str) -> tuple[AdapterManifest | AdapterRejected | None, tuple[str, ...]]:
+        try:
+            manifest = repository.manifest(name)
+            read = (known or {}).get(name) == manifest.version or all(file.sha256 for file in manifest.files.values())
+            return manifest, () if read else repository.load(manifest).warnings
+        except AdapterNotFound:  # some other folder in the store
+            return None, ()
+        except AdapterRejected as error:
+            return error, ()
+
+    names = repository.names()
+    manifests, left_out = [], []
+    for name in repository.misnamed():
+        report(f"left out: {AdapterRejected(MISNAMED, adapter=name)}")
+    with ThreadPoolExecutor(_AT_ONCE) as workers:
+        for name, (found, warnings) in zip(names, workers.map(look, names), strict=True):
+            for warning in warnings:
+                report(f"adapter {name!r}: {warning}")
+            if isinstance(found, AdapterManifest):
+                manifests.append(found)
+            elif found is not None:
+                left_out.append(name)
+                report(f"left out: {found}")
+    base_models = sorted({manifest.base_model for manifest in manifests} - {""})
+    versions = {manifest.name: manifest.version for manifest in manifests}
+    return Pool(versions, ", ".join(base_models), frozenset(left_out))
