@@ -38,16 +38,16 @@ from word_adapters import WordAdapters
 
 from deployments.app import assemble
 from deployments.config import AppConfig
-from lorauter.adapters import AdapterRepository, open_store
+from lorauter.adapters import AdapterManifest, AdapterRepository, open_store
 from lorauter.adapters.weights import WEIGHTS_FILE
+from lorauter.catalog import Catalog, with_adapter
 from lorauter.defaults import BASE_MODEL, resolve_model
 from lorauter.tasks import read_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET = "soak"
 TOKENS = 8
-REVALIDATE_S = 2.0  # for which a node's cache, and then a replica, trust a version
-GRACE_S = 10.0  # after a change, answers must be the new version's
+GRACE_S = 10.0  # after a change is published, answers must be the new version's
 OUTAGE_S = 8.0  # of the S3 server, and how long a cut adapter stays cut
 TIMEOUT_S = 60.0  # after which a request counts as lost
 IN_FLIGHT = 64
@@ -79,11 +79,11 @@ class Pool:
     def replace(self, name: str) -> None:
         """Publish another version."""
         word = next(self._words)
-        self._push(name, word)
+        self._publish(self._push(name, word))
         self._judge.replaced(name, word, time.monotonic() + GRACE_S)
 
     def cut(self, name: str) -> str:
-        """Publish another version and cut off its weights' second half; returns the word it says while whole."""
+        """Publish another version whose weights' second half is cut off; returns the word that it says once whole."""
         word = next(self._words)
         self._judge.says(name, word, time.monotonic())
         local = self._write(name, word)
@@ -91,14 +91,19 @@ class Pool:
         store, key = self._repository.store, manifest.files[WEIGHTS_FILE].key
         whole = (local / WEIGHTS_FILE).read_bytes()
         store.write(key, whole[: len(whole) // 2])
+        self._publish(manifest)
         return word
 
     def mend(self, name: str) -> None:
         self._repository.push(self._folder / name, force=True)
 
-    def _push(self, name: str, word: str) -> None:
+    def _push(self, name: str, word: str) -> AdapterManifest:
         self._judge.says(name, word, time.monotonic())
-        self._repository.push(self._write(name, word))
+        return self._repository.push(self._write(name, word))
+
+    def _publish(self, manifest: AdapterManifest) -> None:
+        catalog = f"s3://{BUCKET}/catalog"
+        with_adapter(Catalog.load(catalog), manifest).save(catalog)
 
     def _write(self, name: str, word: str) -> Path:
         local = self._folder / name
@@ -262,7 +267,7 @@ def _start_app(work: Path) -> str:
                 "max_slowdown": None,
             }
             | {"adapter_bytes": 16 << 20, "host_bytes": 64 << 20},
-            "cache": {"directory": str(work / "disk"), "disk_bytes": 128 << 20, "revalidate_s": REVALIDATE_S},
+            "cache": {"directory": str(work / "disk"), "disk_bytes": 128 << 20},
         }
     )
     with socket.socket() as free:

@@ -89,17 +89,24 @@ class AdapterCacheActor:
         self._used = time.monotonic()
         threading.Thread(target=_end_unused, args=(spec,), daemon=True, name="end-unused-caches").start()
 
-    async def fetch(self, key: AdapterKey) -> LocalAdapter:
-        """A local copy of a version. Raises AdapterError."""
+    async def fetch(self, key: AdapterKey, *, patient: bool = True) -> LocalAdapter:
+        """A local copy of a version; one that could not be had a moment ago is tried again for the patient alone.
+
+        Raises AdapterError.
+        """
         self._used = time.monotonic()
+        if not patient and (failure := self._cache.failure(key)) is not None:
+            raise failure.with_traceback(None)
         local = await asyncio.shield(asyncio.wrap_future(self._cache.submit(key)))
         self._demand.note(key, time.monotonic())
         return local
 
     async def prefetch(self, keys: list[AdapterKey]) -> None:
         """Start fetching; who needs the adapters will ask and be told of failures."""
+        self._used = time.monotonic()
         for key in keys:
-            self._cache.submit(key).add_done_callback(self._note_prefetched)
+            if self._cache.failure(key) is None:
+                self._cache.submit(key).add_done_callback(self._note_prefetched)
 
     def _note_prefetched(self, flight: Future[LocalAdapter]) -> None:
         if flight.exception() is None:  # what cannot be had is not in demand
@@ -247,11 +254,11 @@ class NodeCache:
         self._actor = start_cache(spec)
         threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True, name="cache-in-use").start()
 
-    async def fetch(self, key: AdapterKey) -> LocalAdapter:
+    async def fetch(self, key: AdapterKey, *, patient: bool = True) -> LocalAdapter:
         """See `AdapterCacheActor.fetch`."""
         for attempt in range(_ATTEMPTS):
             try:
-                result: LocalAdapter = await self._actor.fetch.remote(key)
+                result: LocalAdapter = await self._actor.fetch.remote(key, patient=patient)
                 return result
             except RayActorError as error:
                 if attempt == _ATTEMPTS - 1:

@@ -24,8 +24,8 @@ _PAUSE_S = 0.1  # before the second one; it doubles
 class AdapterFiles(Protocol):
     """Where the files come from: the node's cache."""
 
-    async def fetch(self, key: AdapterKey) -> LocalAdapter:
-        """A local copy of a version."""
+    async def fetch(self, key: AdapterKey, *, patient: bool = True) -> LocalAdapter:
+        """A local copy of a version; one that could not be had a moment ago is tried again for the patient alone."""
 
     async def discard(self, key: AdapterKey) -> None:
         """Forget a copy that turned out to be unusable."""
@@ -75,8 +75,12 @@ class HostAdapters(Generic[P]):
         loaded = list(self._loaded.values())
         return len(loaded), sum(packed.nbytes for packed in loaded)
 
-    async def get(self, key: AdapterKey) -> P:
+    async def get(self, key: AdapterKey, *, patient: bool = True) -> P:
         """A version of an adapter, parsed once however many requests wait for it.
+
+        Args:
+            key: name and version.
+            patient: try again what could not be had a moment ago.
 
         Raises:
             AdapterNotFound, AdapterRejected, AdapterUnavailable.
@@ -88,12 +92,12 @@ class HostAdapters(Generic[P]):
         if key in self._refused:
             raise self._refused[key].with_traceback(None)  # or each raise adds its frames, and holds what they hold
         if key not in self._loading:
-            self._loading[key] = asyncio.create_task(self._load(key))
+            self._loading[key] = asyncio.create_task(self._load(key, patient))
             self._loading[key].add_done_callback(lambda _: self._loading.pop(key, None))
         return await asyncio.shield(self._loading[key])
 
-    async def _load(self, key: AdapterKey) -> P:
-        packed = await self._read_some_copy(key)
+    async def _load(self, key: AdapterKey, patient: bool) -> P:
+        packed = await self._read_some_copy(key, patient)
         self._loaded[key] = packed
         total = sum(loaded.nbytes for loaded in self._loaded.values())
         while total > self._budget and len(self._loaded) > 1:
@@ -101,11 +105,11 @@ class HostAdapters(Generic[P]):
             self.counters.evictions += 1
         return packed
 
-    async def _read_some_copy(self, key: AdapterKey) -> P:
+    async def _read_some_copy(self, key: AdapterKey, patient: bool) -> P:
         """Read the adapter. It is refused for good only if a copy that is what the store has is refused twice."""
         pause, refusals = _PAUSE_S, 0
         for attempt in range(1, _COPIES + 1):
-            local = await self._files.fetch(key)
+            local = await self._files.fetch(key, patient=patient)
             try:
                 return await self._read(local)
             except AdapterRejected as refusal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
@@ -113,7 +114,8 @@ class LoraModel:
 
     async def _mixture(self, call: GenerateCall) -> tuple[Mixture, tuple[LeftOut, ...]]:
         """A call's adapters with their weights, and those left out. Raises AdapterError."""
-        found = await asyncio.gather(*[self._get(adapter.key) for adapter in call.adapters])
+        patient = not call.routed  # who can do without an adapter that is broken need not try it every time
+        found = await asyncio.gather(*[self._get(adapter.key, patient=patient) for adapter in call.adapters])
         failed = {a.key: got for a, got in zip(call.adapters, found, strict=True) if isinstance(got, AdapterError)}
         if failed and (not call.routed or len(failed) == len(call.adapters)):
             raise next(iter(failed.values()))
@@ -124,10 +126,10 @@ class LoraModel:
         left_out = tuple(LeftOut(*key, cause_of(error)) for key, error in failed.items())
         return tuple((here[adapter.key], adapter.weight) for adapter in kept), left_out
 
-    async def _get(self, key: AdapterKey) -> PackedAdapter | AdapterError:
+    async def _get(self, key: AdapterKey, *, patient: bool) -> PackedAdapter | AdapterError:
         try:
             async with asyncio.timeout(self._adapter_wait_s):
-                return await self._adapters.get(key)
+                return await self._adapters.get(key, patient=patient)
         except TimeoutError:
             problem = f"not here within {self._adapter_wait_s:g} s; try again later"
             return AdapterUnavailable(problem, adapter=key.name)
@@ -170,7 +172,17 @@ class LoraModel:
             [str(key) for key in self._adapters.resident],
             [str(key) for key in self._on_disk],
             time.monotonic(),
+            self._limit(),
         )
+
+    def _limit(self) -> int | None:
+        """Requests that the replica takes at once before it refuses more; None while its pace is unknown."""
+        config, pace = self._engine.config, self._engine.pace
+        if config.max_slowdown is None or not pace.seconds_alone:
+            return None
+        longest = config.max_slowdown * pace.seconds_alone
+        taken = range(1, config.max_batch + config.max_queue)
+        return 1 + bisect_left(taken, True, key=lambda n: pace.seconds(n + 1) > longest)
 
     def check_health(self) -> None:
         """Serve's health check."""

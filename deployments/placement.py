@@ -4,9 +4,10 @@ Pure policy: told what is where, how busy each replica is and what time it is, i
 adapter is a string to it, one for each version: who has another version has nothing. Knows nothing of Ray;
 `deployments.residency_router` runs it inside Serve's handles.
 
-A replica's score, the lowest first, is in times that a request takes when its replica is full:
+A replica's score, the lowest first, is in times that a request takes when its replica is full, that is when its batch
+is, or when it begins to refuse requests, whichever is earlier:
 
-    busy(queue) + sum_k |w_k| / sum_j |w_j| * (cost of the tier that adapter k is in - HOME on its home replica)
+    busy(queue / full) + sum_k |w_k| / sum_j |w_j| * (cost of the tier that adapter k is in - HOME on its home replica)
 
 An adapter that only the store has goes to its *home*, the replica of the largest hash of both names (rendezvous
 hashing), so that every router sends it to the same one. A hot adapter's replicas fill up until a replica that
@@ -44,14 +45,17 @@ COST = {Tier.DEVICE: 0.0, Tier.HOST: 0.2, Tier.DISK: 0.4, Tier.STORE: 0.8}
 """What bringing an adapter to the device costs, this request and those whose adapters must leave for it."""
 
 
-def report(device: Sequence[str], host: Sequence[str], disk: Sequence[str], now: float) -> dict[str, Any]:
+def report(
+    device: Sequence[str], host: Sequence[str], disk: Sequence[str], now: float, limit: int | None = None
+) -> dict[str, Any]:
     """What a replica tells the routers: names by tier, the most recently used of each, each name once.
 
     Args:
         device, host, disk: names, the least recently used first.
         now: seconds on any steady clock; makes the report of an idle replica change every BEAT_S seconds.
+        limit: requests that the replica takes at once before it refuses more, as far as it knows.
     """
-    found: dict[str, Any] = {"beat": int(now // BEAT_S)}
+    found: dict[str, Any] = {"beat": int(now // BEAT_S), "limit": limit}
     told: set[str] = set()
     for tier, names in ((Tier.DEVICE, device), (Tier.HOST, host), (Tier.DISK, disk)):
         fresh = [name for name in dict.fromkeys(reversed(names)) if name not in told][:REPORTED]
@@ -66,6 +70,7 @@ class _Replica:
     raw: Mapping[str, Any] | None = None
     heard: float = 0.0
     tiers: dict[str, Tier] = field(default_factory=dict)
+    limit: int | None = None
     sent: dict[str, float] = field(default_factory=dict)
 
     def tier(self, name: str, now: float) -> Tier:
@@ -98,7 +103,7 @@ class Placement:
         for name, raw in reports.items():
             replica = self._replicas.get(name) or _Replica(now - RAMP_S if first else now)
             if raw and raw != replica.raw:
-                replica.raw, replica.heard, replica.tiers = raw, now, _tiers(raw)
+                replica.raw, replica.heard, replica.tiers, replica.limit = raw, now, _tiers(raw), raw.get("limit")
             kept[name] = replica
         self._replicas = kept
 
@@ -129,16 +134,12 @@ class Placement:
             for name, share in shares:
                 tier = tiers[replica][name]
                 load += share * (COST[tier] - (HOME if tier and homes[name] == replica else 0.0))
-            return self._busy(max(queues[replica], floor[replica])) + load, self._random.random()
+            full = min(self._batch, known[replica].limit or self._batch)
+            return _busy(max(queues[replica], floor[replica]) / full) + load, self._random.random()
 
         ranked = sorted(candidates, key=score)
         self._note_sent(known[ranked[0]], homes, now)
         return ranked
-
-    def _busy(self, queue: float) -> float:
-        """Rows shared with others slow a request down; beyond the batch it waits for whole answers."""
-        share = queue / self._batch
-        return share if share <= 1 else 2 * share - 1
 
     def _note_sent(self, replica: _Replica, names: Iterable[str], now: float) -> None:
         sent = replica.sent  # in the order of time
@@ -147,6 +148,15 @@ class Placement:
             sent[name] = now
         while now - sent[first := next(iter(sent))] >= SENT_S:
             del sent[first]
+
+
+def _busy(share: float) -> float:
+    """Rows shared with others slow a request down; where the replica is full, it waits for answers, or is refused.
+
+    Args:
+        share: of the requests that make the replica full, those in progress.
+    """
+    return share if share <= 1 else 2 * share - 1
 
 
 def _tiers(raw: Mapping[str, Any]) -> dict[str, Tier]:

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository
-from lorauter.errors import AdapterRejected, AdapterUnavailable, LorauterError
+from lorauter.errors import AdapterError, AdapterRejected, AdapterUnavailable, LorauterError
 from lorauter.names import AdapterKey
 
 _ENTRY_FILE = "entry.json"
 _INCOMING = ".incoming"
+_MOMENT_S = 5.0
 
 Origin = Literal["store", "peer"]
 Room = Callable[[AdapterManifest], Path]
@@ -118,6 +119,7 @@ class AdapterDiskCache:
         self._lock = threading.RLock()  # a future that is done already calls back at once, in this thread
         self._entries: dict[AdapterKey, _Entry] = {}
         self._in_flight: dict[AdapterKey, Future[LocalAdapter]] = {}
+        self._failures: dict[AdapterKey, tuple[AdapterError, float]] = {}
         self._reserved = 0
         self._workers = ThreadPoolExecutor(downloads, thread_name_prefix="adapter-download")
         self.counters = CacheCounters()
@@ -144,6 +146,12 @@ class AdapterDiskCache:
         """The `fetch` of a version that is under way. Do not cancel it."""
         with self._lock:
             return self._in_flight.get(key)
+
+    def failure(self, key: AdapterKey) -> AdapterError | None:
+        """Why a version could not be had, if it was tried a moment ago: who can do without it need not wait again."""
+        with self._lock:
+            error, since = self._failures.get(key, (None, 0.0))
+        return error if time.monotonic() - since < _MOMENT_S else None
 
     def fetch(self, key: AdapterKey) -> LocalAdapter:
         """A version of an adapter, downloaded if need be.
@@ -173,9 +181,13 @@ class AdapterDiskCache:
         return flight
 
     def _land(self, key: AdapterKey, flight: Future[LocalAdapter]) -> None:
+        now, error = time.monotonic(), None if flight.cancelled() else flight.exception()
         with self._lock:
             if self._in_flight.get(key) is flight:
                 del self._in_flight[key]
+            self._failures = {k: of for k, of in self._failures.items() if k != key and now - of[1] < _MOMENT_S}
+            if isinstance(error, AdapterError):
+                self._failures[key] = error.with_traceback(None), now
 
     def close(self) -> None:
         """Wait for the downloads under way and start no more."""

@@ -12,7 +12,7 @@ import pytest
 from deployments.adapter_cache import AdapterCacheActor, CacheSpec, _claim
 from deployments.config import CacheSettings
 from lorauter.adapters import AdapterRepository, open_store
-from lorauter.errors import AdapterError, AdapterNotFound
+from lorauter.errors import AdapterError, AdapterNotFound, AdapterUnavailable
 from lorauter.names import AdapterKey
 
 
@@ -107,6 +107,30 @@ def test_the_actor_keeps_one_copy_for_all_who_ask(
         assert not local.path.exists()
         with pytest.raises(AdapterNotFound, match="nowhere"):
             await cache.fetch(nowhere)
+
+    asyncio.run(scenario())
+
+
+def test_what_could_not_be_had_a_moment_ago_is_tried_again_for_the_patient_alone(
+    actor: Callable[..., AdapterCacheActor], pool: str
+) -> None:
+    [a] = keys(pool, "a")
+    [weights] = Path(pool).glob("a/*/adapter_model.safetensors")
+    whole = weights.read_bytes()
+
+    async def scenario() -> None:
+        cache = actor()
+        weights.write_bytes(whole[:10])
+        for _ in range(2):
+            with pytest.raises(AdapterUnavailable, match="damaged"):
+                await cache.fetch(a, patient=False)
+            await cache.prefetch([a])
+        assert (await cache.stats())["retries"] == 2, "those of one fetch"
+        weights.write_bytes(whole)
+        with pytest.raises(AdapterUnavailable, match="damaged"):
+            await cache.fetch(a, patient=False)
+        assert (await cache.fetch(a)).key == a
+        assert (await cache.fetch(a, patient=False)).key == a
 
     asyncio.run(scenario())
 

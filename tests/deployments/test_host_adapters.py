@@ -56,7 +56,7 @@ class FakeFiles:
     def path(self, key: AdapterKey) -> Path:
         return self._root / key.version / key.name
 
-    async def fetch(self, key: AdapterKey) -> LocalAdapter:
+    async def fetch(self, key: AdapterKey, *, patient: bool = True) -> LocalAdapter:
         self.asked.append(key)
         await asyncio.sleep(0)
         if key not in self.manifests:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
 
 from deployments.placement import BEAT_S, RAMP_S, REPORTED, SENT_S, STALE_S, Placement, report
 
@@ -49,6 +52,20 @@ def test_a_long_queue_outweighs_a_resident_adapter_and_a_short_one_does_not() ->
     held = {"r0": holding(device=["a"]), "r1": holding(), "r2": holding()}
     assert placement(**held).rank([("a", 1.0)], {"r0": 2, "r1": 0, "r2": 0}, 1.0)[0] == "r0"
     assert placement(**held).rank([("a", 1.0)], {"r0": 3 * BATCH, "r1": 0, "r2": 0}, 1.0)[0] != "r0"
+
+
+@pytest.mark.parametrize("other", [{}, {"disk": ["a"]}, {"host": ["a"]}])
+@pytest.mark.parametrize("limit", [1, 2, 5, BATCH])
+def test_who_would_be_refused_goes_to_an_idle_replica_wherever_its_adapter_is(
+    limit: int, other: dict[str, Any]
+) -> None:
+    """The replica that holds it takes so many requests at once, by its pace, and refuses the next."""
+    hot = report(["a"], [], [], 0.0, limit)
+    for seed in range(20):
+        chosen = Placement(batch=BATCH, seed=seed)
+        chosen.update({"r0": hot, "r1": holding(**other)}, 0.0)
+        assert chosen.rank([("a", 1.0)], {"r0": limit, "r1": 0}, 1.0)[0] == "r1"
+        assert chosen.rank([("a", 1.0)], {"r0": 0, "r1": 0}, 1.0 + SENT_S)[0] == "r0"
 
 
 def test_an_adapter_that_is_nowhere_has_one_home_for_every_router() -> None:

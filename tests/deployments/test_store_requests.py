@@ -31,7 +31,7 @@ class NodeFiles:
     def __init__(self, cache: AdapterDiskCache) -> None:
         self.cache = cache
 
-    async def fetch(self, key: AdapterKey) -> LocalAdapter:
+    async def fetch(self, key: AdapterKey, *, patient: bool = True) -> LocalAdapter:
         return await asyncio.wrap_future(self.cache.submit(key))
 
     async def discard(self, key: AdapterKey) -> None:

@@ -18,6 +18,7 @@ import openai
 import pytest
 import ray
 import yaml
+from catalogued import catalog_adapters
 from ray import serve
 
 from deployments.adapter_cache import CacheSpec, running_caches
@@ -25,7 +26,9 @@ from deployments.app import assemble
 from deployments.config import AccessSettings, AppConfig
 from deployments.limits import limits_actor
 from deployments.router import Router
+from lorauter.catalog import Catalog
 from lorauter.keys import hash_key, new_key
+from lorauter.names import AdapterKey
 from lorauter.tasks import read_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +59,14 @@ class Service:
         """The handle of the node's AdapterCache actor."""
         [actor] = running_caches(CacheSpec(self.config.adapters, self.config.cache))
         return actor
+
+    def key(self, name: str) -> AdapterKey:
+        """The version of an adapter that is served."""
+        return AdapterKey(name, Catalog.load(self.config.catalog or "").adapters[name])
+
+    def catalog(self, *names: str) -> str:
+        """Have adapters served in their newest versions; returns the catalog's."""
+        return catalog_adapters(self.url, self.config.adapters, *names)
 
     def ask(self, model: str, text: str = "Is the sky blue?", **options: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **options}

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import ray
 import torch
 from ray import serve
 from safetensors.torch import load_file, save
 
-from lorauter.adapters import open_store
+from deployments.adapter_listing import AdapterListing
+from deployments.router import Router
+from lorauter.adapters import AdapterRepository, open_store
+from lorauter.catalog import current_version, use_version
 
 pytestmark = pytest.mark.integration
 
@@ -37,8 +42,9 @@ def wait_until(condition: Any, timeout_s: float = 30) -> None:
 
 @pytest.fixture
 def copy(service: Any, root: Path) -> Iterator[Any]:
-    """`copy(name, change)`: a plain PEFT folder in the store, made of sst2 with its config or tensors changed."""
-    store = open_store(service.config.adapters)
+    """`copy(name, change)`: a plain PEFT folder in the store, made of sst2 with its config or tensors changed, and
+    in the catalog."""
+    store, before = open_store(service.config.adapters), current_version(service.config.catalog)
     source = root / "examples" / "adapters" / "sst2"
     made = set()
 
@@ -49,9 +55,11 @@ def copy(service: Any, root: Path) -> Iterator[Any]:
         store.write(f"{name}/adapter_config.json", json.dumps(config).encode())
         store.write(f"{name}/adapter_model.safetensors", save(tensors))
         made.add(name)
+        service.catalog(name)
         return name
 
     yield make
+    use_version(service.config.catalog, before)
     for name in made:
         store.delete(f"{name}/adapter_config.json")
         store.delete(f"{name}/adapter_model.safetensors")
@@ -62,9 +70,9 @@ def test_twenty_first_requests_make_one_download(service: Any) -> None:
     assert not any(name == "mrpc" for name, _ in before["resident"])
     body = {"model": "mrpc", "messages": MESSAGE, "max_tokens": 2}
     answers = service.ask_together([body] * 20)
-    direct = ray.get([service.cache.fetch.remote(["mrpc"]) for _ in range(20)])
+    direct = ray.get([service.cache.fetch.remote(service.key("mrpc")) for _ in range(20)])
     assert [answer.status_code for answer in answers] == [200] * 20
-    assert len({local.path for [local] in direct}) == 1
+    assert len({local.path for local in direct}) == 1
     assert stats(service)["downloads"] == before["downloads"] + 1
 
 
@@ -118,7 +126,6 @@ def test_a_store_that_is_down(service: Any, s3_server: Any) -> None:
     assert service.ask("agnews").status_code == 200
     s3_server.stop()
     try:
-        time.sleep(1)  # past revalidate_s: the cache has to ask, and fails
         cached = service.ask("agnews")
         started = time.monotonic()
         missing = service.ask("odd_man_out")
@@ -194,6 +201,7 @@ def test_a_bad_adapter_is_refused_by_name_and_harms_nobody(service: Any, copy: A
 def test_a_corrupt_file_without_a_hash_is_refused(service: Any, copy: Any) -> None:
     name = copy("corrupt")
     open_store(service.config.adapters).write(f"{name}/adapter_model.safetensors", b"\xff" * 1000)
+    service.catalog(name)
     response = service.ask(name)
     assert response.status_code == 422
     assert name in response.json()["error"]["message"]
@@ -201,7 +209,7 @@ def test_a_corrupt_file_without_a_hash_is_refused(service: Any, copy: Any) -> No
 
 def test_a_damaged_copy_on_the_disk_is_fetched_again(service: Any, copy: Any) -> None:
     name = copy("damaged-on-disk")
-    [[local]] = ray.get([service.cache.fetch.remote([name])])
+    local = ray.get(service.cache.fetch.remote(service.key(name)))
     path = local.path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert service.ask(name).status_code == 200
@@ -215,4 +223,71 @@ def test_a_replaced_adapter_is_served_anew(service: Any, copy: Any) -> None:
     copy(name, lambda _, tensors: tensors.update({key: tensor * 0 for key, tensor in tensors.items()}))
     base = service.ask("base", text).json()["choices"]
     assert first != base
-    wait_until(lambda: service.ask(name, text).json()["choices"] == base)
+    assert service.ask(name, text).json()["choices"] == base
+
+
+def test_what_no_catalog_names_is_not_served(service: Any, copy: Any, root: Path, tmp_path: Path) -> None:
+    repository = AdapterRepository(open_store(service.config.adapters))
+    shutil.copytree(root / "examples" / "adapters" / "sst2", tmp_path / "uncatalogued")
+    repository.push(tmp_path / "uncatalogued")
+    try:
+        assert service.ask("uncatalogued").status_code == 404
+        with service.http as client:
+            models = {model["id"] for model in client.get("/v1/models").json()["data"]}
+            assert "sst2" in models
+            assert "uncatalogued" not in models
+            assert client.get("/v1/models/uncatalogued").status_code == 404
+    finally:
+        repository.remove("uncatalogued")
+
+
+def test_a_routed_query_goes_on_without_an_adapter_that_is_broken(service: Any, examples: Any) -> None:
+    """The tiers have none of it: its task's query is answered by others, and the answer says so."""
+    name, text = "tomqa", examples("tomqa")[0].input
+    assert not any(held == name for held, _ in stats(service)["resident"])
+    whole = {path: path.read_bytes() for path in (service.store / name).glob("*/adapter_model.safetensors")}
+    for path, content in whole.items():
+        path.write_bytes(content[: len(content) // 2])
+    try:
+        routed, named = service.ask("lorauter", text), service.ask(name, text)
+        retries = stats(service)["retries"]
+        again = service.ask("lorauter", text)
+        assert stats(service)["retries"] == retries, "a broken adapter is not fetched for every query"
+    finally:
+        for path, content in whole.items():
+            path.write_bytes(content)
+    assert named.status_code == 503
+    for answer in (routed, again):
+        assert answer.status_code == 200, answer.text
+        decision = answer.json()["lorauter"]
+        assert {"name": name, "version": service.key(name).version, "cause": "unavailable"} in decision["left_out"]
+        assert name not in {adapter["name"] for adapter in decision["adapters"]}
+        assert sum(adapter["weight"] for adapter in decision["adapters"]) == pytest.approx(1)
+    assert service.ask(name, text).status_code == 200
+    assert service.ask("lorauter", text).json()["lorauter"]["adapters"][0]["name"] == name
+
+
+def test_without_a_catalog_the_stores_adapters_are_served_by_name(service: Any, root: Path, tmp_path: Path) -> None:
+    """A second ingress before the same model, whose word on what is served is a listing."""
+    config = service.config.model_copy(update={"catalog": None})
+    listing = AdapterListing.options(ray_actor_options={"num_cpus": 0.05}).bind(config.adapters, 0.2)
+    embedder, model = (serve.get_deployment_handle(name, "lorauter") for name in ("QueryEmbedder", "LoraModel"))
+    router = Router.options(ray_actor_options={"num_cpus": 0.05}).bind(config, embedder, listing, model, None)
+    serve.run(router, name="listed", route_prefix="/listed")
+    repository = AdapterRepository(open_store(config.adapters))
+    shutil.copytree(root / "examples" / "adapters" / "sst2", tmp_path / "uncatalogued")
+    repository.push(tmp_path / "uncatalogued")
+    try:
+        with httpx.Client(base_url=f"{service.url}/listed", timeout=120) as client:
+
+            def ask(name: str) -> Any:
+                return client.post("/v1/chat/completions", json={"model": name, "messages": MESSAGE, "max_tokens": 2})
+
+            wait_until(lambda: ask("uncatalogued").status_code == 200)
+            assert ask("nowhere").status_code == 404
+            assert "no catalog" in ask("lorauter").json()["error"]["message"]
+            assert "uncatalogued" in {model["id"] for model in client.get("/v1/models").json()["data"]}
+            repository.remove("uncatalogued")
+            wait_until(lambda: ask("uncatalogued").status_code == 404)
+    finally:
+        serve.delete("listed")

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from catalogued import wait_for_catalog
 from safetensors.torch import load_file, save
 
 from lorauter.adapters import AdapterRepository, MemoryStore, open_store
@@ -235,13 +236,16 @@ def test_a_running_answer_ends_on_the_adapters_old_version_and_new_ones_have_the
     (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     weights = load_file(source / "adapter_model.safetensors")
 
-    def push(change: Callable[[Any], Any]) -> None:
+    def push(change: Callable[[Any], Any]) -> str:
         (folder / "adapter_model.safetensors").write_bytes(save({name: change(of) for name, of in weights.items()}))
         repository.push(folder)
+        return str(service.catalog("switched"))
 
     story = "Tell a long story about a fisherman and the sea."
     body = {"model": "switched", "messages": [{"role": "user", "content": story}], "max_tokens": 160}
-    push(lambda tensor: tensor * 0)
+    old, new = push(lambda tensor: tensor * 0), push(lambda tensor: tensor * 3)
+    use_version(service.config.catalog, old)
+    wait_for_catalog(service.url, old)
     whole = service.ask("switched", story, max_tokens=160).json()["choices"][0]["message"]["content"]
     before = service.ask("switched").json()["choices"]
     assert before == service.ask("base").json()["choices"]
@@ -251,11 +255,10 @@ def test_a_running_answer_ends_on_the_adapters_old_version_and_new_ones_have_the
             if line.startswith("data: {"):
                 pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content", ""))
             if len(pieces) == 10:
-                push(lambda tensor: tensor * 3)
-                deadline = time.monotonic() + WITHIN_S
-                while after == before:
-                    assert time.monotonic() < deadline
-                    after = service.ask("switched").json()["choices"]
+                use_version(service.config.catalog, new)
+                wait_for_catalog(service.url, new)
+                after = service.ask("switched").json()["choices"]
+                assert after != before
                 ahead = len(pieces)
     assert ahead < len(pieces) - 20, "it was running still"
     assert "".join(pieces) == whole

@@ -19,9 +19,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from deployments.adapter_cache import CacheSpec, running_caches, start_cache
+from deployments.adapter_cache import _BEAT_S, _UNUSED_S, CacheSpec, _named, running_caches, start_cache
 from deployments.config import CacheSettings
 from lorauter.adapters import AdapterRepository, LoraWeights, open_store
+from lorauter.names import AdapterKey
 
 pytestmark = pytest.mark.integration
 
@@ -93,6 +94,11 @@ class Nodes:
         self._joined.append(self._cluster.add_node(num_cpus=0))
         return start_cache(self.spec, self._joined[-1].node_id)
 
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes' ids."""
+        return [node.node_id for node in self._joined]
+
     def kill(self, number: int) -> None:
         """A node and all that runs on it, without a word."""
         self._cluster.remove_node(self._joined.pop(number), allow_graceful=False)
@@ -133,10 +139,10 @@ def caches(nodes: Nodes) -> list[Any]:
 
 
 @pytest.fixture
-def push(nodes: Nodes, s3: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> Callable[..., str]:
-    """`push(name, **config)`: publishes an adapter, or another version of it; returns the version."""
+def push(nodes: Nodes, s3: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> Callable[..., AdapterKey]:
+    """`push(name, **config)`: publishes an adapter, or another version of it; returns its key."""
     repository = AdapterRepository(open_store(nodes.spec.adapters))
-    return lambda name, **config: repository.push(make_adapter(tmp_path, name, rank=64, **config)).version
+    return lambda name, **config: repository.push(make_adapter(tmp_path, name, rank=64, **config)).key
 
 
 def stats(cache: Any) -> dict[str, Any]:
@@ -148,21 +154,21 @@ def total(caches: list[Any], counter: str) -> int:
     return sum(stats(cache)[counter] for cache in caches)
 
 
-def fetch(cache: Any, name: str) -> Any:
-    [local] = ray.get(cache.fetch.remote([name]), timeout=60)
-    LoraWeights.load(local.path, name=name, version=local.version)
+def fetch(cache: Any, key: AdapterKey) -> Any:
+    local = ray.get(cache.fetch.remote(key), timeout=60)
+    assert local.key == key
+    LoraWeights.load(local.path, name=key.name, version=key.version)
     return local
 
 
 def test_a_node_takes_an_adapter_from_a_node_that_has_it(caches: list[Any], push: Any, proxy: CountingProxy) -> None:
-    version = push("lent")
-    first = fetch(caches[0], "lent")
+    key = push("lent")
+    first = fetch(caches[0], key)
     sent = proxy.bytes
-    others = [fetch(cache, "lent") for cache in caches[1:]]
-    assert {local.version for local in (first, *others)} == {version}
+    others = [fetch(cache, key) for cache in caches[1:]]
     assert len({local.path for local in (first, *others)}) == 3
     assert proxy.gets["lent"] == 1
-    assert proxy.bytes - sent < first.path.joinpath("adapter_model.safetensors").stat().st_size  # manifests alone
+    assert proxy.bytes == sent, "not even for a manifest"
     assert [stats(cache)["downloads"] for cache in caches] == [1, 0, 0]
     assert [stats(cache)["peer_copies"] for cache in caches] == [0, 1, 1]
 
@@ -170,68 +176,70 @@ def test_a_node_takes_an_adapter_from_a_node_that_has_it(caches: list[Any], push
 def test_nodes_that_want_the_same_at_once_ask_the_store_once(
     caches: list[Any], push: Any, proxy: CountingProxy
 ) -> None:
-    names = [f"wanted-{i}" for i in range(6)]
-    for name in names:
-        push(name)
+    keys = [push(f"wanted-{i}") for i in range(6)]
     proxy.pause = 0.2
     try:
-        found = ray.get([cache.fetch.remote([name]) for name in names for cache in caches], timeout=60)
+        found = ray.get([cache.fetch.remote(key) for key in keys for cache in caches], timeout=60)
     finally:
         proxy.pause = 0.0
-    assert len({local.path for [local] in found}) == 18
-    assert {name: proxy.gets[name] for name in names} == dict.fromkeys(names, 1)
+    assert len({local.path for local in found}) == 18
+    assert {key.name: proxy.gets[key.name] for key in keys} == {key.name: 1 for key in keys}
 
 
-def test_a_replaced_adapter_is_lent_by_nobody_in_its_old_version(
-    caches: list[Any], push: Any, proxy: CountingProxy
-) -> None:
+def test_versions_of_one_adapter_are_lent_apart(caches: list[Any], push: Any, proxy: CountingProxy) -> None:
     old = push("replaced")
-    held = fetch(caches[0], "replaced")
+    fetch(caches[0], old)
     new = push("replaced", lora_alpha=7)
-    assert fetch(caches[1], "replaced").version == new  # it knows no other; the first one's trust ends in half a second
-    time.sleep(0.6)
-    assert fetch(caches[0], "replaced").version == new != old == held.version
-    assert held.path.is_dir(), "who got the old version may still open it"
+    assert old != new
+    fetch(caches[1], new)
+    assert proxy.gets["replaced"] == 2, "who has another version has nothing to lend"
+    for key in (old, new):
+        for cache in caches:
+            fetch(cache, key)
     assert proxy.gets["replaced"] == 2
 
 
 def test_a_copy_that_was_damaged_at_a_peer_is_refused_and_the_store_asked(
     caches: list[Any], push: Any, proxy: CountingProxy
 ) -> None:
-    push("damaged")
-    weights = fetch(caches[0], "damaged").path / "adapter_model.safetensors"
+    key = push("damaged")
+    weights = fetch(caches[0], key).path / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     before = stats(caches[1])
-    sound = fetch(caches[1], "damaged")
+    sound = fetch(caches[1], key)
     assert (sound.path / "adapter_model.safetensors").read_bytes() == content
     assert (proxy.gets["damaged"], stats(caches[1])["downloads"]) == (2, before["downloads"] + 1)
 
 
 def test_a_plain_folder_is_lent_too(caches: list[Any], nodes: Nodes, push: Any, proxy: CountingProxy) -> None:
-    version = push("plain")
+    pushed = push("plain")
     store = open_store(nodes.spec.adapters)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        store.write(f"plain/{file}", store.read(f"plain/{version}/{file}"))
+        store.write(f"plain/{file}", store.read(f"plain/{pushed.version}/{file}"))
     store.delete("plain/adapter.json")
-    first = fetch(caches[0], "plain")
+    plain = AdapterRepository(store).manifest("plain").key
+    assert plain.version != pushed.version
+    fetch(caches[0], plain)
     before = total(caches, "downloads")
-    assert fetch(caches[1], "plain").version == first.version != version
+    fetch(caches[1], plain)
+    assert total(caches, "downloads") == before
+    store.write("plain/adapter_config.json", store.read("plain/adapter_config.json") + b"\n")
+    fetch(caches[2], plain)  # what the store has no longer, the nodes have
     assert total(caches, "downloads") == before
 
 
 def test_a_peer_that_hangs_costs_a_moment_and_no_answer(caches: list[Any], push: Any) -> None:
-    push("lonely")
-    fetch(caches[0], "lonely")
+    lonely, lonelier = push("lonely"), push("lonelier")
+    fetch(caches[0], lonely)
     hung = ray.get(caches[0].pid.remote())
     os.kill(hung, signal.SIGSTOP)
     try:
         started = time.monotonic()
-        fetch(caches[1], "lonely")
+        fetch(caches[1], lonely)
         first = time.monotonic() - started
-        push("lonelier")
         started = time.monotonic()
-        fetch(caches[1], "lonelier")
+        fetch(caches[1], lonelier)
         second = time.monotonic() - started
     finally:
         os.kill(hung, signal.SIGCONT)
@@ -242,35 +250,35 @@ def test_a_peer_that_hangs_costs_a_moment_and_no_answer(caches: list[Any], push:
 def test_killed_while_downloading_a_cache_keeps_no_half_and_goes_on(
     caches: list[Any], push: Any, proxy: CountingProxy
 ) -> None:
-    push("cut")
+    key = push("cut")
     victim = caches[2]
     held = stats(victim)["resident"]
     proxy.pause = 1.0
     try:
-        flight = victim.fetch.remote(["cut"])
+        flight = victim.fetch.remote(key)
         while not proxy.gets["cut"]:
             time.sleep(0.02)
         os.kill(ray.get(victim.pid.remote()), signal.SIGKILL)
-        [local] = ray.get(flight, timeout=60)  # Ray starts it again, and the call with it
+        local = ray.get(flight, timeout=60)  # Ray starts it again, and the call with it
     finally:
         proxy.pause = 0.0
-    LoraWeights.load(local.path, name="cut", version=local.version)
+    LoraWeights.load(local.path, name="cut", version=key.version)
     after = stats(victim)
-    assert sorted(map(tuple, after["resident"])) == sorted([*map(tuple, held), ("cut", local.version)])
+    assert sorted(after["resident"]) == sorted([*held, key])
     assert not list((local.path.parents[1] / ".incoming").iterdir())
 
 
 def test_a_dead_node_holds_nobody_up_and_a_new_one_gets_its_own_cache(
     caches: list[Any], nodes: Nodes, push: Any, proxy: CountingProxy
 ) -> None:
-    push("survivor")
-    fetch(caches[0], "survivor")
+    survivor = push("survivor")
+    fetch(caches[0], survivor)
     nodes.kill(0)
     started = time.monotonic()
-    fetch(caches[1], "survivor")
+    fetch(caches[1], survivor)
     assert time.monotonic() - started < 5
     joined = nodes.join()
-    assert fetch(joined, "survivor").path.is_dir()
+    assert fetch(joined, survivor).path.is_dir()
     assert proxy.gets["survivor"] <= 2  # the new one took it from a node, or found it on the dead one's disk
     deadline = time.monotonic() + 20
     while len(running_caches(nodes.spec)) != 3:
@@ -279,11 +287,46 @@ def test_a_dead_node_holds_nobody_up_and_a_new_one_gets_its_own_cache(
 
 
 def test_the_budget_holds_for_what_is_lent(caches: list[Any], nodes: Nodes, push: Any) -> None:
-    names = [f"many-{i}" for i in range(40)]
-    for name in names:
-        push(name)
+    keys = [push(f"many-{i}") for i in range(40)]
     live = running_caches(nodes.spec)
     for cache in live[:2]:
-        ray.get([cache.fetch.remote([name]) for name in names], timeout=120)
+        ray.get([cache.fetch.remote(key) for key in keys], timeout=120)
         assert stats(cache)["size_bytes"] <= nodes.spec.settings.disk_bytes
         assert stats(cache)["evictions"] > 0
+
+
+def test_a_cache_of_older_settings_ends_once_nobody_uses_it_and_one_of_new_settings_is_there(
+    nodes: Nodes, caches: list[Any], push: Any, tmp_path: Path
+) -> None:
+    key = push("old-settings")
+    new = CacheSpec(nodes.spec.adapters, nodes.spec.settings.model_copy(update={"disk_bytes": 300_000}))
+    handles = running_caches(nodes.spec)
+    roots = [fetch(cache, key).path.parents[1] for cache in handles]
+    node = nodes.nodes[0]
+    [old] = [name for name in _named() if name == nodes.spec.prefix + node]
+    assert old
+    start_cache(new, node)
+    try:
+        deadline = time.monotonic() + 60
+        while nodes.spec.prefix + node in _named():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert len(running_caches(nodes.spec)) == len(handles) - 1, "those of the other nodes have no other beside them"
+        assert sum(root.exists() for root in roots) == len(roots) - 1, "its disk goes along"
+        assert new.prefix + node in _named()
+    finally:
+        for cache in running_caches(new):
+            ray.kill(cache)
+
+
+def test_a_cache_that_is_used_does_not_end(nodes: Nodes, service: Any) -> None:
+    """The service's, which another one's is started beside."""
+    new = CacheSpec(nodes.spec.adapters, nodes.spec.settings.model_copy(update={"disk_bytes": 400_000}))
+    before = ray.get(service.cache.pid.remote())
+    start_cache(new)
+    try:
+        time.sleep(_UNUSED_S + 2 * _BEAT_S)
+        assert ray.get(service.cache.pid.remote()) == before
+    finally:
+        for cache in running_caches(new):
+            ray.kill(cache)

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from catalogued import catalog_adapters
 from faulty_s3 import FaultyS3
 
 from lorauter.adapters import AdapterRepository, open_store
@@ -339,6 +340,7 @@ def unseen(
             shutil.copytree(root / "examples" / "adapters" / "sst2", tmp_path / name)
             repository.push(tmp_path / name)
             questions.append(question.of(name))
+        catalog_adapters(cluster.url, cluster.adapters, *(question.body["model"] for question in questions))
         return questions
 
     return make
