@@ -46,10 +46,13 @@ def requests(s3: Any) -> Iterator[Counter[str]]:
     def count(model: Any, **_: Any) -> None:
         counted[model.name] += 1
 
-    events = lorauter.adapters.s3._shared_client().meta.events
-    events.register("before-call.s3", count)
+    lorauter.adapters.s3._shared_client()  # which makes them all
+    clients = (lorauter.adapters.s3._client or {}).values()
+    for client in clients:
+        client.meta.events.register("before-call.s3", count)
     yield counted
-    events.unregister("before-call.s3", count)
+    for client in clients:
+        client.meta.events.unregister("before-call.s3", count)
 
 
 @pytest.fixture
