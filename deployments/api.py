@@ -33,7 +33,7 @@ from deployments.config import AccessSettings, ApiSettings, EngineSettings, expl
 from deployments.openai_answers import CHAT, TEXT, Shape, error_answer, usage
 from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody, GenerationBody, RouteBody
 from deployments.rights import ROLES, check_change
-from deployments.scope import ScopedOptions, visible_tasks
+from deployments.scope import ScopedOptions, visible, visible_tasks
 from deployments.told import Audience, without_places
 from lorauter.engine.types import Chunk
 from lorauter.errors import (
@@ -120,7 +120,7 @@ def build_api(
         async def changed(request: Request) -> Response:
             async with read(request) as wanted:
                 await check_change(request.state.caller, wanted, service)
-                return JSONResponse(await wanted.make())
+                return JSONResponse(visible(await wanted.make(), request.state.caller.permitted))
 
         return route(method, path, changed)
 
@@ -175,7 +175,8 @@ class _Api:
         except Exception:
             await reservation.settle(0)
             raise
-        data = [{"index": i, **decision.to_json()} for i, decision in enumerate(decisions)]
+        permitted = request.state.caller.permitted
+        data = [{"index": i, **visible(decision.to_json(), permitted)} for i, decision in enumerate(decisions)]
         return JSONResponse({"object": "list", "data": data})
 
     async def models(self, request: Request) -> Response:
@@ -200,7 +201,8 @@ class _Api:
             reason = reason if caller.audience == "operator" else without_places(reason)
             refused = {"refused": {"version": version, "reason": reason}}
         tasks = visible_tasks(catalog.tasks, caller.permitted)
-        return JSONResponse({"object": "list", "catalog_version": catalog.version, **refused, "data": tasks})
+        told = {"object": "list", "catalog_version": catalog.version, **refused, "data": tasks}
+        return JSONResponse(visible(told, caller.permitted))
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -312,15 +314,16 @@ class _Api:
             "x-lorauter-tasks": _header((task.name, task.score) for task in decision.tasks),
             "x-lorauter-adapters": _header((adapter.name, adapter.weight) for adapter in decision.adapters),
         }
+        shown = visible(decision.to_json(), caller.permitted)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(stream, admitted, head, decision, shape, with_usage=with_usage, audience=caller.audience)
+            events = _events(stream, admitted, head, shown, shape, with_usage=with_usage, audience=caller.audience)
             return _EventStream(events, stream, headers)
         chunks = [item async for item in stream if isinstance(item, Chunk)]
         text = "".join(chunk.text for chunk in chunks)
         took = usage(admitted.prompt_tokens, sum(len(chunk.token_ids) for chunk in chunks))
         answer = {**head, **shape.answer(text, chunks[-1].finish_reason), "usage": took}
-        return JSONResponse({**answer, "lorauter": decision.to_json()}, headers=headers)
+        return JSONResponse({**answer, "lorauter": shown}, headers=headers)
 
 
 async def _metered(stream: _Answer, reservation: Reservation) -> _Answer:
@@ -369,7 +372,7 @@ async def _events(
     stream: AsyncGenerator[Admitted | Chunk],
     admitted: Admitted,
     head: dict[str, Any],
-    decision: RoutingDecision,
+    decision: dict[str, Any],
     shape: Shape,
     *,
     with_usage: bool,
@@ -384,7 +387,7 @@ async def _events(
         return {"choices": [{"index": 0, **content, "finish_reason": reason, "logprobs": None}]}
 
     tokens = 0
-    yield event({**head, **choice(shape.first or shape.delta("")), "lorauter": decision.to_json()})
+    yield event({**head, **choice(shape.first or shape.delta("")), "lorauter": decision})
     try:
         async for item in stream:
             if isinstance(item, Chunk):

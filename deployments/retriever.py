@@ -16,7 +16,6 @@ from ray.serve.handle import DeploymentHandle
 from deployments.calls import CatalogDescription, Retrieval
 from deployments.live_catalog import LiveCatalog
 from deployments.logs import join_serve_logs
-from deployments.scope import within_scope
 from lorauter.adapters import open_store
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.defaults import home
@@ -57,7 +56,6 @@ class TaskRetriever:
     async def retrieve(self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]) -> Retrieval:
         """See `Retriever.retrieve`; one catalog answers all of it."""
         retriever = self._live.retriever
-        options = [within_scope(retriever.catalog, option) for option in options]
         found = retriever.retrieve(embeddings, texts, options)
         named = {name for one in found for name in one.adapter_names}
         return Retrieval(retriever.catalog.version, found, _of(retriever.catalog.adapters, named))

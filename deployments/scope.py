@@ -13,7 +13,10 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from lorauter.catalog import Catalog
+from lorauter.catalog.subset import TaskSubset
 from lorauter.routing.options import RoutingOptions
 
 Permitted = tuple[str, ...] | None
@@ -45,34 +48,27 @@ class ScopedOptions(RoutingOptions):
         own = {name: getattr(options, name) for name in RoutingOptions.model_fields}
         return cls(**own, permitted=permitted)
 
+    def among(self, catalog: Catalog) -> TaskSubset | None:
+        """The tasks that the caller may see; None is all of them."""
+        known = _subsets.setdefault(catalog, {})
+        if self.permitted not in known:
+            hidden = [
+                is_hidden((adapter.name for adapter in entry.adapters), self.permitted) for entry in catalog.tasks
+            ]
+            known[self.permitted] = TaskSubset(~np.array(hidden)) if any(hidden) else None
+        return known[self.permitted]
+
     def allows(self, adapter: str) -> bool:
         """Whether an adapter may be used."""
         return permits(self.permitted, adapter) and super().allows(adapter)
 
 
+_subsets: WeakKeyDictionary[Catalog, dict[tuple[str, ...], TaskSubset | None]] = WeakKeyDictionary()  # by identity
+
+
 def is_hidden(adapters: Iterable[str], permitted: Permitted) -> bool:
     """Whether a task with these adapters is to be hidden: none of them is permitted, though not all adapters are."""
     return permitted is not None and "*" not in permitted and not any(permits(permitted, name) for name in adapters)
-
-
-def _hidden_tasks(catalog: Catalog, permitted: tuple[str, ...]) -> frozenset[str]:
-    known = _hidden.setdefault(catalog, {})
-    if permitted not in known:
-        known[permitted] = frozenset(
-            entry.name for entry in catalog.tasks if is_hidden((adapter.name for adapter in entry.adapters), permitted)
-        )
-    return known[permitted]
-
-
-_hidden: WeakKeyDictionary[Catalog, dict[tuple[str, ...], frozenset[str]]] = WeakKeyDictionary()  # by identity
-
-
-def within_scope(catalog: Catalog, options: RoutingOptions) -> RoutingOptions:
-    """The options with the tasks excluded that their caller is not to see."""
-    if not isinstance(options, ScopedOptions):
-        return options
-    hidden = _hidden_tasks(catalog, options.permitted)
-    return options.model_copy(update={"exclude_tasks": options.exclude_tasks | hidden}) if hidden else options
 
 
 def visible_tasks(tasks: Iterable[dict[str, Any]], permitted: Permitted) -> list[dict[str, Any]]:
@@ -85,3 +81,8 @@ def visible_tasks(tasks: Iterable[dict[str, Any]], permitted: Permitted) -> list
         for adapters in [task.get("adapters", [])]
         if not is_hidden((adapter["name"] for adapter in adapters), permitted)
     ]
+
+
+def visible(answer: dict[str, Any], permitted: Permitted) -> dict[str, Any]:
+    """An answer as a caller may see it: the catalog's version changes with what is not the caller's too."""
+    return answer if permitted is None else {**answer, "catalog_version": None}

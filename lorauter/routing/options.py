@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from lorauter.catalog.catalog import Catalog
+    from lorauter.catalog.subset import TaskSubset
 
 TopK = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[FiniteFloat, Field(gt=0, le=100)]
@@ -88,6 +92,10 @@ class RoutingOptions(BaseModel):
     @classmethod
     def _none_excludes_nothing(cls, value: Any) -> Any:
         return frozenset() if value is None else value
+
+    def among(self, catalog: Catalog) -> TaskSubset | None:
+        """The tasks to search; None is all of them."""
+        return None
 
     def allows(self, adapter: str) -> bool:
         """Whether an adapter may be used."""

@@ -109,21 +109,29 @@ class Retriever:
             )
         if not np.isfinite(embeddings).all():
             raise InvalidRequest("the embeddings hold NaN or infinity")
-        total = len(self.catalog.tasks)
         results = [Retrieved()] * len(options)
-        pending, wanted = list(range(len(options))), [self._wanted(option) for option in options]
-        while pending:
-            depth = min(total, max(wanted[i] + len(options[i].exclude_tasks) for i in pending))
-            scores, ids = self._index.search(np.ascontiguousarray(embeddings[pending]), depth)
-            unfilled = []
-            for i, row_scores, row_ids in zip(pending, scores, ids, strict=True):
-                kept = [j for j, t in enumerate(row_ids) if self.catalog.tasks[t].name not in options[i].exclude_tasks]
-                kept = kept[: wanted[i]]  # as many whatever is excluded and whoever shares the batch
-                results[i] = self._judge(embeddings[i], texts[i], row_ids[kept], row_scores[kept], options[i])
-                if wanted[i] < total and not self._filled(results[i], options[i]):
-                    unfilled.append(i)
-                    wanted[i] *= 4
-            pending = unfilled
+        subsets = [option.among(self.catalog) for option in options]
+        wanted = [self._wanted(option) for option in options]
+        alike: dict[int, list[int]] = {}
+        for i, subset in enumerate(subsets):
+            alike.setdefault(id(subset), []).append(i)
+        for pending in alike.values():
+            subset = subsets[pending[0]]
+            total, params = (len(self.catalog.tasks), None) if subset is None else (subset.size, subset.search)
+            while pending and total:
+                depth = min(total, max(wanted[i] + len(options[i].exclude_tasks) for i in pending))
+                queries = np.ascontiguousarray(embeddings[pending])
+                scores, ids = self._index.search(queries, depth, params=params)
+                unfilled = []
+                for i, row_scores, row_ids in zip(pending, scores, ids, strict=True):
+                    excluded = options[i].exclude_tasks
+                    kept = [j for j, t in enumerate(row_ids) if self.catalog.tasks[t].name not in excluded]
+                    kept = kept[: wanted[i]]  # as many whatever is excluded and whoever shares the batch
+                    results[i] = self._judge(embeddings[i], texts[i], row_ids[kept], row_scores[kept], options[i])
+                    if wanted[i] < total and not self._filled(results[i], options[i]):
+                        unfilled.append(i)
+                        wanted[i] *= 4
+                pending = unfilled
         return results
 
     def _wanted(self, options: RoutingOptions) -> int:

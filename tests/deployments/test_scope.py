@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.scope import ScopedOptions, permits, visible_tasks, within_scope
+from deployments.scope import ScopedOptions, permits, visible_tasks
 from lorauter.catalog import Catalog, CatalogTask, RankedAdapter
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
 
@@ -70,7 +70,6 @@ def test_routing_stays_within_what_a_caller_may_use(
 ) -> None:
     config = RoutingConfig.model_validate({"preset": "paper", "composition": composition, "top_k": 8})
     options = pickle.loads(pickle.dumps(ScopedOptions.of(RoutingOptions(**asked), permitted)))
-    options = within_scope(catalog, options)
     [found] = Retriever(catalog, config).retrieve(NEAR, ["a query"], [options])
     decision = compose(found, options, config, catalog_version="v1", versions=catalog.adapters)
     assert {task.name for task in decision.tasks} == tasks
@@ -81,15 +80,23 @@ def test_routing_stays_within_what_a_caller_may_use(
 
 def test_without_a_scope_options_stay_as_they_are(catalog: Catalog) -> None:
     options = RoutingOptions(top_k=3)
-    assert within_scope(catalog, options) is options
+    assert options.among(catalog) is None
     everything = ScopedOptions.of(options, ("*",))
-    assert within_scope(catalog, everything) is everything
+    assert everything.among(catalog) is None
     assert everything.top_k == 3
+
+
+def test_what_a_caller_may_see_of_a_catalog_is_found_once(catalog: Catalog) -> None:
+    options = ScopedOptions(permitted=("a-*",))
+    subset = options.among(catalog)
+    assert subset is not None
+    assert subset.size == 2
+    assert ScopedOptions(permitted=("a-*",), top_k=3).among(catalog) is subset
 
 
 def test_a_catalog_that_is_gone_is_not_kept(catalog: Catalog) -> None:
     twin = Catalog(*(getattr(catalog, name) for name in catalog.__dataclass_fields__))
-    within_scope(twin, ScopedOptions(permitted=("a-*",)))
+    ScopedOptions(permitted=("a-*",)).among(twin)
     gone = weakref.ref(twin)
     del twin
     gc.collect()
@@ -105,3 +112,36 @@ def test_what_is_listed() -> None:
     assert visible_tasks(tasks, None) == tasks
     assert visible_tasks(tasks, ("a-*",)) == [{"id": "of-a", "adapters": [{"name": "a-1"}]}]
     assert tasks[0]["adapters"] == [{"name": "a-1"}, {"name": "b-1"}]
+
+
+@pytest.mark.parametrize("composition", ["tasks", "utility"])
+def test_routing_among_few_of_many_tasks_is_as_if_there_were_only_those(
+    make_task: Callable[..., Any], composition: str
+) -> None:
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((400, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    own = [i for i in range(400) if i % 50 == 7]
+    tasks = [CatalogTask(make_task(f"t{i}"), (RankedAdapter(f"{'a' if i in own else 'b'}-{i}"),)) for i in range(400)]
+
+    def catalog(kept: list[int]) -> Catalog:
+        adapters = dict.fromkeys((tasks[i].adapters[0].name for i in kept), "0a1b2c3d")
+        rows = vectors[kept]
+        return Catalog(tuple(tasks[i] for i in kept), rows, np.repeat(rows, 2, axis=0), rows[0], adapters, "flat", "")
+
+    config = RoutingConfig.model_validate({"preset": "paper", "composition": composition, "top_k": 3, "num_tasks": 5})
+    everything, alone = Retriever(catalog(list(range(400))), config), Retriever(catalog(own), config)
+    scoped = ScopedOptions(permitted=("a-*",), exclude_tasks=frozenset({"t7", "t8", "unheard-of"}))
+    plain = RoutingOptions(exclude_tasks=scoped.exclude_tasks)
+    queries = random.standard_normal((8, 16)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    mixed = [scoped if i % 2 else plain for i in range(8)]
+    for query, options, found in zip(queries, mixed, everything.retrieve(queries, ["q"] * 8, mixed), strict=True):
+        if options is scoped:
+            [expected] = alone.retrieve(query[None], ["q"], [plain])
+            assert [task.name for task in found.tasks] == [task.name for task in expected.tasks]
+            assert [task.score for task in found.tasks] == pytest.approx([task.score for task in expected.tasks])
+            assert [a.name for a in found.adapters] == [a.name for a in expected.adapters]
+        else:
+            assert found == everything.retrieve(query[None], ["q"], [plain])[0]
+    assert everything.retrieve(queries, ["q"] * 8, [ScopedOptions(permitted=())] * 8)[0].tasks == ()
