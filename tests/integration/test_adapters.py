@@ -172,9 +172,9 @@ def shape(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
             tensors[key] = tensor[:, :-8].contiguous()
 
 
-def target(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def prefix(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     for key in list(tensors):
-        tensors[key.replace("v_proj", "other_proj")] = tensors.pop(key)
+        tensors[key.removeprefix("base_model.model.")] = tensors.pop(key)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def target(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         pytest.param(nan, "NaN", id="nan"),
         pytest.param(rank, "rank 64", id="rank"),
         pytest.param(shape, "568", id="shape"),
-        pytest.param(target, "other_proj", id="target"),
+        pytest.param(prefix, "not named like", id="prefix"),
         pytest.param(lambda c, _: c.update(use_dora=True), "use_dora", id="dora"),
         pytest.param(lambda c, _: c.update(base_model_name_or_path="meta/Llama-2-7b"), "Llama-2-7b", id="base"),
     ],
