@@ -23,11 +23,12 @@ def check_no_other_site(request: Request, trusted: Container[str]) -> None:
     Args:
         trusted: further hosts, in lower case, that the service may be asked for by, and whose pages may ask.
     """
-    host = _hostname(f"//{request.headers.get('host', '')}")
+    named = request.headers.get("host")
+    host = _hostname(f"//{named}")
     server = request.scope.get("server")
-    if server and is_local(server[0]) and not is_local(host) and host not in trusted:
+    if named is not None and server and is_local(server[0]) and not _is_safe(host) and host not in trusted:
         raise PermissionDenied(
-            f"got the host {host[:100]!r} for a service of this machine that asks for no keys; ask for localhost, "
+            f"got the host {named[:100]!r} for a service of this machine that asks for no keys; ask for localhost, "
             "configure keys, or add the name to access.trusted_hosts"
         )
     for origin in request.headers.getlist("origin"):
@@ -41,10 +42,21 @@ def check_no_other_site(request: Request, trusted: Container[str]) -> None:
 
 def is_local(host: str) -> bool:
     """Whether a name or an address means the machine itself, whoever resolves it."""
+    address = _address(host)
+    return host == "localhost" or host.endswith(".localhost") if address is None else address.is_loopback
+
+
+def _is_safe(host: str) -> bool:
+    """Whether nobody can make a host mean another machine than it does: addresses need no resolving."""
+    return is_local(host) or _address(host) is not None
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _hostname(url: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
-from collections.abc import Mapping
+import tracemalloc
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,6 +24,7 @@ from lorauter.keys import hash_key
 from lorauter.tasks import Task
 
 KEY = "an admin's key"
+SECOND, THIRD = "another's key", "a third one's key"
 ASKER = "a user's key"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 TASK = {"name": "sums", "domain": "maths", "metric": "em", "validation": [{"input": "1 + 1", "target": "2"}]}
@@ -59,6 +63,8 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"name": "operator", "sha256": hash_key(KEY), "roles": ["admin"]},
         {"name": "asker", "sha256": hash_key(ASKER)},
+        {"name": "second", "sha256": hash_key(SECOND), "roles": ["admin"]},
+        {"name": "third", "sha256": hash_key(THIRD), "roles": ["admin"]},
     ]
     monkeypatch.setenv("KEYS", json.dumps(rows))
 
@@ -252,3 +258,104 @@ def test_bodies_have_their_limits() -> None:
 def test_what_the_editor_refuses_has_its_status(error: LorauterError, status: int) -> None:
     response = send(FakeEditor(error), "DELETE", "/v1/tasks/sums")
     assert (response.status_code, message(response)) == (status, str(error))
+
+
+def talk_to(editor: Any, work: Any, **settings: Any) -> Any:
+    """`work(client)` with a client that may change what is served; `settings` are the API's."""
+
+    async def talk() -> Any:
+        api = ApiSettings(**settings)
+        app = build_api(object(), api, Access(AccessSettings(keys_env="KEYS")), admin_endpoints(editor, api))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://lorauter", headers=AUTHORIZED) as client:
+            return await work(client)
+
+    return asyncio.run(talk())
+
+
+def test_few_uploads_are_taken_at_once_and_the_others_told_to_come_again() -> None:
+    class Slow(FakeEditor):
+        async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+            await asyncio.sleep(0.5)
+            return await super().put_adapter(name, None)
+
+    async def send_all(client: httpx.AsyncClient) -> list[httpx.Response]:
+        def send_one(key: str, i: int) -> Any:
+            headers = {"Authorization": f"Bearer {key}"}
+            return client.post("/v1/adapters", data={"name": f"a-{i}"}, files=FILES, headers=headers)
+
+        first = await asyncio.gather(*[send_one(key, i) for i in range(4) for key in (KEY, SECOND, THIRD)])
+        return [*first, await send_one(KEY, 9)]
+
+    editor = Slow()
+    *answers, last = talk_to(editor, send_all)
+    assert last.status_code == 200
+    for i, most in ((0, 2), (1, 2), (2, 2)):
+        assert [answer.status_code for answer in answers[i::3]].count(200) <= most
+    assert [answer.status_code for answer in answers].count(200) == 4
+    for answer in answers:
+        if answer.status_code != 200:
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
+            assert "at most 2 and 4" in message(answer)
+    assert len(editor.done) == 5
+
+
+def test_an_upload_is_on_the_disk_and_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    chunk, chunks = b"x" * (1 << 20), 64
+    seen: list[tuple[int, int, int]] = []
+
+    class Checks(FakeEditor):
+        async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+            assert files is not None
+            weights = files["adapter_model.safetensors"]
+            seen.append((weights.nbytes, int(weights[-1]), tracemalloc.get_traced_memory()[1]))
+            return {}
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'--B\r\nContent-Disposition: form-data; name="name"\r\n\r\nbig\r\n'
+        for part in ("config", "weights"):
+            yield f'--B\r\nContent-Disposition: form-data; name="{part}"; filename="f"\r\n\r\n'.encode()
+            for _ in range(chunks if part == "weights" else 1):
+                yield chunk
+            yield b"\r\n"
+        yield b"--B--\r\n"
+
+    async def upload_big(client: httpx.AsyncClient) -> httpx.Response:
+        headers = {"Content-Type": "multipart/form-data; boundary=B"}
+        return await client.post("/v1/adapters", content=body(), headers=headers)
+
+    tracemalloc.start()
+    try:
+        response = talk_to(Checks(), upload_big)
+    finally:
+        tracemalloc.stop()
+    assert response.status_code == 200, response.text
+    [(size, last, peak)] = seen
+    assert (size, last) == (chunks << 20, ord("x"))
+    assert peak < 16 << 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_that_does_not_end_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.admin._UPLOAD_S", 0.1)
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"--B\r\n"
+        await asyncio.sleep(0.5)
+        yield b"--B--\r\n"
+
+    async def stall_often(client: httpx.AsyncClient) -> set[int]:
+        headers = {"Content-Type": "multipart/form-data; boundary=B"}
+        return {(await client.post("/v1/adapters", content=stalled(), headers=headers)).status_code for _ in range(3)}
+
+    assert talk_to(FakeEditor(), stall_often) == {408}
+
+
+def test_where_the_disk_is_full_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("starlette.datastructures.UploadFile.write", full)
+    response = upload(FakeEditor(), config=b"{}", weights=b"0" * 100)
+    assert (response.status_code, message(response)) == (503, "the upload cannot be kept: No space left on device")

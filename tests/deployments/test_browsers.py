@@ -9,10 +9,13 @@ from typing import Any
 import httpx
 import pytest
 from fake_service import CHAT, COMPLETIONS, ROUTE, FakeService, chat, refused, text
+from starlette.requests import Request
 
 from deployments.access import Access
 from deployments.api import build_api
+from deployments.browsers import check_no_other_site
 from deployments.config import AccessSettings, ApiSettings
+from lorauter.errors import PermissionDenied
 from lorauter.keys import hash_key
 
 BODIES = [(CHAT, chat()), (COMPLETIONS, text()), (ROUTE, {"input": "hi"})]
@@ -111,7 +114,7 @@ def test_a_name_that_was_made_to_mean_this_machine_is_refused(host: str, method:
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "127.1.2.3", "a.localhost"]
+    "host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "127.1.2.3", "a.localhost", "10.0.0.7:8000"]
 )
 def test_names_of_this_machine(host: str) -> None:
     assert ask({**JSON, "Host": host})[0].status_code == 200
@@ -134,3 +137,17 @@ def test_with_keys_a_page_needs_one_and_nothing_else(monkeypatch: pytest.MonkeyP
     headers = {**JSON, "Host": "any.example", "Origin": "https://other.example"}
     assert ask(headers, keys_env="KEYS")[0].status_code == 401
     assert ask({**headers, "Authorization": "Bearer k"}, keys_env="KEYS")[0].status_code == 200
+
+
+@pytest.mark.parametrize("server", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "127.0.0.9"])
+def test_it_is_the_address_that_a_request_came_to_that_counts(server: str) -> None:
+    for headers, said in (({}, True), ({"host": "localhost"}, True), ({"host": "evil.example"}, False)):
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        request = Request({"type": "http", "headers": raw, "server": (server, 8000)})
+        if said:
+            check_no_other_site(request, ())
+        else:
+            with pytest.raises(PermissionDenied, match=r"'evil\.example'.*localhost"):
+                check_no_other_site(request, ())
+        check_no_other_site(Request({"type": "http", "headers": raw, "server": ("10.0.0.7", 8000)}), ())
+        check_no_other_site(Request({"type": "http", "headers": raw, "server": None}), ())

@@ -189,6 +189,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "few": {"requests_per_minute": 5},
     "frugal": {"tokens_per_minute": 120},
     "operator": {"roles": ["admin"]},
+    "films-admin": {"roles": ["admin"], "adapters": ["sst*", "senti*"]},
 }
 
 

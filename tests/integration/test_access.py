@@ -72,6 +72,71 @@ def test_a_tenant_gets_and_sees_its_own_adapters_alone(secured: Any) -> None:
     assert ask(secured, "films").headers["x-lorauter-adapters"].startswith("s")
 
 
+def test_a_tenants_admin_changes_its_own_alone(secured: Any, root: Path) -> None:
+    adapter = root / "examples" / "adapters" / "sst2"
+    files = {"config": (adapter / "adapter_config.json").read_bytes()}
+    files["weights"] = (adapter / "adapter_model.safetensors").read_bytes()
+    rows = [{"input": f"Is film {i} worth its length?", "target": "yes"} for i in range(10)]
+    task = {"domain": "films", "metric": "em", "validation": rows}
+    with secured.client("all") as client:
+        before = client.get("/v1/tasks").json()["data"]
+    with secured.client("films-admin") as client:
+        for name in ("mrpc", "no-such"):
+            answers = [
+                client.delete(f"/v1/adapters/{name}"),
+                client.post("/v1/adapters", json={"name": name}),
+                client.post("/v1/adapters", data={"name": name}, files=files),
+                client.delete(f"/v1/tasks/{name}"),
+                client.post("/v1/tasks", json={**task, "name": name}),
+            ]
+            assert [answer.status_code for answer in answers] == [403] * 5, [answer.text for answer in answers]
+            assert client.get(f"/v1/models/{name}").status_code == 404
+        with secured.client("all") as all_of_them:
+            assert all_of_them.get("/v1/tasks").json()["data"] == before
+        added = client.post("/v1/adapters", data={"name": "sst-length"}, files=files)
+        assert added.status_code == 200, added.text
+        assert added.json()["catalog_version"] is None
+        put = client.post("/v1/tasks", json={**task, "name": "sst-length"})
+        assert put.status_code == 200, put.text
+        deadline = time.monotonic() + 60
+        while "sst-length" not in [row["id"] for row in client.get("/v1/tasks").json()["data"]]:
+            assert time.monotonic() < deadline
+        assert ask(secured, "films", "sst-length").status_code == 200
+        for kind in ("tasks", "adapters"):
+            removed = client.delete(f"/v1/{kind}/sst-length")
+            assert removed.status_code == 200, removed.text
+        while "sst-length" in [row["id"] for row in client.get("/v1/models").json()["data"]]:
+            assert time.monotonic() < deadline + 60
+
+
+def test_nobody_is_told_where_things_lie(service: Any, secured: Any) -> None:
+    with service.http as client:
+        texts = [client.get("/v1/models/gpt-4o-mini").text, service.ask("gpt-4o-mini").text]
+        texts.append(service.ask("lorauter", lorauter={"adapters": {"gpt-4o-mini": 1}}).text)
+    texts += [ask(secured, "films", "gpt-4o-mini").text, ask(secured, "films", "sst2-unheard-of").text]
+    for text in texts:
+        assert "model_not_found" in text
+        assert "://" not in text
+        assert str(service.config.adapters) not in text
+        assert "/root" not in text
+        assert "/tmp" not in text
+
+
+def test_a_page_in_a_browser_cannot_use_a_service_without_keys(service: Any) -> None:
+    body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})
+
+    def send(**headers: str) -> int:
+        headers = {"Content-Type": "application/json", **headers}
+        with service.http as client:
+            return client.post("/v1/chat/completions", content=body, headers=headers).status_code
+
+    assert send() == 200
+    assert send(**{"Content-Type": "text/plain"}) == 415
+    assert send(Origin="https://evil.example") == 403
+    assert send(Host="evil.example") == 403  # as after DNS rebinding: it came over the loopback
+    assert send(Host="localhost:8000", Origin="http://localhost:8000") == 200
+
+
 def test_two_replicas_do_not_double_a_limit(secured: Any) -> None:
     def get(_: int) -> httpx.Response:
         with secured.client("few") as client:
@@ -145,7 +210,8 @@ def test_one_id_on_the_lines_of_all_deployments_and_nothing_that_is_secret(secur
         client.post("/v1/completions", json={"model": "sst2", "prompt": QUESTION, "max_tokens": 1})
         client.post("/v1/chat/completions", json={**body, "surprise": CANARY})
         client.post("/v1/chat/completions", json={**body, "temperature": CANARY})
-        client.post("/v1/chat/completions", content=b'{"model": "' + CANARY.encode())
+        json_type = {"Content-Type": "application/json"}
+        client.post("/v1/chat/completions", content=b'{"model": "' + CANARY.encode(), headers=json_type)
         client.post("/v1/route", json={"input": [QUESTION, ""]})
         client.post("/v1/completions", json={"model": "base", "prompt": f"{CANARY} " * 3000})
         client.get("/v1/models", params={"q": CANARY})

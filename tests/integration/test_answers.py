@@ -149,6 +149,7 @@ def test_full_queues_answer_429(service: Any) -> None:
 
 def test_body_limit_and_bad_bodies(service: Any) -> None:
     with service.http as client:
+        client.headers["Content-Type"] = "application/json"
         large = client.post("/v1/chat/completions", content=b"x" * 200_000)
         broken = client.post("/v1/chat/completions", content=b"{")
     assert large.status_code == 413
