@@ -11,7 +11,7 @@ import asyncio
 import json
 import mmap
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, BinaryIO, Protocol
 
@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from deployments import changes
 from deployments.bodies import FORM, JSON, content_type, limited, read_json
 from deployments.config import ApiSettings, explain, first_field
 from deployments.rights import Change
@@ -35,6 +36,7 @@ ReadChange = Callable[[Request], AbstractAsyncContextManager[Change]]
 """Reads what change a request asks for; what the change is made of is kept until the end."""
 
 _MAX_EXAMPLES = 512
+_MAX_CHANGES_BYTES = 16 << 20
 _UPLOADS, _UPLOADS_A_KEY = 4, 2  # that a replica of the ingress takes at once
 _UPLOAD_S = 600.0  # for which one may come
 _PARTS = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
@@ -55,6 +57,9 @@ class Editor(Protocol):
     async def remove_adapter(self, name: str) -> dict[str, Any]:
         """Take an adapter out."""
 
+    async def change(self, wanted: Sequence[changes.Change]) -> dict[str, Any]:
+        """Make all of these changes at once, or none."""
+
 
 def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[str, str, ReadChange]]:
     """Method, path and function of each; without an editor, where what is served is the examples, they refuse."""
@@ -64,6 +69,7 @@ def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[
         ("DELETE", "/v1/tasks/{name}", admin.remove_task),
         ("POST", "/v1/adapters", admin.put_adapter),
         ("DELETE", "/v1/adapters/{name}", admin.remove_adapter),
+        ("POST", "/v1/catalog/changes", admin.change),
     ]
 
 
@@ -86,14 +92,9 @@ class _Admin:
         editor = self._open()
         raw = await read_json(request, self._settings.max_body_bytes)
         try:
-            task = Task.from_json(json.loads(raw), source="the task")
+            task = _task(json.loads(raw))
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"the body is no JSON: {error}") from error
-        if len(task.validation) > _MAX_EXAMPLES:
-            raise InvalidRequest(
-                f"got {len(task.validation)} validation examples; at most {_MAX_EXAMPLES} are taken, 20 do",
-                param="validation",
-            )
         yield Change(lambda: editor.put_task(task), tasks=(task.name,))
 
     @asynccontextmanager
@@ -125,6 +126,14 @@ class _Admin:
     async def remove_adapter(self, request: Request) -> AsyncIterator[Change]:
         editor, name = self._open(), _name(request.path_params["name"])
         yield Change(lambda: editor.remove_adapter(name), adapters=(name,))
+
+    @asynccontextmanager
+    async def change(self, request: Request) -> AsyncIterator[Change]:
+        editor = self._open()
+        raw = await read_json(request, max(_MAX_CHANGES_BYTES, self._settings.max_body_bytes))
+        wanted = changes.parse_changes(raw, task=_task, adapter=_name)
+        tasks, adapters = (tuple(of.name for of in wanted if of.kind == kind) for kind in ("task", "adapter"))
+        yield Change(lambda: editor.change(wanted), adapters=adapters, tasks=tasks)
 
     def _open(self) -> Editor:
         """The editor, if there is something to edit."""
@@ -193,6 +202,17 @@ def _mapped(file: BinaryIO) -> NDArray[np.uint8]:
     if not file.seek(0, 2):
         return np.zeros(0, np.uint8)
     return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def _task(data: Any) -> Task:
+    """A task of JSON. Raises TaskError, InvalidRequest (it is too large)."""
+    task = Task.from_json(data, source="the task")
+    if len(task.validation) > _MAX_EXAMPLES:
+        raise InvalidRequest(
+            f"got {len(task.validation)} validation examples; at most {_MAX_EXAMPLES} are taken, 20 do",
+            param="validation",
+        )
+    return task
 
 
 def _name(name: str) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.changes import Change
 from deployments.config import AppConfig
 from lorauter.adapters import AdapterManifest, AdapterRepository, LoraWeights, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.catalog import Catalog, change_catalog, with_adapter, with_tasks, without_adapters, without_tasks
-from lorauter.catalog.catalog import PROBE_TEXT
+from lorauter.catalog.catalog import PROBE_TEXT, pointed_version
 from lorauter.encoder import Embeddings
-from lorauter.errors import AdapterNotFound, InvalidRequest, TaskNotFound
+from lorauter.errors import AdapterNotFound, AdapterRejected, InvalidRequest, TaskNotFound
 from lorauter.tasks import Task
 
 _AT_ONCE = 16
@@ -45,6 +47,14 @@ class _Embedded:
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
         return np.stack([self.vectors[text] for text in texts])
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """An adapter that is in the store and may be served, and what of it has no effect."""
+
+    manifest: AdapterManifest
+    warnings: tuple[str, ...]
 
 
 @serve.deployment(
@@ -76,103 +86,126 @@ class CatalogEditor:
         self._model = model
         self._worker = ThreadPoolExecutor(1)  # changes wait for each other, and one that began ends, whoever hung up
 
+    async def change(self, changes: Sequence[Change]) -> dict[str, Any]:
+        """Make all of the changes in one version of the catalog, or none; what goes from it then goes from the store.
+
+        Raises:
+            TaskNotFound, AdapterNotFound: what is to go, or an adapter that is to come, is not there.
+            AdapterRejected: one that is to come is none that the engine would serve.
+            InvalidRequest: no task would be left.
+            Conflict: somebody else changed one of these meanwhile.
+            AdapterUnavailable, CatalogError, StoreError.
+        """
+        encoder = await self._encoder([change.task for change in changes if change.task is not None])
+        coming = [change.name for change in changes if change.kind == "adapter" and not change.remove]
+        check = await self._check() if coming else None
+
+        def take(name: str) -> _Taken:
+            assert check is not None
+            manifest = self._repository.manifest(name)
+            return _Taken(manifest, check(self._repository.load(manifest)))
+
+        return await self._alone(lambda: self._apply(changes, encoder, {name: take(name) for name in coming}))
+
     async def put_task(self, task: Task) -> dict[str, Any]:
-        """Add a task, or replace the one of its name. Raises CatalogError, StoreError."""
-        texts = [PROBE_TEXT, *dict.fromkeys(example.input for example in task.validation)]
-        vectors: dict[str, Embeddings] = {}
-        for start in range(0, len(texts), _AT_ONCE):  # few at once, as queries wait for the same encoder
-            some = texts[start : start + _AT_ONCE]
-            vectors |= zip(some, await self._embedder.embed.remote(some), strict=True)
-        encoder = _Embedded(await self._embedder.name.remote(), vectors)
-        catalog = await self._alone(
-            lambda: self._change(lambda before: with_tasks(before, [task], encoder), tasks=[task.name])
-        )
-        [entry] = [entry for entry in catalog.tasks if entry.name == task.name]
-        served = [adapter.name for adapter in entry.adapters]
-        return {"id": task.name, "object": "task", "adapters": served, "catalog_version": catalog.version}
+        """Add a task, or replace the one of its name. Raises as `change`."""
+        return _single(await self.change([Change("task", task.name, task=task)]))
 
     async def remove_task(self, name: str) -> dict[str, Any]:
-        """Take a task out. Raises TaskNotFound, InvalidRequest (it is the last), CatalogError, StoreError."""
+        """Take a task out. Raises as `change`."""
+        return _single(await self.change([Change("task", name, remove=True)]))
 
-        def without(before: Catalog) -> Catalog:
-            names = {entry.name for entry in before.tasks}
-            if name not in names:
-                raise TaskNotFound(name)
-            if names == {name}:
-                raise InvalidRequest(f"task {name!r} is the catalog's last; add another first", param="name")
-            return without_tasks(before, [name])
-
-        catalog = await self._alone(lambda: self._change(without, tasks=[name]))
-        return {"id": name, "object": "task", "deleted": True, "catalog_version": catalog.version}
+    async def remove_adapter(self, name: str) -> dict[str, Any]:
+        """Take an adapter out of the catalog, then out of the store. Raises as `change`."""
+        return _single(await self.change([Change("adapter", name, remove=True)]))
 
     async def put_adapter(self, name: str, files: Files | None) -> dict[str, Any]:
         """Take in an adapter, or another version of it: of these files, or else as the store has it.
 
-        Raises:
-            AdapterRejected: it is no adapter that the engine would serve.
-            AdapterNotFound: there are no files, and none of this name in the store.
-            AdapterUnavailable, CatalogError, StoreError.
+        Raises as `change`.
         """
-        shape, max_rank = await self._model.shape.remote()
-        warnings: list[str] = []
+        change = Change("adapter", name)
+        if files is None:
+            return _single(await self.change([change]))
+        check = await self._check()
 
-        def take_in() -> tuple[AdapterManifest, Catalog]:
-            manifest = push()
-
-            def with_it(before: Catalog) -> Catalog:
-                self._repository.check_current(manifest)
-                return with_adapter(before, manifest)
-
-            return manifest, self._change(with_it, adapters=[name])
-
-        def push() -> AdapterManifest:
-            if files is None:
-                manifest = self._repository.manifest(name)
-                check(self._repository.load(manifest))
-                return manifest
+        def push() -> _Taken:
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch) / name
                 folder.mkdir()
                 for file in (CONFIG_FILE, WEIGHTS_FILE):
                     files[file].tofile(folder / file)
-                check(LoraWeights.load(folder, name=name, version="pushed"))
-                return self._repository.push(folder)
+                warnings = check(LoraWeights.load(folder, name=name, version="pushed"))
+                return _Taken(self._repository.push(folder), warnings)
 
-        def check(weights: LoraWeights) -> None:
-            warnings[:] = *weights.warnings, *weights.check_fits(shape, max_rank=max_rank)
+        return _single(await self._alone(lambda: self._apply([change], None, {name: push()})))
 
-        manifest, catalog = await self._alone(take_in)
-        serves = [entry.name for entry in catalog.tasks if name in {adapter.name for adapter in entry.adapters}]
-        head = {"id": name, "object": "adapter", "version": manifest.version, "bytes": manifest.size}
-        told = {"warnings": warnings} if warnings else {}
-        return {**head, "rank": manifest.rank, "tasks": serves, "catalog_version": catalog.version, **told}
+    async def _check(self) -> Callable[[LoraWeights], tuple[str, ...]]:
+        """What gives back the warnings about an adapter, or raises AdapterRejected where the engine would refuse it."""
+        shape, max_rank = await self._model.shape.remote()
+        return lambda weights: (*weights.warnings, *weights.check_fits(shape, max_rank=max_rank))
 
-    async def remove_adapter(self, name: str) -> dict[str, Any]:
-        """Take an adapter out of the catalog, then out of the store.
+    async def _encoder(self, tasks: Sequence[Task]) -> _Embedded | None:
+        """What knows the tasks' examples; None where there are no tasks."""
+        if not tasks:
+            return None
+        texts = [PROBE_TEXT, *dict.fromkeys(example.input for task in tasks for example in task.validation)]
+        vectors: dict[str, Embeddings] = {}
+        for start in range(0, len(texts), _AT_ONCE):  # few at once, as queries wait for the same encoder
+            some = texts[start : start + _AT_ONCE]
+            vectors |= zip(some, await self._embedder.embed.remote(some), strict=True)
+        return _Embedded(await self._embedder.name.remote(), vectors)
 
-        Raises:
-            AdapterNotFound: neither has one of this name.
-            AdapterUnavailable, CatalogError, StoreError.
-        """
+    def _apply(
+        self, changes: Sequence[Change], encoder: _Embedded | None, taken: Mapping[str, _Taken]
+    ) -> dict[str, Any]:
+        manifests = [adapter.manifest for adapter in taken.values()]
+        tasks = [change.task for change in changes if change.task is not None]
+        no_tasks = [change.name for change in changes if change.kind == "task" and change.remove]
+        no_adapters = [change.name for change in changes if change.kind == "adapter" and change.remove]
+        known: list[str] = []
 
-        known = False
+        def edit(before: Catalog) -> Catalog:
+            after = before
+            if encoder is not None:
+                after = with_tasks(after, tasks, encoder)
+            for manifest in manifests:
+                self._repository.check_current(manifest)
+            if manifests:
+                after = with_adapter(after, *manifests)
+            known[:] = [name for name in no_adapters if name in before.adapters]
+            for name in no_adapters:
+                if name not in known:
+                    self._check_stored(name)
+            return _without(after, no_tasks, known)
 
-        def without(before: Catalog) -> Catalog:
-            nonlocal known
-            known = name in before.adapters
-            return without_adapters(before, [name]) if known else before
-
-        def remove() -> Catalog:
-            catalog = self._change(without, adapters=[name])
+        names = [[change.name for change in changes if change.kind == kind] for kind in ("task", "adapter")]
+        catalog = self._change(edit, tasks=names[0], adapters=names[1])
+        for name in no_adapters:
             try:
                 self._repository.remove(name)
             except AdapterNotFound:
-                if not known:
+                if name not in known:
                     raise
-            return catalog
+        if no_adapters and pointed_version(self._store) != catalog.version:  # somebody may have taken them in again
+            self._change(lambda before: _without(before, [], self._missing(no_adapters, before)))
+        rows = [_row(change, catalog, taken) for change in changes]
+        return {"object": "catalog.changes", "catalog_version": catalog.version, "data": rows}
 
-        catalog = await self._alone(remove)
-        return {"id": name, "object": "adapter", "deleted": True, "catalog_version": catalog.version}
+    def _check_stored(self, name: str) -> None:
+        """Raise AdapterNotFound where the store has no adapter of this name; AdapterUnavailable."""
+        with suppress(AdapterRejected):  # a malformed one is there
+            self._repository.manifest(name)
+
+    def _missing(self, names: Sequence[str], catalog: Catalog) -> list[str]:
+        """Of the names those that a catalog has, and the store has not."""
+        missing = []
+        for name in names:
+            try:
+                self._check_stored(name)
+            except AdapterNotFound:
+                missing += [name] if name in catalog.adapters else []
+        return missing
 
     async def _alone(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
@@ -181,3 +214,34 @@ class CatalogEditor:
         self, edit: Callable[[Catalog], Catalog], *, tasks: Sequence[str] = (), adapters: Sequence[str] = ()
     ) -> Catalog:
         return change_catalog(self._store, edit, tasks=tasks, adapters=adapters)
+
+
+def _without(catalog: Catalog, tasks: Sequence[str], adapters: Sequence[str]) -> Catalog:
+    """A catalog without some of it. Raises TaskNotFound, InvalidRequest (no task would be left)."""
+    names = {entry.name for entry in catalog.tasks}
+    for name in tasks:
+        if name not in names:
+            raise TaskNotFound(name)
+    if names <= set(tasks):
+        raise InvalidRequest(f"task {tasks[0]!r} is the catalog's last; add another first", param="name")
+    catalog = without_tasks(catalog, tasks) if tasks else catalog
+    return without_adapters(catalog, adapters) if adapters else catalog
+
+
+def _row(change: Change, catalog: Catalog, taken: Mapping[str, _Taken]) -> dict[str, Any]:
+    """What is answered of a change that was made."""
+    head: dict[str, Any] = {"id": change.name, "object": change.kind}
+    if change.remove:
+        return {**head, "deleted": True}
+    serving = {entry.name: [adapter.name for adapter in entry.adapters] for entry in catalog.tasks}
+    if change.kind == "task":
+        return {**head, "adapters": serving[change.name]}
+    manifest, warnings = taken[change.name].manifest, list(taken[change.name].warnings)
+    head |= {"version": manifest.version, "bytes": manifest.size}
+    serves = [task for task, adapters in serving.items() if change.name in adapters]
+    return {**head, "rank": manifest.rank, "tasks": serves, **({"warnings": warnings} if warnings else {})}
+
+
+def _single(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request that made one change."""
+    return {**answer["data"][0], "catalog_version": answer["catalog_version"]}

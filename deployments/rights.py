@@ -29,6 +29,7 @@ ROLES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("DELETE", "/v1/adapters/{name}"): ("admin",),
     ("POST", "/v1/tasks"): ("admin",),
     ("DELETE", "/v1/tasks/{name}"): ("admin",),
+    ("POST", "/v1/catalog/changes"): ("admin",),
 }
 """The roles of which an endpoint takes one; none where it needs no key."""
 

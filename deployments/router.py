@@ -20,6 +20,7 @@ from deployments.access import Access
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Retrieval
+from deployments.changes import Change
 from deployments.config import AppConfig
 from deployments.limits import SharedLimits
 from deployments.logs import join_serve_logs
@@ -177,6 +178,9 @@ class _EditorClient:
 
     async def remove_adapter(self, name: str) -> dict[str, Any]:
         return await _result(self._handle.remove_adapter.remote(name))
+
+    async def change(self, changes: Sequence[Change]) -> dict[str, Any]:
+        return await _result(self._handle.change.remote(changes))
 
 
 async def _result(response: Any) -> dict[str, Any]:

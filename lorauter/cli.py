@@ -93,6 +93,10 @@ def push(
 
         changed = change_catalog(catalog, take_in, adapters=[manifest.name for manifest in pushed])
         notify(f"version {changed.version} of the catalog {catalog} serves them")
+    elif pushed:
+        notify(
+            "a catalog serves them once 'lorauter catalog change --refresh-adapters' or 'push --catalog' takes them in"
+        )
     notify(f"{len(folders) - refused} of {len(folders)} adapters are in {repository.store.uri}")
     if refused:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ import pytest
 from command_line import Cli, Ran
 
 from lorauter.adapters import AdapterRepository, open_store
-from lorauter.catalog import Catalog
+from lorauter.catalog import Catalog, build_catalog, catalog_versions
 from lorauter.encoder import HashingEncoder
 from lorauter.keys import hash_key, parse_keys
 from lorauter.routing import Router, RoutingConfig
@@ -121,6 +121,30 @@ def test_replaced_versions_are_pruned(cli: Cli, pool: Path, tmp_path: Path, make
     assert (pruned.code, pruned.out) == (0, f"sums\t{old}\n")
     assert pruned.err.startswith("1 versions deleted from ")
     assert cli("adapters", "prune", store, "--catalog", "none", "--older-than", "-1").code != 0
+
+
+def test_what_is_pushed_is_served_in_one_step_and_one_version(
+    cli: Cli, pool: Path, tmp_path: Path, make_adapter: Callable[..., Path], make_task: Callable[..., Task]
+) -> None:
+    store, catalog = tmp_path / "store", tmp_path / "catalog"
+    cli("adapters", "push", pool, "--to", store, "--catalog", catalog).refused("there is no catalog at")
+    assert not store.exists()
+    build_catalog([make_task("sums")], HashingEncoder()).save(catalog)
+    told = cli("adapters", "push", pool, "--to", store, "--catalog", catalog)
+    assert (told.code, len(catalog_versions(catalog))) == (0, 2)
+    first, repository = Catalog.load(catalog), AdapterRepository(open_store(store))
+    assert first.version in told.err
+    assert first.adapters == {
+        name: AdapterRepository(open_store(store)).manifest(name).version for name in ("sums", "poems")
+    }
+    make_adapter(pool, "sums", lora_alpha=9)
+    assert "a catalog serves them once" in cli("adapters", "push", pool, "--to", store).err
+    assert Catalog.load(catalog).version == first.version
+    assert cli("adapters", "push", pool / "sums", "--to", store, "--catalog", catalog).code == 0
+    second = Catalog.load(catalog)
+    assert second.adapters["sums"] == repository.manifest("sums").version
+    assert second.adapters["sums"] != first.adapters["sums"]
+    assert second.adapters["poems"] == first.adapters["poems"]
 
 
 @pytest.mark.parametrize("where", ["", "nowhere", "file"])

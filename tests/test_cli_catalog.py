@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorauter.adapters import AdapterRepository, open_store
-from lorauter.catalog import Catalog, build_catalog, catalog_versions, current_version
+from lorauter.catalog import Catalog, build_catalog, catalog_versions, current_version, with_tasks
 from lorauter.catalog.scores import Evaluation, Failed, ScoreTable
 from lorauter.catalog.scoring import open_scorer
 from lorauter.encoder import HashingEncoder
@@ -303,6 +303,56 @@ def test_changes_that_cannot_be(cli: Cli, catalog: Path, tmp_path: Path) -> None
     cli("change", catalog, *everything).refused("the last one cannot be taken out")
     cli("change", catalog, "--refresh-adapters", tmp_path / "nowhere").refused("there is no adapter in")
     assert current_version(catalog) == version
+
+
+class Meanwhile(HashingEncoder):
+    """An encoder, in whose first work's time somebody else publishes a change."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._acts = [act]
+
+    def encode(self, texts: Any) -> Any:
+        if self._acts:
+            self._acts.pop()()
+        return super().encode(texts)
+
+
+def test_what_is_published_meanwhile_is_kept_by_a_change_and_stops_a_build(
+    cli: Cli,
+    catalog: Path,
+    pool: Path,
+    tasks: Path,
+    make_task: Callable[..., Task],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def meanwhile(name: str, *inputs: str) -> None:
+        theirs = Meanwhile(lambda: change_catalog_of(catalog, make_task(name, *inputs)))
+        monkeypatch.setattr("lorauter.defaults.load_encoder", lambda _: theirs)
+
+    more = write_tasks(tmp_path / "more", make_task("tides"))
+    meanwhile("theirs")
+    changed = cli("change", catalog, "--add-tasks", more, "--remove-task", "rain")
+    assert changed.code == 0, changed
+    assert set(served(catalog)) == {"sums", "poems", "tides", "theirs"}
+    meanwhile("tides", "of their own")
+    cli("change", catalog, "--add-tasks", write_tasks(tmp_path / "same", make_task("tides", "of my own"))).refused(
+        "somebody else changed task 'tides' meanwhile"
+    )
+    meanwhile("theirs-too")
+    built = cli("build", "--tasks", tasks, "--adapters", pool, "--out", catalog)
+    built.refused("somebody else made version")
+    current = current_version(catalog)
+    assert set(served(catalog)) == {"sums", "poems", "tides", "theirs", "theirs-too"}
+    anew = build_catalog(read_tasks(tasks), HashingEncoder(), repository=AdapterRepository(open_store(pool)))
+    assert anew.version in built.err
+    assert current in built.err
+    assert cli("use", catalog, anew.version).code == 0
+
+
+def change_catalog_of(catalog: Path, task: Task) -> None:
+    with_tasks(Catalog.load(catalog), [task], HashingEncoder()).save(catalog)
 
 
 def test_versions_are_listed_and_used_again(cli: Cli, catalog: Path) -> None:

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import tracemalloc
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import pytest
 from deployments.access import Access
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
+from deployments.changes import MAX_CHANGES, Change
 from deployments.config import AccessSettings, ApiSettings
-from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, LorauterError, TaskNotFound
+from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, Conflict, LorauterError, TaskNotFound
 from lorauter.keys import hash_key
 from lorauter.tasks import Task
 
@@ -29,7 +30,13 @@ ASKER = "a user's key"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 TASK = {"name": "sums", "domain": "maths", "metric": "em", "validation": [{"input": "1 + 1", "target": "2"}]}
 FILES = {"config": b"{}", "weights": b"\x00\xff" * 5}
-ENDPOINTS = [("POST", "/v1/tasks"), ("DELETE", "/v1/tasks/x"), ("POST", "/v1/adapters"), ("DELETE", "/v1/adapters/x")]
+ENDPOINTS = [
+    ("POST", "/v1/tasks"),
+    ("DELETE", "/v1/tasks/x"),
+    ("POST", "/v1/adapters"),
+    ("DELETE", "/v1/adapters/x"),
+    ("POST", "/v1/catalog/changes"),
+]
 
 
 @dataclass
@@ -56,6 +63,9 @@ class FakeEditor:
 
     async def remove_adapter(self, name: str) -> dict[str, Any]:
         return await self._do("remove_adapter", name)
+
+    async def change(self, wanted: Sequence[Change]) -> dict[str, Any]:
+        return await self._do("change", *wanted)
 
 
 @pytest.fixture(autouse=True)
@@ -359,3 +369,53 @@ def test_where_the_disk_is_full_that_is_said(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("starlette.datastructures.UploadFile.write", full)
     response = upload(FakeEditor(), config=b"{}", weights=b"0" * 100)
     assert (response.status_code, message(response)) == (503, "the upload cannot be kept: No space left on device")
+
+
+def test_many_changes_are_made_at_once() -> None:
+    editor = FakeEditor()
+    changes = [{"put_task": TASK}, {"remove_task": "poems"}, {"put_adapter": "poet"}, {"remove_adapter": "adder"}]
+    response = send(editor, "POST", "/v1/catalog/changes", json={"changes": changes})
+    assert (response.status_code, response.json()["catalog_version"]) == (200, "v2")
+    assert editor.done == [
+        (
+            "change",
+            Change("task", "sums", task=Task.from_json(TASK, source="")),
+            Change("task", "poems", remove=True),
+            Change("adapter", "poet"),
+            Change("adapter", "adder", remove=True),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ([], "send"),
+        ({}, "send"),
+        ({"changes": []}, "1 to 1000"),
+        ({"changes": [{"put_adapter": f"a{i}"} for i in range(MAX_CHANGES + 1)]}, "1 to 1000"),
+        ({"changes": [{"put_adapter": "a"}], "more": 1}, "send"),
+        ({"changes": [{"put_adapter": "a"}, "remove"]}, "change 1: got"),
+        ({"changes": [{"put_adapter": "a", "remove_adapter": "b"}]}, "change 0: got"),
+        ({"changes": [{"put_adapter": 7}]}, "change 0: got"),
+        ({"changes": [{"rename_adapter": "a"}]}, "a change is one of"),
+        ({"changes": [{}]}, "change 0"),
+        ({"changes": [{"put_adapter": "../x"}]}, "name is not allowed"),
+        ({"changes": [{"remove_adapter": "base"}]}, "name is not allowed"),
+        ({"changes": [{"put_task": {"name": "sums"}}]}, "validation"),
+        ({"changes": [{"put_adapter": "a"}, {"remove_adapter": "a"}]}, "adapter 'a' is changed twice"),
+        ({"changes": [{"put_task": TASK}, {"remove_task": "sums"}]}, "task 'sums' is changed twice"),
+    ],
+)
+def test_a_list_of_changes_that_is_wrong_changes_nothing(body: Any, said: str) -> None:
+    editor = FakeEditor()
+    response = send(editor, "POST", "/v1/catalog/changes", json=body)
+    assert response.status_code == 400
+    assert said in message(response)
+    assert editor.done == []
+
+
+def test_a_conflict_is_told() -> None:
+    response = send(FakeEditor(Conflict("theirs stays")), "DELETE", "/v1/tasks/sums")
+    assert (response.status_code, message(response)) == (409, "theirs stays")
+    assert response.json()["error"]["code"] == "conflict"

@@ -15,10 +15,11 @@ import pytest
 
 from deployments import catalog_editor
 from deployments.catalog_editor import CatalogEditor
+from deployments.changes import Change
 from deployments.config import AppConfig
-from lorauter.adapters import AdapterRepository, ModelShape, open_store
+from lorauter.adapters import AdapterManifest, AdapterRepository, ModelShape, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
-from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_tasks
+from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_adapters, with_tasks
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import AdapterNotFound, AdapterRejected, Conflict, InvalidRequest, TaskNotFound
 from lorauter.tasks import Task
@@ -65,6 +66,13 @@ def files(tmp_path: Path, make_adapter: Callable[..., Path]) -> Callable[..., An
         return {file: np.fromfile(folder / file, np.uint8) for file in (CONFIG_FILE, WEIGHTS_FILE)}
 
     return make
+
+
+def write(files: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        content.tofile(folder / name)
+    return folder
 
 
 def served(config: AppConfig) -> dict[str, list[str]]:
@@ -256,3 +264,120 @@ def test_what_of_an_adapter_has_no_effect_is_told(
         answer = asyncio.run(editor.put_adapter(name, upload))
         assert [warning.partition(" ")[0] for warning in answer["warnings"]] == ["adapter_config.json", "ignored,"]
     assert "warnings" not in asyncio.run(editor.put_adapter("films", files("films")))
+
+
+def changes(*of: Change) -> tuple[Change, ...]:
+    return of
+
+
+def test_many_changes_are_one_version_and_what_goes_is_gone_from_the_store(
+    editor: Any, config: AppConfig, files: Callable[..., Any], make_task: Callable[..., Task]
+) -> None:
+    asyncio.run(editor.put_adapter("sums", files("sums")))
+    asyncio.run(editor.put_adapter("old", files("old")))
+    AdapterRepository(open_store(config.adapters)).remove("old")  # of which the catalog does not know
+    store = AdapterRepository(open_store(config.adapters))
+    for name in ("films", "spare"):
+        store.push(write(files(name), Path(config.adapters).parent / "more" / name))
+    before = catalog_versions(config.catalog)
+    wanted = changes(
+        Change("task", "films", task=make_task("films")),
+        Change("task", "poems", remove=True),
+        Change("adapter", "films"),
+        Change("adapter", "sums", remove=True),
+        Change("adapter", "old", remove=True),
+        Change("adapter", "spare", remove=True),  # which is in the store alone
+    )
+    answer = asyncio.run(editor.change(wanted))
+    assert len(catalog_versions(config.catalog)) == len(before) + 1
+    assert answer["catalog_version"] == Catalog.load(config.catalog).version
+    assert [(row["id"], row.get("deleted", False)) for row in answer["data"]] == [
+        (change.name, change.remove) for change in wanted
+    ]
+    assert answer["data"][0]["adapters"] == answer["data"][2]["tasks"] == ["films"]
+    assert served(config) == {"films": ["films"], "sums": []}
+    assert store.names() == ["films"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (Change("task", "nil", remove=True), TaskNotFound),
+        (Change("adapter", "nil"), AdapterNotFound),
+        (Change("adapter", "nil", remove=True), AdapterNotFound),
+        (Change("task", "poems", remove=True), InvalidRequest),
+    ],
+)
+def test_of_many_changes_one_that_cannot_be_makes_none(
+    editor: Any,
+    config: AppConfig,
+    files: Callable[..., Any],
+    make_task: Callable[..., Task],
+    wrong: Change,
+    error: type[Exception],
+) -> None:
+    asyncio.run(editor.put_adapter("sums", files("sums")))
+    before = Catalog.load(config.catalog).version
+    with pytest.raises(error):
+        asyncio.run(
+            editor.change(changes(Change("adapter", "sums", remove=True), Change("task", "sums", remove=True), wrong))
+        )
+    assert Catalog.load(config.catalog).version == before
+    assert AdapterRepository(open_store(config.adapters)).names() == ["sums"]
+
+
+def test_the_last_task_may_go_where_another_comes(
+    editor: Any, config: AppConfig, make_task: Callable[..., Task]
+) -> None:
+    gone = [Change("task", name, remove=True) for name in ("sums", "poems")]
+    asyncio.run(editor.change(changes(*gone, Change("task", "films", task=make_task("films")))))
+    assert served(config) == {"films": []}
+
+
+def test_an_adapter_that_somebody_else_replaces_meanwhile_is_theirs(
+    editor: Any, config: AppConfig, files: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(editor.put_adapter("sums", files("sums")))
+    store, theirs = AdapterRepository(open_store(config.adapters)), []
+    real = editor._repository.push
+
+    def push(folder: Path) -> AdapterManifest:
+        mine = real(folder)
+        theirs.append(store.push(write(files("sums", lora_alpha=7), tmp_path / "theirs" / "sums")))
+        return mine
+
+    monkeypatch.setattr(editor._repository, "push", push)
+    with pytest.raises(Conflict, match="somebody else pushed"):
+        asyncio.run(editor.put_adapter("sums", files("sums", lora_alpha=5)))
+    assert store.manifest("sums") == theirs[0]
+
+
+def test_an_adapter_that_a_refresh_takes_in_again_while_it_is_removed_does_not_stay(
+    editor: Any, config: AppConfig, files: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(editor.put_adapter("sums", files("sums")))
+    real = editor._repository.remove
+
+    def remove(name: str) -> None:
+        with_adapters(Catalog.load(config.catalog), editor._repository).save(config.catalog)
+        real(name)
+
+    monkeypatch.setattr(editor._repository, "remove", remove)
+    asyncio.run(editor.remove_adapter("sums"))
+    assert Catalog.load(config.catalog).adapters == {}
+
+
+def test_two_changes_at_once_of_the_command_line_and_the_editor_are_both_there(
+    editor: Any, config: AppConfig, make_task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `lorauter catalog change` published between the editor's check of CURRENT and its write."""
+    real, others = Catalog.upload, [make_task("of-the-command-line")]
+
+    def upload(catalog: Catalog, store: Any) -> None:
+        real(catalog, store)
+        if others:
+            with_tasks(Catalog.load(store), [others.pop()], ENCODER).save(store)
+
+    monkeypatch.setattr(Catalog, "upload", upload)
+    asyncio.run(editor.put_task(make_task("of-the-admin-api")))
+    assert set(served(config)) == {"sums", "poems", "of-the-admin-api", "of-the-command-line"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from deployments.access import Access
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import CatalogDescription
+from deployments.changes import Change
 from deployments.config import AccessSettings, ApiSettings
 from deployments.rights import ROLES
 from lorauter.keys import hash_key
@@ -74,6 +75,10 @@ class Editor:
         self.done.append(("remove adapter", name))
         return {}
 
+    async def change(self, wanted: Sequence[Change]) -> dict[str, Any]:
+        self.done += [("change", change.name) for change in wanted]
+        return {}
+
 
 def ask(key: str | None, method: str, path: str, editor: Editor | None = None, **content: Any) -> httpx.Response:
     """One request with one of KEYS; None is a service without any."""
@@ -97,6 +102,13 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def task(name: str) -> dict[str, Any]:
     return {"name": name, "domain": "x", "metric": "em", "validation": [{"input": "a", "target": "b"}]}
+
+
+CHANGES = "/v1/catalog/changes"
+
+
+def changes(*of: dict[str, Any]) -> dict[str, Any]:
+    return {"changes": list(of)}
 
 
 FILES = {"config": b"{}", "weights": b"0" * 2_000_000}
@@ -126,8 +138,11 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("POST", "/v1/adapters", {"json": {"name": "team-a-new"}}),
             ("POST", "/v1/adapters", {"data": {"name": "team-a-one"}, "files": FILES}),
             ("DELETE", "/v1/adapters/team-a-one", {}),
+            ("POST", CHANGES, {"json": changes({"put_adapter": "team-a-new"}, {"remove_adapter": "team-a-one"})}),
         ],
         [
+            ("POST", CHANGES, {"json": changes({"put_adapter": "team-a-new"}, {"put_adapter": "team-b-one"})}),
+            ("POST", CHANGES, {"json": changes({"remove_adapter": "team-b-new"})}),
             ("POST", "/v1/adapters", {"json": {"name": "team-b-one"}}),
             ("POST", "/v1/adapters", {"data": {"name": "team-b-one"}, "files": FILES}),
             ("POST", "/v1/adapters", {"json": {"name": "team-b-new"}}),
@@ -141,8 +156,11 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("POST", "/v1/tasks", {"json": task("team-a-plans")}),
             ("DELETE", "/v1/tasks/sums", {}),
             ("DELETE", "/v1/tasks/team-a-own", {}),
+            ("POST", CHANGES, {"json": changes({"put_task": task("sums")}, {"remove_task": "team-a-own"})}),
         ],
         [
+            ("POST", CHANGES, {"json": changes({"remove_task": "team-a-own"}, {"put_task": task("shared")})}),
+            ("POST", CHANGES, {"json": changes({"put_adapter": "team-a-one"}, {"remove_task": "team-b-plans"})}),
             ("POST", "/v1/tasks", {"json": task("shared")}),
             ("POST", "/v1/tasks", {"json": task("team-b-merger")}),
             ("POST", "/v1/tasks", {"json": task("new")}),
@@ -218,6 +236,8 @@ LIMITED = "admin, limited"
         ("POST", "/v1/adapters", lambda name: {"data": {"name": name}, "files": FILES}),
         ("DELETE", "/v1/tasks/{}", None),
         ("POST", "/v1/tasks", lambda name: {"json": task(name)}),
+        ("POST", CHANGES, lambda name: {"json": changes({"put_adapter": name})}),
+        ("POST", CHANGES, lambda name: {"json": changes({"remove_adapter": name})}),
         ("GET", "/v1/models/{}", None),
     ],
 )
