@@ -146,7 +146,9 @@ class PeftConfig:
         """
         found = _matching("target_modules", self.targets, modules)
         if self.layers is not None and found:
-            found &= {module for module, layer in self._layers_of(modules).items() if layer in self.layers}
+            # PEFT looks at the layer of those alone that it does not find by their whole path.
+            within = {module for module, layer in self._layers_of(modules).items() if layer in self.layers}
+            found = {module for module in found if module in within or module in self.targets}
         found -= _matching("exclude_modules", self.excluded, modules)
         # PEFT reads the names of modules that are saved whole as expressions, but here alone.
         saved = _first("modules_to_save", self.whole, modules, template=r"(^|.*\.){}($|\..*)")

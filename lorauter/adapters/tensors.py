@@ -35,7 +35,9 @@ _BASE = re.compile(
     r"(?:input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm))"
     r"(?P<inner>\.base_layer)?\.(?P<kind>weight|bias)"
 )
-_NOT_IN_LAYERS = ("lm_head", "model.embed_tokens")  # what PEFT can adapt, and the engine cannot
+NOT_IN_LAYERS = ("lm_head", "model.embed_tokens")
+"""What PEFT can adapt, and the engine cannot."""
+
 _CONTAINERS = ("model", "model.layers", "model.norm", "model.rotary_emb")  # what PEFT cannot adapt
 _LAYER_CONTAINERS = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
 _SHOWN = 3
@@ -96,7 +98,7 @@ def _read(file: Any, config: PeftConfig) -> AdapterTensors:
             sides[match["side"]] = key
     for key, path in paths.items():
         other = _OTHER_LORA.fullmatch(path)
-        if other and other["module"] in _NOT_IN_LAYERS and other["module"] in targeted:
+        if other and other["module"] in NOT_IN_LAYERS and other["module"] in targeted:
             raise ValueError(f"{key} adapts {other['module']}; served are {', '.join(TARGETS)}")
     # PEFT wraps a module that it adapts, whose own parameters then have other names.
     own = {key: m for key, m in base.items() if (m["module"] in targeted) == bool(m["inner"])}
@@ -130,7 +132,7 @@ def _targeted(config: PeftConfig, modules: Collection[str]) -> set[str]:
     """Those of the modules that PEFT adapts. Raises ValueError where it would take something that it cannot adapt."""
     layers = {f"model.layers.{place[0]}" for module in modules if (place := _place(module))}
     containers = [*_CONTAINERS, *(layer + part for layer in sorted(layers) for part in _LAYER_CONTAINERS)]
-    found = config.targeted([*dict.fromkeys((*modules, *_NOT_IN_LAYERS, *containers))])
+    found = config.targeted([*dict.fromkeys((*modules, *NOT_IN_LAYERS, *containers))])
     if wrong := [container for container in containers if container in found]:
         raise ValueError(f"target_modules names {wrong[0]} too, to which PEFT cannot apply LoRA")
     return found
@@ -139,8 +141,8 @@ def _targeted(config: PeftConfig, modules: Collection[str]) -> set[str]:
 def _check_whole(names: Collection[str], there: Collection[str]) -> None:
     """Refuse modules that were trained whole, unless they may turn out to be the base's own."""
     for name in names:
-        for module in (*_NOT_IN_LAYERS, *_CONTAINERS, *(f"model.layers.0{part}" for part in _LAYER_CONTAINERS)):
-            if module.endswith(name) and (module not in _NOT_IN_LAYERS or module not in there):
+        for module in (*NOT_IN_LAYERS, *_CONTAINERS, *(f"model.layers.0{part}" for part in _LAYER_CONTAINERS)):
+            if module.endswith(name) and (module not in NOT_IN_LAYERS or module not in there):
                 raise ValueError(f"modules_to_save names {name}; modules that are trained whole are not served")
         if any(module_of(0, target).endswith(name) for target in TARGETS):
             raise ValueError(f"modules_to_save names {name}; modules that are trained whole are not served")

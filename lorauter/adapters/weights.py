@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorauter.adapters.foreign import WEIGHTS_FILE
 from lorauter.adapters.peft_config import CONFIG_FILE, TARGETS, PeftConfig
-from lorauter.adapters.tensors import module_of, read_tensors
+from lorauter.adapters.tensors import NOT_IN_LAYERS, module_of, read_tensors
 from lorauter.errors import AdapterRejected
 
 if TYPE_CHECKING:
@@ -170,8 +170,9 @@ class LoraWeights:
         if self.config is None:
             return []
         places = {module_of(i, target): (i, target) for i in range(shape.layers) for target in shape.linears}
-        named = self.config.targeted(list(places))
-        missing = [module for module, place in places.items() if module in named and place not in self.tensors]
+        named = self.config.targeted([*places, *NOT_IN_LAYERS])
+        there = {module for module, place in places.items() if place in self.tensors}
+        missing = sorted(named - there)
         if not missing:
             return []
         some = f"{len(missing)} of the {len(named)} modules that it names, such as {missing[0]}"

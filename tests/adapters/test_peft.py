@@ -236,6 +236,11 @@ SERVED = {
     "an output layer without tensors": Case({"target_modules": ["q_proj", "v_proj", "lm_head", "embed_tokens"]}),
     "a layer": Case({"layers_to_transform": 1}, lambda: loud(pairs(), "layers.0"), LEFT_OUT),
     "layers": Case({"layers_to_transform": [0]}, lambda: loud(pairs(), "layers.1"), LEFT_OUT),
+    "a layer, and modules by their whole path": Case(
+        {"layers_to_transform": 1, "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"]},
+        lambda: {**loud(pairs(), "layers.0", "v_proj"), **loud(pairs(), "layers.1", "q_proj")},
+        LEFT_OUT,
+    ),
     "no layers": Case({"layers_to_transform": []}),
     "layers and a pattern": Case(
         {"layers_to_transform": [1], "layers_pattern": "layers"}, lambda: loud(pairs(), "layers.0"), LEFT_OUT
@@ -474,6 +479,10 @@ REFUSED = {
     "layers at random": (
         Case({"init_lora_weights": False}, lambda: pairs(layers=[1])),
         "lacks 2 of the 4 modules .* PEFT draws those at random",
+    ),
+    "an output layer at random": (
+        Case({"init_lora_weights": False, "target_modules": ["q_proj", "v_proj", "lm_head"]}),
+        "lacks 1 of the 5 modules .* lm_head: with init_lora_weights false",
     ),
     "A at random": (
         Case({}, lambda: {k: t for k, t in pairs().items() if "0.self_attn.q_proj.lora_A" not in k}),
