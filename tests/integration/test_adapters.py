@@ -15,13 +15,14 @@ import httpx
 import pytest
 import ray
 import torch
+from catalogued import wait_for_catalog
 from ray import serve
 from safetensors.torch import load_file, save
 
 from deployments.adapter_listing import AdapterListing
 from deployments.router import Router
-from lorauter.adapters import AdapterRepository, open_store
-from lorauter.catalog import current_version, use_version
+from lorauter.adapters import AdapterManifest, AdapterRepository, open_store
+from lorauter.catalog import Catalog, current_version, use_version, with_adapter
 
 pytestmark = pytest.mark.integration
 
@@ -265,6 +266,29 @@ def test_a_routed_query_goes_on_without_an_adapter_that_is_broken(service: Any, 
         assert sum(adapter["weight"] for adapter in decision["adapters"]) == pytest.approx(1)
     assert service.ask(name, text).status_code == 200
     assert service.ask("lorauter", text).json()["lorauter"]["adapters"][0]["name"] == name
+
+
+def test_a_mixture_goes_on_without_a_version_that_the_store_lacks(service: Any, examples: Any) -> None:
+    store = open_store(service.config.catalog)
+    catalog = Catalog.load(store)
+    body = {"model": "lorauter", "messages": [{"role": "user", "content": examples("sst2")[0].input}], "max_tokens": 2}
+    body["lorauter"] = {"top_k": 3, "temperature": 5}
+    with service.http as client:
+        whole = client.post("/v1/chat/completions", json=body).json()["lorauter"]["adapters"]
+        assert len(whole) == 3
+        changed = with_adapter(catalog, AdapterManifest(whole[0]["name"], "0" * 16, {}))
+        changed.save(store)
+        try:
+            wait_for_catalog(service.url, changed.version)
+            decision = client.post("/v1/chat/completions", json=body).json()["lorauter"]
+        finally:
+            use_version(store, catalog.version)
+    assert decision["left_out"] == [{"name": whole[0]["name"], "version": "0" * 16, "cause": "not_found"}]
+    assert [row["name"] for row in decision["adapters"]] == [row["name"] for row in whole[1:]]
+    scale = 1 / (whole[1]["weight"] + whole[2]["weight"])
+    assert [row["weight"] for row in decision["adapters"]] == pytest.approx(
+        [scale * row["weight"] for row in whole[1:]]
+    )
 
 
 def test_without_a_catalog_the_stores_adapters_are_served_by_name(service: Any, root: Path, tmp_path: Path) -> None:

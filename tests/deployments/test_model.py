@@ -1,0 +1,88 @@
+"""What a replica does with a mixture of which something cannot be had; tests/integration has whole replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from deployments.calls import GenerateCall, Prompt
+from deployments.model import LoraModel
+from lorauter.engine import SamplingParams
+from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable
+from lorauter.names import AdapterKey
+from lorauter.routing import AdapterWeight, LeftOut
+
+A, B, C = (AdapterWeight(name, "1", weight) for name, weight in (("a", 0.5), ("b", 0.3), ("c", 0.2)))
+CALL = GenerateCall(Prompt(text="?"), (A, B, C), SamplingParams(), routed=True)
+
+
+@dataclass(frozen=True)
+class Packed:
+    key: AdapterKey
+
+
+class Adapters:
+    """A host tier in which some adapters fail, "slow" takes its time, and all are asked patiently or not."""
+
+    def __init__(self, **errors: AdapterError) -> None:
+        self._errors = errors
+        self.patient: set[bool] = set()
+
+    async def get(self, key: AdapterKey, *, patient: bool) -> Packed:
+        self.patient.add(patient)
+        if key.name == "slow":
+            await asyncio.sleep(60)
+        if key.name in self._errors:
+            raise self._errors[key.name]
+        return Packed(key)
+
+
+def mix(call: GenerateCall, adapters: Adapters) -> tuple[dict[str, float], tuple[LeftOut, ...]]:
+    replica: Any = object.__new__(LoraModel.func_or_class)
+    replica._adapters, replica._adapter_wait_s = adapters, 0.05
+    mixture, left_out = asyncio.run(replica._mixture(call))
+    return {packed.key.name: weight for packed, weight in mixture}, left_out
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (AdapterNotFound("gone", adapter="a"), "not_found"),
+        (AdapterRejected("broken", adapter="a"), "rejected"),
+        (AdapterUnavailable("down", adapter="a"), "unavailable"),
+    ],
+)
+def test_a_routed_mixture_goes_on_without_what_cannot_be_had(error: AdapterError, cause: Any) -> None:
+    adapters = Adapters(a=error)
+    mixture, left_out = mix(CALL, adapters)
+    assert mixture == pytest.approx({"b": 0.6, "c": 0.4})
+    assert left_out == (LeftOut("a", "1", cause),)
+    assert adapters.patient == {False}
+
+
+def test_what_takes_too_long_is_left_out_too() -> None:
+    mixture, left_out = mix(replace(CALL, adapters=(A, AdapterWeight("slow", "1", 0.5))), Adapters())
+    assert mixture == {"a": 1.0}
+    assert left_out == (LeftOut("slow", "1", "unavailable"),)
+
+
+def test_where_all_is_well_weights_stay_to_the_last_bit() -> None:
+    odd = (AdapterWeight("a", "1", 0.1), AdapterWeight("b", "1", 0.2))
+    assert mix(replace(CALL, adapters=odd), Adapters()) == ({"a": 0.1, "b": 0.2}, ())
+
+
+def test_where_nothing_is_left_the_first_error_is_told() -> None:
+    errors = {name: AdapterRejected("broken", adapter=name) for name in "abc"}
+    with pytest.raises(AdapterRejected, match="'a'"):
+        mix(CALL, Adapters(**errors))
+
+
+def test_who_names_adapters_gets_the_error() -> None:
+    adapters = Adapters(b=AdapterUnavailable("down", adapter="b"))
+    with pytest.raises(AdapterUnavailable, match="'b'"):
+        mix(replace(CALL, routed=False), adapters)
+    assert adapters.patient == {True}
+    assert mix(replace(CALL, adapters=()), Adapters()) == ({}, ())
