@@ -19,6 +19,9 @@ from lorauter.names import AdapterKey
 
 _COPIES = 4  # that are tried before an adapter is not to be had just now
 _PAUSE_S = 0.1  # before the second one; it doubles
+# What this machine's disk and memory come out as, PyTorch's own words for both among them: nothing of it says anything
+# of an adapter. A copy that is evicted while it is read is one of them.
+_LOCAL = (OSError, MemoryError, RuntimeError)
 
 
 class AdapterFiles(Protocol):
@@ -112,19 +115,18 @@ class HostAdapters(Generic[P]):
             local = await self._files.fetch(key, patient=patient)
             try:
                 return await self._read(local)
-            except AdapterRejected as refusal:
-                # Evicted or damaged on the disk meanwhile, or no file could be opened? Not the adapter's fault.
-                fault = await asyncio.to_thread(_fault, local)
-                if fault is None and refusals:
-                    self._refused[key] = refusal
+            except (AdapterRejected, *_LOCAL) as error:
+                fault = await asyncio.to_thread(_fault, local, error)
+                refusals += fault is None
+                if refusals == 2 and isinstance(error, AdapterRejected):
+                    self._refused[key] = error
                     raise
                 if attempt == _COPIES:
                     raise AdapterUnavailable(
-                        f"its local copies cannot be read: {fault or refusal}", adapter=key.name
-                    ) from refusal
-            refusals += fault is None
+                        f"its local copies cannot be read: {fault or error}", adapter=key.name
+                    ) from error
             if fault is not None:
-                if not isinstance(fault.__cause__, OSError):
+                if isinstance(fault, AdapterUnavailable):  # damaged on the disk
                     await self._files.discard(key)
                 await asyncio.sleep(pause)
                 pause *= 2
@@ -141,10 +143,15 @@ class HostAdapters(Generic[P]):
         return self._pack(LoraWeights.load(local.path, name=local.key.name, version=local.key.version))
 
 
-def _fault(local: LocalAdapter) -> AdapterUnavailable | None:
-    """What is wrong with a copy, if it is not what the store has."""
+def _fault(local: LocalAdapter, error: Exception) -> Exception | None:
+    """What is wrong with a copy that could not be read, or with this machine; None where it is the adapter itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, _LOCAL) and not isinstance(cause, (RecursionError, NotImplementedError)):
+            return error
+        cause = cause.__cause__
     try:
         local.manifest.check_files(local.path, "the node's cache")
-    except AdapterUnavailable as error:
-        return error
+    except AdapterUnavailable as damage:
+        return damage if damage.__cause__ is None else error
     return None

@@ -232,6 +232,65 @@ def test_a_copy_that_is_evicted_before_it_is_read_says_nothing_of_its_adapter(
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files"),
+        RuntimeError("unable to open file in read-only mode: Too many open files (24)"),  # torch's
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+@pytest.mark.parametrize("times", [1, 2, 3, 4, 5])
+def test_trouble_of_the_machine_says_nothing_of_an_adapter(
+    files: FakeFiles, monkeypatch: pytest.MonkeyPatch, error: Exception, times: int
+) -> None:
+    """However it comes out, and however often, beside copies that are sound."""
+    load, left = LoraWeights.load, [error] * times
+
+    def failing(path: Path, **of: str) -> LoraWeights:
+        if left:
+            cause = left.pop()
+            if times % 2:
+                raise cause
+            unreadable = ValueError("cannot be read")
+            unreadable.__cause__ = cause
+            raise AdapterRejected("cannot be read", adapter=of["name"]) from unreadable
+        return load(path, **of)
+
+    monkeypatch.setattr(LoraWeights, "load", failing)
+
+    async def scenario() -> None:
+        adapters = host(files)
+        for _ in range(times // deployments.host_adapters._COPIES):
+            with pytest.raises(AdapterUnavailable, match="cannot be read"):
+                await adapters.get(A)
+        assert (await adapters.get(A)).key == A
+        assert files.discarded == []
+
+    asyncio.run(scenario())
+
+
+def test_a_file_that_is_too_deep_is_its_adapters_own_fault(files: FakeFiles) -> None:
+    """Though what Python says of it is a RuntimeError."""
+    deep = files.add("deep")
+    config = files.path(deep) / CONFIG_FILE
+    config.write_text('{"a":' * 100_000)
+    files.manifests[deep] = AdapterManifest(
+        *deep,
+        {file.name: StoredFile(file.name, file.stat().st_size, sha256_of(file)) for file in config.parent.iterdir()},
+    )
+
+    async def scenario() -> None:
+        adapters = host(files)
+        for _ in range(2):
+            with pytest.raises(AdapterRejected):
+                await adapters.get(deep)
+        assert len(files.asked) == 2
+
+    asyncio.run(scenario())
+
+
 def test_a_disk_that_fails_for_long_makes_an_adapter_unavailable_and_never_refused(files: FakeFiles) -> None:
     async def scenario() -> None:
         adapters = host(files)
