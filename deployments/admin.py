@@ -28,7 +28,7 @@ from deployments.bodies import FORM, JSON, content_type, limited, read_json
 from deployments.config import ApiSettings, explain, first_field
 from deployments.rights import Change
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
-from lorauter.errors import InvalidRequest, Overloaded, ServiceUnavailable
+from lorauter.errors import InvalidRequest, Overloaded, ServiceUnavailable, TaskNotFound
 from lorauter.names import RESERVED, RULE, is_valid_name
 from lorauter.tasks import Task
 
@@ -100,6 +100,8 @@ class _Admin:
     @asynccontextmanager
     async def remove_task(self, request: Request) -> AsyncIterator[Change]:
         editor, name = self._open(), request.path_params["name"]
+        if not is_valid_name(name):
+            raise TaskNotFound(name[:128])
         yield Change(lambda: editor.remove_task(name), tasks=(name,))
 
     @asynccontextmanager
@@ -146,8 +148,8 @@ class _Admin:
         """A place among the uploads that are taken at once. Raises Overloaded."""
         if self._uploads.total() >= _UPLOADS or self._uploads[key] >= _UPLOADS_A_KEY:
             raise Overloaded(
-                f"{self._uploads[key]} uploads of this key and {self._uploads.total()} in all are being taken; at "
-                f"most {_UPLOADS_A_KEY} and {_UPLOADS} are at once; try again",
+                f"too many uploads at once; at most {_UPLOADS} are taken, {_UPLOADS_A_KEY} of them with one key; "
+                "try again",
                 retry_after_s=5.0,
             )
         self._uploads[key] += 1

@@ -2,7 +2,7 @@
 
 Errors are worded for whoever runs the service: they name stores, files, tasks and adapters. An admin whose key is
 limited to no adapters reads them as they are. Who else may use every adapter reads them without the places that they
-name; who is limited to adapters reads what to do, where an error may name what is not theirs. The log has all of it.
+name; who is limited to adapters reads what to do, where an error may name what is not theirs. The log has the causes.
 Knows nothing of HTTP.
 """
 
@@ -15,9 +15,11 @@ from typing import Literal
 from lorauter.errors import (
     AdapterError,
     AdapterNotFound,
+    AdapterRejected,
     AdapterUnavailable,
     CatalogError,
     LorauterError,
+    ServiceUnavailable,
     StoreError,
 )
 
@@ -32,6 +34,7 @@ _FOR_THE_LIMITED: tuple[tuple[type[LorauterError], str], ...] = (
     (StoreError, "the store cannot be used just now; try again"),
     (CatalogError, "the catalog cannot be used just now; try again"),
 )
+_OURS = (AdapterUnavailable, AdapterRejected, StoreError, CatalogError, ServiceUnavailable)  # not of a client's words
 _PLACE = re.compile(  # URIs, and paths of POSIX and Windows, but not the API's own
     r"""(?:\b[A-Za-z][A-Za-z0-9+.-]+://|(?<![\w.)])~?/(?!v1/|healthz)|\b[A-Za-z]:\\)[^\s'",;)]*[^\s'",;):.]"""
 )
@@ -47,7 +50,7 @@ def told(error: LorauterError, audience: Audience) -> str:
         if instead is not None:
             text = f"adapter {error.adapter!r}: {instead}" if isinstance(error, AdapterError) else instead
     text = without_places(text)
-    if text != str(error):
+    if text != str(error) and isinstance(error, _OURS):
         logger.warning("told without its cause: %s", error)
     return text
 

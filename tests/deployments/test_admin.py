@@ -208,6 +208,15 @@ def test_a_wrong_name_is_refused(name: str) -> None:
     assert editor.done == []
 
 
+@pytest.mark.parametrize("name", ["x" * 10_000, "a%0Ab", "%2e%2e"])
+def test_a_name_that_no_task_can_have_is_not_found(name: str) -> None:
+    editor = FakeEditor()
+    response = send(editor, "DELETE", f"/v1/tasks/{name}")
+    assert response.status_code == 404
+    assert len(message(response)) < 300
+    assert editor.done == []
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
@@ -306,7 +315,7 @@ def test_few_uploads_are_taken_at_once_and_the_others_told_to_come_again() -> No
     for answer in answers:
         if answer.status_code != 200:
             assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
-            assert "at most 2 and 4" in message(answer)
+            assert "at most 4 are taken, 2 of them with one key" in message(answer)
     assert len(editor.done) == 5
 
 
