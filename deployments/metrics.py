@@ -65,6 +65,7 @@ TASKS = _counter(
 )
 MIXED_ADAPTERS = _histogram("mixed_adapters", "Adapters in a routed query's mixture.", (1, 2, 3, 4, 6, 8, 16, 64))
 FALLBACKS = _counter("fallbacks", "Routed queries answered by the base model alone.")
+LEFT_OUT = _counter("left_out", "Adapters that routed answers went on without, as they could not be had.", "cause")
 FIRST_TOKEN_SECONDS = _histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", _SLOW)
 TOKEN_SECONDS = _histogram("time_per_token_seconds", "Mean seconds between an answer's tokens after the first.", _FAST)
 PROMPT_TOKENS = _counter("prompt_tokens", "Tokens of the prompts answered.")

@@ -30,8 +30,9 @@ from deployments.routing_metrics import RoutingMetrics
 from deployments.tracing import span
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.engine import Chunk
-from lorauter.errors import Overloaded, ServiceUnavailable
+from lorauter.errors import AdapterError, Overloaded, ServiceUnavailable
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text, compose
+from lorauter.routing.compose import cause_of
 from lorauter.tasks import Task
 
 _RETRY_AFTER_S = 1.0
@@ -127,6 +128,7 @@ class Router:
             async for item in stream:
                 if isinstance(item, Admitted):
                     record.prompt_tokens = item.prompt_tokens
+                    self._metrics.left_out(adapter.cause for adapter in item.left_out)
                 else:
                     record.token_arrived(len(item.token_ids))
                 yield item
@@ -135,6 +137,8 @@ class Router:
             if isinstance(translated, Overloaded):
                 self._refusal = translated
                 self._refused_until = time.monotonic() + _SPARED * translated.retry_after_s
+            if call.routed and isinstance(translated, AdapterError):
+                self._metrics.left_out([cause_of(translated)] * len(call.adapters))
             raise translated from error
         finally:
             await stream.aclose()

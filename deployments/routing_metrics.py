@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from deployments import metrics, observe
@@ -34,6 +34,11 @@ class RoutingMetrics:
             self._recorder.observe(metrics.MIXED_ADAPTERS, len(decision.adapters))
             if not decision.adapters:
                 self._recorder.add(metrics.FALLBACKS)
+
+    def left_out(self, causes: Iterable[str]) -> None:
+        """Count adapters that a routed answer goes on without."""
+        for cause in causes:
+            self._recorder.add(metrics.LEFT_OUT, cause=cause)
 
     def _task(self, name: str) -> str:
         """A task's name as a label: a catalog of thousands must not make thousands of series."""

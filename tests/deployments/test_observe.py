@@ -132,6 +132,7 @@ def test_decisions_are_counted() -> None:
     with measured.step("embed"):
         pass
     measured.decided([decision("sums", "adder", "poet"), decision("poems")])
+    measured.left_out(["rejected", "not_found", "rejected"])
     [(seconds, labels)] = recorder.of(metrics.ROUTING_SECONDS)
     assert labels == {"step": "embed"}
     assert 0 <= seconds < 1
@@ -139,6 +140,7 @@ def test_decisions_are_counted() -> None:
     assert [value for value, _ in recorder.of(metrics.CONFIDENCE)] == [0.7, 0.7]
     assert [value for value, _ in recorder.of(metrics.MIXED_ADAPTERS)] == [2, 0]
     assert len(recorder.of(metrics.FALLBACKS)) == 1
+    assert [labels["cause"] for _, labels in recorder.of(metrics.LEFT_OUT)] == ["rejected", "not_found", "rejected"]
 
 
 def test_a_step_that_fails_is_not_timed() -> None:
