@@ -20,6 +20,8 @@ import pytest
 import yaml
 
 from lorauter.adapters import open_store
+from lorauter.catalog import Catalog, without_tasks
+from lorauter.defaults import resolve_catalog
 
 pytestmark = pytest.mark.integration
 
@@ -62,6 +64,9 @@ def rows(examples: Any) -> list[dict[str, Any]]:
         "temperature": 0,
     }
     rows[8] |= {"adapters": {}}
+    body = {"model": "base", "messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 3, "stop": "[INST]"}
+    rows[9] = {"id": 9, "custom_id": "r-9", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    rows[10] |= {"error": "from upstream", "stop": "[INST]"}
     return rows
 
 
@@ -203,7 +208,9 @@ def test_every_row_of_a_submitted_job_has_an_answer_or_says_why_not(undisturbed:
         assert words in errors[i]
     assert [a["name"] for a in answered[6]["adapters"]] == ["sst2", "rte"]
     assert answered[7]["completion_tokens"] <= 2
-    assert answered[8]["adapters"] == []
+    assert answered[8]["adapters"] == answered[9]["adapters"] == []
+    assert 0 < answered[9]["completion_tokens"] <= 3
+    assert (answered[10]["input_error"], answered[10]["error"]) == ("from upstream", None)
     for row in (row for row in answered if row["error"] is None):
         assert row["finish_reason"] in ("stop", "length")
         assert row["prompt_tokens"] > 0
@@ -216,8 +223,10 @@ def test_every_row_of_a_submitted_job_has_an_answer_or_says_why_not(undisturbed:
 
 
 def test_a_killed_job_ends_as_an_undisturbed_one_does(start: Any, place: str, undisturbed: str, settings: Path) -> None:
-    killed = f"{place}/killed"
+    killed, catalog = f"{place}/killed", Catalog.load(resolve_catalog("default"))
+    catalog.save(f"{place}/catalog")
     again = ("lorauter", "batch", "--input", f"{place}/in", "--output", killed, "--config", settings)
+    again += ("--catalog", f"{place}/catalog")
     process, log_file = start(*again)
     wait_for_parts(killed, 1, process, log_file)
     assert workers(process, "AnswerStage")
@@ -234,6 +243,7 @@ def test_a_killed_job_ends_as_an_undisturbed_one_does(start: Any, place: str, un
     before = {key: open_store(killed).fingerprint(key) for key in parts(killed)}
     assert 3 <= len(before) < len(parts(undisturbed))
     assert json.loads(open_store(killed).read("_manifest.json"))["state"] == "running"
+    without_tasks(catalog, ["sst2", "dbpedia"]).save(f"{place}/catalog")  # somebody publishes meanwhile
     ended(*start(*again))
     assert output(killed) == output(undisturbed)
     assert sum(open_store(killed).fingerprint(key) == tag for key, tag in before.items()) >= len(before) - 1
@@ -252,7 +262,8 @@ def test_route_only_writes_other_formats_and_stops_at_too_many_errors(
     assert table.num_rows == ROWS
     assert table["tasks"].to_pylist()[0][0]["name"] == "sst2"
     assert "answer" not in table.column_names
-    assert sum(error is not None for error in table["error"].to_pylist()) == 2
+    assert [i for i, error in enumerate(table["error"].to_pylist()) if error is not None] == [1, 2, 4]
+    assert table["input_error"][10].as_py() == "from upstream"
 
     process, log_file = start(*common, "--output", tmp_path / "strict", "--max-errors", "1")
     assert process.wait(120) == 1
@@ -295,15 +306,19 @@ from deployments.batch.config import BatchConfig
 from deployments.batch.pipeline import answer_dataset
 ray.init(address=sys.argv[1], log_to_driver=False)
 question = "Translate to English: Zwei Hunde spielen im Schnee."
-dataset = ray.data.from_items([{"text": question, "n": n} for n in range(4)] + [{"text": "", "n": 4}])
+rows = [{"text": question, "n": n} for n in range(4)] + [{"text": "", "n": 4}]
+rows += [{"text": "Tell me a joke.", "n": 5, "temperature": 1.5}] * 4
 config = BatchConfig.parse({"columns": {"prompt": "text"}, "sampling": {"max_tokens": 12}})
-print("ROWS " + json.dumps(sorted(answer_dataset(dataset, config).take_all(), key=lambda row: row["n"])))
+answered = answer_dataset(ray.data.from_items(rows, override_num_blocks=2), config).take_all()
+print("ROWS " + json.dumps(sorted(answered, key=lambda row: row["n"])))
 """
     ran = subprocess.run([sys.executable, "-c", script, cluster.address], capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr
     [line] = [line for line in ran.stdout.splitlines() if line.startswith("ROWS ")]
-    *good, bad = json.loads(line[5:])
+    rows = json.loads(line[5:])
+    good, [bad], equal = rows[:4], rows[4:5], rows[5:]
     assert [row["n"] for row in good] == [0, 1, 2, 3]
+    assert len({row["answer"] for row in equal}) == 4  # each has a seed of its own
     assert {row["answer"] for row in good} == {"Two dogs play in the snow."}
     assert all(row["adapters"][0]["name"] == "multi30k_deen" for row in good)
     assert "empty" in bad["error"]
