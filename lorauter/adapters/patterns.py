@@ -1,9 +1,9 @@
 """Regular expressions out of an adapter's file, matched as PEFT matches them, and for no longer than allowed.
 
 Python's own `re` decides, so that what PEFT would match is matched; but an expression may take `re` for ever, with the
-interpreter's lock held. Expressions that cannot (names, dots, anchors, escapes) are matched here; all others in a
-process of their own, whose CPU seconds and memory the kernel limits. That process runs this file as a script: it
-imports nothing but the standard library. Knows nothing of what is matched.
+interpreter's lock held. Expressions that cannot (names, dots, anchors, escapes), where they are not too many, are
+matched here; all others in a process of their own, whose CPU seconds and memory the kernel limits. That process runs
+this file as a script: it imports nothing but the standard library. Knows nothing of what is matched.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MAX_CHARACTERS = 1 << 16
 _CPU_S = 1  # sane expressions take milliseconds
 _MEMORY_BYTES = 512 << 20
 _WALL_S = 60.0  # where the machine is busy
+_MAX_WORK = 1 << 28  # characters of patterns times places in texts where they are tried: a second or two
 _PLAIN = re.compile(r"[\w.^$|\\]*")  # nothing that repeats, and no choice within a choice
 
 
@@ -54,7 +55,8 @@ def first_matches(
         return [None] * len(texts)
     if (size := sum(map(len, patterns)) + len(patterns)) > MAX_CHARACTERS:
         raise PatternError(f"the patterns have {size} characters; at most {MAX_CHARACTERS} are taken")
-    plain = all(_PLAIN.fullmatch(pattern) for pattern in patterns)
+    work = size * sum(text.count(".") + 1 for text in texts)
+    plain = work <= _MAX_WORK and all(_PLAIN.fullmatch(pattern) for pattern in patterns)
     return list((_search if plain else _search_apart)(tuple(patterns), tuple(texts), template, whole))
 
 
@@ -93,8 +95,8 @@ def _search_apart(
         answer = json.loads(done.stdout) if done.returncode == 0 else None
     if answer is None:
         raise PatternError(
-            f"{_short(patterns[0])}{' or another one' * (len(patterns) > 1)} takes more than {_CPU_S} s to match; "
-            "write it without repeats inside repeats"
+            f"{_short(patterns[0])}{' or another one' * (len(patterns) > 1)} takes more than {_CPU_S} s to match with "
+            f"{len(texts)} names; write it without repeats inside repeats"
         )
     if isinstance(answer, str):
         raise PatternError(answer)

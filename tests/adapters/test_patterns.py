@@ -113,3 +113,29 @@ def test_an_adapter_with_such_a_pattern_is_refused_by_the_settings_name(tmp_path
     folder = make_adapter(tmp_path, "x", **{setting: {"(.*)*!": 8}})
     with pytest.raises(AdapterRejected, match=rf"'x': {setting}: '\(\.\*\)\*!' takes more than 1 s"):
         LoraWeights.load(folder, name="x", version="1")
+
+
+def test_many_plain_patterns_of_many_names_take_no_longer() -> None:
+    patterns = [f"model.layers.{i}.x" for i in range(3000)]
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(20_000)]
+    used = time.process_time()
+    with pytest.raises(PatternError, match="takes more than 1 s to match with 20000 names"):
+        first_matches(patterns, names, template=SUFFIX)
+    assert time.process_time() - used < 1
+
+
+def test_a_name_for_every_module_of_the_largest_models_is_matched() -> None:
+    names = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(126) for part in "abcdefg"]
+    found = first_matches(names, names, template=SUFFIX)
+    assert [first and first.pattern for first in found] == list(range(len(names)))
+
+
+def test_a_long_name_of_a_tensor_takes_no_time(tmp_path, make_adapter) -> None:
+    def rename(tensors) -> None:
+        tensors["base_model.model." + "x" + ".lora_a" * 50_000 + "\n"] = tensors.popitem()[1]
+
+    folder = make_adapter(tmp_path, "x", change=rename)
+    used = time.process_time()
+    with pytest.raises(AdapterRejected):
+        LoraWeights.load(folder, name="x", version="1")
+    assert time.process_time() - used < 2
