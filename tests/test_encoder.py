@@ -1,9 +1,11 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from lorauter.defaults import load_encoder
-from lorauter.encoder import HashingEncoder, SentenceEncoder, normalised
+from lorauter.encoder import Embeddings, HashingEncoder, RememberingEncoder, SentenceEncoder, normalised
 from lorauter.errors import ConfigError
 
 
@@ -23,6 +25,21 @@ def test_the_fake_finds_texts_that_share_words_similar() -> None:
 
 def test_encoders_of_different_size_have_different_names() -> None:
     assert HashingEncoder(32).name != HashingEncoder(64).name
+
+
+def test_what_comes_again_is_embedded_once() -> None:
+    class Counting(HashingEncoder):
+        calls = 0
+
+        def encode(self, texts: Sequence[str]) -> Embeddings:
+            self.calls += 1
+            return super().encode(texts)
+
+    inner = Counting(32)
+    encoder = RememberingEncoder(inner)
+    for texts in (["a b", "c"], ["c"], ["a b", "c"]):
+        np.testing.assert_array_equal(encoder.encode(texts), HashingEncoder(32).encode(texts))
+    assert (inner.calls, encoder.name) == (2, inner.name)
 
 
 def test_normalised_keeps_a_zero_row() -> None:

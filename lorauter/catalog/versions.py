@@ -60,6 +60,8 @@ def change_catalog(
         Exception: whatever the edit raises.
     """
     store = _store(source)
+    if pointed_version(store) is None:  # and so nothing is to be written there
+        raise CatalogError("is not there; build it with 'lorauter catalog build'", uri=store.uri)
     first: Catalog | None = None
     for _ in range(_ATTEMPTS):
         with _turn(store):

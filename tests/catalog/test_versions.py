@@ -236,6 +236,12 @@ def test_what_changes_nothing_publishes_nothing(memory: MemoryStore, first: Cata
     assert memory.objects == before
 
 
+def test_a_catalog_that_is_not_there_is_not_begun(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=r"is not there.*lorauter catalog build"):
+        change_catalog(tmp_path / "mistyped", lambda catalog: catalog)
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_a_change_waits_for_its_turn_and_goes_on_without(
     memory: MemoryStore, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from catalogued import wait_for_catalog
 from safetensors.torch import load_file, save
 
 from lorauter.adapters import AdapterRepository, MemoryStore, open_store
-from lorauter.catalog import Catalog, catalog_versions, current_version, use_version, without_tasks
+from lorauter.catalog import Catalog, catalog_versions, change_catalog, current_version, use_version, without_tasks
 from lorauter.catalog.catalog import CURRENT_FILE
 
 pytestmark = pytest.mark.integration
@@ -224,6 +225,39 @@ def test_admins_who_change_at_once_lose_nothing(service: Any, secured: Any, cata
     known = {entry.name for entry in Catalog.load(service.config.catalog).tasks}
     assert known == {entry.name for entry in catalog.tasks} | set(names)
     assert len(catalog_versions(service.config.catalog)) >= 5
+
+
+def test_a_list_of_changes_is_one_version_though_others_publish_too(
+    service: Any, secured: Any, catalog: Catalog, root: Path, tmp_path: Path
+) -> None:
+    repository = AdapterRepository(open_store(service.config.adapters))
+    shutil.copytree(root / "examples" / "adapters" / "sst2", tmp_path / "weather")
+    pushed = repository.push(tmp_path / "weather")
+    rows = [{"input": text, "target": "umbrella"} for text in WEATHER]
+    task = {"name": "weather", "domain": "tests", "metric": "em", "validation": rows}
+    changes = [{"put_task": task}, {"put_adapter": "weather"}, {"remove_task": "rte"}]
+    done = []
+
+    def change() -> None:
+        with secured.client("operator") as client:
+            wrong = client.post("/v1/catalog/changes", json={"changes": [*changes, {"remove_task": "nil"}]})
+            done.append((wrong.status_code, None))
+            response = client.post("/v1/catalog/changes", json={"changes": changes})
+            done.append((response.status_code, response.json()))
+
+    admin = threading.Thread(target=change)
+    admin.start()
+    for name in ("mrpc", "boolq"):  # as `lorauter catalog change` does
+        change_catalog(service.config.catalog, lambda before, name=name: without_tasks(before, [name]), tasks=[name])
+    admin.join(60)
+    assert [status for status, _ in done] == [404, 200], done
+    assert [row["id"] for row in done[1][1]["data"]] == ["weather", "weather", "rte"]
+    now = Catalog.load(service.config.catalog)
+    before = {entry.name for entry in catalog.tasks}
+    assert {entry.name for entry in now.tasks} == before - {"rte", "mrpc", "boolq"} | {"weather"}
+    assert now.adapters == {**catalog.adapters, "weather": pushed.version}
+    with secured.client("operator") as client:
+        assert client.delete("/v1/adapters/weather").status_code == 200
 
 
 def test_a_running_answer_ends_on_the_adapters_old_version_and_new_ones_have_the_new(
