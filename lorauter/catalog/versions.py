@@ -123,28 +123,31 @@ def prune_versions(source: str | Path | ObjectStore, *, keep: int, older_than_s:
         The versions that were deleted, the oldest first; none where no version is current.
 
     Raises:
-        StoreError; Conflict: the store is so slow that a version is left for the next time.
+        StoreError; Conflict: the store is so slow that a part of a version is left for the next time.
     """
     store = _store(source)
     current = pointed_version(store)
     if current is None:
         return []
     before = time.time() - older_than_s
-    written = {version: _written(store, version) for version in catalog_versions(store) if version != current}
+    sent = {version: _sent(store, version) for version in catalog_versions(store) if version != current}
+    written = {version: _written(store, version) for version in sent}
     oldest_first = sorted(written, key=lambda version: written[version])
-    pruned = []
-    for version in oldest_first[: max(len(written) - keep, 0)]:
-        if written[version] >= before:
-            continue
-        with store.locked(CURRENT_FILE) as pointer:
-            # Somebody may have gone back to it, or have sent it again, since it was looked at.
-            if version_in(pointer.content) == version or _written(store, version) != written[version]:
-                continue
-            keys = store.files(version)
-            for key in sorted(keys, key=lambda key: key != f"{version}/{HEAD_FILE}"):  # so that nobody begins to read
-                pointer.delete(key)
-        pruned.append(version)
-    return pruned
+    return [
+        version
+        for version in oldest_first[: max(len(written) - keep, 0)]
+        if written[version] < before and _delete(store, version, sent[version])
+    ]
+
+
+def _delete(store: ObjectStore, version: str, sent: float | None) -> bool:
+    """Delete a version, unless somebody has gone back to it, or sent it again, since it was looked at."""
+    with store.locked(CURRENT_FILE) as pointer:
+        if version_in(pointer.content) == version or _sent(store, version) != sent:
+            return False
+        for key in sorted(store.files(version), key=lambda key: key != f"{version}/{HEAD_FILE}"):  # so nobody begins
+            pointer.delete(key)
+    return True
 
 
 def _make_current(store: ObjectStore, catalog: Catalog, over: str | None) -> None:
@@ -190,11 +193,18 @@ def _check_untouched(first: Catalog, now: Catalog, tasks: Collection[str], adapt
         )
 
 
+def _sent(store: ObjectStore, version: str) -> float | None:
+    """When the last file of a version was written; None while it is on its way."""
+    try:
+        return store.modified(f"{version}/{HEAD_FILE}")
+    except ObjectNotFound:
+        return None
+
+
 def _written(store: ObjectStore, version: str) -> float:
     times = [0.0]
-    for key in store.files(version):
-        with suppress(ObjectNotFound):
-            times.append(store.modified(key))
+    with suppress(ObjectNotFound):  # somebody else deletes it
+        times += [store.modified(key) for key in store.files(version)]
     return max(times)
 
 
