@@ -46,7 +46,7 @@ _PREFIX = "adapter-cache-"
 _ATTEMPTS = 5
 _BEAT_S = 5.0  # between two words of everybody who uses a cache
 _MARK = ".settings"  # the file in a cache's folder that says whose it is
-_UNUSED_S = 20.0  # without a word, after which a cache ends if there is another on its node
+_UNUSED_S = 20.0  # without a word, after which a cache is ended if there is another on its node
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,13 @@ class AdapterCacheActor:
         self._used = time.monotonic()
         return self._cache.resident()
 
-    async def end_if_unused(self) -> None:
-        """End for good, disk and all, unless somebody has used this cache of late."""
-        if time.monotonic() - self._used > _UNUSED_S:
+    async def clear_if_unused(self) -> bool:
+        """Whether nobody has used this cache of late: then its disk is free, and its process may be ended."""
+        unused = time.monotonic() - self._used > _UNUSED_S
+        if unused:
             logger.info("nobody uses this cache any more, and there is another: it ends")
             await asyncio.to_thread(shutil.rmtree, self._root, ignore_errors=True)
-            ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+        return unused
 
     async def pid(self) -> int:
         """The actor's process."""
@@ -197,7 +198,8 @@ def _end_unused(spec: CacheSpec) -> None:
             for name in _named():
                 if name.startswith(_PREFIX) and name.endswith(node) and name != spec.prefix + node:
                     handle = ray.get_actor(name, namespace=NAMESPACE)
-                    ray.get(handle.end_if_unused.remote(), timeout=_BEAT_S)
+                    if ray.get(handle.clear_if_unused.remote(), timeout=_BEAT_S):
+                        ray.kill(handle)
 
 
 def _named() -> set[str]:

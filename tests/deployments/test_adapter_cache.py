@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import deployments.adapter_cache
 from deployments.adapter_cache import AdapterCacheActor, CacheSpec, _claim
 from deployments.config import CacheSettings
 from lorauter.adapters import AdapterRepository, open_store
@@ -131,6 +132,28 @@ def test_what_could_not_be_had_a_moment_ago_is_tried_again_for_the_patient_alone
             await cache.fetch(a, patient=False)
         assert (await cache.fetch(a)).key == a
         assert (await cache.fetch(a, patient=False)).key == a
+
+    asyncio.run(scenario())
+
+
+def test_a_cache_that_nobody_uses_any_more_frees_its_disk(
+    actor: Callable[..., AdapterCacheActor], pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [a] = keys(pool, "a")
+
+    async def scenario() -> None:
+        cache = actor()
+        local = await cache.fetch(a)
+        assert not await cache.clear_if_unused()
+        monkeypatch.setattr(deployments.adapter_cache, "_UNUSED_S", 0.05)
+        await asyncio.sleep(0.1)
+        await cache.resident()
+        assert not await cache.clear_if_unused()
+        await asyncio.sleep(0.1)
+        await cache.stats()
+        assert await cache.clear_if_unused(), "who looks at figures does not use it"
+        assert not local.path.exists()
+        assert (await cache.fetch(a)).path.is_dir(), "somebody may ask in the last moment"
 
     asyncio.run(scenario())
 

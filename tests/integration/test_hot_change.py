@@ -283,17 +283,16 @@ def test_a_running_answer_ends_on_the_adapters_old_version_and_new_ones_have_the
     whole = service.ask("switched", story, max_tokens=160).json()["choices"][0]["message"]["content"]
     before = service.ask("switched").json()["choices"]
     assert before == service.ask("base").json()["choices"]
-    pieces, after = [], before
+    pieces, ahead = [], 0
     with service.http as client, client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content", ""))
-            if len(pieces) == 10:
+            if len(pieces) == 10 and not ahead:  # no other request: in company, a near tie might turn
                 use_version(service.config.catalog, new)
                 wait_for_catalog(service.url, new)
-                after = service.ask("switched").json()["choices"]
-                assert after != before
                 ahead = len(pieces)
+    assert service.ask("switched").json()["choices"] != before
     assert ahead < len(pieces) - 20, "it was running still"
     assert "".join(pieces) == whole
     assert service.ask("switched", story, max_tokens=160).json()["choices"][0]["message"]["content"] != whole
