@@ -35,23 +35,26 @@ _FOR_THE_LIMITED: tuple[tuple[type[LorauterError], str], ...] = (
     (CatalogError, "the catalog cannot be used just now; try again"),
 )
 _OURS = (AdapterUnavailable, AdapterRejected, StoreError, CatalogError, ServiceUnavailable)  # not of a client's words
+_LONGEST = 2000
 _PLACE = re.compile(  # URIs, and paths of POSIX and Windows, but not the API's own
     r"""(?:\b[A-Za-z][A-Za-z0-9+.-]+://|(?<![\w.)])~?/(?!v1/|healthz)|\b[A-Za-z]:\\)[^\s'",;)]*[^\s'",;):.]"""
 )
 
 
 def told(error: LorauterError, audience: Audience) -> str:
-    """An error in words for a client."""
-    text = str(error)
+    """An error in words for a client, and not in more than anybody reads: an adapter's file may name what it likes."""
+    whole = str(error)
+    whole = whole if len(whole) <= _LONGEST else f"{whole[:_LONGEST]}..."
     if audience == "operator":
-        return text
+        return whole
+    text = whole
     if audience == "limited":
         instead = next((words for kind, words in _FOR_THE_LIMITED if isinstance(error, kind)), None)
         if instead is not None:
             text = f"adapter {error.adapter!r}: {instead}" if isinstance(error, AdapterError) else instead
     text = without_places(text)
-    if text != str(error) and isinstance(error, _OURS):
-        logger.warning("told without its cause: %s", error)
+    if text != whole and isinstance(error, _OURS):
+        logger.warning("told without its cause: %s", whole)
     return text
 
 

@@ -18,6 +18,7 @@ from lorauter.adapters.foreign import what_is_there
 from lorauter.adapters.patterns import PatternError, first_matches
 
 CONFIG_FILE = "adapter_config.json"
+_MAX_BYTES = 1 << 20  # with a rank for every module of the largest models it has a tenth of that
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama-like decoder layer, which an adapter may change."""
 
@@ -95,6 +96,8 @@ class PeftConfig:
             ValueError: it cannot be read, or uses what is not served.
         """
         try:
+            if (size := path.stat().st_size) > _MAX_BYTES:
+                raise ValueError(f"it has {size} bytes; at most {_MAX_BYTES} are taken")
             config = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{CONFIG_FILE} cannot be read: {what_is_there(path) or error}") from error

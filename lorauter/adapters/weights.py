@@ -8,7 +8,6 @@ batches and devices.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from lorauter.adapters.base_weights import Fingerprint
 
 __all__ = ["CONFIG_FILE", "TARGETS", "WEIGHTS_FILE", "LoadAdapter", "LoraWeights", "ModelShape"]
-
-_CACHED = re.compile(r"(?:.*/)?models--(?:[^/]*--)?([^/]+)(?:/snapshots(?:/[^/]*)?)?")
 
 
 @dataclass(frozen=True)
@@ -187,9 +184,12 @@ def model_name(name: str) -> str:
     The last part of a path (also of Windows, and of ModelScope, which writes dots as ___) or of a hub id; of a snapshot
     in the hub's cache (`models--org--name/snapshots/hash`) the model's.
     """
-    path = name.replace("\\", "/").replace("___", ".").rstrip("/").lower()
-    cached = _CACHED.fullmatch(path)
-    return cached[1] if cached else path.rsplit("/", 1)[-1]
+    parts = name.replace("\\", "/").replace("___", ".").rstrip("/").lower().split("/")
+    for below in range(min(3, len(parts))):  # parts behind it: none, "snapshots", or that and a hash
+        stem = parts[-1 - below].removeprefix("models--")
+        if stem not in ("", parts[-1 - below]) and (not below or parts[-below] == "snapshots"):
+            return stem.rsplit("--", 1)[-1] or stem
+    return parts[-1]
 
 
 LoadAdapter = Callable[[str], LoraWeights]

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import pickle
+import time
 
 import pytest
 import torch
@@ -358,3 +359,14 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, make_adapter, adapter,
     with pytest.raises(AdapterRejected, match=said) as caught:
         weights.check_fits(SHAPE, max_rank=max_rank)
     assert caught.value.adapter == "sst2"
+
+
+def test_a_long_configuration_takes_no_time(tmp_path, make_adapter) -> None:
+    used = time.process_time()
+    folder = make_adapter(tmp_path, "x", base_model_name_or_path="models--" + "--" * 200_000 + "/x")
+    with pytest.raises(AdapterRejected, match="models--"):
+        load(folder).check_fits(SHAPE, max_rank=8)
+    folder = make_adapter(tmp_path, "y", rank_pattern={"q" * 2_000_000: 1})
+    with pytest.raises(AdapterRejected, match=r"bytes; at most 1048576 are taken"):
+        load(folder)
+    assert time.process_time() - used < 2

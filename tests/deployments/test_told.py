@@ -99,3 +99,9 @@ def test_who_is_limited_to_adapters_reads_no_cause_that_may_name_others(error: L
     assert "team-b" not in message
     assert "team-b" in error_answer(error, "unlimited")[1]["error"]["message"]
     assert ("poet" in message) == ("poet" in str(error))
+
+
+def test_no_text_is_longer_than_anybody_reads() -> None:
+    error = AdapterRejected(f"was trained for {'x' * 100_000}", adapter="poet")
+    for audience in ("operator", "unlimited", "limited"):
+        assert len(told(error, audience)) < 2100
