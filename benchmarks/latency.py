@@ -86,9 +86,7 @@ def main() -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     embedder = TimedEmbedder.bind(config.encoder)
-    retriever = TaskRetriever.options(ray_actor_options=CPUS).bind(
-        config.catalog, config.routing, embedder, config.catalog_refresh_s
-    )
+    retriever = TaskRetriever.options(ray_actor_options=CPUS).bind(config, embedder)
     unused_model = Echo.options(name="LoraModel").bind()
     serve.run(
         Router.options(ray_actor_options=CPUS).bind(config, embedder, retriever, unused_model, None),

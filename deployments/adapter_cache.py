@@ -35,7 +35,7 @@ from deployments.metrics import RayRecorder
 from deployments.peers import Loan, PeerSource, Whereabouts, lend
 from deployments.samplers import Sampling, disk_sampler
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
-from lorauter.defaults import home
+from lorauter.defaults import DEFAULT, home
 from lorauter.errors import AdapterUnavailable, LorauterError
 from lorauter.names import AdapterKey
 
@@ -72,8 +72,7 @@ class AdapterCacheActor:
 
     def __init__(self, spec: CacheSpec) -> None:
         settings = spec.settings
-        base = home() / "adapters" if settings.directory == "default" else Path(settings.directory).expanduser()
-        self._root, self._root_lock = _claim(base, spec.stamp)
+        self._root, self._root_lock = _claim(cache_folder(settings), spec.stamp)
         repository = AdapterRepository(open_store(spec.adapters))
         self._peers = PeerSource(repository, lambda: _other_caches(spec))
         self._lending = asyncio.Semaphore(settings.downloads)
@@ -158,6 +157,11 @@ class AdapterCacheActor:
             "size_bytes": self._cache.size_bytes,
             "resident": self._cache.resident(),
         }
+
+
+def cache_folder(settings: CacheSettings) -> Path:
+    """The folder below which a machine's caches are."""
+    return home() / "adapters" if settings.directory == DEFAULT else Path(settings.directory).expanduser()
 
 
 def _claim(base: Path, stamp: str) -> tuple[Path, FileLock]:

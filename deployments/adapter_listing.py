@@ -17,6 +17,7 @@ from ray import serve
 
 from deployments.calls import CatalogDescription, Retrieval
 from deployments.logs import join_serve_logs
+from deployments.startup import tells_why
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.errors import InvalidRequest
 
@@ -62,6 +63,7 @@ class LiveListing:
 
 
 @serve.deployment(name="TaskRetriever", max_ongoing_requests=256, max_queued_requests=256, health_check_period_s=5)
+@tells_why
 class AdapterListing:
     """What the ingress asks of a catalog, as far as there is an answer without one.
 

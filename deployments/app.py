@@ -65,7 +65,7 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
     if config.catalog is None:
         retriever = deployment(AdapterListing).bind(config.adapters, config.catalog_refresh_s)
     else:
-        retriever = deployment(TaskRetriever).bind(config.catalog, config.routing, embedder, config.catalog_refresh_s)
+        retriever = deployment(TaskRetriever).bind(config, embedder)
     model = deployment(
         LoraModel,
         max_ongoing_requests=config.engine.max_batch + config.engine.max_queue,

@@ -9,6 +9,7 @@ import numpy as np
 from ray import serve
 
 from deployments.logs import join_serve_logs
+from deployments.startup import tells_why
 from lorauter.defaults import load_encoder
 from lorauter.encoder import Embeddings
 
@@ -20,6 +21,7 @@ from lorauter.encoder import Embeddings
     health_check_period_s=5,
     graceful_shutdown_timeout_s=10,
 )
+@tells_why
 class QueryEmbedder:
     """Holds the sentence encoder.
 

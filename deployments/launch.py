@@ -1,7 +1,8 @@
 """Starts the whole service in the foreground, from serve_config.yaml, and stops all that it started.
 
-What `serve run serve_config.yaml` does, plus: the file is checked for unknown keys (Serve ignores them), the
-defaults are made ready with their progress shown, and Ctrl-C leaves nothing behind.
+What `serve run serve_config.yaml` does, plus: the file is checked for unknown keys (Serve ignores them), what can be
+known to be wrong is told before Ray starts and what a replica finds as soon as it tells, and Ctrl-C leaves nothing
+behind.
 """
 
 import io
@@ -10,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import (
+    ApplicationStatus,
     DeploymentSchema,
     HTTPOptionsSchema,
     ServeApplicationSchema,
@@ -32,14 +35,18 @@ from ray.serve.schema import (
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.app import assemble
 from deployments.config import AppConfig, explain
+from deployments.preflight import check_device, preflight
+from deployments.room import Watch
+from deployments.startup import explained, found_cause
 from deployments.tracing import tracing_config
-from lorauter.defaults import resolve_adapters, resolve_catalog, resolve_encoder, resolve_model
-from lorauter.errors import ConfigError
+from lorauter.defaults import resolve_adapters
+from lorauter.errors import CannotStart, ConfigError
 
 APP_NAME = "lorauter"
 _IMPORT_PATH = "deployments.app:build"
 _USED = {"applications", "http_options", "proxy_location", "logging_config", "tracing_config"}
 _USED_OF_APPLICATION = {"name", "route_prefix", "import_path", "args", "deployments"}
+_POLL_S = 0.2
 Phase = Callable[[str], AbstractContextManager[object]]
 
 
@@ -139,36 +146,38 @@ def serve_forever(
         ready: is told the URL once requests are answered.
 
     Raises:
-        ConfigError: a setting is wrong, or the port is taken.
-        LorauterError: the defaults cannot be made ready.
+        ConfigError: a setting is wrong, the port is taken, or there is no such cluster.
+        CatalogError, StoreError: what the settings name is not there.
+        CannotStart: a part of the service does not come up.
     """
     _check_port(file.host, file.port)
     traces = dict(file.traces) if file.traces else tracing_config(os.environ)
     if file.is_open_to_others:
         notify(f"warning: no API keys are configured, and {file.host} lets others in; see README, Access")
-    with phase("preparing the model, the encoder and the catalog"):
-        resolve_model(file.config.base_model, notify)
-        resolve_encoder(file.config.encoder, notify)
-        if file.config.catalog is not None:
-            resolve_catalog(file.config.catalog, notify)
+    config = file.config.with_absolute_paths(Path.cwd())
+    if address is None:
+        with phase("checking the configuration, and preparing what it names"):
+            preflight(config, lambda text: notify(f"warning: {text}"), notify)
+            check_device(config.engine.device, config.engine.dtype)
+    runs = False
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("OTEL_SERVICE_NAME", "lorauter")
     try:
         with phase("starting Ray"):
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+            _connect(address)
         with phase("starting the deployments"):
-            app = assemble(file.config, file.overrides)
+            app = assemble(config, file.overrides)
             serve.start(
                 proxy_location=file.proxy_location,
                 http_options={**file.http, "host": file.host, "port": file.port},
                 logging_config=dict(file.logs),
                 tracing_config=traces,
             )
-            try:
-                serve.run(app, name=APP_NAME, route_prefix=file.route_prefix, logging_config=dict(file.logs))
-            except RuntimeError as error:
-                raise ConfigError(f"the app did not start: {_deepest(error)}") from error
+            target = serve.RunTarget(app, APP_NAME, file.route_prefix, dict(file.logs))
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            _wait_until_running(notify, is_own=address is None)
+        runs = True
         ready(f"http://{file.host}:{file.port}{file.route_prefix.rstrip('/')}")
         while True:
             signal.pause()
@@ -178,7 +187,7 @@ def serve_forever(
         for number in previous:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         with phase("stopping"):
-            _shut_down(file.config)
+            _shut_down(config, gently=runs or address is not None)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -187,14 +196,61 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _shut_down(config: AppConfig) -> None:
+def _connect(address: str | None) -> None:
+    """Start Ray, or join a cluster. Raises ConfigError."""
+    try:
+        ray.init(
+            address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"at {address} cannot be reached" if address else "does not start"
+        raise ConfigError(f"Ray {where}: {explained(error)}", setting="address") from error
+
+
+def _wait_until_running(notify: Callable[[str], None], *, is_own: bool) -> None:
+    """Wait for the app, and say what it waits for.
+
+    Args:
+        is_own: no nodes join the cluster: what they have no room for is an error at once.
+
+    Raises:
+        CannotStart: a part of it does not come up.
+    """
+    room = Watch(lambda actor: actor.name.startswith(f"SERVE_REPLICA::{APP_NAME}#"), notify)
+    told: set[str] = set()
+    while True:
+        app = serve.status().applications.get(APP_NAME)
+        if app is not None:
+            if app.status == ApplicationStatus.RUNNING:
+                return
+            causes = {name: found_cause(part.message, name) for name, part in app.deployments.items()}
+            failed = app.status == ApplicationStatus.DEPLOY_FAILED
+            for name, cause in causes.items():
+                if cause is None:
+                    continue
+                text, for_good = cause
+                if for_good or (failed and app.deployments[name].status == ApplicationStatus.DEPLOY_FAILED.value):
+                    raise CannotStart(text, part=name)
+                if text not in told:
+                    told.add(text)
+                    notify(f"{text}; trying again")
+            if failed:
+                raise CannotStart(f"the service cannot start: {' '.join(app.message.split())}", part=APP_NAME)
+        room.check()
+        if is_own and room.hopeless and room.line:
+            raise CannotStart(room.line, part=APP_NAME)
+        time.sleep(_POLL_S)
+
+
+def _shut_down(config: AppConfig, *, gently: bool) -> None:
+    """End the service; what never ran, in a Ray of our own, needs no gentleness, which may take half a minute."""
     if not ray.is_initialized():
         return
-    config = config.with_absolute_paths(Path.cwd())
     with redirect_stdout(io.StringIO()):  # Ray reports the actors that we end here as failures
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        for cache in running_caches(CacheSpec(resolve_adapters(config.adapters), config.cache)):
-            ray.kill(cache)
+        if gently:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            for cache in running_caches(CacheSpec(resolve_adapters(config.adapters), config.cache)):
+                ray.kill(cache)
         ray.shutdown()
 
 
@@ -207,9 +263,3 @@ def _check_port(host: str, port: int) -> None:
             raise ConfigError(
                 f"cannot listen on {host}:{port} ({error}); choose another --port", setting="port"
             ) from error
-
-
-def _deepest(error: BaseException) -> str:
-    """The last line that says something in Serve's report of a failed deployment."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

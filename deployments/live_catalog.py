@@ -9,6 +9,7 @@ Knows nothing of Ray.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from lorauter.adapters.store import DirectoryStore, ObjectStore
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog, current_version
+from lorauter.defaults import home
 from lorauter.encoder import Embeddings
 from lorauter.errors import CatalogError, LorauterError, ServiceUnavailable, StoreError, StoreUnavailable
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions
@@ -30,6 +32,11 @@ _NOT_NOW = (StoreUnavailable, ServiceUnavailable)
 Probe = Callable[[], tuple[Embeddings, str]]
 
 
+def kept_folder(catalog: str) -> Path:
+    """Where this machine keeps what it used last of a catalog, by its URI."""
+    return home() / "catalogs" / f"used-{hashlib.sha256(catalog.encode()).hexdigest()[:16]}"
+
+
 class LiveCatalog:
     """The published catalog, as far as it is sound.
 
@@ -37,6 +44,7 @@ class LiveCatalog:
         store: where catalogs are published.
         config: routing settings.
         probe: the encoder's (d,) embedding of PROBE_TEXT and its name; whatever it raises delays a change.
+        check: raises what is wrong with a catalog for this service.
         refresh_s: seconds between two looks at the store.
         keep: the folder for the catalog that was in use last.
 
@@ -46,11 +54,19 @@ class LiveCatalog:
     """
 
     def __init__(
-        self, store: ObjectStore, config: RoutingConfig, probe: Probe, *, refresh_s: float, keep: Path
+        self,
+        store: ObjectStore,
+        config: RoutingConfig,
+        probe: Probe,
+        *,
+        check: Callable[[Catalog], None] = lambda _: None,
+        refresh_s: float,
+        keep: Path,
     ) -> None:
         self._store = store
         self._config = config
         self._probe = probe
+        self._check = check
         self._refresh_s = refresh_s
         self._keep = keep
         self._refused_at = 0.0
@@ -136,6 +152,7 @@ class LiveCatalog:
         except Exception as error:
             raise ServiceUnavailable(f"the encoder does not answer: {error!r}") from error
         catalog.check_probe(probe, encoder)
+        self._check(catalog)
         retriever = Retriever(catalog, self._config)
         retriever.retrieve(probe[None], [PROBE_TEXT], [RoutingOptions()])  # its parts fit each other
         return retriever

@@ -23,6 +23,7 @@ from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.placement import report
 from deployments.samplers import Sampling, model_sampler
+from deployments.startup import tells_why
 from deployments.tracing import span
 from deployments.warmup import most_wanted, warm_up
 from lorauter.adapters import ModelShape
@@ -41,6 +42,7 @@ Mixture = tuple[tuple[PackedAdapter, float], ...]
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 1}, health_check_period_s=5, graceful_shutdown_timeout_s=600)
+@tells_why
 class LoraModel:
     """One replica: an engine, and its tiers of adapters.
 

@@ -5,7 +5,7 @@ A catalog that is published while it serves takes over without a request being l
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,13 +14,17 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.calls import CatalogDescription, Retrieval
-from deployments.live_catalog import LiveCatalog
+from deployments.config import AppConfig
+from deployments.fits import check_adapters, check_base_model
+from deployments.live_catalog import LiveCatalog, kept_folder
 from deployments.logs import join_serve_logs
+from deployments.startup import tells_why
 from lorauter.adapters import open_store
-from lorauter.catalog.catalog import PROBE_TEXT
-from lorauter.defaults import home
+from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog
 from lorauter.encoder import Embeddings
-from lorauter.routing import RoutingConfig, RoutingOptions
+from lorauter.routing import RoutingOptions
+
+logger = logging.getLogger("lorauter.catalog")
 
 _PROBE_S = 600.0  # an encoder may have to be downloaded first
 
@@ -28,17 +32,16 @@ _PROBE_S = 600.0  # an encoder may have to be downloaded first
 @serve.deployment(
     max_ongoing_requests=256, max_queued_requests=256, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=5
 )
+@tells_why
 class TaskRetriever:
     """Holds the catalog.
 
     Args:
-        catalog: folder or `s3://` URI.
-        config: routing settings.
+        config: the app's configuration; a catalog of another base model is refused.
         embedder: handle of QueryEmbedder; a catalog of another encoder is refused.
-        refresh_s: seconds between two looks at what is published.
     """
 
-    def __init__(self, catalog: str, config: RoutingConfig, embedder: DeploymentHandle[Any], refresh_s: float) -> None:
+    def __init__(self, config: AppConfig, embedder: DeploymentHandle[Any]) -> None:
         join_serve_logs()
 
         def probe() -> tuple[Embeddings, str]:
@@ -46,8 +49,18 @@ class TaskRetriever:
             return vector, embedder.name.remote().result(timeout_s=_PROBE_S)
 
         def load() -> LiveCatalog:
-            keep = home() / "catalogs" / f"used-{hashlib.sha256(catalog.encode()).hexdigest()[:16]}"
-            return LiveCatalog(open_store(catalog), config, probe, refresh_s=refresh_s, keep=keep)
+            assert config.catalog is not None  # AdapterListing is in this one's place
+            store, keep = open_store(config.catalog), kept_folder(config.catalog)
+            if not (keep / CURRENT_FILE).exists():  # else it has served here before, and caches may hold what it needs
+                check_adapters(Catalog.load(store), config, logger.warning)
+            return LiveCatalog(
+                store,
+                config.routing,
+                probe,
+                check=lambda catalog: check_base_model(catalog, config),
+                refresh_s=config.catalog_refresh_s,
+                keep=keep,
+            )
 
         with ThreadPoolExecutor(1) as other_thread:  # in this one, a loop runs, and handles cannot be waited for
             self._live = other_thread.submit(load).result()

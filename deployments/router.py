@@ -27,6 +27,7 @@ from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.retries import answered, generated
 from deployments.routing_metrics import RoutingMetrics
+from deployments.startup import tells_why
 from deployments.tracing import span
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.engine import Chunk
@@ -48,6 +49,7 @@ _SPARED = 1 / 16  # of `retry_after_s`, for which a replica's refusal stands for
     graceful_shutdown_timeout_s=600,  # streams in flight end by themselves, as in LoraModel
 )
 @serve.ingress()
+@tells_why
 class Router:
     """The ingress.
 

@@ -21,19 +21,20 @@ from pydantic import ValidationError
 
 from lorauter.cli_batch import batch
 from lorauter.cli_catalog import catalog_app
-from lorauter.cli_console import console, notify, phase, warn
+from lorauter.cli_console import App, console, notify, phase, show_error, warn
 from lorauter.cli_eval import eval_app
 from lorauter.cli_keys import keys_app
-from lorauter.defaults import DEFAULT
+from lorauter.cli_stores import adapters_to_read, adapters_to_write, catalog_to_read, catalog_to_write
+from lorauter.defaults import DEFAULT, check_changeable, resolve_catalog
 from lorauter.errors import AdapterError, ConfigError, Conflict, InvalidRequest, LorauterError
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     add_completion=False,
     help="Routes queries to mixtures of LoRA adapters.",
     pretty_exceptions_enable=False,
 )
-adapters_app = typer.Typer(no_args_is_help=True, help="Adapters in an object store.")
+adapters_app = App(no_args_is_help=True, help="Adapters in an object store.")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(eval_app, name="eval")
@@ -46,35 +47,36 @@ _Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Huggi
 
 
 def main() -> None:
-    """Run the command line; an error is one line on stderr and exit status 1."""
+    """Run the command line; an error is one line on stderr and exit status 1, wrong usage 2, and Ctrl-C 130."""
     try:
         app()
-    except LorauterError as error:
-        warn(f"error: {' '.join(str(error).split())}")
+    except Exception as error:  # noqa: BLE001 (nobody wants a traceback)
+        show_error(error)
         sys.exit(1)
 
 
 @adapters_app.command("push")
 def push(
     directory: Annotated[Path, typer.Argument(help="A PEFT adapter's folder, or a folder of such folders.")],
-    to: Annotated[str, typer.Option(help="The store: s3://bucket/prefix or a folder.")],
+    to: Annotated[str, typer.Option(help="The store: a folder or s3://bucket/prefix.")],
     catalog: Annotated[
         str | None, typer.Option(help="A catalog that is to serve them: all of them become one new version of it.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Send again what the store seems to have.")] = False,
 ) -> None:
     """Validate adapters and publish them in a store, each under its folder's name."""
-    from lorauter.adapters import AdapterRepository, adapter_folders, open_store
+    from lorauter.adapters import adapter_folders
 
+    repository = adapters_to_write(to)
     folders = list(adapter_folders(directory))
     if not folders:
         raise ConfigError(f"{directory} holds no adapter: no adapter_config.json in it or one level below")
     if catalog is not None:
         from lorauter.catalog import Catalog, change_catalog, current_version, with_adapter
 
+        catalog = catalog_to_write(catalog)
         if current_version(catalog) is None:
             raise ConfigError(f"there is no catalog at {catalog}; build it by 'lorauter catalog build'")
-    repository = AdapterRepository(open_store(to))
     refused, pushed = 0, []
     for folder in folders:
         try:
@@ -103,11 +105,9 @@ def push(
 
 
 @adapters_app.command("list")
-def list_adapters(store: Annotated[str, typer.Argument(help="s3://bucket/prefix or a folder.")]) -> None:
+def list_adapters(store: Annotated[str, typer.Argument(help="A folder, s3://bucket/prefix, or 'default'.")]) -> None:
     """List a store's adapters: name, version, rank, bytes, base model."""
-    from lorauter.adapters import AdapterRepository, open_store
-
-    repository = AdapterRepository(open_store(store))
+    repository = adapters_to_read(store)
     names = repository.names()
     for name in names:
         try:
@@ -122,7 +122,7 @@ def list_adapters(store: Annotated[str, typer.Argument(help="s3://bucket/prefix 
 
 @adapters_app.command("prune")
 def prune(
-    store: Annotated[str, typer.Argument(help="s3://bucket/prefix or a folder.")],
+    store: Annotated[str, typer.Argument(help="A folder or s3://bucket/prefix.")],
     catalogs: Annotated[
         list[str],
         typer.Option("--catalog", help="A catalog of these adapters, once for each: what its versions name stays."),
@@ -133,11 +133,13 @@ def prune(
 
     `--catalog none` says that there is no catalog of these adapters.
     """
-    from lorauter.adapters import AdapterRepository, open_store
     from lorauter.catalog import named_adapters
 
-    keep = {key for catalog in catalogs if catalog != "none" for key in named_adapters(catalog)}
-    repository = AdapterRepository(open_store(store))
+    check_changeable(store, "adapters")
+    keep = {
+        key for catalog in catalogs if catalog != "none" for key in named_adapters(resolve_catalog(catalog, notify))
+    }
+    repository = adapters_to_read(store)
     pruned = repository.prune(keep=keep, older_than_s=older_than * 3600)
     for name, version in pruned:
         typer.echo(f"{name}\t{version}")
@@ -146,7 +148,7 @@ def prune(
 
 @app.command()
 def route(
-    catalog: Annotated[str, typer.Option(help="The catalog: a folder or s3://bucket/prefix.")],
+    catalog: Annotated[str, typer.Option(help="The catalog: a folder, s3://bucket/prefix, or 'default'.")],
     input: Annotated[Path, typer.Option(help='JSON lines {"input": text, "exclude_tasks": [...], ...}.')],
     output: Annotated[
         Path, typer.Option(help="JSON lines: the input rows with `tasks`, `adapters` and `confidence` added.")
@@ -169,7 +171,7 @@ def route(
     except ValidationError as error:
         raise ConfigError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
     with phase("loading the encoder and the catalog"):
-        router = Router.load(catalog, encoder=encoder, config=config)
+        router = Router.load(catalog_to_read(catalog), encoder=encoder, config=config)
     partial = output.with_name(f".{output.name}.partial")
     count = 0
     try:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorauter.cli_console import counting, notify, phase, warn
-from lorauter.defaults import DEFAULT
+from lorauter.cli_console import App, counting, notify, phase, warn
+from lorauter.cli_stores import adapters_to_use, catalog_to_read, catalog_to_write
+from lorauter.defaults import DEFAULT, check_changeable, resolve_tasks
 from lorauter.errors import CatalogError, ConfigError
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from lorauter.catalog.scores import ScoreTable
     from lorauter.tasks import Task
 
-catalog_app = typer.Typer(no_args_is_help=True, help="Task catalogs.")
+catalog_app = App(no_args_is_help=True, help="Task catalogs.")
 
 _Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
 _Catalog = Annotated[str, typer.Argument(help="The catalog: a folder or s3://bucket/prefix.")]
+_Tasks = "A folder of task files (.json, .json.gz), or 'default'."
 
 
 class _By(StrEnum):
@@ -38,9 +40,9 @@ class _By(StrEnum):
 
 @catalog_app.command("build")
 def build(
-    tasks: Annotated[Path, typer.Option(help="A folder of task files (.json, .json.gz).")],
+    tasks: Annotated[Path, typer.Option(help=_Tasks)],
     out: Annotated[str, typer.Option(help="Where to publish: a folder or s3://bucket/prefix.")],
-    adapters: Annotated[str | None, typer.Option(help="The adapter store; none routes to tasks alone.")] = None,
+    adapters: Annotated[str | None, typer.Option(help="Their store, or 'default'; none routes to tasks alone.")] = None,
     mapping: Annotated[
         Path | None, typer.Option(help='A JSON file {"task": ["adapter", ...]}, the best adapter first.')
     ] = None,
@@ -72,13 +74,14 @@ def build(
         raise ConfigError("--match needs adapters to try; name their store with --adapters", setting="adapters")
     if scores is not None and not match:
         raise ConfigError("--scores is of use only with --match", setting="scores")
+    out = catalog_to_write(out)
     over = pointed_version(open_store(out))  # who publishes another one in its place meanwhile is not overwritten
-    found = read_tasks(tasks)
+    found = read_tasks(resolve_tasks(tasks))
     assigned = _read_mapping(mapping) if mapping else None
     with phase("loading the encoder"):
         embedder = load_encoder(encoder)
     with phase(f"embedding the examples of {len(found)} tasks"):
-        repository = _repository(adapters) if adapters else None
+        repository = adapters_to_use(adapters) if adapters else None
         catalog = build_catalog(found, embedder, repository=repository, mapping=assigned, report=warn)
     if match and repository is not None:
         catalog = _matched(catalog, found, repository, by, model, scores)
@@ -110,7 +113,8 @@ def change(
 
     if not (add_tasks or remove_task or refresh_adapters or remove_adapter):
         raise ConfigError("nothing to change; give --add-tasks, --remove-task, --refresh-adapters or --remove-adapter")
-    added = read_tasks(add_tasks) if add_tasks else []
+    catalog = catalog_to_write(catalog)
+    added = read_tasks(resolve_tasks(add_tasks)) if add_tasks else []
     if added:
         with phase("loading the encoder"):
             embedder = RememberingEncoder(load_encoder(encoder))
@@ -125,7 +129,7 @@ def change(
         if remove_task:
             changed = without_tasks(changed, remove_task)
         if refresh_adapters:
-            changed = with_adapters(changed, _repository(refresh_adapters), report=told.append)
+            changed = with_adapters(changed, adapters_to_use(refresh_adapters), report=told.append)
             scored = {name for entry in changed.tasks for name in entry.scores} & before.adapters.keys()
             renewed[:] = sorted(name for name in scored if changed.adapters[name] != before.adapters[name])
         return without_adapters(changed, remove_adapter) if remove_adapter else changed
@@ -145,6 +149,7 @@ def versions(catalog: _Catalog) -> None:
     """List the versions in a store, and check each; the current one is marked."""
     from lorauter.catalog import Catalog, catalog_versions, current_version
 
+    catalog = catalog_to_read(catalog)
     current = current_version(catalog)
     names = catalog_versions(catalog)
     for name in names:
@@ -161,7 +166,7 @@ def use(catalog: _Catalog, version: Annotated[str, typer.Argument(help="One that
     """Verify a version and make it the current one, which may be a step back."""
     from lorauter.catalog import use_version
 
-    typer.echo(f"{version}\t{_summary(use_version(catalog, version))}")
+    typer.echo(f"{version}\t{_summary(use_version(catalog_to_write(catalog), version))}")
 
 
 @catalog_app.command("prune")
@@ -173,7 +178,8 @@ def prune(
     """Delete old versions of a catalog; one that a batch job uses is to stay until the job has ended."""
     from lorauter.catalog import prune_versions
 
-    pruned = prune_versions(catalog, keep=keep, older_than_s=older_than * 3600)
+    check_changeable(catalog, "catalog")
+    pruned = prune_versions(catalog_to_read(catalog), keep=keep, older_than_s=older_than * 3600)
     for version in pruned:
         typer.echo(version)
     notify(f"{len(pruned)} versions deleted from {catalog}")
@@ -182,15 +188,6 @@ def prune(
 def _summary(catalog: Catalog) -> str:
     served = sum(bool(entry.adapters) for entry in catalog.tasks)
     return f"{len(catalog.tasks)} tasks, {len(catalog.adapters)} adapters, {served} tasks with an adapter"
-
-
-def _repository(uri: str) -> AdapterRepository:
-    from lorauter.adapters import AdapterRepository, open_store
-
-    repository = AdapterRepository(open_store(uri))
-    if not repository.names():
-        raise ConfigError(f"there is no adapter in {uri}; push some, or leave the option out", setting="adapters")
-    return repository
 
 
 def _matched(

@@ -1,14 +1,113 @@
-"""What the commands show while they work: on stderr, live on a terminal, else in plain lines."""
+"""What the commands show while they work: on stderr, live on a terminal, else in plain lines.
+
+What libraries and Ray print meanwhile, which nobody can act on, goes to a file instead; warnings of lorauter's own
+loggers are shown.
+"""
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand
+
+from lorauter.defaults import home
+from lorauter.errors import LorauterError
+
+_LOG_BYTES = 4 << 20  # of the log file, beyond which a new one is begun
 
 console = Console(stderr=True, highlight=False)
+
+
+class App(typer.Typer):
+    """A group of commands, during which only what is lorauter's own goes to the console."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        return super().command(name, cls=_Command, **options)
+
+
+class _Command(TyperCommand):
+    def invoke(self, ctx: Any) -> Any:
+        with _others_in_log():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                warn("stopped by Ctrl-C")
+                raise typer.Exit(128 + signal.SIGINT) from None
+
+
+class _ToConsole(logging.Handler):
+    """Shows the warnings of lorauter's own loggers, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}", style="yellow")
+
+
+_handler = _ToConsole(logging.WARNING)
+_log: TextIO | None = None
+
+
+def log_path() -> Path:
+    """The file that what libraries print goes to."""
+    return home() / "logs" / "commands.log"
+
+
+def _open_log() -> TextIO | None:
+    """The log of this process, which stays open: libraries keep it as their stderr. None where it cannot be written."""
+    global _log
+    if _log is None or _log.closed:
+        path = log_path()
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size > _LOG_BYTES:
+                path.replace(path.with_suffix(".old.log"))
+            _log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            atexit.register(_log.close)
+    return _log
+
+
+@contextmanager
+def _others_in_log() -> Iterator[None]:
+    """Have all that is written to stderr, by whatever means, go to the log file; but not what this module shows."""
+    ours = logging.getLogger("lorauter")
+    ours.addHandler(_handler)
+    log, stderr = _open_log(), sys.stderr
+    kept = os.dup(2) if log is not None else None
+    try:
+        if log is not None and kept is not None:
+            print(f"--- {time.strftime('%F %T')}, process {os.getpid()}", file=log)
+            console.file = os.fdopen(os.dup(2), "w", errors=stderr.errors) if _descriptor(stderr) == 2 else stderr
+            sys.stderr = log
+            os.dup2(log.fileno(), 2)
+        yield
+    finally:
+        ours.removeHandler(_handler)
+        if kept is not None:
+            sys.stderr = stderr
+            os.dup2(kept, 2)
+            os.close(kept)
+            if console.file is not stderr:
+                console.file.close()
+            console.file = None  # type: ignore[assignment]  # whatever sys.stderr is
+
+
+def _descriptor(file: TextIO) -> int | None:
+    try:
+        return file.fileno()
+    except (OSError, ValueError):  # a test's
+        return None
 
 
 @contextmanager
@@ -18,7 +117,8 @@ def phase(what: str) -> Iterator[None]:
         console.print(f"{what} ...", markup=False)
         yield
         return
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, redirect_stderr=False) as progress:
         progress.add_task(what, total=None)
         yield
 
@@ -32,7 +132,7 @@ def counting(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         return
     counts = TextColumn(f"{{task.completed:,.0f}} {unit} done, {{task.fields[left]:,}} left in this round")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), counts, TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, redirect_stderr=False) as progress:
         bar = progress.add_task(what, total=None, left=0)
         yield lambda done, left: progress.update(bar, completed=done, total=done + left, left=left)
 
@@ -42,6 +142,17 @@ def notify(what: str) -> None:
     console.print(what, markup=False, soft_wrap=True)
 
 
-def warn(what: str) -> None:
-    """Print a line in red."""
-    console.print(what, style="red", markup=False, soft_wrap=True)
+def warn(what: str, style: str = "red") -> None:
+    """Print a line in a colour."""
+    console.print(what, style=style, markup=False, soft_wrap=True)
+
+
+def show_error(error: Exception) -> None:
+    """Print an error as one line; one that nobody foresaw goes to the log in full."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, LorauterError | OSError):
+        text = f"unforeseen {type(error).__name__}: {text}"
+        if log := _open_log():
+            traceback.print_exception(error, file=log)
+            text += f"; the log has its traceback: {log_path()}"
+    warn(f"error: {text}")

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lorauter.cli_console import notify, phase
-from lorauter.defaults import DEFAULT
+from lorauter.cli_console import App, notify, phase
+from lorauter.cli_stores import adapters_to_read, adapters_to_use, catalog_to_read
+from lorauter.defaults import DEFAULT, resolve_tasks
 from lorauter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorauter.adapters import AdapterRepository
     from lorauter.evaluation.routing import RememberingCatalogs
     from lorauter.routing import RoutingConfig
     from lorauter.tasks import Task
 
-eval_app = typer.Typer(no_args_is_help=True, help="Measure routing, and answers with and without it.")
+eval_app = App(no_args_is_help=True, help="Measure routing, and answers with and without it.")
 
 _CONFIGURED = "configured"
 
-_Tasks = Annotated[Path, typer.Option(help="A folder of task files (.json, .json.gz).")]
+_Tasks = Annotated[Path, typer.Option(help="A folder of task files (.json, .json.gz), or 'default'.")]
 _CatalogUri = Annotated[str, typer.Option(help="The catalog: a folder, s3://bucket/prefix, or 'default'.")]
 _Adapters = Annotated[str, typer.Option(help="The adapter store: a folder, s3://bucket/prefix, or 'default'.")]
 _Methods = Annotated[str | None, typer.Option(help="Separated by commas; all, if not given.")]
@@ -130,8 +130,8 @@ def lorahub(
     from lorauter.evaluation.weighing import weigh
     from lorauter.tasks import read_tasks
 
-    found = [replace(task, validation=task.validation[:examples]) for task in read_tasks(tasks)]
-    repository = _repository(adapters)
+    found = [replace(task, validation=task.validation[:examples]) for task in read_tasks(resolve_tasks(tasks))]
+    repository = adapters_to_use(adapters)
     pool = repository.names()
     load = adapters_in(repository)
     with phase("loading the base model"):
@@ -154,11 +154,10 @@ def plots(
 ) -> None:
     """Draw a catalog: the score of every adapter on every task, and a map of the tasks' embeddings."""
     from lorauter.catalog import Catalog
-    from lorauter.defaults import resolve_catalog
     from lorauter.evaluation.plots import heat_map, mean_scores, task_map
 
     with phase("reading the catalog"):
-        found = Catalog.load(resolve_catalog(catalog, notify))
+        found = Catalog.load(catalog_to_read(catalog))
     names, drawn = [entry.name for entry in found.tasks], []
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -193,7 +192,7 @@ def routing(
     from lorauter.evaluation.routing import RememberingCatalogs, first_examples, read_query_set
     from lorauter.tasks import read_tasks
 
-    sets = {"tasks": read_tasks(tasks)}
+    sets = {"tasks": read_tasks(resolve_tasks(tasks))}
     if flan is not None:
         sets["flan"] = read_query_set(flan)
     with phase("loading the encoder"):
@@ -223,17 +222,6 @@ def _methods(methods: str | None, config: Path | None, lorahub: Path | None) -> 
             setting="lorahub",
         )
     return chosen
-
-
-def _repository(uri: str) -> AdapterRepository:
-    """Raises ConfigError if it is empty."""
-    from lorauter.adapters import AdapterRepository, open_store
-    from lorauter.defaults import resolve_adapters
-
-    repository = AdapterRepository(open_store(resolve_adapters(uri)))
-    if not repository.names():
-        raise ConfigError(f"there is no adapter in {uri}; push some", setting="adapters")
-    return repository
 
 
 def _names(given: str | None, default: Collection[str]) -> list[str]:
@@ -266,16 +254,16 @@ def _decide(
     encoder: str,
 ) -> None:
     from lorauter.catalog import Catalog
-    from lorauter.defaults import load_encoder, resolve_catalog
+    from lorauter.defaults import load_encoder
     from lorauter.evaluation.methods import decide
     from lorauter.evaluation.regimes import REGIMES
     from lorauter.evaluation.weighing import read_weights
     from lorauter.tasks import read_tasks
 
-    found, weights = read_tasks(tasks), read_weights(lorahub) if lorahub is not None else None
+    found, weights = read_tasks(resolve_tasks(tasks)), read_weights(lorahub) if lorahub is not None else None
     with phase("loading the encoder and the catalog"):
         model = load_encoder(encoder)
-        catalog = Catalog.load(resolve_catalog(catalog_uri, notify))
+        catalog = Catalog.load(catalog_to_read(catalog_uri))
         catalog.check_encoder(model)
     held = {entry.name: {example.input for example in entry.task.validation} for entry in catalog.tasks}
     asked = [task for task in found if _has_queries(task, split, held.get(task.name, ()))]
@@ -315,13 +303,13 @@ def _read_config(path: Path) -> RoutingConfig:
 
 
 def _answer(decisions: Path, adapters: str, out: Path, *, model: str, device: str, max_batch: int | None) -> None:
-    from lorauter.defaults import base_model_aliases, resolve_adapters, resolve_model
+    from lorauter.defaults import base_model_aliases, resolve_model
     from lorauter.engine import EngineConfig, load_engine
     from lorauter.evaluation.answering import adapters_in, answer
     from lorauter.evaluation.rows import read_decisions
 
     rows = read_decisions(decisions)
-    load = adapters_in(resolve_adapters(adapters))
+    load = adapters_in(adapters_to_read(adapters))
     config = EngineConfig() if max_batch is None else EngineConfig(max_batch=max_batch)
     with phase("loading the base model"):
         engine = load_engine(resolve_model(model, notify), config, device=device, aliases=base_model_aliases(model))

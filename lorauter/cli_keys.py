@@ -8,11 +8,11 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from lorauter.cli_console import notify
+from lorauter.cli_console import App, notify
 from lorauter.errors import ConfigError
 from lorauter.keys import ApiKey, hash_key, new_key
 
-keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
+keys_app = App(no_args_is_help=True, help="API keys.")
 
 
 @keys_app.callback()

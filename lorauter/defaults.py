@@ -1,8 +1,9 @@
 """The embedded default: the model, encoder, adapters and catalog of a machine that knows no hub.
 
 The model and encoder come out of PyPI packages and are put once into `LORAUTER_HOME` (`~/.cache/lorauter`);
-the adapters and tasks are the repository's `examples`. Everywhere a model, encoder, adapter store or catalog
-is named, "default" means these. Knows nothing of how they are used.
+the adapters and tasks are the repository's `examples`. Everywhere a model, encoder, adapter store, catalog or folder of
+tasks is named, "default" means these, and everything that takes such a name has it resolved here. Knows nothing of how
+they are used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ _MODEL_FOLDER = "SmolLM2-135M-Instruct"
 _ENCODER_FOLDER = "all-MiniLM-L6-v2"
 _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
+_HUB_S = 10.0
+
 Notify = Callable[[str], None]
 
 
@@ -40,13 +43,20 @@ def home() -> Path:
 
 
 def resolve_model(model: str, notify: Notify = lambda _: None) -> str:
-    """A base model's folder or Hugging Face id; "default" is made ready first. Raises ConfigError."""
-    return str(_once(home() / "models" / _MODEL_FOLDER, _convert_model, notify)) if model == DEFAULT else model
+    """A base model's folder or Hugging Face id; "default" is made ready first. Raises ConfigError: it is neither."""
+    if model == DEFAULT:
+        return str(_once(home() / "models" / _MODEL_FOLDER, _convert_model, notify))
+    _check_there(model, [model], ("config.json",), "base_model")
+    return model
 
 
 def resolve_encoder(encoder: str, notify: Notify = lambda _: None) -> str:
-    """An encoder's folder or Hugging Face id; "default" is made ready first. Raises ConfigError."""
-    return str(_once(home() / "encoders" / _ENCODER_FOLDER, _copy_encoder, notify)) if encoder == DEFAULT else encoder
+    """An encoder's folder or Hugging Face id; "default" is made ready first. Raises ConfigError: it is neither."""
+    if encoder == DEFAULT:
+        return str(_once(home() / "encoders" / _ENCODER_FOLDER, _copy_encoder, notify))
+    ids = [encoder] if "/" in encoder else [f"sentence-transformers/{encoder}", encoder]  # as that library looks
+    _check_there(encoder, ids, ("modules.json", "config.json"), "encoder")
+    return encoder
 
 
 def resolve_adapters(adapters: str) -> str:
@@ -78,6 +88,21 @@ def resolve_catalog(catalog: str, notify: Notify = lambda _: None) -> str:
     return str(_once(home() / "catalogs" / f"examples-{stamp.hexdigest()[:16]}", lambda t, _: build(t), notify))
 
 
+def resolve_tasks(tasks: str | Path) -> Path:
+    """A folder of task files; "default" is the examples'. Raises ConfigError."""
+    return _examples("tasks") if str(tasks) == DEFAULT else Path(tasks)
+
+
+def check_changeable(uri: str, what: str) -> None:
+    """Raise ConfigError if a catalog or store that is to be written is the default one, which all may be using."""
+    if uri == DEFAULT:
+        raise ConfigError(
+            f"the {what} 'default' is made of the examples and cannot be changed; name a folder or s3://bucket/prefix "
+            "of your own (a folder of this name is ./default)",
+            setting=what,
+        )
+
+
 def load_encoder(encoder: str, *, device: str | None = None) -> Encoder:
     """Load an encoder, by folder, Hugging Face id, or "default". Raises ConfigError."""
     from lorauter.encoder import SentenceEncoder
@@ -98,6 +123,42 @@ def _examples(part: str) -> Path:
             setting=part,
         )
     return _EXAMPLES / part
+
+
+def _check_there(model: str, ids: Sequence[str], files: Sequence[str], setting: str) -> None:
+    """Raise ConfigError unless it is a model's folder, or the hub, or this machine's copy of it, has one of the ids.
+
+    A library that is to load it would find out too, but after half a minute of trying again.
+    """
+    what = f"{setting.replace('_', ' ')} {model!r}"
+    if Path(model).expanduser().is_dir():
+        if not any(Path(model).expanduser().joinpath(file).is_file() for file in files):
+            raise ConfigError(f"{what}: the folder holds no {' or '.join(files)}, so no model", setting=setting)
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    problem: Exception | None = None
+    for name in ids:
+        try:
+            if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+                HfApi().model_info(name, timeout=_HUB_S)
+            return
+        except HFValidationError as error:
+            raise ConfigError(f"{what} is neither a folder nor a Hugging Face id", setting=setting) from error
+        except RepositoryNotFoundError as error:
+            problem = problem or error
+        except Exception as error:
+            raise ConfigError(
+                f"{what} is no folder, nor in this machine's cache of the Hugging Face hub, which cannot be reached "
+                f"({error}); name a folder, or mind the spelling",
+                setting=setting,
+            ) from error
+    raise ConfigError(
+        f"{what} is no folder, and the Hugging Face hub has none of this name; mind the spelling, or, if it is "
+        "private, set HF_TOKEN",
+        setting=setting,
+    ) from problem
 
 
 def _once(folder: Path, make: Callable[[Path, Notify], None], notify: Notify) -> Path:

@@ -13,6 +13,7 @@ because they cross process boundaries.
     ├── CatalogError            a catalog is missing, damaged or does not fit
     ├── StoreError
     │   ├── ObjectNotFound
+    │   │   └── BucketNotFound
     │   └── StoreUnavailable
     ├── AdapterError
     │   ├── AdapterNotFound
@@ -22,6 +23,7 @@ because they cross process boundaries.
     ├── Unauthenticated         no valid key came with the request
     ├── PermissionDenied        the key may not do this
     ├── BatchError              a batch job stopped before its end
+    ├── CannotStart             a part of the service does not come up
     ├── ServiceUnavailable      a part of the running service is down
     └── Overloaded              a queue is full; try again later
         └── RateLimited         the key's own limit is reached
@@ -108,8 +110,16 @@ class StoreError(LorauterError):
 class ObjectNotFound(StoreError):
     """The object does not exist."""
 
-    def __init__(self, uri: str) -> None:
-        super().__init__("no such object", uri=uri)
+    def __init__(self, uri: str, message: str = "no such object") -> None:
+        super().__init__(message, uri=uri)
+
+
+class BucketNotFound(ObjectNotFound):
+    """Nor does the bucket that it would be in."""
+
+    def __init__(self, uri: str, bucket: str) -> None:
+        super().__init__(uri, f"there is no bucket {bucket!r}; create it, or correct the URI")
+        self.bucket = bucket
 
 
 class StoreUnavailable(StoreError):
@@ -150,6 +160,14 @@ class PermissionDenied(LorauterError):
 
 class BatchError(LorauterError):
     """A batch job stopped; what was written stays, and the same job started again goes on from there."""
+
+
+class CannotStart(LorauterError):
+    """A part of the service does not come up; `part` names it, and the message says why, in one line."""
+
+    def __init__(self, message: str, *, part: str) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 class ServiceUnavailable(LorauterError):

@@ -3,10 +3,14 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 
 import lorauter.defaults
 from lorauter.catalog import Catalog
@@ -18,6 +22,7 @@ from lorauter.defaults import (
     resolve_catalog,
     resolve_encoder,
     resolve_model,
+    resolve_tasks,
 )
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError
@@ -114,11 +119,48 @@ def test_the_default_encoder_is_the_packages_folder(
 
 @pytest.mark.parametrize("name", ["org/model", "/a/folder", "s3://bucket/prefix", "Default"])
 def test_any_other_name_stays_as_it_is(name: str, own_home: Path) -> None:
-    assert [resolve(name) for resolve in (resolve_model, resolve_encoder, resolve_adapters, resolve_catalog)] == [
-        name
-    ] * 4
+    assert [resolve(name) for resolve in (resolve_adapters, resolve_catalog)] == [name] * 2
+    assert str(resolve_tasks("a/folder")) == "a/folder"
     assert base_model_aliases(name) == ()
     assert not own_home.exists()
+
+
+@pytest.mark.parametrize("resolve", [resolve_model, resolve_encoder])
+def test_a_model_stays_as_it_is_where_there_is_one(
+    resolve: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def hub(self: Any, name: str, **_: Any) -> None:
+        asked.append(name)
+        if "private" in name:
+            raise RepositoryNotFoundError("401", response=httpx.Response(401, request=httpx.Request("GET", "http://x")))
+        if "far" in name:
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", hub)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no .*config\.json"):
+        resolve(str(tmp_path / "model"))
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert resolve(str(tmp_path / "model")) == str(tmp_path / "model")
+    assert asked == []
+    assert resolve("org/model") == "org/model"
+    with pytest.raises(ConfigError, match=r"'org/private'.*HF_TOKEN"):
+        resolve("org/private")
+    with pytest.raises(ConfigError, match=r"cannot be reached \(no route\)"):
+        resolve("org/far")
+    assert asked == ["org/model", "org/private", "org/far"]
+    for wrong in ("/a/folder", "s3://bucket/prefix", "a b"):
+        with pytest.raises(ConfigError, match="neither a folder nor a Hugging Face id"):
+            resolve(wrong)
+
+
+def test_an_encoder_of_the_librarys_own_needs_no_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, **_: asked.append(name))
+    assert resolve_encoder("all-mpnet-base-v2") == "all-mpnet-base-v2"
+    assert asked == ["sentence-transformers/all-mpnet-base-v2"]
 
 
 def test_default_adapters_and_their_base_model() -> None:

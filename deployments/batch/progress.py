@@ -45,7 +45,8 @@ def bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
 
         yield line
         return
-    with Progress(SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), console=console) as progress:
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, redirect_stderr=False) as progress:
         task = progress.add_task("starting the workers", total=None)
         yield lambda rows, total, words: progress.update(task, completed=rows, total=total, description=words)
 

@@ -23,16 +23,30 @@ import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    EndpointConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+)
 
 from lorauter.adapters import s3_lock
 from lorauter.adapters.store import LOCKS, Locked
-from lorauter.errors import ConfigError, Conflict, ObjectNotFound, StoreError, StoreUnavailable
+from lorauter.errors import BucketNotFound, ConfigError, Conflict, ObjectNotFound, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _CONCURRENCY = 8
+_ADVICE = {
+    301: "; the bucket is in another region: set AWS_REGION",
+    400: "; do AWS_REGION and the credentials fit the store?",
+    401: "; the store takes no such credentials: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    403: "; the store refuses these credentials: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do",
+}
 _PART = 4 << 20  # bytes of a ranged read at least
 _CONNECT_S = 2.0  # of the brief client
 _Kind = Literal["whole", "unchecked", "brief"]
@@ -104,10 +118,22 @@ class S3Store:
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
             code = error.response.get("Error", {}).get("Code", "")
-            if code in ("NoSuchKey", "NoSuchBucket") or status == 404:
+            if code == "NoSuchBucket":
+                raise BucketNotFound(uri, self._bucket) from error
+            if code == "NoSuchKey" or status == 404:
                 raise ObjectNotFound(uri) from error
             kind = StoreUnavailable if status >= 500 or status in (408, 429) else StoreError
-            raise kind(str(error), uri=uri) from error
+            advice = _ADVICE.get(status, "")
+            raise kind(f"{error}{advice}", uri=uri) from error
+        except NoCredentialsError as error:
+            raise StoreError(
+                "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role",
+                uri=uri,
+            ) from error
+        except ParamValidationError as error:
+            raise StoreError(" ".join(str(error).split()), uri=uri) from error
+        except EndpointConnectionError as error:
+            raise StoreUnavailable(f"{error}; is the store up, and AWS_ENDPOINT_URL_S3 right?", uri=uri) from error
         except (BotoCoreError, Boto3Error, HTTPClientError, IncompleteReadError) as error:
             raise StoreUnavailable(str(error), uri=uri) from error
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.catalog.rerank import Reranker
 from lorauter.encoder import Embeddings, Encoder
-from lorauter.errors import CatalogError, ObjectNotFound
+from lorauter.errors import BucketNotFound, CatalogError, ObjectNotFound
 from lorauter.names import is_valid_name
 from lorauter.tasks import Task
 
@@ -187,7 +187,7 @@ class Catalog:
 
         Raises:
             CatalogError: it is not there, or damaged.
-            StoreUnavailable: the store fails.
+            StoreError: the store fails, refuses, or has no such bucket.
         """
         store = _store(source)
         while True:
@@ -210,6 +210,8 @@ class Catalog:
             if hashlib.sha256(raw).hexdigest()[:16] != version:
                 raise CatalogError("catalog.json does not have the version's hash; publish it again", uri=store.uri)
             return cls._from_files(json.loads(raw), store, version)
+        except BucketNotFound:
+            raise
         except ObjectNotFound as error:
             raise CatalogError(
                 f"is not there or incomplete ({error}); build it with 'lorauter catalog build'", uri=store.uri
@@ -288,6 +290,8 @@ def version_in(pointer: bytes | None) -> str | None:
 def _pointer(store: ObjectStore) -> bytes | None:
     try:
         return store.read(CURRENT_FILE)
+    except BucketNotFound:
+        raise
     except ObjectNotFound:
         return None
 

@@ -38,18 +38,17 @@ class Router:
         """Load the current catalog of a folder or `s3://` URI.
 
         Args:
-            path: the catalog.
+            path: the catalog; "default" is the examples'.
             encoder: an encoder, or a folder or Hugging Face id of one; "default" is the one that lorauter ships.
             config: routing settings.
 
         Raises:
             CatalogError, StoreUnavailable, ConfigError.
         """
-        if isinstance(encoder, str):
-            from lorauter.defaults import load_encoder
+        from lorauter.defaults import load_encoder, resolve_catalog
 
-            encoder = load_encoder(encoder)
-        return cls(Catalog.load(path), encoder, config)
+        catalog = Catalog.load(resolve_catalog(str(path)))
+        return cls(catalog, load_encoder(encoder) if isinstance(encoder, str) else encoder, config)
 
     def route(
         self, texts: Sequence[str], options: RoutingOptions | Sequence[RoutingOptions] | None = None

@@ -38,8 +38,8 @@ def test_the_deployments_and_what_they_are_given() -> None:
     assert set(found) == set(DEPLOYMENTS)
     assert list(found)[-1] == "Router"
     assert found["QueryEmbedder"].init_args == ("default",)
-    catalog, routing, embedder, refresh_s = found["TaskRetriever"].init_args
-    assert (catalog, routing, refresh_s) == ("s3://bucket/catalog", CONFIG.routing, CONFIG.catalog_refresh_s)
+    config, embedder = found["TaskRetriever"].init_args
+    assert config == CONFIG
     assert embedder._bound_deployment.name == "QueryEmbedder"
     assert found["LoraModel"].init_args == (CONFIG,)
 
@@ -85,7 +85,7 @@ def test_keys_bring_their_shared_counters() -> None:
 def test_relative_folders_are_resolved_where_the_app_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     app = assemble(AppConfig(adapters="./pool", catalog="./catalog"), {})
-    assert parts(app)["TaskRetriever"].init_args[0] == str(tmp_path / "catalog")
+    assert parts(app)["TaskRetriever"].init_args[0].catalog == str(tmp_path / "catalog")
     assert parts(app)["Router"].init_args[0].adapters == str(tmp_path / "pool")
 
 

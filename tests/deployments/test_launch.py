@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import DEPLOYMENTS, build
 from deployments.config import AppConfig
-from deployments.launch import ServeFile, serve_forever
-from lorauter.errors import ConfigError
+from deployments.launch import ServeFile, _wait_until_running, serve_forever
+from deployments.room import Watch
+from lorauter.errors import CannotStart, ConfigError
 
 SHIPPED = Path(__file__).resolve().parents[2] / "serve_config.yaml"
 
@@ -167,6 +169,67 @@ def test_where_one_cannot_listen_nothing_is_started(host: str, port: int | None)
         file = replace(ServeFile.read(SHIPPED), host=host, port=port or other.getsockname()[1])
         with pytest.raises(ConfigError, match=f"cannot listen on {host}:{file.port}"):
             serve_forever(file, address=None, phase=phase, notify=print, ready=print)
+
+
+def started(monkeypatch: pytest.MonkeyPatch, *statuses: Any, lines: list[str], is_own: bool = True) -> None:
+    """Wait for an app of which Serve says these things, one after the other."""
+    said = iter(statuses)
+    monkeypatch.setattr("deployments.launch.serve.status", lambda: SimpleNamespace(applications=next(said)))
+    monkeypatch.setattr("deployments.launch.time.sleep", lambda _: None)
+    monkeypatch.setattr("deployments.launch.Watch.check", lambda self: 0.0)
+    _wait_until_running(lines.append, is_own=is_own)
+
+
+def app(status: str, message: str = "", **deployments: tuple[str, str]) -> dict[str, Any]:
+    parts = {name: SimpleNamespace(status=state, message=said) for name, (state, said) in deployments.items()}
+    return {"lorauter": SimpleNamespace(status=status, message=message, deployments=parts)}
+
+
+def test_what_may_pass_is_told_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    down = "A replica failed to start. Error:\nx.CannotStart: TaskRetriever cannot start now: the store is down"
+    lines: list[str] = []
+    trying = app("DEPLOYING", TaskRetriever=("UPDATING", down), LoraModel=("UPDATING", ""))
+    started(monkeypatch, {}, app("DEPLOYING"), trying, trying, app("RUNNING"), lines=lines)
+    assert lines == ["TaskRetriever cannot start: the store is down; trying again"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (
+            app("DEPLOYING", LoraModel=("UPDATING", "It failed.\nCannotStart: LoraModel cannot start: no model")),
+            "LoraModel cannot start: no model",
+        ),
+        (
+            app(
+                "DEPLOY_FAILED",
+                TaskRetriever=("UPDATING", "A replica failed.\nTaskRetriever cannot start now: the encoder is away"),
+                QueryEmbedder=("DEPLOY_FAILED", "The deployment failed to start.\nKilled by a signal"),
+            ),
+            "QueryEmbedder cannot start: Killed by a signal",
+        ),
+        (app("DEPLOY_FAILED", "Something\nelse."), "the service cannot start: Something else."),
+    ],
+)
+def test_what_will_not_pass_ends_the_start_with_the_cause(
+    monkeypatch: pytest.MonkeyPatch, status: Any, said: str
+) -> None:
+    with pytest.raises(CannotStart) as caught:
+        started(monkeypatch, status, lines=[])
+    assert str(caught.value) == said
+
+
+def test_what_an_own_cluster_has_no_room_for_is_an_error_and_on_others_may_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Never(Watch):
+        def __init__(self, *args: Any) -> None:
+            self.hopeless, self.line = True, "waiting for 64 CPUs"
+
+    monkeypatch.setattr("deployments.launch.Watch", Never)
+    with pytest.raises(CannotStart, match="waiting for 64 CPUs"):
+        started(monkeypatch, app("DEPLOYING"), lines=[])
+    started(monkeypatch, app("DEPLOYING"), app("RUNNING"), lines=[], is_own=False)
 
 
 @pytest.mark.parametrize(

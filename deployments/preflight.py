@@ -1,0 +1,109 @@
+"""What can be known to be wrong before anything starts: keys, folders, models, stores, and what does not go together.
+
+Takes seconds, and loads no weights. What only a replica can find out, room on its GPU for one, that tells itself; see
+`deployments.startup`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from deployments.access import Access
+from deployments.adapter_cache import cache_folder
+from deployments.config import AppConfig
+from deployments.fits import check_adapters, check_base_model
+from deployments.live_catalog import kept_folder
+from lorauter.catalog import Catalog
+from lorauter.defaults import load_encoder, resolve_catalog, resolve_encoder, resolve_model
+from lorauter.engine.cpu_kernels import load_kernels
+from lorauter.engine.model import ARCHITECTURES
+from lorauter.errors import CatalogError, ConfigError, StoreError
+from lorauter.precision import native_dtype
+
+Tell = Callable[[str], None]
+
+
+def preflight(config: AppConfig, warn: Tell, notify: Tell = lambda _: None) -> None:
+    """Check a service's configuration against this machine.
+
+    Args:
+        config: its paths are absolute.
+        warn: is told what the service can live with.
+        notify: is told what is made ready on the way.
+
+    Raises:
+        ConfigError, CatalogError, StoreError: what is wrong, and what to do.
+    """
+    if config.access.closed:
+        Access(config.access)
+    _check_writable(cache_folder(config.cache))
+    _check_base_model(resolve_model(config.base_model, notify))
+    resolve_encoder(config.encoder, notify)
+    if config.catalog is None:
+        check_adapters(None, config, warn)
+        return
+    catalog = _read_catalog(resolve_catalog(config.catalog, notify), warn)
+    if catalog.encoder != Path(resolve_encoder(config.encoder)).name:  # else it takes seconds, and replicas do it too
+        catalog.check_encoder(load_encoder(config.encoder))
+    check_base_model(catalog, config)
+    check_adapters(catalog, config, warn)
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Make this machine ready to compute on a device: the CPU's kernels are built, once, or a warning says why not.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"engine.device is {device!r}, but PyTorch {torch.__version__} finds no GPU; take 'auto' or 'cpu', or "
+            "install PyTorch with CUDA and the GPU's driver",
+            setting="engine.device",
+        )
+    if place.type == "cpu":
+        load_kernels(native_dtype(place) if dtype == "auto" else getattr(torch, dtype))
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the adapters' cache {folder} cannot be written: {error}; name another folder in cache.directory",
+            setting="cache.directory",
+        ) from error
+
+
+def _check_base_model(model: str) -> None:
+    try:
+        kind = AutoConfig.from_pretrained(model).model_type
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"base model {model!r} cannot be loaded: {error}", setting="base_model") from error
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"base model {model!r} is a {architecture}; served are {', '.join(ARCHITECTURES)}", setting="base_model"
+        )
+
+
+def _read_catalog(uri: str, warn: Tell) -> Catalog:
+    """The published catalog, or else the one that `LiveCatalog` would start with."""
+    try:
+        return Catalog.load(uri)
+    except (CatalogError, StoreError) as error:
+        try:
+            kept = Catalog.load(kept_folder(uri))
+        except (CatalogError, StoreError):
+            raise error from None
+        warn(f"{error}; version {kept.version}, which was in use here last, serves until that is mended")
+        return kept

@@ -1,0 +1,56 @@
+"""The catalogs and stores that commands name: "default" stands for the examples, which are read and never written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorauter.cli_console import notify
+from lorauter.defaults import check_changeable, resolve_adapters, resolve_catalog
+from lorauter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorauter.adapters import AdapterRepository
+
+
+def catalog_to_read(uri: str) -> str:
+    """Where a catalog is. Raises ConfigError: there is no such folder."""
+    uri = resolve_catalog(uri, notify)
+    _check_folder(uri, "there is no catalog in {uri}, nor such a folder; run 'lorauter catalog build'", "catalog")
+    return uri
+
+
+def catalog_to_write(uri: str) -> str:
+    """The same of one that is to be published. Raises ConfigError."""
+    check_changeable(uri, "catalog")
+    return uri
+
+
+def adapters_to_read(uri: str) -> AdapterRepository:
+    """The adapters of a store. Raises ConfigError: there is no such folder."""
+    from lorauter.adapters import AdapterRepository, open_store
+
+    uri = resolve_adapters(uri)
+    _check_folder(uri, "there is no adapter in {uri}, nor such a folder; run 'lorauter adapters push'", "adapters")
+    return AdapterRepository(open_store(uri))
+
+
+def adapters_to_use(uri: str) -> AdapterRepository:
+    """The same, if there are some. Raises ConfigError."""
+    repository = adapters_to_read(uri)
+    if not repository.names():
+        raise ConfigError(f"there is no adapter in {uri}; run 'lorauter adapters push'", setting="adapters")
+    return repository
+
+
+def adapters_to_write(uri: str) -> AdapterRepository:
+    """The adapters of a store that is to be changed. Raises ConfigError."""
+    from lorauter.adapters import AdapterRepository, open_store
+
+    check_changeable(uri, "adapters")
+    return AdapterRepository(open_store(uri))
+
+
+def _check_folder(uri: str, message: str, setting: str) -> None:
+    if "://" not in uri and not Path(uri).expanduser().is_dir():
+        raise ConfigError(message.format(uri=uri), setting=setting)
