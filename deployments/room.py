@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray
 from ray._private.state import state as global_state
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.core.generated import autoscaler_pb2, gcs_pb2
+from ray.exceptions import RayError
 
 _GCS: Any = gcs_pb2  # generated: type checkers see nothing of them
 _AUTOSCALER: Any = autoscaler_pb2
@@ -70,6 +72,10 @@ class Room:
     def never(self, resources: Resources) -> bool:
         """Whether no node has so much, were it all free."""
         return not any(all(node.get(kind, 0.0) + _SLACK >= n for kind, n in resources.items()) for node in self.total)
+
+    def most(self, kind: str) -> float:
+        """What the node with the most of something has."""
+        return max((node.get(kind, 0.0) for node in self.total), default=0.0)
 
     def shortage(self, mine: Mine) -> str | None:
         """What an owner's actors wait for, what is free, and who could give it; None where none waits."""
@@ -162,8 +168,10 @@ class Watch:
     def check(self, room: Callable[[], Room] = look) -> float:
         """Look, if it is time to; returns the seconds for which nothing has gone on for want of room."""
         now = self._now()
-        if now - self._looked >= _LOOK_S:
-            self._looked = now
+        if now - self._looked < _LOOK_S:
+            return self._looked - self._stuck_since
+        self._looked = now
+        with suppress(RayError):  # the controller is away: it is asked again
             found = room()
             self.line = found.shortage(self._mine)
             self.hopeless = any(found.never(actor.resources) for actor in found.waiting(self._mine))

@@ -30,6 +30,9 @@ def batch(
     max_errors: Annotated[int | None, typer.Option(min=0, help="Stop once more rows than this have failed.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Engines that answer at the same time.")] = None,
     gpus: Annotated[float | None, typer.Option(min=0, help="GPUs that each of them takes.")] = None,
+    worker_wait: Annotated[
+        float | None, typer.Option(min=0, help="Seconds to wait for room in the cluster; else as long as it takes.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; none starts a local one.")] = None,
 ) -> None:
     """Route and answer every row of a data set; a job that was cut off goes on where it stopped.
@@ -47,6 +50,7 @@ def batch(
         "format": format,
         "max_errors": max_errors,
         "route_only": route_only or None,
+        "worker_wait_s": worker_wait,
     }
     settings = BatchConfig() if config is None else BatchConfig.read(config)
     if column is not None:

@@ -88,6 +88,8 @@ class BatchConfig(Settings):
             lost. More of them keep a large engine busier between two shards. The first shards are smaller.
         max_errors: the job stops once more rows than this have failed; null never stops it.
         route_workers, answer_workers: the pools of the two stages.
+        worker_wait_s: seconds for which the job waits for the cluster to have room for a worker of each pool, before it
+            gives up; null waits as long as it takes. What it waits for is told after ten seconds.
     """
 
     base_model: str = "default"
@@ -110,6 +112,7 @@ class BatchConfig(Settings):
     max_errors: Annotated[int, Field(ge=0)] | None = None
     route_workers: Pool = Pool()
     answer_workers: Pool = Pool(cpus=1)
+    worker_wait_s: Annotated[FiniteFloat, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _system_needs_chats(self) -> "BatchConfig":
@@ -156,7 +159,16 @@ class BatchConfig(Settings):
     def decides(self) -> dict[str, Any]:
         """The settings that the output depends on: a job is resumed with the same ones only."""
         settings = self.model_dump(mode="json")
-        for name in ("cache", "max_errors", "route_workers", "answer_workers", "format", "column_clash", "catalog"):
+        for name in (
+            "cache",
+            "max_errors",
+            "route_workers",
+            "answer_workers",
+            "worker_wait_s",
+            "format",
+            "column_clash",
+            "catalog",
+        ):
             del settings[name]
         settings["engine"] = {name: settings["engine"][name] for name in ("max_model_len", "max_rank", "dtype")}
         if self.route_only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import threading
@@ -36,6 +37,8 @@ from deployments.batch.reports import Reports
 from deployments.batch.rows import check_clash, result_schema
 from deployments.batch.stages import Done, unpacked
 from deployments.batch.tally import Tally
+from deployments.room import Watch, look
+from lorauter.defaults import resolve_encoder, resolve_model
 from lorauter.errors import BatchError, ConfigError, LorauterError
 
 _Outcomes = queue.Queue[Done | BaseException | None]
@@ -132,7 +135,7 @@ def run_job(
         "begun": before["begun"] if before else time.time(),
     }
     tallies = {} if before is None else place.done(len(plan.shards))
-    job = _Job(plan, place, config, manifest, tallies, progress)
+    job = _Job(plan, place, config, manifest, tallies, progress, notify)
     job.note("running")
     if tallies:
         notify(f"{len(tallies)} of {len(plan.shards)} shards are done already")
@@ -158,7 +161,9 @@ class _Job:
         manifest: dict[str, Any],
         tallies: dict[int, Tally],
         progress: Callable[[Status], None],
+        notify: Callable[[str], None],
     ) -> None:
+        self._notify = notify
         self._plan, self._output, self._config, self._manifest = plan, output, config, manifest
         self._tallies, self._progress = tallies, progress
         tally = Tally.sum(tallies.values())
@@ -199,6 +204,8 @@ class _Job:
     def _follow(self, outcomes: _Outcomes, reports: Reports) -> None:
         """Take what comes out of the pipeline until it ends, and show how far it is."""
         started = noted = written = time.time()
+        job, limit_s = ray.get_runtime_context().get_job_id(), self._config.worker_wait_s
+        room = Watch(lambda actor: actor.job == job, self._notify)
         while True:
             done = None
             with suppress(queue.Empty):
@@ -211,6 +218,8 @@ class _Job:
                 self._take(done)
                 written = done.time
             self._update(reports.running(self._tallies), started, time.time())
+            if room.check() > (limit_s or math.inf):
+                raise BatchError(f"gave up after {limit_s:g} s (worker_wait_s) of {room.line}")
             if self._config.max_errors is not None and self.status.errors > self._config.max_errors:
                 raise BatchError(
                     f"{self.status.errors} rows failed, and max_errors is {self._config.max_errors}; the shards in "
@@ -258,6 +267,10 @@ def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]
     mine = not ray.is_initialized()
     if mine:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
+            resolve_encoder(config.encoder, notify)
+            if not config.route_only:
+                resolve_model(config.base_model, notify)
         notify("starting Ray" if address == "local" else f"connecting to Ray at {address}")
         local: dict[str, Any] = {}
         if address == "local":  # logical CPUs: as many as the pools ask for, were there fewer
@@ -277,6 +290,13 @@ def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]
                 raise ConfigError(
                     f"the pools need {needed:g} {name}s, and the cluster has {there.get(name, 0):g}; "
                     "ask for fewer workers, or for less for each",
+                    setting="answer_workers",
+                )
+        for pool in pools:
+            if (room := look()).never({"CPU": pool.cpus, "GPU": pool.gpus}):
+                raise ConfigError(
+                    f"a worker needs {pool.cpus:g} CPUs and {pool.gpus:g} GPUs of one node, and the largest has "
+                    f"{room.most('CPU'):g} CPUs and {room.most('GPU'):g} GPUs; ask for less for each",
                     setting="answer_workers",
                 )
         context = ray.data.DataContext.get_current()
