@@ -304,11 +304,12 @@ def test_a_cache_of_older_settings_ends_once_nobody_uses_it_and_one_of_new_setti
     roots = [fetch(cache, key).path.parents[1] for cache in handles]
     node = nodes.nodes[0]
     assert nodes.spec.prefix + node in _named()
-    start_cache(new, node)
+    used = start_cache(new, node)
     try:
         deadline = time.monotonic() + 60
         while nodes.spec.prefix + node in _named():
             assert time.monotonic() < deadline
+            ray.get(used.resident.remote())
             time.sleep(0.5)
         assert len(running_caches(nodes.spec)) == len(handles) - 1, "those of the other nodes have no other beside them"
         assert sum(root.exists() for root in roots) == len(roots) - 1, "its disk goes along"
