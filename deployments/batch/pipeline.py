@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset
-from ray.data.expressions import monotonically_increasing_id
+from ray.data._internal.execution.interfaces import TaskContext
 
 from deployments.batch.config import BatchConfig
 from deployments.batch.formats import arrow_rows
@@ -27,7 +27,8 @@ from lorauter.defaults import resolve_adapters, resolve_catalog
 
 _TASK_CPUS = 0.25  # of taking a data set apart, or putting it together: there is always room beside the pools
 _ONE: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-_NUMBER = "__lorauter_row"  # column of a data set's rows on their way
+_TASK_ROWS = 1 << 32  # of one task at most, or rows of two would have the same numbers
+_NEXT = "lorauter_next_row"  # key of a Ray Data task's own values
 _SOURCE = "source"  # key of a data set's own columns in a piece of work
 
 
@@ -50,7 +51,7 @@ def answer_dataset(dataset: Dataset, config: BatchConfig | None = None) -> Datas
     config = resolved(config or BatchConfig())
     version = pin(config)["version"]
     added = result_schema(route_only=config.route_only)
-    work = dataset.with_column(_NUMBER, monotonically_increasing_id(), num_cpus=_TASK_CPUS).map_batches(
+    work = dataset.map_batches(
         _gather,  # type: ignore[arg-type]
         fn_kwargs={"config": config, "added": added},
         batch_size=config.shard_rows,
@@ -115,12 +116,22 @@ def _stages(
 
 def _gather(batch: pa.Table, config: BatchConfig, added: pa.Schema) -> pa.Table:
     """A batch of a data set as a piece of work. Raises ConfigError: its columns clash with those that are added."""
-    numbers = batch[_NUMBER].to_pylist()
-    batch = batch.drop_columns([_NUMBER])
     check_clash(kept_names(batch.column_names, added.names), config)
-    found = zip(numbers, arrow_rows(batch), strict=True)
+    found = zip(_numbers(batch.num_rows), arrow_rows(batch), strict=True)
     rows = [SourceRow(number, values, fault) for number, (values, fault) in found]
     return pack(Work(0, rows, facts={_SOURCE: batch}))
+
+
+def _numbers(rows: int) -> range:
+    """Numbers of a task's next rows, which no others of the data set have; a task that is done again gives the same.
+
+    Ray Data's `monotonically_increasing_id` does this too, but only where all blocks have the same columns.
+    """
+    task = TaskContext.get_current()
+    assert task is not None
+    first = task.kwargs.get(_NEXT, task.task_idx * _TASK_ROWS)
+    task.kwargs[_NEXT] = first + rows
+    return range(first, first + rows)
 
 
 def _scatter(batch: pa.Table, added: pa.Schema) -> pa.Table:

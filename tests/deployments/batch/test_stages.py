@@ -1,18 +1,18 @@
 """The stages as Ray Data calls them, without Ray."""
 
 import json
-from unittest.mock import ANY
 
 import pyarrow as pa
 import pytest
 import torch
+from ray.data._internal.execution.interfaces import TaskContext
 
 from deployments.batch.answering import Answering
 from deployments.batch.config import BatchConfig
 from deployments.batch.formats import FORMATS, encode
 from deployments.batch.inputs import find_files
 from deployments.batch.output import Output
-from deployments.batch.pipeline import _NUMBER, _gather, _scatter
+from deployments.batch.pipeline import _gather, _scatter
 from deployments.batch.plan import make_plan
 from deployments.batch.routing import route_rows
 from deployments.batch.rows import Work, order_by_adapters, read_request, result_schema
@@ -46,16 +46,24 @@ def test_a_shard_is_read_routed_and_written(stage, tmp_path) -> None:
     assert lines[1]["x"] == 1
 
 
-def gathered(table, **settings):
-    """A block of a data set whose rows Ray Data has numbered, as a piece of work."""
-    numbered = table.append_column(_NUMBER, pa.array(range(7, 7 + table.num_rows)))
-    return _gather(numbered, BatchConfig.parse(settings), result_schema(route_only=True))
+@pytest.fixture
+def task():
+    """`task(number)`: be this task of Ray Data's."""
+    yield lambda number: TaskContext.set_current(TaskContext(number, "gather"))
+    TaskContext.reset_current()
 
 
-def test_rows_of_a_data_set_keep_their_columns_and_types(stage) -> None:
+@pytest.fixture
+def gathered(task):
+    """A batch of a data set as a piece of work."""
+    task(0)
+    return lambda table, **settings: _gather(table, BatchConfig.parse(settings), result_schema(route_only=True))
+
+
+def test_rows_of_a_data_set_keep_their_columns_and_types(stage, gathered) -> None:
     table = pa.table({"prompt": ["add numbers", ""], "n": pa.array([1, 2], pa.int8()), "error": ["old", "older"]})
     work = gathered(table)
-    assert [(row.number, list(row.values)) for row in unpack(work).rows] == [(7, table.column_names), (8, ANY)]
+    assert [list(row.values) for row in unpack(work).rows] == [table.column_names] * 2
     routed = stage()(work)
     assert unpack(routed).order[0] == 1  # no adapters
     answered = _scatter(routed, result_schema(route_only=True))
@@ -68,15 +76,20 @@ def test_rows_of_a_data_set_keep_their_columns_and_types(stage) -> None:
     assert answered["tasks"][0][0]["name"].as_py() == "sums"
 
 
-def test_a_data_set_with_columns_of_the_added_names_may_be_refused() -> None:
+def test_a_data_set_with_columns_of_the_added_names_may_be_refused(gathered) -> None:
     with pytest.raises(ConfigError, match="error"):
         gathered(pa.table({"prompt": ["x"], "error": ["old"]}), column_clash="refuse")
 
 
-def test_equal_rows_of_a_data_set_draw_from_different_numbers() -> None:
-    config = BatchConfig()
-    rows = unpack(gathered(pa.table({"prompt": ["Tell me a joke"] * 3}))).rows
-    assert len({read_request(row, config).sampling.seed for row in rows}) == 3
+def test_equal_rows_of_a_data_set_draw_from_different_numbers_again_the_same(gathered, task) -> None:
+    def seeds(number):
+        task(number)
+        batches = [pa.table({"prompt": ["Tell me a joke"] * 3}), pa.table({"x": [1], "prompt": ["Tell me a joke"]})]
+        rows = [row for batch in batches for row in unpack(gathered(batch)).rows]
+        return [read_request(row, BatchConfig()).sampling.seed for row in rows]
+
+    assert len({*seeds(0), *seeds(1), *seeds(2)}) == 12
+    assert seeds(1) == seeds(1)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
