@@ -34,6 +34,7 @@ from deployments.demand import Demand
 from deployments.metrics import RayRecorder
 from deployments.peers import Loan, PeerSource, Whereabouts, lend
 from deployments.samplers import Sampling, disk_sampler
+from deployments.startup import tells_why
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
 from lorauter.defaults import DEFAULT, home
 from lorauter.errors import AdapterUnavailable, LorauterError
@@ -67,6 +68,7 @@ class CacheSpec:
         return f"{_PREFIX}{self.stamp}-"
 
 
+@tells_why
 class AdapterCacheActor:
     """The actor's body; see `AdapterDiskCache` for what it promises."""
 

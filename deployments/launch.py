@@ -7,7 +7,6 @@ behind.
 
 import io
 import ipaddress
-import logging
 import os
 import signal
 import socket
@@ -34,10 +33,11 @@ from ray.serve.schema import (
 
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.app import assemble
+from deployments.cluster import LOCAL, connect
 from deployments.config import AppConfig, explain
 from deployments.preflight import check_device, preflight
 from deployments.room import Watch
-from deployments.startup import explained, found_cause
+from deployments.startup import found_cause
 from deployments.tracing import tracing_config
 from lorauter.defaults import resolve_adapters
 from lorauter.errors import CannotStart, ConfigError
@@ -161,11 +161,10 @@ def serve_forever(
             check_device(config.engine.device, config.engine.dtype)
     runs = False
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("OTEL_SERVICE_NAME", "lorauter")
     try:
         with phase("starting Ray"):
-            _connect(address)
+            connect(address or LOCAL)
         with phase("starting the deployments"):
             app = assemble(config, file.overrides)
             serve.start(
@@ -194,17 +193,6 @@ def serve_forever(
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _connect(address: str | None) -> None:
-    """Start Ray, or join a cluster. Raises ConfigError."""
-    try:
-        ray.init(
-            address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"at {address} cannot be reached" if address else "does not start"
-        raise ConfigError(f"Ray {where}: {explained(error)}", setting="address") from error
 
 
 def _wait_until_running(notify: Callable[[str], None], *, is_own: bool) -> None:

@@ -61,7 +61,7 @@ class LoraModel:
         await asyncio.to_thread(warm_up_engine, self._engine)
         spec = CacheSpec(config.adapters, config.cache)
         self._node_cache = NodeCache(spec)
-        self._on_disk: list[AdapterKey] = []
+        self._on_disk = await self._node_cache.resident()  # raises why the cache cannot start, if it cannot
         self._adapter_wait_s = settings.adapter_wait_s
         self._adapters = HostAdapters(
             self._node_cache,

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from ray.exceptions import RayError
+
 from lorauter.errors import (
     AdapterUnavailable,
     CannotStart,
@@ -91,6 +93,10 @@ def explained(error: BaseException) -> str:
         return _line(f"{error}; give the service's user the right, or name another folder: LORAUTER_HOME")
     if isinstance(error, ImportError):
         return _line(f"{error}; the environment is not complete: run 'make install', or build the image anew")
+    if isinstance(error, RayError):  # of another process: a traceback, which ends with the error's own line
+        lines = [line for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
+        told = next((found for line in reversed(lines) if (found := _TOLD.search(line))), None)
+        return _line(told[0] if told else f"{type(error).__name__}: {lines[-1] if lines else ''}")
     return _line(f"{type(error).__name__}: {error}")
 
 

@@ -37,7 +37,9 @@ from deployments.batch.reports import Reports
 from deployments.batch.rows import check_clash, result_schema
 from deployments.batch.stages import Done, unpacked
 from deployments.batch.tally import Tally
+from deployments.cluster import LOCAL, connect
 from deployments.room import Watch, look
+from deployments.startup import explained
 from lorauter.defaults import resolve_encoder, resolve_model
 from lorauter.errors import BatchError, ConfigError, LorauterError
 
@@ -263,24 +265,16 @@ def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]
     pools = [config.route_workers, *([] if config.route_only else [config.answer_workers])]
     cpus = sum(pool.workers * pool.cpus for pool in pools)
     gpus = sum(pool.workers * pool.gpus for pool in pools)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     mine = not ray.is_initialized()
     if mine:
-        address = address or os.environ.get("RAY_ADDRESS") or "local"
-        if address == "local":
+        address = address or os.environ.get("RAY_ADDRESS") or LOCAL
+        if address == LOCAL:
             resolve_encoder(config.encoder, notify)
             if not config.route_only:
                 resolve_model(config.base_model, notify)
-        notify("starting Ray" if address == "local" else f"connecting to Ray at {address}")
-        local: dict[str, Any] = {}
-        if address == "local":  # logical CPUs: as many as the pools ask for, were there fewer
-            local = {"num_cpus": max(os.cpu_count() or 1, -(-cpus // 1)), "object_store_memory": _OBJECT_STORE}
-        try:
-            ray.init(
-                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, **local
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"Ray at {address} cannot be used: {error}", setting="address") from error
+        notify("starting Ray" if address == LOCAL else f"connecting to Ray at {address}")
+        # logical CPUs: as many as the pools ask for, were there fewer
+        connect(address, num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), object_store_memory=_OBJECT_STORE)
     spec = CacheSpec(config.adapters, config.cache)
     kept = {cache._actor_id for cache in running_caches(spec)}
     try:
@@ -330,6 +324,4 @@ def _cause(error: BaseException) -> str:
     """What is behind Ray's wrapping."""
     while (inner := getattr(error, "cause", None) or error.__cause__) is not None and isinstance(inner, BaseException):
         error = inner
-    text = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = text[-1] if isinstance(error, RayError) and text else " ".join(text)
-    return f"{type(error).__name__}: {said}"
+    return explained(error)

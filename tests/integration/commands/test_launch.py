@@ -170,11 +170,11 @@ def test_serves_status_ends_with_the_cause(service: Any, tmp_path: Path) -> None
             assert time.monotonic() < deadline, causes
             for name in parts.keys() - causes.keys():
                 for deployment in serve.status().applications[name].deployments.values():
-                    if deployment.message:
-                        causes[name] = deployment.message.strip().splitlines()[-1]
+                    last = deployment.message.strip().splitlines()[-1:]
+                    if last and " cannot start: " in last[0]:
+                        causes[name] = last[0]
             time.sleep(0.5)
         for name, (_, said) in parts.items():
-            assert " cannot start: " in causes[name]
             assert said in causes[name]
     finally:
         for name in parts:
