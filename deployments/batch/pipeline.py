@@ -72,7 +72,9 @@ def shards_pipeline(
 ) -> Dataset:
     """The pipeline that does shards; its rows hold a `stages.Done` for each."""
     files = Files(replace(plan, files=(), shards=()), output)  # what reading needs, and not all shards in each worker
-    return _stages(ray.data.from_arrow([pack(shard) for shard in shards]), config, version, files, reports)
+    rows = [row for shard in shards for row in pack(shard).to_pylist()]
+    # Unlike `from_arrow` it runs no task, which would wait, without a word, for a CPU beside the pools.
+    return _stages(ray.data.from_items(rows, override_num_blocks=len(rows)), config, version, files, reports)
 
 
 def resolved(config: BatchConfig) -> BatchConfig:

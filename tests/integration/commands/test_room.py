@@ -3,68 +3,88 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.integration
 
-# In a process of its own, as this one's Ray is the session's. The replica takes 2 of 2.5 CPUs, and the job wants 1.5.
-SCRIPT = """
-import json, os, sys, threading, time
+BIN = Path(sys.executable).parent
+# In a process of its own, as this one's Ray is the session's. It ends the service at a line, and itself at the end.
+CLUSTER = """
+import sys
 import ray
 from ray import serve
-from deployments.batch.config import BatchConfig
-from deployments.batch.job import run_job
-from deployments.room import look
-from lorauter.errors import BatchError, ConfigError
 
-source, output, port = sys.argv[1:]
-ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+context = ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
 
 @serve.deployment(ray_actor_options={"num_cpus": 2.5})
 class LoraModel:
     pass
 
 serve.run(LoraModel.bind(), name="lorauter")
-
-def job(name, **settings):
-    begun, told = time.time(), []
-    say = lambda line: told.append((time.time() - begun, line))
-    config = BatchConfig.parse({"route_only": True, "route_workers": {"cpus": 1.5}, **settings})
-    try:
-        rows, error = run_job(source, f"{output}/{name}", config, notify=say).tally.rows, ""
-    except (BatchError, ConfigError) as problem:
-        rows, error = 0, str(problem)
-    return {"rows": rows, "error": error, "told": told, "seconds": time.time() - begun}
-
-results = {"bounded": job("bounded", worker_wait_s=14), "too large": job("large", route_workers={"cpus": 4})}
-threading.Timer(14, lambda: serve.delete("lorauter")).start()
-results["in the end"] = job("out")
-print("RESULTS " + json.dumps(results))
-serve.shutdown()
+print("READY", context.address_info["gcs_address"], flush=True)
+sys.stdin.readline()
+serve.delete("lorauter")
+sys.stdin.read()
 """
 
 
-def test_what_a_job_waits_for_is_told_and_bounded(tmp_path: Path, free_port: int) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Is the sky blue?"}) + "\n")
-    command = [sys.executable, "-c", SCRIPT, tmp_path / "rows.jsonl", tmp_path / "out", str(free_port)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert ran.returncode == 0, ran.stderr
-    [line] = [line for line in ran.stdout.splitlines() if line.startswith("RESULTS ")]
-    results: dict[str, Any] = json.loads(line.removeprefix("RESULTS "))
+@pytest.fixture
+def cluster(free_port: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A cluster of 3 CPUs, of which a service has 2.5: its process, and its address."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", CLUSTER, str(free_port)], stdin=pipe, stdout=pipe, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield process, next(line.split()[1] for line in process.stdout if line.startswith("READY"))
+    finally:
+        process.stdin.close()
+        process.wait(60)
+        process.stdout.close()
 
-    for name in ("bounded", "in the end"):
-        [(at, told)] = [told for told in results[name]["told"] if told[1].startswith("waiting for room")]
-        assert 10 <= at < 60
-        assert "1 of RouteStage of the batch job" in told
-        assert "1.5 CPUs; free are 0.5 of 3 CPUs" in told
-        assert "LoraModel of the service 'lorauter' (2.5 CPUs)" in told
-    assert "gave up after 14 s (worker_wait_s) of waiting for room" in results["bounded"]["error"]
-    assert results["bounded"]["seconds"] < 90
-    assert "ask for" in results["too large"]["error"]
-    assert (results["in the end"]["rows"], results["in the end"]["error"]) == (1, "")
+
+def test_what_a_job_waits_for_is_told_and_bounded(cluster: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
+    process, address = cluster
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Is the sky blue?"}) + "\n")
+    (tmp_path / "job.yaml").write_text("route_workers: {cpus: 1.5}")
+    (tmp_path / "large.yaml").write_text("route_workers: {cpus: 4}")
+
+    def job(name: str, *options: str, config: str = "job.yaml") -> subprocess.Popen[str]:
+        command = [BIN / "lorauter", "batch", "--route-only", "--address", address, "--config", tmp_path / config]
+        command += ["--input", tmp_path / "rows.jsonl", "--output", tmp_path / name, *options]
+        return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    waiting = re.compile(
+        r"waiting for room in the cluster: wanted are 1 of RouteStage of the batch job \w+ with 1\.5 CPUs; "
+        r"free are 0\.5 of 3 CPUs; the rest is held by LoraModel of the service 'lorauter' \(2\.5 CPUs\): end or shrink"
+    )
+    begun = time.monotonic()
+    _, said = job("bounded", "--worker-wait", "14").communicate(timeout=120)
+    *_, told, last = said.splitlines()
+    assert waiting.match(told)
+    assert last.startswith("error: gave up after 14 s (worker_wait_s) of waiting for room in the cluster")
+    assert time.monotonic() - begun < 90
+
+    _, said = job("large", config="large.yaml").communicate(timeout=120)
+    assert said.splitlines()[-1].startswith("error: the pools need 4 CPUs, and the cluster has 3; ask for fewer")
+
+    patient = job("patient")
+    assert patient.stderr is not None
+    assert process.stdin is not None
+    before = []
+    while not waiting.match(line := patient.stderr.readline()):
+        assert line, before
+        before.append(line)
+    process.stdin.write("\n")  # the service goes
+    process.stdin.flush()
+    _, said = patient.communicate(timeout=120)
+    assert patient.returncode == 0, said
+    assert "1 rows are in" in said
