@@ -9,6 +9,7 @@ import socket
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address
 
 from deployments.startup import explained
@@ -43,10 +44,13 @@ def connect(address: str, **local: Any) -> None:
             raise ConnectionError("none runs on this machine, and RAY_ADDRESS names none")
         if found := _HOST_AND_PORT.fullmatch(place):  # Ray itself would wait for minutes
             socket.create_connection((found["host"], int(found["port"])), _ANSWER_S).close()
+        # A Ray that `ray.init` has started asks for a token, which `ray.init` does not bring along by itself.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, OSError, OverflowError) as error:
+        cause = explained(error.__cause__ or error)
         raise ConfigError(
-            f"no Ray cluster can be reached at {address}: {explained(error)}; start one ('ray start --head'), correct "
-            "the address, or leave it out for a Ray of this machine's own",
+            f"no Ray cluster can be reached at {address}: {cause}; start one ('ray start --head'), correct the address, "
+            "or leave it out for a Ray of this machine's own",
             setting="address",
         ) from error

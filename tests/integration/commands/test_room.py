@@ -69,7 +69,7 @@ def test_what_a_job_waits_for_is_told_and_bounded(cluster: tuple[subprocess.Pope
     begun = time.monotonic()
     _, said = job("bounded", "--worker-wait", "14").communicate(timeout=120)
     *_, told, last = said.splitlines()
-    assert waiting.match(told)
+    assert waiting.match(told), said
     assert last.startswith("error: gave up after 14 s (worker_wait_s) of waiting for room in the cluster")
     assert time.monotonic() - begun < 90
 
