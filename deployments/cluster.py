@@ -50,7 +50,7 @@ def connect(address: str, **local: Any) -> None:
     except (ConnectionError, ValueError, RuntimeError, OSError, OverflowError) as error:
         cause = explained(error.__cause__ or error)
         raise ConfigError(
-            f"no Ray cluster can be reached at {address}: {cause}; start one ('ray start --head'), correct the address, "
-            "or leave it out for a Ray of this machine's own",
+            f"no Ray cluster can be reached at {address}: {cause}; start one ('ray start --head'), correct the "
+            "address, or leave it out for a Ray of this machine's own",
             setting="address",
         ) from error
