@@ -146,6 +146,8 @@ def test_serves_status_ends_with_the_cause(service: Any, tmp_path: Path) -> None
     few = {"ray_actor_options": {"num_cpus": 0}}
     embedder = serve.get_deployment_handle("QueryEmbedder", "lorauter")
     retriever, model = TaskRetriever.options(**few), LoraModel.options(**few)
+    anew = {"num_cpus": 0, "runtime_env": {"env_vars": {"LORAUTER_HOME": str(tmp_path / "home")}}}
+    first = TaskRetriever.options(ray_actor_options=anew)  # of a machine on which nothing was served before
     uri = service.config.catalog.removesuffix("/catalog")
 
     def changed(**values: Any) -> Any:
@@ -155,7 +157,7 @@ def test_serves_status_ends_with_the_cause(service: Any, tmp_path: Path) -> None
     parts = {
         "no-catalog": (retriever.bind(changed(catalog=f"{uri}/none"), embedder), "lorauter catalog build"),
         "no-bucket": (retriever.bind(changed(catalog="s3://none/x"), embedder), "there is no bucket 'none'"),
-        "no-adapters": (retriever.bind(changed(adapters=f"{uri}/none"), embedder), "which holds no adapter"),
+        "no-adapters": (first.bind(changed(adapters=f"{uri}/none"), embedder), "which holds no adapter"),
         "another-base": (retriever.bind(changed(base_model="org/x"), embedder), "base_model_aliases"),
         "no-encoder": (QueryEmbedder.options(**few).bind(str(tmp_path / "none")), "neither a folder nor a Hugging"),
         "no-model": (model.bind(changed(base_model=str(tiny))), "base model"),
