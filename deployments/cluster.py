@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 from typing import Any
 
+import grpc
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from deployments.startup import explained
 from lorauter.errors import ConfigError
 
 LOCAL = "local"
 _ANSWER_S = 5.0
-_HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/\]]+)\]?:(?P<port>\d+)")
+_HOST_AND_PORT = re.compile(r"[^/]+:\d+")
+_ADVICE = (
+    "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what 'ray get-auth-token' says on the machine "
+    "that started it"
+)
 
 
 def connect(address: str, **local: Any) -> None:
@@ -42,15 +48,45 @@ def connect(address: str, **local: Any) -> None:
         place = canonicalize_bootstrap_address(address) if address == "auto" else address
         if place is None:
             raise ConnectionError("none runs on this machine, and RAY_ADDRESS names none")
-        if found := _HOST_AND_PORT.fullmatch(place):  # Ray itself would wait for minutes
-            socket.create_connection((found["host"], int(found["port"])), _ANSWER_S).close()
-        # A Ray that `ray.init` has started asks for a token, which `ray.init` does not bring along by itself.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        if _HOST_AND_PORT.fullmatch(place):
+            _greet(place)
         ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, OSError, OverflowError) as error:
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         cause = explained(error.__cause__ or error)
         raise ConfigError(
             f"no Ray cluster can be reached at {address}: {cause}; start one ('ray start --head'), correct the "
             "address, or leave it out for a Ray of this machine's own",
             setting="address",
         ) from error
+
+
+def _greet(place: str) -> None:
+    """Ask a cluster's controller whether it is there, which Ray itself would find out in two minutes.
+
+    A Ray that `ray.init` has started asks for a token, and one of another start may not; with the wrong mode this
+    process could connect, and then nobody there would take it for alive. So the mode is what the controller asks for.
+
+    Raises:
+        ConnectionError: no controller is there, or it takes another token.
+    """
+    problem = _ask(place)
+    if problem == grpc.StatusCode.UNAUTHENTICATED:
+        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise ConnectionError(_ADVICE)
+        problem = _ask(place)
+    if problem == grpc.StatusCode.UNAUTHENTICATED:
+        raise ConnectionError(f"this machine's token is not the cluster's; {_ADVICE}")
+    if problem is not None:
+        raise ConnectionError(f"no Ray answers there ({problem.name})")
+
+
+def _ask(place: str) -> grpc.StatusCode | None:
+    with init_grpc_channel(place) as channel:
+        services: Any = gcs_service_pb2_grpc  # generated: type checkers see nothing of them
+        messages: Any = gcs_service_pb2
+        try:
+            services.NodeInfoGcsServiceStub(channel).CheckAlive(messages.CheckAliveRequest(), timeout=_ANSWER_S)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    return None

@@ -321,7 +321,10 @@ def _check_places(input: str, output: str) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """What is behind Ray's wrapping."""
+    """What is behind Ray's wrapping, as far as it says something."""
+    said = error
     while (inner := getattr(error, "cause", None) or error.__cause__) is not None and isinstance(inner, BaseException):
         error = inner
-    return explained(error)
+        if str(error).strip():
+            said = error
+    return explained(said)
