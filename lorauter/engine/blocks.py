@@ -1,0 +1,111 @@
+"""The blocks of the paged key-value cache: who has which, and which may be used again for prompts that begin alike.
+
+A full block is known by what computed it: the mixture of adapter versions and weights, and every token up to its end.
+Knows ids of blocks and tokens; knows nothing of tensors or requests.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from itertools import count
+
+BLOCK = 16
+"""Positions in a block."""
+
+Parent = Hashable
+"""What precedes a block: the number of a known block, or for a first block whatever computes it."""
+
+
+def blocks_of(length: int) -> int:
+    """How many blocks a sequence of so many positions takes."""
+    return -(-length // BLOCK)
+
+
+class BlockPool:
+    """Blocks 1, 2, ...; block 0 is nobody's, for the padding of batches to write to.
+
+    A block that nobody holds any more keeps its content until it is needed: the least recently used goes first.
+
+    Args:
+        size: how many blocks there are, without block 0.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._holders = [0] * (size + 1)
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, size + 1))
+        self._known: dict[tuple[Parent, tuple[int, ...]], int] = {}
+        self._keys: dict[int, tuple[Parent, tuple[int, ...]]] = {}
+        self._numbers: dict[int, int] = {}  # of known blocks; never given twice, so that no child outlives its parent
+        self._next = count()
+
+    @property
+    def free(self) -> int:
+        """How many blocks nobody holds."""
+        return len(self._free)
+
+    def take(self, wanted: int) -> list[int] | None:
+        """Blocks to write to, or None if there are too few."""
+        if wanted > len(self._free):
+            return None
+        blocks = []
+        for _ in range(wanted):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._holders[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Hold these no longer. Of a sequence's blocks the last is the first to be used anew."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free[block] = None
+                if block not in self._keys:
+                    self._free.move_to_end(block, last=False)
+
+    def find(self, root: Hashable, tokens: Sequence[int], most: int) -> tuple[list[int], Parent]:
+        """Known blocks with the first tokens of a sequence, now held by the caller too, and the parent of what follows.
+
+        Args:
+            root: what computes the sequence.
+            tokens: its tokens.
+            most: blocks at most.
+        """
+        blocks: list[int] = []
+        parent: Parent = root
+        for start in range(0, most * BLOCK, BLOCK):
+            block = self._known.get((parent, tuple(tokens[start : start + BLOCK])))
+            if block is None:
+                break
+            blocks.append(block)
+            parent = self._numbers[block]
+        for block in blocks:
+            if not self._holders[block]:
+                del self._free[block]
+            self._holders[block] += 1
+        return blocks, parent
+
+    def publish(self, parent: Parent, tokens: Sequence[int], block: int) -> Parent:
+        """Let a full block that the caller holds be found, and return the parent of the block after it.
+
+        Where another block has the same content, that one stays known.
+        """
+        key = parent, tuple(tokens)
+        known = self._known.setdefault(key, block)
+        if known == block and block not in self._keys:
+            self._keys[block] = key
+            self._numbers[block] = next(self._next)
+        return self._numbers[known]
+
+    def forget(self, blocks: Sequence[int] | None = None) -> None:
+        """Let the content of these blocks, or of all, be found no more."""
+        for block in list(self._keys) if blocks is None else blocks:
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        key = self._keys.pop(block, None)
+        if key is not None:
+            del self._known[key], self._numbers[block]

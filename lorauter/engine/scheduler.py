@@ -1,0 +1,421 @@
+"""Which tokens the next step processes. Pure Python: no tensors, no threads, no clocks.
+
+There are no phases: a running sequence has positions whose keys and values are computed, and tokens to come after
+them; each step gives every sequence that decodes its one token, and pieces of prompts what is left of the budget.
+Steps may be planned ahead: a step's tokens need not be known when the next is planned, and a sequence that turns out to
+have ended is dropped then. Knows nothing of text, models or devices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lorauter.engine.blocks import BLOCK, BlockPool, Parent, blocks_of
+from lorauter.engine.types import FinishReason, SamplingParams
+
+AdapterKey = tuple[str, str]
+"""Name and version."""
+Mixture = tuple[tuple[AdapterKey, float], ...]
+
+NOT_FINITE = -1
+"""In place of a token, where the model's output is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a step processes of one row.
+
+    Attributes:
+        row: which.
+        start: the position of its first token.
+        tokens: its tokens; empty for the one that the row's last step has chosen, which only the device may know yet.
+        samples: whether the token after it is wanted.
+    """
+
+    row: int
+    start: int
+    tokens: Sequence[int]
+    samples: bool
+
+    @property
+    def count(self) -> int:
+        """How many tokens."""
+        return len(self.tokens) or 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowStart:
+    """A row begins to be used.
+
+    Attributes:
+        row: which.
+        mixture: of its adapters, all of them resident.
+        sampling: how its tokens are chosen.
+        seed: of its own random numbers.
+        prompt: how many of `tokens` the answer does not count.
+        tokens: those that are known.
+    """
+
+    row: int
+    mixture: Mixture
+    sampling: SamplingParams
+    seed: int
+    prompt: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step.
+
+    Attributes:
+        left: rows that nobody has any more.
+        starts: rows whose mixture and sampling are new; before anything else but `left`.
+        blocks: (row, place, block): the block of a row's positions from `place * BLOCK` on.
+        decoding: pieces of one token.
+        prompts: longer ones.
+    """
+
+    left: Sequence[int]
+    starts: Sequence[RowStart]
+    blocks: Sequence[tuple[int, int, int]]
+    decoding: Sequence[Piece]
+    prompts: Sequence[Piece]
+
+    @property
+    def sampled(self) -> Iterator[Piece]:
+        """The pieces that a token is wanted of, in the order of a step's results."""
+        return (piece for pieces in (self.decoding, self.prompts) for piece in pieces if piece.samples)
+
+
+@dataclass(eq=False)
+class ActiveSequence:
+    """A request that waits or runs.
+
+    Attributes:
+        tokens: prompt and answer, as far as they are known.
+        prompt: how many are the prompt's.
+        limit: length at which it is full.
+        mixture, sampling, seed: what computes it, how its tokens are chosen, and by which random numbers.
+        adapters: what `AdapterRoom` takes.
+        tenant: whose computed blocks alone it may use.
+        ends: tokens that end it.
+        reused: positions of the prompt that were found computed.
+        ended: whether its last token is known, or nobody waits for it any more.
+    """
+
+    tokens: list[int]
+    prompt: int
+    limit: int
+    mixture: Mixture = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    adapters: Sequence[object] = ()
+    tenant: str | None = None
+    ends: Collection[int] = ()
+    reused: int = 0
+    ended: bool = False
+    row: int | None = None
+    begun: bool = False
+    computed: int = 0
+    coming: int = 0  # tokens that steps on their way choose
+    blocks: list[int] = field(default_factory=list)
+    published: int = 0  # blocks that may be found by others
+    parent: Parent = None
+    passed_over: int = 0  # how many later requests were admitted before it
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A sequence has got a token, the one that ends it if there is a reason; NOT_FINITE has none, and ends it."""
+
+    sequence: ActiveSequence
+    token: int
+    reason: FinishReason | None
+
+
+class AdapterRoom(Protocol):
+    """Where adapters are that running sequences use."""
+
+    def has(self, mixture: Mixture) -> bool:
+        """Whether all of them are there."""
+
+    def acquire(self, sequence: ActiveSequence, wanted_soon: Container[AdapterKey]) -> bool:
+        """Bring them there to stay; False if that takes until a later step, or running sequences hold the room.
+
+        Raises:
+            LorauterError: it can never be done.
+        """
+
+    def prepare(self, sequence: ActiveSequence) -> None:
+        """Begin what `acquire` would, if there is room, for a sequence that may be the next but one."""
+
+    def release(self, sequence: ActiveSequence) -> None:
+        """Undo `acquire`, also one that has returned False."""
+
+
+class Scheduler:
+    """Waiting and running sequences, their rows and blocks.
+
+    Args:
+        rows: sequences that run at once at most.
+        pool: the cache's blocks; a sequence of full length fits it alone.
+        room: for adapters.
+        budget: tokens in a step at most, given how many rows decode in it; more than those.
+        reuse: whether computed blocks are found by sequences that begin alike.
+        failed: is told a sequence that can never be admitted, and why.
+
+    Attributes:
+        waiting, running: sequences, the latter in the order of their admission.
+        preemptions: how often a running sequence had to wait again, since the cache was full.
+        reused: positions that were found computed, of all prompts so far.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        pool: BlockPool,
+        room: AdapterRoom,
+        budget: Callable[[int], int],
+        *,
+        reuse: bool = True,
+        failed: Callable[[ActiveSequence, Exception], None],
+    ) -> None:
+        self._pool = pool
+        self._room = room
+        self._budget = budget
+        self._reuse = reuse
+        self._failed = failed
+        self._max_rows = rows
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._left_rows: list[int] = []  # since the last plan
+        self.waiting: deque[ActiveSequence] = deque()
+        self.running: list[ActiveSequence] = []
+        self._flights: deque[list[ActiveSequence]] = deque()  # who gets the tokens of each step that is on its way
+        self.preemptions = 0
+        self.reused = 0
+
+    @property
+    def cache_used(self) -> float:
+        """Share of the blocks that running sequences hold."""
+        return 1 - self._pool.free / self._pool.size
+
+    # --- planning
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to process before a token that is on its way has come."""
+        step = _Step([], [], [], [], [], [])
+        before = self.preemptions
+        prompts = []
+        for sequence in list(self.running):
+            left = _left(sequence)
+            if left > 1:
+                prompts.append(sequence)
+            elif left and sequence.row is not None and self._grow(sequence, step):
+                self._process(sequence, 1, step)
+        budget = self._budget(len(step.decoding)) - len(step.decoding)
+        for sequence in prompts:
+            if sequence.row is not None and budget > 0:
+                budget -= self._process(sequence, budget, step)
+        # Who was preempted may not come back at once: tokens of its own may be on their way.
+        while budget > 0 and self.preemptions == before and (admitted := self._admit()) is not None:
+            row, tokens = admitted.row, tuple(admitted.tokens)
+            assert row is not None
+            step.starts.append(
+                RowStart(row, admitted.mixture, admitted.sampling, admitted.seed, admitted.prompt, tokens)
+            )
+            step.blocks += [(row, place, block) for place, block in enumerate(admitted.blocks)]
+            budget -= self._process(admitted, budget, step)
+        if not step.decoding and not step.prompts:
+            return None
+        self._flights.append([*step.decided, *step.decided_prompts])
+        rows, self._left_rows = self._left_rows, []
+        return StepPlan(rows, step.starts, step.blocks, step.decoding, step.prompts)
+
+    def _process(self, sequence: ActiveSequence, most: int, step: _Step) -> int:
+        """Let the step process the next tokens of a running sequence; returns how many."""
+        count = min(most, _left(sequence))
+        start, known = sequence.computed, len(sequence.tokens)
+        end = start + count
+        samples = end == known + sequence.coming
+        assert sequence.row is not None
+        piece = Piece(sequence.row, start, sequence.tokens[start:end] if start < known else (), samples)
+        (step.decoding if count == 1 else step.prompts).append(piece)
+        sequence.computed = end
+        if samples:
+            (step.decided if count == 1 else step.decided_prompts).append(sequence)
+            sequence.coming += 1
+        self._publish(sequence)
+        return count
+
+    def _grow(self, sequence: ActiveSequence, step: _Step) -> bool:
+        """Give a sequence the block of its next position, if need be the youngest's; False if it is the youngest."""
+        place = sequence.computed // BLOCK
+        if place < len(sequence.blocks):
+            return True
+        while (blocks := self._pool.take(1)) is None:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.blocks += blocks
+        assert sequence.row is not None
+        step.blocks.append((sequence.row, place, blocks[0]))
+        return True
+
+    def _publish(self, sequence: ActiveSequence) -> None:
+        """Let others find the full blocks whose tokens are known, once a step that fills them is planned.
+
+        The step's keys and values are written before any of its tokens attends, so this very step may use them.
+        """
+        if not self._reuse:
+            return
+        full = min(sequence.computed, len(sequence.tokens)) // BLOCK
+        for place in range(sequence.published, full):
+            tokens = sequence.tokens[place * BLOCK : (place + 1) * BLOCK]
+            sequence.parent = self._pool.publish(sequence.parent, tokens, sequence.blocks[place])
+        sequence.published = max(full, sequence.published)
+
+    # --- admission
+
+    def _admit(self) -> ActiveSequence | None:
+        """The next waiting sequence, now running, if there is a row, and room for it and its adapters.
+
+        First come, first served, but while one waits for its adapters, later ones whose adapters are all there go
+        before it (loading for them would only take more room): as many as there are rows, then it is next.
+        """
+        blocked: list[ActiveSequence] = []
+        for sequence in self.waiting:
+            if not self._free_rows:
+                return None
+            if blocked and not (blocked[0].passed_over < self._max_rows and self._room.has(sequence.mixture)):
+                if len(blocked) < len(self._free_rows):  # it may have its turn in the next step
+                    self._room.prepare(sequence)
+                    blocked.append(sequence)
+                continue
+            if not self._take_blocks(sequence):
+                return None
+            try:
+                soon = {key for other in blocked or [sequence] for key, _ in other.mixture}
+                admitted = self._room.acquire(sequence, soon)
+            except Exception as error:  # noqa: BLE001 (this request's trouble alone)
+                self._drop_blocks(sequence)
+                self.drop(sequence)
+                self._failed(sequence, error)
+                return self._admit()
+            if not admitted:
+                self._drop_blocks(sequence)
+                blocked.append(sequence)
+                continue
+            for other in blocked:
+                other.passed_over += 1
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.row = self._free_rows.pop()
+            if not sequence.begun:
+                sequence.begun, sequence.reused = True, min(sequence.computed, sequence.prompt)
+                self.reused += sequence.reused
+            return sequence
+        return None
+
+    def _take_blocks(self, sequence: ActiveSequence) -> bool:
+        """Blocks for all tokens that are known: those found computed, but for the last token's, and free ones."""
+        length, root = len(sequence.tokens), (sequence.tenant, sequence.mixture)
+        found, parent = self._pool.find(root, sequence.tokens, (length - 1) // BLOCK if self._reuse else 0)
+        fresh = self._pool.take(blocks_of(length) - len(found))
+        if fresh is None:
+            self._pool.release(found)
+            return False
+        sequence.blocks = found + fresh
+        sequence.parent, sequence.published, sequence.computed = parent, len(found), len(found) * BLOCK
+        return True
+
+    def _drop_blocks(self, sequence: ActiveSequence) -> None:
+        self._pool.release(sequence.blocks)
+        sequence.blocks, sequence.published, sequence.computed = [], 0, 0
+
+    # --- leaving
+
+    def take(self, tokens: Sequence[int]) -> list[Event]:
+        """The tokens of the oldest step on its way, in the order of its plan; what has ended is let go."""
+        events = []
+        for sequence, token in zip(self._flights.popleft(), tokens, strict=True):
+            if sequence.ended:  # by the step before
+                continue
+            sequence.coming -= 1
+            reason: FinishReason | None = None
+            if token == NOT_FINITE:
+                sequence.ended = True
+                self._pool.forget(sequence.blocks)
+            else:
+                sequence.tokens.append(token)
+                if token in sequence.ends:
+                    reason = "stop"
+                elif len(sequence.tokens) >= sequence.limit:
+                    reason = "length"
+                sequence.ended = reason is not None
+                self._publish(sequence)
+            events.append(Event(sequence, token, reason))
+            if sequence.ended:
+                self._let_go(sequence)
+        return events
+
+    def abandon(self) -> list[ActiveSequence]:
+        """After a step that failed: forget steps on their way and all that was computed; who ran has ended."""
+        ended = list(self.running)
+        for sequence in ended:
+            self.drop(sequence)
+        self._flights.clear()
+        for sequence in self.waiting:
+            sequence.coming = 0
+        self._pool.forget()
+        return ended
+
+    def drop(self, sequence: ActiveSequence) -> None:
+        """Let a sequence go, whatever it has; of no effect on one that has ended."""
+        if not sequence.ended:
+            sequence.ended = True
+            self._let_go(sequence)
+
+    def _preempt(self, sequence: ActiveSequence) -> None:
+        """Let a running sequence wait again, before all others; what it has is computed again."""
+        self.preemptions += 1
+        self._leave_row(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _let_go(self, sequence: ActiveSequence) -> None:
+        if sequence.row is None:
+            self.waiting.remove(sequence)
+            self._room.release(sequence)
+        else:
+            self._leave_row(sequence)
+
+    def _leave_row(self, sequence: ActiveSequence) -> None:
+        assert sequence.row is not None
+        self.running = [other for other in self.running if other is not sequence]
+        self._free_rows.append(sequence.row)
+        self._left_rows.append(sequence.row)
+        sequence.row = None
+        self._drop_blocks(sequence)
+        self._room.release(sequence)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step in the making: what `StepPlan` has, and who gets the tokens of its pieces."""
+
+    starts: list[RowStart]
+    blocks: list[tuple[int, int, int]]
+    decoding: list[Piece]
+    prompts: list[Piece]
+    decided: list[ActiveSequence]
+    decided_prompts: list[ActiveSequence]
+
+
+def _left(sequence: ActiveSequence) -> int:
+    """How many tokens are there to process, those on their way included; none of a sequence that will be full."""
+    length = len(sequence.tokens) + sequence.coming
+    return 0 if length >= sequence.limit else length - sequence.computed
