@@ -1,208 +1,136 @@
 // The CPU's part of a forward pass beside the matrix products: what cuda_kernels.py is on a GPU.
 //
-// Built for the machine that it runs on, by its C++ compiler, when an engine is first made (cpu_kernels.py). Numbers are
-// bfloat16 or float, sums are float. Vectors of 16 are GCC's and Clang's extension: one register with AVX-512,
-// several elsewhere. Not-a-number must come through everywhere, so nothing here may be built with -ffast-math.
+// Built for the machine that it runs on, by its C++ compiler, when an engine is first made (cpu_kernels.py).
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <memory>
 #include <vector>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
-#endif
+#include "cpu_attention.h"
+#include "cpu_vectors.h"
 
 namespace {
 
-struct bf16 {
-  uint16_t bits;
-};
-
-constexpr int W = 16;
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ivec __attribute__((vector_size(4 * W)));
-typedef uint32_t uvec __attribute__((vector_size(4 * W)));
-typedef uint16_t hvec __attribute__((vector_size(2 * W)));
-
-inline vec load(const float* p) {
-  vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline vec load(const bf16* p) {
-  hvec h;
-  std::memcpy(&h, p, sizeof h);
-  return (vec)(__builtin_convertvector(h, uvec) << 16);
-}
-inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
-inline void store(bf16* p, vec v) {  // to the nearest, ties to even
-  uvec u = (uvec)v;
-  uvec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  uvec nan = (uvec)(v != v);
-  hvec h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), hvec);
-  std::memcpy(p, &h, sizeof h);
-}
-
-// The first n (less than 16) of a vector; the others are 0, and are not touched in memory.
-template <class T>
-inline vec load_some(const T* p, long n) {
-  T part[W] = {};
-  std::memcpy(part, p, n * sizeof(T));
-  return load(part);
-}
-template <class T>
-inline void store_some(T* p, vec v, long n) {
-  T part[W];
-  store(part, v);
-  std::memcpy(p, part, n * sizeof(T));
-}
-
-// Calls each(i, load, store) for every 16 of n elements, and for the rest.
-template <class T, class F>
-inline void each_vector(long n, F f) {
-  long i = 0;
-  for (; i + W <= n; i += W)
-    f(i, [](const T* p) { return load(p); }, [](T* p, vec v) { store(p, v); });
-  if (i < n)
-    f(i, [n, i](const T* p) { return load_some(p, n - i); }, [n, i](T* p, vec v) { store_some(p, v, n - i); });
-}
-
-// Lane l of the result is the sum of the lanes of v[l], which is used up.
-inline vec sums(vec (&v)[W]) {
-  for (int i = 0; i < 8; i++)
-    v[i] = SHUFFLE(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           SHUFFLE(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  for (int i = 0; i < 4; i++)
-    v[i] = SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int i = 0; i < 2; i++)
-    v[i] = SHUFFLE(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           SHUFFLE(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  return SHUFFLE(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         SHUFFLE(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-inline float sum(vec v) {
-  vec all[W] = {v};
-  return sums(all)[0];
-}
-
-// Adds the products of n elements to the lanes of `total`, for `C` rows of `a` against each of R rows of `b`.
-template <int C, int R, class T>
-inline void dots(vec (&totals)[C][R], const T* const (&a)[C], const T* b, long b_stride, long n) {
-  long i = 0;
-#ifdef __AVX512BF16__
-  if constexpr (sizeof(T) == 2)
-    for (; i + 2 * W <= n; i += 2 * W)
-      for (int r = 0; r < R; r++) {
-        const __m512bh right = (__m512bh)_mm512_loadu_si512(b + r * b_stride + i);
-        for (int c = 0; c < C; c++)
-          totals[c][r] =
-              (vec)_mm512_dpbf16_ps((__m512)totals[c][r], (__m512bh)_mm512_loadu_si512(a[c] + i), right);
-      }
-#endif
-  each_vector<T>(n - i, [&](long j, auto get, auto) {
-    for (int r = 0; r < R; r++) {
-      const vec right = get(b + r * b_stride + i + j);
-      for (int c = 0; c < C; c++) totals[c][r] += get(a[c] + i + j) * right;
-    }
-  });
-}
-
-// Cephes' expf: 2^n times a polynomial of the rest; within 2 units in the last place.
-inline vec exp(vec x) {
-  x = x > 88.0f ? 88.0f + 0 * x : x;
-  x = x < -87.0f ? -87.0f + 0 * x : x;
-  ivec n = __builtin_convertvector(x * 1.44269504f + (x < 0 ? -0.5f + 0 * x : 0.5f + 0 * x), ivec);
-  vec k = __builtin_convertvector(n, vec);
-  vec r = x - k * 0.693359375f + k * 2.12194440e-4f;
-  vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return (p * r * r + r + 1.0f) * (vec)((n + 127) << 23);
-}
-
-// One target's columns and every mixture's entries in them: those of mixture m are from starts[m] to starts[m + 1].
+// One target's entries, columns of adapters in the arena, by rows: those of row r are from starts[r] to starts[r + 1].
 struct Target {
-  const void *a, *b;  // (layers, columns of all targets with the same input, in), (layers, columns, out)
-  long a_stride, b_stride, out, y_offset;
-  const int32_t *starts, *a_columns, *b_columns;
+  long out, y_offset;
+  const int32_t* starts;
+  const int64_t *a_offsets, *b_offsets;  // of layer 0
   const float* weights;
 };
 
-// y[r] += sum over entries e of weight_e (A_e . x[r]) B_e, for R tokens with the same entries.
-template <int R, class T>
-void lora_tokens(const T* x, long in, T* y, long y_stride, long out, const T* a, const T* b, const int32_t* a_columns,
-                 const int32_t* b_columns, const float* weights, long count, float* shrunk) {
-  constexpr int C = R == 1 ? W / 2 : W / R;
-  for (long e = 0; e < count; e += C) {
-    vec totals[W / R][R] = {};
-    const T* rows[C];
-    for (int c = 0; c < C; c++) rows[c] = a + a_columns[std::min(e + c, count - 1)] * in;
-    dots<C, R>(reinterpret_cast<vec(&)[C][R]>(totals), rows, x, in, in);
+// The entries of one row in one target, for one token of the row or for RUN that follow one another.
+struct LoraTask {
+  const Target* target;
+  long first, tokens, begin, count;
+  float* shrunk;  // (count, tokens): weight_e A_e . x[t]
+};
+
+constexpr long RUN = 4, ENTRIES = 8, OUTPUTS = 64;  // entries and outputs that are worked on together
+
+// The products of the entries from `from` to `to` with N tokens.
+template <int N, class T>
+void shrink(const LoraTask& task, const T* x, long in, const T* a, long from, long to) {
+  constexpr int C = N == 1 ? W / 2 : W / N;
+  const int64_t* offsets = task.target->a_offsets + task.begin;
+  const float* weights = task.target->weights + task.begin;
+  for (long e = from; e < to; e += C) {
+    vec totals[W / N][N] = {};
+    const T* columns[C];
+    for (int c = 0; c < C; c++) columns[c] = a + offsets[std::min(e + c, to - 1)];
+    dots<C, N>(reinterpret_cast<vec(&)[C][N]>(totals), columns, x + task.first * in, in, in);
     float products[W];
     store(products, sums(reinterpret_cast<vec(&)[W]>(totals)));
-    for (int i = 0; i < std::min<long>(C, count - e) * R; i++) shrunk[e * R + i] = weights[e + i / R] * products[i];
+    for (int i = 0; i < std::min<long>(C, to - e) * N; i++) task.shrunk[e * N + i] = weights[e + i / N] * products[i];
   }
-  constexpr int V = 4;
-  long o = 0;
-  for (; o + V * W <= out; o += V * W) {
-    vec totals[R][V];
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) totals[r][v] = load(y + r * y_stride + o + v * W);
-    for (long e = 0; e < count; e++)
+}
+
+// y[t] += sum over entries e of shrunk[e][t] B_e, for N tokens' outputs from `from` to `to`.
+template <int N, class T>
+void expand(const LoraTask& task, T* y, long y_stride, const T* b, long from, long to) {
+  constexpr long V = OUTPUTS / W;
+  const int64_t* offsets = task.target->b_offsets + task.begin;
+  y += task.first * y_stride + task.target->y_offset;
+  long o = from;
+  for (; o + OUTPUTS <= to; o += OUTPUTS) {
+    vec totals[N][V];
+    for (int t = 0; t < N; t++)
+      for (int v = 0; v < V; v++) totals[t][v] = load(y + t * y_stride + o + v * W);
+    for (long e = 0; e < task.count; e++)
       for (int v = 0; v < V; v++) {
-        const vec column = load(b + b_columns[e] * out + o + v * W);
-        for (int r = 0; r < R; r++) totals[r][v] += shrunk[e * R + r] * column;
+        const vec column = load(b + offsets[e] + o + v * W);
+        for (int t = 0; t < N; t++) totals[t][v] += task.shrunk[e * N + t] * column;
       }
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) store(y + r * y_stride + o + v * W, totals[r][v]);
+    for (int t = 0; t < N; t++)
+      for (int v = 0; v < V; v++) store(y + t * y_stride + o + v * W, totals[t][v]);
   }
-  each_vector<T>(out - o, [&](long i, auto get, auto put) {
-    for (int r = 0; r < R; r++) {
-      T* place = y + r * y_stride + o + i;
+  each_vector<T>(to - o, [&](long i, auto get, auto put) {
+    for (int t = 0; t < N; t++) {
+      T* place = y + t * y_stride + o + i;
       vec total = get(place);
-      for (long e = 0; e < count; e++) total += shrunk[e * R + r] * get(b + b_columns[e] * out + o + i);
+      for (long e = 0; e < task.count; e++) total += task.shrunk[e * N + t] * get(b + offsets[e] + o + i);
       put(place, total);
     }
   });
 }
 
+// Calls f(task, from, to) within a parallel region so that threads get equal shares of all units, whatever a task has.
+// `ends` are running totals of the tasks' costs, of which a unit of a task has cost(task).
+template <class Cost, class F>
+inline void share(const std::vector<LoraTask>& tasks, const std::vector<long>& ends, int threads, Cost cost, F f) {
+  const long parts = 4 * threads, total = ends.back();
+#pragma omp for schedule(dynamic) nowait
+  for (long part = 0; part < parts; part++) {
+    const long low = total * part / parts, high = total * (part + 1) / parts;
+    for (long i = std::upper_bound(ends.begin(), ends.end(), low) - ends.begin(); i < long(ends.size()); i++) {
+      const long begin = i ? ends[i - 1] : 0, unit = cost(tasks[i]);
+      if (begin >= high) break;
+      const long from = (std::max(low - begin, 0L) + unit - 1) / unit;
+      const long to = (std::min(high, ends[i]) - begin + unit - 1) / unit;
+      if (from < to) f(tasks[i], from, to);
+    }
+  }
+}
+
+// y[t] += sum over entries e of token t's row of weight_e (A_e . x[t]) B_e.
 template <class T>
-void lora_add(const T* x, long in, T* y, long y_stride, long tokens, const Target* targets, long n_targets,
-              long layer, int shared, int threads) {
-  constexpr long R = 4;
-  const long step = shared ? R : 1, blocks = (tokens + step - 1) / step;
+void lora_add(const T* x, long in, T* y, long y_stride, long tokens, const int32_t* rows, const T* arena,
+              const Target* targets, long n_targets, long layer, int threads) {
+  std::vector<LoraTask> tasks;
+  long products = 0;
+  for (long t = 0, step; t < tokens; t += step) {
+    step = 1;
+    while (step < RUN && t + step < tokens && rows[t + step] == rows[t]) step++;
+    if (step < RUN) step = 1;
+    for (const Target* target = targets; target < targets + n_targets; target++) {
+      const long begin = target->starts[rows[t]], count = target->starts[rows[t] + 1] - begin;
+      if (count) tasks.push_back({target, t, step, begin, count, nullptr});
+      products += count * step;
+    }
+  }
+  if (tasks.empty()) return;
+  const auto shrunk = std::make_unique_for_overwrite<float[]>(products);
+  const auto shrink_cost = [](const LoraTask& task) { return task.tokens; };
+  const auto expand_cost = [](const LoraTask& task) { return task.tokens * task.count; };
+  std::vector<long> shrinks, expands;
+  long place = 0, shrinking = 0, expanding = 0;
+  for (LoraTask& task : tasks) {
+    task.shrunk = &shrunk[place];
+    place += task.count * task.tokens;
+    shrinks.push_back(shrinking += (task.count + ENTRIES - 1) / ENTRIES * shrink_cost(task));
+    expands.push_back(expanding += (task.target->out + OUTPUTS - 1) / OUTPUTS * expand_cost(task));
+  }
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> shrunk;
-#pragma omp for schedule(dynamic, 2)
-    for (long block = 0; block < blocks; block++) {
-      const long first = block * step, last = std::min(first + step, tokens), mixture = shared ? 0 : first;
-      for (const Target* target = targets; target < targets + n_targets; target++) {
-        const long begin = target->starts[mixture], count = target->starts[mixture + 1] - begin;
-        if (!count) continue;
-        shrunk.resize(count * R);
-        auto add = [&](auto lora, long t) {
-          lora(x + t * in, in, y + t * y_stride + target->y_offset, y_stride, target->out,
-               static_cast<const T*>(target->a) + layer * target->a_stride,
-               static_cast<const T*>(target->b) + layer * target->b_stride, target->a_columns + begin,
-               target->b_columns + begin, target->weights + begin, count, shrunk.data());
-        };
-        if (last - first == R)
-          add(lora_tokens<R, T>, first);
-        else
-          for (long t = first; t < last; t++) add(lora_tokens<1, T>, t);
-      }
-    }
+    share(tasks, shrinks, threads, shrink_cost, [&](const LoraTask& task, long from, long to) {
+      const auto go = task.tokens == RUN ? shrink<RUN, T> : shrink<1, T>;
+      go(task, x, in, arena + layer * in, from * ENTRIES, std::min(to * ENTRIES, task.count));
+    });
+#pragma omp barrier
+    share(tasks, expands, threads, expand_cost, [&](const LoraTask& task, long from, long to) {
+      const auto go = task.tokens == RUN ? expand<RUN, T> : expand<1, T>;
+      go(task, y, y_stride, arena + layer * task.target->out, from * OUTPUTS,
+         std::min(to * OUTPUTS, task.target->out));
+    });
   }
 }
 
@@ -241,90 +169,42 @@ void silu_mul(const T* gate_up, T* y, long tokens, long width, int threads) {
   }
 }
 
-// Where a head's vector of one position is in the cache: (rows, kv_heads, length, dim).
-struct Cache {
-  long heads, length, dim;
-  long at(long row, long head, long position) const { return ((row * heads + head) * length + position) * dim; }
-};
-
+// Where each row's highest number is, the first of several; -1 where a number is not finite.
 template <class T>
-void rotate_and_store(const T* qkv, const T* cosines, const T* sines, const int64_t* rows, const int64_t* positions,
-                      T* keys, T* values, T* q, long tokens, long heads, Cache cache, int threads) {
-  const long dim = cache.dim, half = dim / 2;
+void greedy(const T* logits, long n, long width, int64_t* tokens, int threads) {
+  constexpr long PART = 8192;
+  struct Best {
+    float value;
+    int64_t at;
+  };
+  const long parts = (width + PART - 1) / PART;
+  const auto bests = std::make_unique_for_overwrite<Best[]>(n * parts);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long t = 0; t < tokens; t++) {
-    const T* cosine = cosines + positions[t] * dim;
-    const T* sine = sines + positions[t] * dim;
-    const T* source = qkv + t * (heads + 2 * cache.heads) * dim;
-    for (long h = 0; h < heads + cache.heads; h++, source += dim) {
-      T* target = h < heads ? q + (t * heads + h) * dim : keys + cache.at(rows[t], h - heads, positions[t]);
-      each_vector<T>(half, [&](long i, auto get, auto put) {
-        vec first = get(source + i), second = get(source + half + i);
-        put(target + i, first * get(cosine + i) - second * get(sine + i));
-        put(target + half + i, second * get(cosine + half + i) + first * get(sine + half + i));
-      });
-    }
-    for (long h = 0; h < cache.heads; h++, source += dim)
-      std::memcpy(values + cache.at(rows[t], h, positions[t]), source, dim * sizeof(T));
+  for (long item = 0; item < n * parts; item++) {
+    const long begin = item % parts * PART, length = std::min(width - begin, PART);
+    const T* source = logits + item / parts * width + begin;
+    vec highest = vec{} - INFINITY, finite = {};
+    ivec where = {};
+    each_vector<T>(length, [&](long i, auto get, auto) {
+      const ivec at = LANES + int32_t(i);
+      const vec v = get(source + i);
+      finite += v * 0;  // or NaN
+      const ivec better = (v > highest) & (at < int32_t(length));
+      highest = better ? v : highest;
+      where = better ? at : where;
+    });
+    Best best = {highest[0], where[0]};
+    for (int l = 1; l < W; l++)
+      if (highest[l] > best.value || (highest[l] == best.value && where[l] < best.at)) best = {highest[l], where[l]};
+    bests[item] = {best.value, sum(finite) == 0 ? begin + best.at : -1};
   }
-}
-
-// y[g] = sum over positions of scores[g][p] value[p], for G heads.
-template <int G, class T>
-void weigh(const float* scores, const T* value, long length, long dim, T* y) {
-  each_vector<T>(dim, [&](long i, auto get, auto put) {
-    vec totals[G] = {};
-    for (long p = 0; p < length; p++) {
-      const vec v = get(value + p * dim + i);
-      for (int g = 0; g < G; g++) totals[g] += scores[g * length + p] * v;
+  for (long row = 0; row < n; row++) {
+    const Best* best = &bests[row * parts];
+    for (long part = 1; part < parts && best->at >= 0; part++) {
+      const Best* other = &bests[row * parts + part];
+      if (other->at < 0 || other->value > best->value) best = other;
     }
-    for (int g = 0; g < G; g++) put(y + g * dim + i, totals[g]);
-  });
-}
-
-// One query a row over its own keys alone; the queries that share a KV head go together.
-template <class T>
-void decode_attention(const T* q, const T* keys, const T* values, const int64_t* positions, T* y, long n, long heads,
-                      Cache cache, long window, int threads) {
-  const long dim = cache.dim, group = heads / cache.heads;
-  const float scale = 1 / std::sqrt(float(dim));
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> scores;
-#pragma omp for schedule(dynamic, 4)
-    for (long item = 0; item < n * cache.heads; item++) {
-      const long row = item / cache.heads, head = item % cache.heads;
-      const long end = positions[row] + 1, begin = window && end > window ? end - window : 0, length = end - begin;
-      const T* key = keys + cache.at(row, head, begin);
-      const T* value = values + cache.at(row, head, begin);
-      const long place = (row * heads + head * group) * dim;
-      scores.resize(group * length);
-      for (long p = 0; p < length; p += W)
-        for (long g = 0; g < group; g++) {
-          vec totals[W][1] = {};
-          const T* rows[W];
-          for (int i = 0; i < W; i++) rows[i] = key + std::min(p + i, length - 1) * dim;
-          dots<W, 1>(totals, rows, q + place + g * dim, 0, dim);
-          const vec products = scale * sums(reinterpret_cast<vec(&)[W]>(totals));
-          length - p < W ? store_some(&scores[g * length + p], products, length - p)
-                         : store(&scores[g * length + p], products);
-        }
-      for (long g = 0; g < group; g++) {
-        float* score = &scores[g * length];
-        const float highest = *std::max_element(score, score + length);
-        vec totals = {};
-        each_vector<float>(length, [&](long i, auto get, auto put) {
-          put(score + i, exp(get(score + i) - highest));
-          totals += get(score + i);
-        });
-        const float share = 1 / sum(totals);
-        for (long p = 0; p < length; p++) score[p] *= share;
-      }
-      for (long g = 0; g < group; g += 4) {
-        constexpr decltype(&weigh<1, T>) weigh_some[] = {weigh<1, T>, weigh<2, T>, weigh<3, T>, weigh<4, T>};
-        weigh_some[std::min(group - g, 4L) - 1](&scores[g * length], value, length, dim, y + place + g * dim);
-      }
-    }
+    tokens[row] = best->at;
   }
 }
 
@@ -382,27 +262,39 @@ extern "C" void linear_bfloat16(const bf16* x, long in, const bf16* weights, con
 #endif
 
 #define EXPORT(SUFFIX, T)                                                                                              \
-  extern "C" void lora_add_##SUFFIX(const T* x, long in, T* y, long y_stride, long tokens, const Target* targets,     \
-                                    long n_targets, long layer, int shared, int threads) {                            \
-    lora_add(x, in, y, y_stride, tokens, targets, n_targets, layer, shared, threads);                                 \
+  extern "C" void lora_add_##SUFFIX(const T* x, long in, T* y, long y_stride, long tokens, const int32_t* rows,        \
+                                    const T* arena, const Target* targets, long n_targets, long layer, int threads) {  \
+    lora_add(x, in, y, y_stride, tokens, rows, arena, targets, n_targets, layer, threads);                             \
   }                                                                                                                    \
-  extern "C" void add_norm_##SUFFIX(const T* x, const T* delta, const T* weight, float eps, T* total, T* normed,      \
-                                    long tokens, long width, int threads) {                                           \
-    add_norm(x, delta, weight, eps, total, normed, tokens, width, threads);                                           \
+  extern "C" void add_norm_##SUFFIX(const T* x, const T* delta, const T* weight, float eps, T* total, T* normed,       \
+                                    long tokens, long width, int threads) {                                            \
+    add_norm(x, delta, weight, eps, total, normed, tokens, width, threads);                                            \
   }                                                                                                                    \
-  extern "C" void silu_mul_##SUFFIX(const T* gate_up, T* y, long tokens, long width, int threads) {                   \
-    silu_mul(gate_up, y, tokens, width, threads);                                                                     \
+  extern "C" void silu_mul_##SUFFIX(const T* gate_up, T* y, long tokens, long width, int threads) {                    \
+    silu_mul(gate_up, y, tokens, width, threads);                                                                      \
   }                                                                                                                    \
-  extern "C" void rotate_and_store_##SUFFIX(const T* qkv, const T* cosines, const T* sines, const int64_t* rows,      \
-                                            const int64_t* positions, T* keys, T* values, T* q, long tokens,          \
-                                            long heads, long kv_heads, long length, long dim, int threads) {          \
-    rotate_and_store(qkv, cosines, sines, rows, positions, keys, values, q, tokens, heads, {kv_heads, length, dim},   \
-                     threads);                                                                                        \
+  extern "C" void greedy_##SUFFIX(const T* logits, long n, long width, int64_t* tokens, int threads) {                 \
+    greedy(logits, n, width, tokens, threads);                                                                         \
   }                                                                                                                    \
-  extern "C" void decode_attention_##SUFFIX(const T* q, const T* keys, const T* values, const int64_t* positions,     \
-                                            T* y, long n, long heads, long kv_heads, long length, long dim,           \
-                                            long window, int threads) {                                               \
-    decode_attention(q, keys, values, positions, y, n, heads, {kv_heads, length, dim}, window, threads);              \
+  extern "C" void rotate_and_store_##SUFFIX(const T* qkv, const T* cosines, const T* sines, const int32_t* rows,       \
+                                            const int32_t* positions, T* keys, T* values, T* q, long tokens,           \
+                                            long heads, const int32_t* table, long max_blocks, long kv_heads,          \
+                                            long dim, int threads) {                                                   \
+    rotate_and_store(qkv, cosines, sines, rows, positions, keys, values, q, tokens, heads,                             \
+                     {table, max_blocks, kv_heads, dim}, threads);                                                     \
+  }                                                                                                                    \
+  extern "C" void decode_attention_##SUFFIX(const T* q, const T* keys, const T* values, const int32_t* rows,           \
+                                            const int32_t* positions, T* y, long n, long heads, long window,           \
+                                            const int32_t* table, long max_blocks, long kv_heads, long dim,            \
+                                            int threads) {                                                             \
+    decode_attention(q, keys, values, rows, positions, y, n, heads, window, {table, max_blocks, kv_heads, dim},        \
+                     threads);                                                                                         \
+  }                                                                                                                    \
+  extern "C" void prefill_attention_##SUFFIX(const T* q, const T* keys, const T* values, long row, long start, T* y,   \
+                                             long n, long heads, long window, const int32_t* table, long max_blocks,   \
+                                             long kv_heads, long dim, int threads) {                                   \
+    prefill_attention(q, keys, values, row, start, y, n, heads, window, {table, max_blocks, kv_heads, dim},            \
+                      threads);                                                                                        \
   }
 
 EXPORT(bfloat16, bf16)

@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,14 +28,18 @@ DTYPES = (torch.bfloat16, torch.float32)
 """What the kernels take."""
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_HEADERS = sorted(_SOURCE.parent.glob("cpu_*.h"))
 _FLAGS = "-std=c++20 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared".split()
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_CACHE = [_POINTER, *[_LONG] * 3]
 _ARGUMENTS: dict[str, list[Any]] = {
-    "lora_add": [_POINTER, _LONG, _POINTER, *[_LONG] * 2, _POINTER, *[_LONG] * 2, *[_INT] * 2],
+    "lora_add": [_POINTER, _LONG, _POINTER, *[_LONG] * 2, *[_POINTER] * 3, *[_LONG] * 2, _INT],
     "add_norm": [*[_POINTER] * 3, _FLOAT, *[_POINTER] * 2, *[_LONG] * 2, _INT],
     "silu_mul": [*[_POINTER] * 2, *[_LONG] * 2, _INT],
-    "rotate_and_store": [*[_POINTER] * 8, *[_LONG] * 5, _INT],
-    "decode_attention": [*[_POINTER] * 5, *[_LONG] * 6, _INT],
+    "greedy": [_POINTER, *[_LONG] * 2, _POINTER, _INT],
+    "rotate_and_store": [*[_POINTER] * 8, *[_LONG] * 2, *_CACHE, _INT],
+    "decode_attention": [*[_POINTER] * 6, *[_LONG] * 3, *_CACHE, _INT],
+    "prefill_attention": [*[_POINTER] * 3, *[_LONG] * 2, _POINTER, *[_LONG] * 3, *_CACHE, _INT],
     "linear": [_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 2, _INT],
 }
 _PANEL = 16  # outputs whose weights lie together
@@ -41,37 +47,50 @@ _PANEL = 16  # outputs whose weights lie together
 
 class _Target(ctypes.Structure):
     _fields_: ClassVar = [
-        *[(name, _POINTER) for name in ("a", "b")],
-        *[(name, _LONG) for name in ("a_stride", "b_stride", "out", "y_offset")],
-        *[(name, _POINTER) for name in ("starts", "a_columns", "b_columns", "weights")],
+        *[(name, _LONG) for name in ("out", "y_offset")],
+        *[(name, _POINTER) for name in ("starts", "a_offsets", "b_offsets", "weights")],
     ]
 
 
-class SparseLora:
-    """The mixtures of a batch in the targets with the same input, as the columns that each token uses.
+@dataclass(frozen=True)
+class TargetMixtures:
+    """The mixtures of all rows in one target: the columns of adapters that each row uses, its entries.
 
-    Takes what `lorauter.engine.lora.GroupMixture` has.
+    Attributes:
+        out: the target's width.
+        starts: (rows + 2,) int32; the entries of row r are from starts[r] to starts[r + 1].
+        a_offsets, b_offsets: (entries,) int64, where in the arena the column's A and B of layer 0 begin.
+        weights: (entries,) float32, none of them 0.
     """
 
-    def __init__(
-        self, a: Tensor, bs: Sequence[Tensor], bounds: Sequence[int], a_places: Tensor, b_places: Tensor, mask: Tensor
-    ) -> None:
-        self.shared = mask.shape[0] == 1
-        self._kept: list[Tensor] = [a, *bs]  # what the pointers point at
-        targets, offset = [], 0
-        for b, begin, end in zip(bs, bounds, bounds[1:], strict=False):
-            token, column = mask[:, begin:end].nonzero(as_tuple=True)
-            starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
-            starts[1:] = torch.bincount(token, minlength=mask.shape[0]).cumsum(0)
-            places = begin + column
-            entries = [starts, a_places[places], b_places[places], mask[token, places].float()]
-            if len(column):
-                self._kept += entries
-                pointers = [t.data_ptr() for t in (a, b, *entries)]
-                strides = [a.stride(0), b.stride(0), b.shape[2], offset]
-                targets.append(_Target(*pointers[:2], *strides, *pointers[2:]))
-            offset += b.shape[2]
-        self.targets = (_Target * len(targets))(*targets)
+    out: int
+    starts: Tensor
+    a_offsets: Tensor
+    b_offsets: Tensor
+    weights: Tensor
+
+
+class RowMixtures:
+    """The mixtures of all rows in the targets with the same input, as `CpuKernels.lora_add` takes them.
+
+    Args:
+        arena: (elements,) what the offsets are into. A column's next layer follows the one before.
+        targets: all of them, also those without entries, in the order of their outputs.
+    """
+
+    def __init__(self, arena: Tensor, targets: Sequence[TargetMixtures]) -> None:
+        self.arena = arena
+        self._kept = targets  # what the pointers point at
+        offsets = accumulate((target.out for target in targets), initial=0)
+        entries = [
+            _Target(
+                target.out, offset, target.starts.data_ptr(), target.a_offsets.data_ptr(),
+                target.b_offsets.data_ptr(), target.weights.data_ptr(),
+            )
+            for target, offset in zip(targets, offsets, strict=False)
+            if len(target.weights)
+        ]  # fmt: skip
+        self.targets = (_Target * len(entries))(*entries)
 
 
 class CpuKernels:
@@ -87,8 +106,10 @@ class CpuKernels:
         self._lora_add: Any
         self._add_norm: Any
         self._silu_mul: Any
+        self._greedy: Any
         self._rotate_and_store: Any
         self._decode_attention: Any
+        self._prefill_attention: Any
         self._linear: Any
 
     def takes_linear(self, in_features: int) -> bool:
@@ -110,14 +131,13 @@ class CpuKernels:
         )  # fmt: skip
         return y
 
-    def lora_add(self, layer: int, x: Tensor, y: Tensor, tokens: slice, lora: SparseLora) -> None:
-        """Add the mixtures of x[tokens], (tokens, in), to y[tokens], (tokens, out)."""
-        start, stop, _ = tokens.indices(x.shape[0])
-        (_, width), out, size = x.shape, y.shape[1], x.element_size()
-        self._lora_add(
-            x.data_ptr() + start * width * size, width, y.data_ptr() + start * out * size, out, stop - start,
-            lora.targets, len(lora.targets), layer, lora.shared, torch.get_num_threads(),
-        )  # fmt: skip
+    def lora_add(self, layer: int, x: Tensor, y: Tensor, rows: Tensor, mixtures: RowMixtures) -> None:
+        """Add to y (tokens, out) what the mixtures of the tokens' rows, (tokens,) int32, make of x (tokens, in)."""
+        if mixtures.targets:
+            self._lora_add(
+                x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], x.shape[0], rows.data_ptr(),
+                mixtures.arena.data_ptr(), mixtures.targets, len(mixtures.targets), layer, torch.get_num_threads(),
+            )  # fmt: skip
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """`x + delta` (x itself without it) and its RMS norm; (tokens, width) each."""
@@ -135,6 +155,12 @@ class CpuKernels:
         self._silu_mul(gate_up.data_ptr(), y.data_ptr(), tokens, width, torch.get_num_threads())
         return y
 
+    def greedy(self, logits: Tensor) -> Tensor:
+        """(n,) int64: where each row of (n, vocabulary) is highest; -1 where one of its numbers is not finite."""
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+        self._greedy(logits.data_ptr(), *logits.shape, tokens.data_ptr(), torch.get_num_threads())
+        return tokens
+
     def rotate_and_store(
         self,
         qkv: Tensor,
@@ -142,6 +168,7 @@ class CpuKernels:
         sin: Tensor,
         rows: Tensor,
         positions: Tensor,
+        table: Tensor,
         keys: Tensor,
         values: Tensor,
         heads: int,
@@ -150,8 +177,9 @@ class CpuKernels:
 
         Args:
             cos, sin: (positions, dim).
-            rows, positions: (tokens,) int64, where in the cache.
-            keys, values: (rows, kv_heads, length, dim).
+            rows, positions: (tokens,) int32, where in the cache.
+            table: (rows, max_blocks) int32, each row's blocks.
+            keys, values: (blocks, kv_heads, BLOCK, dim).
             heads: of queries.
 
         Returns:
@@ -160,18 +188,47 @@ class CpuKernels:
         q = qkv.new_empty(qkv.shape[0], heads, qkv.shape[2])
         self._rotate_and_store(
             qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows.data_ptr(), positions.data_ptr(), keys.data_ptr(),
-            values.data_ptr(), q.data_ptr(), qkv.shape[0], heads, *keys.shape[1:], torch.get_num_threads(),
+            values.data_ptr(), q.data_ptr(), qkv.shape[0], heads, *_cache(table, keys), torch.get_num_threads(),
         )  # fmt: skip
         return q
 
     def decode_attention(
-        self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None, y: Tensor
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        window: int | None,
+        y: Tensor,
     ) -> None:
-        """Attention of one query for each of the cache's first n rows: q and y (n, heads, dim), positions (n,)."""
+        """Attention of one query for each of the first n rows and positions: q and y (n, heads, dim)."""
         self._decode_attention(
-            q.data_ptr(), keys.data_ptr(), values.data_ptr(), positions.data_ptr(), y.data_ptr(), *q.shape[:2],
-            *keys.shape[1:], window or 0, torch.get_num_threads(),
+            q.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.data_ptr(), positions.data_ptr(), y.data_ptr(),
+            *q.shape[:2], window or 0, *_cache(table, keys), torch.get_num_threads(),
         )  # fmt: skip
+
+    def prefill_attention(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: Tensor,
+        row: int,
+        start: int,
+        window: int | None,
+        y: Tensor,
+    ) -> None:
+        """Causal attention of one row's tokens at successive positions from `start` on: q and y (n, heads, dim)."""
+        self._prefill_attention(
+            q.data_ptr(), keys.data_ptr(), values.data_ptr(), row, start, y.data_ptr(), *q.shape[:2], window or 0,
+            *_cache(table, keys), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _cache(table: Tensor, keys: Tensor) -> tuple[int, int, int, int]:
+    return table.data_ptr(), table.shape[1], keys.shape[1], keys.shape[3]
 
 
 @functools.cache
@@ -196,7 +253,8 @@ def _build() -> Path:
     if compiler is None:
         raise FileNotFoundError("no c++, g++ or clang++ is on the PATH")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
-    made_of = [_SOURCE.read_text(), *_FLAGS, version, sorted(torch.cpu.get_capabilities().items())]
+    sources = [path.read_text() for path in (_SOURCE, *_HEADERS)]
+    made_of = [*sources, *_FLAGS, version, sorted(torch.cpu.get_capabilities().items())]
     target = home() / "kernels" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,15 @@
 """The CPU's kernels against plain PyTorch, at sizes that are no multiples of a vector's."""
 
-import itertools
 import logging
 import subprocess
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from lorauter.engine import cpu_kernels
-from lorauter.engine.cpu_kernels import load_kernels
-from lorauter.engine.lora import GroupMixture
+from lorauter.engine.blocks import BLOCK
+from lorauter.engine.cpu_kernels import RowMixtures, TargetMixtures, load_kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [6, 16, 50, 576]
@@ -61,91 +59,244 @@ def test_silu_mul(kernels, randn, width):
     assert got[2].isnan().tolist() == [True] + [False] * (width - 1)
 
 
+# --- the paged cache
+
+
+def paged(kv_heads, dim, dtype, lengths):
+    """Keys and values that are NaN everywhere, and a table of the rows' blocks in no order; the last row is padding."""
+    draw = torch.Generator().manual_seed(0)
+    counts = [-(-length // BLOCK) for length in lengths]
+    table = torch.zeros(len(lengths) + 1, max(counts) + 3, dtype=torch.int32)
+    order = 1 + torch.randperm(sum(counts) + 5, generator=draw).int()
+    for row, places in enumerate(order[: sum(counts)].split(counts)):
+        table[row, : len(places)] = places
+    keys, values = torch.full((2, len(order) + 1, kv_heads, BLOCK, dim), torch.nan, dtype=dtype)
+    return keys, values, table
+
+
+def positions_of(cache, table, row, span):
+    """What is cached of a row's positions: (kv_heads, positions, dim)."""
+    at = torch.arange(span.start, span.stop)
+    return cache[table[row, at // BLOCK].long(), :, at % BLOCK].transpose(0, 1)
+
+
+def fill(cache, table, row, content):
+    """Write a row's first positions: content (positions, kv_heads, dim)."""
+    at = torch.arange(len(content))
+    cache[table[row, at // BLOCK].long(), :, at % BLOCK] = content
+
+
 @pytest.mark.parametrize("dim", [4, 20, 64])
-def test_rotate_and_store(kernels, randn, dim):
+def test_rotate_and_store(kernels, randn, dtype, dim):
     heads, kv_heads = 6, 2
-    qkv, cos, sin = randn(5, heads + 2 * kv_heads, dim), randn(9, dim), randn(9, dim)
-    rows, positions = torch.tensor([0, 1, 2, 2, 2]), torch.tensor([8, 0, 3, 4, 5])
-    keys, values = randn(3, kv_heads, 9, dim), randn(3, kv_heads, 9, dim)
-    expected_keys, expected_values = keys.clone(), values.clone()
-    q = kernels.rotate_and_store(qkv, cos, sin, rows, positions, keys, values, heads)
+    keys, values, table = paged(kv_heads, dim, dtype, [40, 17, 33])
+    padding = len(table) - 1
+    qkv, cos, sin = randn(8, heads + 2 * kv_heads, dim), randn(40, dim), randn(40, dim)
+    rows = torch.tensor([1, 0, 2, 2, 2, 2, padding, padding], dtype=torch.int32)
+    positions = torch.tensor([16, 39, 14, 15, 16, 17, 0, 0], dtype=torch.int32)
+    before = keys.clone()
+    q = kernels.rotate_and_store(qkv, cos, sin, rows, positions, table, keys, values, heads)
     first, second = qkv.float().chunk(2, dim=-1)
-    at = positions[:, None]
+    at = positions[:, None].long()
     rotated = qkv.float() * cos[at].float() + torch.cat((-second, first), dim=-1) * sin[at].float()
     assert_near(q, rotated[:, :heads], steps=2)
-    expected_keys[rows, :, positions] = rotated[:, heads:-kv_heads].to(keys.dtype)
-    expected_values[rows, :, positions] = qkv[:, -kv_heads:]
-    assert_near(keys, expected_keys, steps=2)
-    assert torch.equal(values, expected_values)
+    for token, (row, position) in enumerate(zip(rows[:6].tolist(), positions.tolist(), strict=False)):
+        place = slice(position, position + 1)
+        assert_near(positions_of(keys, table, row, place)[:, 0], rotated[token, heads:-kv_heads], steps=2)
+        assert torch.equal(positions_of(values, table, row, place)[:, 0], qkv[token, -kv_heads:])
+    changed = (keys.isnan() != before.isnan()).any(dim=-1).all(dim=1)  # (blocks, BLOCK)
+    assert changed[1:].sum() == 6
+    assert changed[0].tolist() == [True] + [False] * 15
 
 
-@pytest.mark.parametrize("window", [None, 1, 7])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (5, 5, 20), (7, 1, 6), (12, 2, 33)])
-def test_decode_attention(kernels, randn, heads, kv_heads, dim, window):
-    q, keys, values = randn(4, heads, dim), randn(5, kv_heads, 40, dim), randn(5, kv_heads, 40, dim)
-    positions = torch.tensor([0, 15, 16, 39])
-    for row, position in enumerate(positions.tolist()):
-        for tensor in (keys, values):  # what lies beyond a sequence is never read
-            tensor[row, :, position + 1 :] = torch.nan
+SHAPES = [(9, 3, 64), (5, 5, 20), (7, 1, 6), (12, 2, 33), (4, 1, 128)]
+LENGTHS = [1, 15, 16, 17, 40, 256, 257, 300, 530]
+
+
+def fill_seen(cache, table, row, randn, begin, end):
+    """Random numbers at the positions from `begin` to `end` of a row; NaN stays at all others."""
+    content = randn(end, *cache.shape[1::2])
+    content[:begin] = torch.nan
+    fill(cache, table, row, content)
+
+
+def attended(q, keys, values, table, row, start, window):
+    """Causal attention of q (n, heads, dim), at successive positions of a row."""
+    begin, end = max(0, start + 1 - window) if window else 0, start + len(q)
+    k, v = (positions_of(cache, table, row, range(begin, end)).float() for cache in (keys, values))
+    at, position = torch.arange(begin, end), torch.arange(start, end)[:, None]
+    mask = at <= position if window is None else (at <= position) & (at > position - window)
+    q = q.float().transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 1, 270])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+def test_decode_attention(kernels, randn, dtype, heads, kv_heads, dim, window):
+    keys, values, table = paged(kv_heads, dim, dtype, LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        for cache in (keys, values):
+            fill_seen(cache, table, row, randn, max(0, length - window) if window else 0, length)
+    order = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(1))
+    rows, positions = order.int(), torch.tensor(LENGTHS)[order].int() - 1
+    q = randn(len(rows), heads, dim)
+    y = torch.full_like(q, torch.nan)
+    kernels.decode_attention(q[:-1], keys, values, table, rows, positions, window, y)
+    assert y[-1].isnan().all()
+    for token, (row, position) in enumerate(zip(rows[:-1].tolist(), positions.tolist(), strict=False)):
+        one = q[token:][:1]
+        assert_near(y[token], attended(one, keys, values, table, row, position, window)[0], steps=2)
+        alone = torch.empty_like(one)  # the same numbers whoever else is there
+        kernels.decode_attention(one, keys, values, table, rows[token:], positions[token:], window, alone)
+        assert torch.equal(alone[0], y[token])
+
+
+@pytest.mark.parametrize("window", [None, 7, 270])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 37), (3, 30), (250, 12), (500, 70)])
+def test_prefill_attention(kernels, randn, dtype, heads, kv_heads, dim, window, start, count):
+    row, end = 1, start + count
+    keys, values, table = paged(kv_heads, dim, dtype, [20, end, 40])
+    for cache in (keys, values):
+        fill_seen(cache, table, row, randn, max(0, start + 1 - window) if window else 0, end)
+    q = randn(count, heads, dim)
+    y = torch.full_like(q, torch.nan)
+    kernels.prefill_attention(q, keys, values, table, row, start, window, y)
+    assert_near(y, attended(q, keys, values, table, row, start, window), steps=2)
+    half = torch.empty_like(q[count // 2 :])  # the same numbers in whatever pieces
+    kernels.prefill_attention(q[count // 2 :], keys, values, table, row, start + count // 2, window, half)
+    assert torch.equal(half, y[count // 2 :])
+
+
+def test_attention_lets_nan_through_and_only_to_those_who_see_it(kernels, randn, dtype):
+    keys, values, table = paged(2, 16, dtype, [20, 20])
+    for cache in (keys, values):
+        for row in range(2):
+            fill(cache, table, row, randn(20, 2, 16))
+    keys[table[0, 0], 1, 3], values[table[0, 1], 0, 1, 5] = torch.nan, torch.inf
+    q = randn(20, 4, 16)
     y = torch.empty_like(q)
-    kernels.decode_attention(q, keys, values, positions, window, y)
-    for row, position in enumerate(positions.tolist()):
-        seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
-        expected = F.scaled_dot_product_attention(
-            q[row, :, None].float(), keys[row, :, seen].float(), values[row, :, seen].float(), enable_gqa=True
-        )
-        assert_near(y[row], expected[:, 0], steps=2)
+    rows, positions = torch.tensor([0, 1, 0]).int(), torch.tensor([19, 19, 2]).int()
+    kernels.decode_attention(q[:3], keys, values, table, rows, positions, None, y)
+    assert y[:3].isnan().all(dim=-1).tolist() == [[False, False, True, True], [False] * 4, [False] * 4]
+    assert (~y[:3].isfinite()).any(dim=-1).tolist() == [[True] * 4, [False] * 4, [False] * 4]
+    kernels.prefill_attention(q, keys, values, table, 0, 0, None, y)
+    broken = (~y.isfinite()).any(dim=-1)
+    assert broken.nonzero().tolist() == [[t, h] for t in range(20) for h in range(4) if t >= (17 if h < 2 else 3)]
 
 
-def test_attention_lets_nan_through(kernels, randn):
-    q, keys, values = randn(2, 4, 16), randn(2, 2, 20, 16), randn(2, 2, 20, 16)
-    keys[0, 1, 3] = torch.nan
-    y = torch.empty_like(q)
-    kernels.decode_attention(q, keys, values, torch.tensor([19, 19]), None, y)
-    assert y.isnan().all(dim=-1).tolist() == [[False, False, True, True], [False] * 4]
+# --- mixtures
+
+RANKS = {"a": 1, "b": 13, "c": 40, "base": 0}
+ROWS: list[dict[str, float]] = [{"a": 0.5, "b": -2.0}, {}, {"c": 1.0}, {"b": 0.25, "c": 0.5, "a": 1.0}, {}]
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 9])
+def arena_of(randn, adapters, layers, width, outs):
+    """An arena with some adapters' A (rank, layers, in) and B (rank, layers, out) for each target, and where."""
+    parts, offset, places = [], 5, {}
+    parts.append(torch.full((offset,), torch.nan))
+    for name, rank in adapters.items():
+        for target, out in enumerate(outs):
+            sizes = []
+            for size in (width, out):
+                sizes.append(offset)
+                parts.append(randn(rank, layers, size).flatten() / (size**0.5))
+                offset += rank * layers * size
+            places[name, target] = (rank, *sizes)
+    return torch.cat([part.to(parts[1].dtype) for part in parts]), places
+
+
+def mixtures_of(arena, places, rows, layers, width, outs, lacking=()):
+    targets = []
+    for target, out in enumerate(outs):
+        starts, a, b, weights = [0], [], [], []
+        for row in rows:
+            for name, weight in row.items():
+                rank, a_offset, b_offset = places[name, target]
+                if weight and (name, target) not in lacking:
+                    a += [a_offset + c * layers * width for c in range(rank)]
+                    b += [b_offset + c * layers * out for c in range(rank)]
+                    weights += [weight] * rank
+            starts.append(len(a))
+        targets.append(
+            TargetMixtures(
+                out, torch.tensor(starts).int(), torch.tensor(a, dtype=torch.int64),
+                torch.tensor(b, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32),
+            )
+        )  # fmt: skip
+    return RowMixtures(arena, targets)
+
+
+@pytest.mark.parametrize(
+    "tokens", [[0], [2], [4, 1], [3, 0, 2, 1, 4], [0] * 9, [0, 3, *[2] * 7, 1, 1, 1, 1, *[3] * 4, 4, 4]]
+)
 @pytest.mark.parametrize(("width", "out"), [(6, 10), (50, 70), (576, 192)])
-@pytest.mark.parametrize("shared", [False, True])
-def test_lora_add(kernels, randn, dtype, tokens, width, out, shared):
-    group = mixture(randn, tokens, width, [out, 3, 2 * out], used=[13, 0, 21], shared=shared)
-    x, y = randn(tokens + 2, width), randn(tokens + 2, 3 * out + 3)
-    expected = y.float().clone()
-    exact = replace(group, a=group.a.float(), bs=[b.float() for b in group.bs], mask=group.mask.float())
-    for layer in range(2):
-        exact.add(layer, x[1 : tokens + 1].float(), expected[1 : tokens + 1])
-        kernels.lora_add(layer, x, y, slice(1, tokens + 1), group.sparse)
+def test_lora_add(kernels, randn, tokens, width, out):
+    layers, outs, lacking = 2, [out, 3, 2 * out], [("b", 0), ("a", 2), ("b", 1), ("a", 1), ("c", 1)]
+    arena, places = arena_of(randn, RANKS, layers, width, outs)
+    mixtures = mixtures_of(arena, places, ROWS, layers, width, outs, lacking)
+    x, y = randn(len(tokens), width), randn(len(tokens), sum(outs))
+    expected, before = y.double(), y.clone()
+    for layer in range(layers):
+        for t, row in enumerate(tokens):
+            for name, weight in ROWS[row].items():
+                for target, into in enumerate(expected[t].split(outs)):
+                    rank, *offsets = places[name, target]
+                    a, b = (
+                        arena[offset:][: rank * layers * size].view(rank, layers, size)[:, layer].double()
+                        for offset, size in zip(offsets, (width, outs[target]), strict=True)
+                    )
+                    if (name, target) not in lacking:
+                        into += weight * (a @ x[t].double()) @ b
+        kernels.lora_add(layer, x, y, torch.tensor(tokens).int(), mixtures)
     assert_near(y, expected, steps=6)
+    base = torch.tensor([not ROWS[row] for row in tokens])
+    assert torch.equal(y[base], before[base])
 
 
-def mixture(randn, tokens, width, outs, used, *, shared=False):
-    """Some columns of stacks that have more, in no order."""
-    draw = torch.Generator().manual_seed(tokens)
-    bounds = [0, *itertools.accumulate(used)]
-    b_places = torch.cat([torch.randperm(count + 4, generator=draw)[:count] for count in used]).int()
-    a_places = torch.randperm(60, generator=draw)[: bounds[-1]].int()
-    mask = randn(1 if shared else tokens, bounds[-1])
-    return GroupMixture(
-        randn(2, 60, width) / width**0.5,
-        [randn(2, count + 4, out) for count, out in zip(used, outs, strict=True)],
-        bounds,
-        torch.tensor(bounds).int(),
-        a_places,
-        b_places,
-        mask * (torch.rand(mask.shape, generator=draw) < 0.6),
-    )
+def test_adapters_that_a_row_does_not_use_are_not_read(kernels, randn):
+    arena, places = arena_of(randn, {"fine": 3, "infinite": 3}, 1, 8, [8])
+    _, a, b = places["infinite", 0]
+    arena[a : a + 24], arena[b : b + 24] = torch.inf, torch.nan
+    rows = [{"fine": 1.0, "infinite": 0.0}, {"infinite": 1.0, "fine": 1.0}]
+    mixtures = mixtures_of(arena, places, [*rows, {}], 1, 8, [8])
+    for tokens in ([0, 1], [0] * 5 + [1] * 5):
+        y, of = randn(len(tokens), 8), torch.tensor(tokens)
+        kernels.lora_add(0, randn(len(tokens), 8), y, of.int(), mixtures)
+        assert y[of == 0].isfinite().all()
+        assert not y[of == 1].isfinite().any()
 
 
-def test_columns_that_a_token_does_not_use_are_not_read(kernels, randn):
-    group = mixture(randn, 2, 8, [8], used=[3])
-    group.mask[:] = torch.tensor([[1.0, 0, 0], [1.0, 1.0, 0]])
-    group.a[0, group.a_places[1].item()] = torch.inf
-    group.bs[0][0, group.b_places[2].item()] = torch.nan
-    y = randn(2, 8)
-    kernels.lora_add(0, randn(2, 8), y, slice(None), group.sparse)
-    assert y[0].isfinite().all()
-    assert not y[1].isfinite().any()
+def test_a_token_gets_the_same_in_any_company(kernels, randn):
+    arena, places = arena_of(randn, RANKS, 1, 50, [70, 200])
+    mixtures = mixtures_of(arena, places, ROWS, 1, 50, [70, 200])
+    rows = torch.tensor([0, 3, *[2] * 7, 1, *[3] * 4, 4, 4]).int()
+    x, y = randn(len(rows), 50), randn(len(rows), 270)
+    alone = y.clone()
+    kernels.lora_add(0, x, y, rows, mixtures)
+    for token in range(len(rows)):
+        kernels.lora_add(0, x[token:][:1], alone[token:][:1], rows[token:][:1], mixtures)
+    assert torch.equal(alone, y)
+
+
+# --- the rest
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 50, 8192, 8193, 30000])
+def test_greedy(kernels, randn, width):
+    logits = randn(7, width) - 5
+    logits[1] = -1.5  # the first of several
+    for row, number in ((2, torch.nan), (3, torch.inf), (4, -torch.inf)):
+        logits[row, width * 2 // 3] = number
+    expected = logits.argmax(dim=-1)
+    expected[1], expected[2:5] = 0, -1
+    assert (logits.gather(1, expected.clamp(min=0)[:, None])[:2, 0] == logits[:2].max(dim=-1).values).all()
+    got = kernels.greedy(logits)
+    best = logits.gather(1, got.clamp(min=0)[:, None])[:, 0]
+    assert got[1:5].tolist() == [0, -1, -1, -1]
+    finite = torch.tensor([0, 1, 5, 6])
+    assert torch.equal(best[finite], logits[finite].max(dim=-1).values)
+    assert all(not (logits[row, : got[row]] == best[row]).any() for row in finite.tolist())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 19])
