@@ -310,9 +310,9 @@ def _answer(decisions: Path, adapters: str, out: Path, *, model: str, device: st
 
     rows = read_decisions(decisions)
     load = adapters_in(adapters_to_read(adapters))
-    config = EngineConfig() if max_batch is None else EngineConfig(max_batch=max_batch)
+    config = EngineConfig(device=device) if max_batch is None else EngineConfig(device=device, max_batch=max_batch)
     with phase("loading the base model"):
-        engine = load_engine(resolve_model(model, notify), config, device=device, aliases=base_model_aliases(model))
+        engine = load_engine(resolve_model(model, notify), config, aliases=base_model_aliases(model))
     with closing(engine):
         answer(rows, engine, load, out, progress=lambda done, total: notify(f"{done} of {total} rows are answered"))
 

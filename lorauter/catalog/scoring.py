@@ -19,11 +19,12 @@ from torch import Tensor
 from lorauter.adapters.weights import LoadAdapter, LoraWeights
 from lorauter.catalog.scores import Evaluation, Failed, Outcome, Scorer
 from lorauter.defaults import base_model_aliases, resolve_model
+from lorauter.engine.blocks import blocks_of
 from lorauter.engine.engine import MultiLoraEngine
-from lorauter.engine.kv_cache import KVCache
 from lorauter.engine.load import load_decoder, load_engine
-from lorauter.engine.lora import LoraBatch
-from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
+from lorauter.engine.model import Decoder
+from lorauter.engine.runner import Runner
+from lorauter.engine.scheduler import ActiveSequence, Mixture, Piece, RowStart, StepPlan
 from lorauter.engine.slots import AdapterSlots, PackedAdapter
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import GenerationRequest, SamplingParams
@@ -217,20 +218,21 @@ class LikelihoodScorer:
             AdapterRejected: they make the model's output not finite.
         """
         adapters = [packed for packed, _ in mixture]
+        weights = tuple((packed.key, weight) for packed, weight in mixture)
+        holder = ActiveSequence([], 0, 0, weights, adapters=adapters)
         self._slots.check(adapters)
-        self._slots.acquire(adapters)
+        self._slots.acquire(holder)
         try:
-            lora = self._slots.batch([tuple((packed.key, weight) for packed, weight in mixture)])
             scores: dict[tuple[str, int], float] = {}
             for batch in self._batches(examples):
-                values = self._log_likelihoods([self._dialogues[example] for example in batch], lora)
+                values = self._log_likelihoods([self._dialogues[example] for example in batch], weights)
                 if values is None:
                     names = ", ".join(packed.key[0] for packed in adapters)
                     raise AdapterRejected("the model's output is not finite under it", adapter=names)
                 scores |= dict(zip(batch, values, strict=True))
             return [scores[example] for example in examples]
         finally:
-            self._slots.release([packed.key for packed in adapters])
+            self._slots.release(holder)
 
     def _batches(self, examples: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
         """The examples in batches that fit one pass, those of about the same length together."""
@@ -248,40 +250,33 @@ class LikelihoodScorer:
             yield batch
 
     @torch.inference_mode()
-    def _log_likelihoods(self, dialogues: Sequence[_Dialogue], lora: LoraBatch | None) -> list[float] | None:
+    def _log_likelihoods(self, dialogues: Sequence[_Dialogue], mixture: Mixture) -> list[float] | None:
         """The mean log-probability of each target and its end, or None if the model's output is not finite."""
-        decoder, device = self._decoder, self._decoder.device
-        tokens: list[int] = []
-        positions: list[int] = []
         outputs: list[int] = []
         wanted: list[int] = []
         ends: list[int] = []  # which of the outputs predict the end
-        for dialogue in dialogues:
-            first = len(tokens)
-            tokens += dialogue.tokens
-            positions += range(len(dialogue.tokens))
-            outputs += range(first + dialogue.prompt - 1, len(tokens))
+        starts: list[RowStart] = []
+        pieces: list[Piece] = []
+        blocks: list[tuple[int, int, int]] = []
+        first = 0
+        for row, dialogue in enumerate(dialogues):
+            outputs += range(first + dialogue.prompt - 1, first + len(dialogue.tokens))
+            first += len(dialogue.tokens)
             wanted += [*dialogue.tokens[dialogue.prompt :], 0]
             ends.append(len(wanted) - 1)
+            starts.append(RowStart(row, mixture, SamplingParams(), 0, 0, ()))
+            pieces.append(Piece(row, 0, dialogue.tokens, samples=False))
+            taken = len(blocks) + 1  # block 0 is for padding
+            blocks += [(row, place, taken + place) for place in range(blocks_of(len(dialogue.tokens)))]
+        # A fresh cache: what a broken adapter leaves behind must reach nobody.
+        length = _padded(max(len(dialogue.tokens) for dialogue in dialogues))
+        runner = Runner(self._decoder, self._slots, rows=len(dialogues), blocks=len(blocks), length=length)
+        logits = runner.logits(StepPlan((), starts, blocks, (), pieces), outputs)
+        log_probabilities = logits.float().log_softmax(dim=-1)
 
         def ids(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
+            return torch.tensor(values, dtype=torch.long, device=self._decoder.device)
 
-        if lora is not None and device.type == "cuda":
-            lora = lora.select(ids([0] * len(tokens)))  # its kernels take a row of the mask for every token
-        cache = KVCache(  # a fresh one: what a broken adapter leaves behind must reach nobody
-            layers=decoder.shape.layers,
-            rows=len(dialogues),
-            kv_heads=decoder.kv_heads,
-            length=_padded(max(len(dialogue.tokens) for dialogue in dialogues)),
-            head_dim=decoder.head_dim,
-            dtype=decoder.dtype,
-            device=device,
-        )
-        spans = [PrefillSpan(row, 0, len(dialogue.tokens)) for row, dialogue in enumerate(dialogues)]
-        mixtures = [(slice(0, len(tokens)), lora)] if lora is not None else []
-        batch = StepBatch(ids(tokens), ids(positions), 0, spans, ids(outputs), mixtures)
-        log_probabilities = decoder.forward(batch, cache).log_softmax(dim=-1)
         chosen = log_probabilities.gather(1, ids(wanted)[:, None])[:, 0]
         chosen[ids(ends)] = log_probabilities[ids(ends)][:, self._ends].logsumexp(dim=-1)
         if not chosen.isfinite().all():

@@ -10,13 +10,11 @@ if TYPE_CHECKING:
     from lorauter.engine.config import EngineConfig
     from lorauter.engine.engine import MultiLoraEngine
     from lorauter.engine.load import load_engine
-    from lorauter.engine.types import Chunk, Completion, EchoEngine, Engine, GenerationRequest, SamplingParams
+    from lorauter.engine.types import Chunk, Completion, GenerationRequest, SamplingParams
 
 __all__ = [
     "Chunk",
     "Completion",
-    "EchoEngine",
-    "Engine",
     "EngineConfig",
     "GenerationRequest",
     "MultiLoraEngine",

@@ -1,145 +1,145 @@
-"""One forward pass with the kernels: no synchronisation with the host while rows decode, so a graph can hold it.
-
-Knows tensors and layers; knows nothing of requests.
-"""
+"""One forward pass with the GPU's kernels. Knows tensors; knows nothing of requests."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from lorauter.engine import cuda_kernels as kernels
-from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.torch_step import TorchStep
+from lorauter.engine.cuda_mixtures import CudaMixtures
+from lorauter.engine.sampling import to_device
+from lorauter.engine.step import Memory, RmsNorm, Span, StepBatch
 
-if TYPE_CHECKING:
-    from lorauter.engine.model import Decoder, Layer, Norm, StepBatch
-
-_FUSED_TOKENS = 256  # up to here the fused kernels, beyond it matrix products
+_TOGETHER = 2048  # tokens whose shrunk inputs are held at once: 128 MiB in bf16
+_LISTED = 64  # tokens that have a list of tiles together
 
 
-class CudaStep(TorchStep):
-    """The parts of a forward pass that are more than a matrix product, fused."""
+class CudaStep:
+    """See `lorauter.engine.step.Step`."""
 
-    def __init__(self, model: Decoder, batch: StepBatch, cache: KVCache) -> None:
-        self._model = model
+    def __init__(self, memory: Memory, batch: StepBatch) -> None:
+        self._memory = memory
         self._batch = batch
-        self._cache = cache
-        self._cos_table, self._sin_table = model.rotary_table(cache.length)
-        self._rows = batch.cache_rows()
-        self._prefill_masks = {}
-        self._shrunk: list[Tensor] = []
-        self._fresh = [span for span in batch.spans if span.start == 0]
-        if self._fresh:
-            self._lay_out_fresh_spans()
+        self._tokens = len(batch.tokens)
+        if batch.counts is not None and batch.queries is not None:
+            self._counts, self._queries = batch.counts, batch.queries
+        else:
+            device = batch.tokens.device
+            queries = query_blocks(batch.spans, batch.decoding, memory.heads // memory.kv_heads)
+            self._queries = to_device(torch.tensor(queries, dtype=torch.int32).view(-1, 4), device)
+            self._counts = to_device(torch.tensor([batch.decoding, len(queries)], dtype=torch.int32), device)
+        self._mixtures: CudaMixtures | None = batch.mixtures
+        self._live: dict[str, Tensor | None] = {}  # by group, which tiles concern which tokens
+        if self._mixtures is not None:
+            groups = {
+                first: group
+                for first, group in self._mixtures.of_group.items()
+                if batch.adapted is None or first in batch.adapted
+            }
+            lists = kernels.lora_live(
+                batch.rows, self._mixtures.weights, [(group.tiles, group.starts) for group in groups.values()]
+            )
+            self._live = dict(zip(groups, lists, strict=True))
+        self._shrunk: kernels.Expand | None = None
+        self._late: kernels.Expand | None = None  # what `attention` or `silu_mul` adds
 
-    def _lay_out_fresh_spans(self) -> None:
-        """Make indices from a (spans, longest) rectangle, padded to the right, to packed tokens and back."""
-        offset, longest = self._batch.decoding, max(span.length for span in self._fresh)
-        packed: list[int] = []
-        unpacked: list[int] = []
-        for span in self._batch.spans:
-            if span.start == 0:
-                first = len(packed)
-                packed += [*range(offset, offset + span.length), *[offset] * (longest - span.length)]
-                unpacked += range(first, first + span.length)
-            offset += span.length
-        device = self._batch.positions.device
-        self._rectangle = torch.tensor(packed, device=device).view(len(self._fresh), longest)
-        self._inside = torch.tensor(unpacked, device=device)
-        self._fresh_rows = torch.tensor([span.row for span in self._fresh], device=device)
-
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-        """See `TorchStep.add_norm`."""
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+        """See `Step.add_norm`."""
         return kernels.add_norm(x, delta, norm.weight, norm.eps)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `TorchStep.silu_mul`."""
-        return kernels.silu_mul(gate_up)
+        """See `Step.silu_mul`."""
+        return kernels.silu_mul(gate_up, self._take_late())
 
     def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
         """Shrink the input on a second stream, beside the base product: alone, neither fills the GPU."""
-        for tokens, lora in self._batch.lora:
-            group = lora.groups.get(first)
-            if group is not None and x[tokens].shape[0] <= _FUSED_TOKENS:
-                stream = _second_stream(x.device)
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    shrunk = kernels.lora_shrink(x[tokens], group.a[layer], group.a_places, group.starts, group.mask)
-                self._shrunk.append(shrunk)
+        if self._mixtures is not None and first in self._live and self._tokens <= _TOGETHER:
+            stream = _second_stream(x.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._shrunk = self._shrink(self._mixtures, layer, first, x, 0)
 
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
-        """See `TorchStep.add_lora`."""
-        if self._shrunk:
-            torch.cuda.current_stream().wait_stream(_second_stream(x.device))
-        for tokens, lora in self._batch.lora:
-            group = lora.groups.get(first)
-            if group is None:
-                continue
-            if x[tokens].shape[0] > _FUSED_TOKENS:
-                group.add(layer, x[tokens], y[tokens])
-            else:
-                bs = [b[layer] for b in group.bs]
-                kernels.lora_expand(y[tokens], self._shrunk.pop(0), group.starts, group.b_places, bs)
-
-    def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
-        """See `TorchStep.attention`."""
-        model, batch = self._model, self._batch
-        n, decoding = qkv.shape[0], batch.decoding
-        keys, values = self._cache.keys[i], self._cache.values[i]
-        heads = qkv.view(n, -1, model.head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            heads = heads.clone()
-            heads[:, : model.heads] = layer.q_norm(heads[:, : model.heads])
-            heads[:, model.heads : -model.kv_heads] = layer.k_norm(heads[:, model.heads : -model.kv_heads])
-        q = kernels.rotate_and_store(
-            heads, self._cos_table, self._sin_table, self._rows, batch.positions, keys, values, model.heads
-        )
-        if decoding == n:
-            return kernels.decode_attention(q, keys, values, self._rows, batch.positions, layer.window)
-        out = torch.empty_like(q)
-        if decoding:
-            out[:decoding] = kernels.decode_attention(
-                q[:decoding], keys, values, self._rows[:decoding], batch.positions[:decoding], layer.window
-            ).view(decoding, model.heads, model.head_dim)
-        offset = decoding
-        if self._fresh and layer.window is None:
-            self._attend_fresh(q, keys, values, out)
-        for span in batch.spans:
-            here = slice(offset, offset + span.length)
-            if span.start or layer.window is not None:
-                out[here] = self._prefill(q[here], keys[span.row], values[span.row], span, layer.window)
-            offset += span.length
-        return out.view(n, -1)
-
-    def _attend_fresh(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        """Whole prompts, padded to the right: causal attention never looks there, so no mask is needed.
-
-        Keys and values are read back from where they were just written.
-        """
-        model, fresh = self._model, self._fresh
-        rows, longest = [span.row for span in fresh], self._rectangle.shape[1]
-        even = len(self._inside) == self._rectangle.numel() and len(fresh) == len(self._batch.spans)
-        adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
-        where: slice | Tensor = slice(rows[0], rows[0] + len(rows)) if adjacent else self._fresh_rows
-        first = self._batch.decoding
-        queries = q[first:].view(len(fresh), longest, *q.shape[1:]) if even else q[self._rectangle]
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys[where, :, :longest],
-            values[where, :, :longest],
-            is_causal=True,
-            enable_gqa=model.heads != model.kv_heads,
-        )
-        flat = attended.transpose(1, 2).reshape(-1, model.heads, model.head_dim)
-        if even:
-            out[first:] = flat
+        """See `Step.add_lora`."""
+        if self._mixtures is None or first not in self._live:
+            return
+        if self._shrunk is None:
+            for start in range(0, self._tokens, _TOGETHER):
+                part = self._shrink(self._mixtures, layer, first, x, start)
+                self._expand(y[start : start + _TOGETHER], part, first)
+            return
+        torch.cuda.current_stream().wait_stream(_second_stream(x.device))
+        shrunk, self._shrunk = self._shrunk, None
+        if self._mixtures.of_group[first].fused:
+            self._late = shrunk
         else:
-            out[self._rectangle.view(-1)[self._inside]] = flat[self._inside]
+            self._expand(y, shrunk, first)
+
+    def _shrink(self, mixtures: CudaMixtures, layer: int, first: str, x: Tensor, start: int) -> kernels.Expand:
+        """What the mixtures make of the inputs from token `start` on, to be expanded."""
+        group, live = mixtures.of_group[first], self._live[first]
+        here = slice(start, start + _TOGETHER)
+        live = live[start // _LISTED :] if live is not None else None
+        where = (group.tiles, group.starts, mixtures.arena, layer, mixtures.layers)
+        u = kernels.lora_shrink(x[here], self._batch.rows[here], *where, mixtures.weights, live)
+        return kernels.Expand(u, *where, live)
+
+    def _expand(self, y: Tensor, lora: kernels.Expand, first: str) -> None:
+        assert self._mixtures is not None
+        widths = self._mixtures.of_group[first].group.widths
+        kernels.lora_expand(y, lora.u, lora.tiles, lora.starts, lora.arena, lora.layer, lora.layers, widths, lora.live)
+
+    def _take_late(self) -> kernels.Expand | None:
+        late, self._late = self._late, None
+        return late
+
+    def attention(
+        self, layer: int, qkv: Tensor, q_norm: RmsNorm | None, k_norm: RmsNorm | None, window: int | None
+    ) -> Tensor:
+        """See `Step.attention`."""
+        memory, batch = self._memory, self._batch
+        heads = qkv.view(self._tokens, -1, memory.head_dim)
+        late = self._take_late()
+        if q_norm is not None and k_norm is not None:
+            if late is not None:
+                self._expand(qkv, late, "q_proj")
+                late = None
+            heads = heads.clone()
+            heads[:, : memory.heads] = q_norm(heads[:, : memory.heads])
+            heads[:, memory.heads : -memory.kv_heads] = k_norm(heads[:, memory.heads : -memory.kv_heads])
+        keys, values = memory.cache.keys[layer], memory.cache.values[layer]
+        q = kernels.rotate_and_store(
+            heads, memory.cos, memory.sin, batch.rows, batch.positions, memory.table, keys, values, memory.heads, late
+        )
+        out = q.new_empty(self._tokens, memory.heads * memory.head_dim)
+        if batch.decoding:
+            kernels.decode_attention(
+                q[: batch.decoding], keys, values, memory.table, batch.rows, batch.positions, self._counts, window,
+                memory.length, out,
+            )  # fmt: skip
+        if len(self._queries):
+            kernels.prefill_attention(q, keys, values, memory.table, self._queries, self._counts, window, out)
+        return out
+
+
+def query_blocks(spans: Sequence[Span], first: int, group: int) -> list[tuple[int, int, int, int]]:
+    """The query blocks of prompt pieces whose tokens follow one another from `first` on.
+
+    Returns:
+        Of each its first token, how many it has, its row, and its first position.
+    """
+    size = kernels.query_tokens(group)
+    blocks: list[tuple[int, int, int, int]] = []
+    for span in spans:
+        blocks += [
+            (first + start, min(size, span.length - start), span.row, span.start + start)
+            for start in range(0, span.length, size)
+        ]
+        first += span.length
+    return blocks
 
 
 @functools.cache

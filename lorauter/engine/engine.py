@@ -1,8 +1,8 @@
 """The engine: continuous batching of requests that each carry their own mixture of adapters.
 
-One thread owns the model. Each step it drops what was cancelled, admits what fits, runs one packed batch (one
-token for every decoding row, and prompt pieces up to a budget, so that a long prompt does not stall the rest),
-samples, and hands out text. Knows nothing of HTTP, Ray, or where adapters come from.
+It joins three rooms. The scheduler decides what a step processes, the runner computes it, the front makes text of its
+tokens. One thread plans and launches; on a GPU it plans a step while the one before it is computed. Knows nothing of
+HTTP, Ray, or where adapters come from.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
-from weakref import WeakValueDictionary
-
-import torch
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, ParamSpec
+from weakref import WeakMethod, WeakValueDictionary
 
 from lorauter.adapters.weights import LoraWeights
+from lorauter.engine.blocks import BlockPool, blocks_of
 from lorauter.engine.config import EngineConfig
-from lorauter.engine.graphs import NOT_FINITE, DecodeGraphs, Flight
-from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.lora import LoraBatch
-from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
+from lorauter.engine.front import Front, LoopSink, Sink
+from lorauter.engine.model import Decoder
 from lorauter.engine.pace import Pace
-from lorauter.engine.sampling import sample
-from lorauter.engine.sequence import ActiveSequence, Sink
-from lorauter.engine.slots import AdapterKey, AdapterSlots, Mixture, PackedAdapter, default_budget
-from lorauter.engine.stacks import to_device
+from lorauter.engine.runner import Flight, Runner
+from lorauter.engine.scheduler import NOT_FINITE, ActiveSequence, AdapterKey, Event, Scheduler, StepPlan
+from lorauter.engine.slots import AdapterSlots, PackedAdapter, default_budget
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Completion, GenerationRequest
 from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
 
+P = ParamSpec("P")
 _RETRY_AFTER_S = 1.0
+_CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
 
 
 class MultiLoraEngine:
@@ -42,10 +42,12 @@ class MultiLoraEngine:
     Args:
         model: the base model.
         codec: its tokenizer.
-        config: sizes.
+        config: settings.
 
     Attributes:
         decoder: the base model. Whoever else runs on it does so while nothing is to be answered here.
+        slots: the adapters on the device.
+        scheduler: for its counters.
     """
 
     def __init__(self, model: Decoder, codec: TextCodec, config: EngineConfig | None = None) -> None:
@@ -53,34 +55,25 @@ class MultiLoraEngine:
         self.codec = codec
         self.max_model_len = min(self.config.max_model_len, model.max_positions)
         self.decoder = model
-        on_gpu = model.device.type == "cuda"
-        self._cache = KVCache(
-            layers=model.shape.layers,
-            rows=self.config.max_batch + on_gpu,  # the graphs' padding needs a row of its own
-            kv_heads=model.kv_heads,
-            length=self.max_model_len,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
-        self.slots = AdapterSlots(
-            model.shape,
-            budget_bytes=self.config.adapter_bytes or default_budget(model.device),
-            max_rank=self.config.max_rank,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        self.slots, self._runner = _make_runner(model, self.config, self.max_model_len)
         self.pace = Pace(self.config.max_batch, self.config.max_slowdown)
-        self._graphs = DecodeGraphs(model, self._cache, self.config.max_batch) if on_gpu else None
-        self._flights: deque[tuple[list[ActiveSequence], Flight]] = deque()  # steps whose tokens are not taken yet
-        self._graph_rows: list[ActiveSequence] = []  # whose next tokens the graphs' buffers hold
+        self.scheduler = Scheduler(
+            self.config.max_batch,
+            BlockPool(self._runner.memory.cache.blocks),
+            self.slots,
+            self._runner.budget,
+            reuse=self.config.prefix_reuse,
+            failed=_weakly(self._fail),
+        )
+        self._front = Front(_weakly(self._cancel))
         self._packed: WeakValueDictionary[AdapterKey, PackedAdapter] = WeakValueDictionary()
-        self._waiting: deque[ActiveSequence] = deque()
-        self._rows: list[ActiveSequence] = []  # decoding rows first; the index is the cache row
-        self._lora: LoraBatch | None = None  # the mixtures of `_rows` for graphs, else of `_decode_mixtures`
-        self._decode_mixtures: list[Mixture] = []
-        self._rows_changed = False
+        self._flights: deque[tuple[StepPlan, Flight, float]] = deque()  # when each was launched
+        self._taken = 0.0  # when the last one's tokens were taken
+        self._inbox: deque[tuple[Literal["begin", "drop"], ActiveSequence]] = deque()
+        self._unfinished = 0
         self._wake = threading.Condition()
+        self._lockstep = False
+        self._busy_since: float | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lorauter-engine", daemon=True)
         self._thread.start()
@@ -88,22 +81,30 @@ class MultiLoraEngine:
     # --- the callers' side
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk]:
-        """See `Engine.stream`. Chunks that are ready together come as one."""
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
-        sequence = self.submit(request, lambda item: loop.call_soon_threadsafe(ready.put_nowait, item))
+        """The answer as it comes; chunks that are ready together come as one. Closing the iterator cancels the request.
+
+        Raises (on the first step):
+            Overloaded: the queue is full, or too long for `max_slowdown`.
+            ContextLengthExceeded: the prompt leaves no room for an answer.
+            AdapterRejected, AdapterUnavailable: an adapter does not fit the model or the memory.
+            LorauterError: no token has come for `token_timeout_s`.
+        """
+        sink = LoopSink(asyncio.get_running_loop())
+        sequence = self.submit(request, sink)
+        begun = False
         try:
             while True:
-                items = [await ready.get()]
-                while not ready.empty():
-                    items.append(ready.get_nowait())
+                try:
+                    async with asyncio.timeout(self.config.token_timeout_s if begun else None):
+                        items = [await sink.ready.get()]
+                except TimeoutError as error:
+                    raise LorauterError(f"no token for {self.config.token_timeout_s:g} s") from error
+                begun = True
+                while not sink.ready.empty():
+                    items.append(sink.ready.get_nowait())
                 chunks = [item for item in items if isinstance(item, Chunk)]
                 if chunks:
-                    yield Chunk(
-                        "".join(chunk.text for chunk in chunks),
-                        tuple(token for chunk in chunks for token in chunk.token_ids),
-                        chunks[-1].finish_reason,
-                    )
+                    yield Chunk.joined(chunks)
                     if chunks[-1].finish_reason is not None:
                         return
                 for item in items:
@@ -113,7 +114,10 @@ class MultiLoraEngine:
             self._cancel(sequence)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """See `Engine.generate`. The first request that fails ends the call, and cancels the others."""
+        """All answers, in the order of the requests; waits for a place in the queue.
+
+        The first request that fails ends the call, and cancels the others.
+        """
         ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         chunks: list[list[Chunk]] = [[] for _ in requests]
         sequences: list[ActiveSequence] = []
@@ -153,18 +157,42 @@ class MultiLoraEngine:
         return packed
 
     @property
+    def cache_blocks(self) -> int:
+        """Blocks of the key-value cache."""
+        return self._runner.memory.cache.blocks
+
+    @property
+    def cache_used(self) -> float:
+        """Share of the blocks that running requests hold."""
+        return self.scheduler.cache_used
+
+    @property
     def load(self) -> tuple[int, int]:
         """How many requests run, and how many wait."""
-        return len(self._rows), len(self._waiting)
+        running = len(self.scheduler.running)
+        return running, max(0, self._unfinished - running)
 
     def held(self) -> threading.Condition:
         """While this is entered no step begins that would admit a request: those submitted meanwhile begin together."""
         return self._wake
 
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """While this is entered no step is planned before all tokens that have come are handed out, so that what
+        sinks submit or cancel then follows from the tokens alone, not from any clock."""
+        self._lockstep = True
+        try:
+            yield
+        finally:
+            self._lockstep = False
+
     def check_health(self) -> None:
-        """Raise RuntimeError if the engine's thread is gone."""
+        """Raise RuntimeError if the engine's thread is gone, or in one step for too long."""
         if self._closed or not self._thread.is_alive():
             raise RuntimeError("the engine's thread has ended")
+        since = self._busy_since
+        if since is not None and (seconds := time.monotonic() - since) > self.config.step_timeout_s:
+            raise RuntimeError(f"a step of the engine has taken {seconds:.0f} s, and has not ended")
 
     def close(self) -> None:
         """Stop after the current step; what still runs or waits fails."""
@@ -174,317 +202,169 @@ class MultiLoraEngine:
         self._thread.join()
 
     def submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> ActiveSequence:
-        """Take a request; `sink` is told each chunk, or the error that ended it, by the engine's thread."""
-        prompt = len(request.prompt)
+        """Take a request; `sink` is told each chunk, or the error that ended it, by the engine's front."""
+        prompt, sampling = len(request.prompt), request.sampling
         if prompt >= self.max_model_len:
             raise ContextLengthExceeded(prompt, self.max_model_len)
-        if not 0 <= min(request.prompt) <= max(request.prompt) < self.decoder.vocabulary:
-            raise InvalidRequest(
-                f"the prompt's token ids are from {min(request.prompt)} to {max(request.prompt)}, but the model's "
-                f"are from 0 to {self.decoder.vocabulary - 1}",
-                param="prompt",
-            )
+        biased = [token for token, _ in sampling.logit_bias]
+        for what, tokens in (("prompt", request.prompt), ("logit_bias", biased)):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self.decoder.vocabulary:
+                raise InvalidRequest(
+                    f"the token ids of {what} are from {min(tokens)} to {max(tokens)}, but the model's are from 0 to "
+                    f"{self.decoder.vocabulary - 1}",
+                    param=what,
+                )
         mixture = [(w if isinstance(w, PackedAdapter) else self.pack(w), weight) for w, weight in request.adapters]
         self.slots.check([packed for packed, _ in mixture])
-        sampling = request.sampling
         sequence = ActiveSequence(
-            request,
-            sink,
-            self.codec.stream(sampling.stop),
-            random.Random(sampling.seed),
             [*request.prompt, *request.generated],
+            prompt,
             limit=min(self.max_model_len, prompt + sampling.max_tokens),
+            mixture=tuple(sorted((packed.key, weight) for packed, weight in mixture)),
+            sampling=sampling,
+            seed=random.getrandbits(64) if sampling.seed is None else sampling.seed,
             adapters=[packed for packed, _ in mixture],
-            mixture=tuple((packed.key, weight) for packed, weight in mixture),
+            tenant=request.tenant,
+            ends=() if sampling.ignore_eos else self.codec.eos_ids,
         )
-        for token in request.generated:  # their text is known, and their random numbers are drawn
-            sequence.text.push(token)
-            sequence.random.random()
+        text = self.codec.stream(sampling.stop)
+        for token in request.generated:  # their text is known
+            text.push(token)
         with self._wake:
             if wait:
                 self._wake.wait_for(lambda: self._closed or not self._full)
             if self._closed:
                 raise LorauterError("the engine is closed")
-            if self._full:
-                raise Overloaded(
-                    f"{len(self._rows)} requests run and {len(self._waiting)} wait, and no more may; try again later",
-                    retry_after_s=_RETRY_AFTER_S,
-                )
-            if not wait and not request.generated:  # what has begun elsewhere is to end
-                self.pace.check(len(self._rows) + len(self._waiting) + 1)
-            self._waiting.append(sequence)
+            if not request.generated:  # what has begun elsewhere is to end
+                if self._full:
+                    running, waiting = self.load
+                    raise Overloaded(
+                        f"{running} requests run and {waiting} wait, and no more may; try again later",
+                        retry_after_s=_RETRY_AFTER_S,
+                    )
+                if not wait:
+                    self.pace.check(self._unfinished + 1)
+            self._front.expect(sequence, sink, text)
+            self._unfinished += 1
+            self._inbox.append(("begin", sequence))
             self._wake.notify_all()
         return sequence
 
     @property
     def _full(self) -> bool:
         """Whether as many requests are here as may run and wait together."""
-        return len(self._rows) + len(self._waiting) >= self.config.max_batch + self.config.max_queue
+        return self._unfinished >= self.config.max_batch + self.config.max_queue
 
     def _cancel(self, sequence: ActiveSequence) -> None:
         """Let a sequence go at the next step; of no effect on one that has ended."""
-        sequence.cancelled = True
+        self._front.forget(sequence)
+        if not sequence.ended:
+            with self._wake:
+                self._inbox.append(("drop", sequence))
+                self._wake.notify_all()
 
     # --- the thread's side
 
     def _run(self) -> None:
         try:
             while self._wait():
+                self._busy_since = time.monotonic()
                 try:
-                    self._drop_cancelled()
-                    self._admit()
-                    if self._rows:
-                        started = time.perf_counter()
-                        work = self._step()
-                        self.pace.step(*work, time.perf_counter() - started)
+                    self._turn()
                 except Exception as error:  # noqa: BLE001 (one bad step must not end the service)
                     self._flights.clear()
-                    for sequence in self._rows:
-                        self._deliver(sequence, error)
-                    for row in reversed(range(len(self._rows))):
-                        self._remove(row)
+                    self._end([(sequence, error) for sequence in self.scheduler.abandon()])
+                self._busy_since = None
         finally:  # also when the device is beyond use: nobody may be left waiting
             with self._wake:
                 self._closed = True
                 self._wake.notify_all()
-            for sequence in [*self._rows, *self._waiting]:
-                self._deliver(sequence, LorauterError("the engine was closed"))
+            self._front.close(LorauterError("the engine was closed"))
+            self._runner.close()
 
     def _wait(self) -> bool:
-        """Wait for work; False once the engine is closed."""
+        """Wait for work, and take it in; False once the engine is closed."""
+        if self._lockstep:
+            self._front.drain()
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._waiting or self._rows)
+            self._wake.wait_for(
+                lambda: self._closed or self._inbox or self._flights or self.scheduler.running or self.scheduler.waiting
+            )
+            while self._inbox:
+                what, sequence = self._inbox.popleft()
+                if what == "begin":
+                    self.scheduler.waiting.append(sequence)
+                elif not sequence.ended:
+                    self.scheduler.drop(sequence)
+                    self._finished([sequence])
             return not self._closed
 
-    def _drop_cancelled(self) -> None:
-        if any(sequence.cancelled for sequence in self._rows):
-            self._land()
-        for row in reversed(range(len(self._rows))):
-            if self._rows[row].cancelled:
-                self._remove(row)
-        with self._wake:
-            if any(sequence.cancelled for sequence in self._waiting):
-                self._waiting = deque(sequence for sequence in self._waiting if not sequence.cancelled)
-                self._wake.notify_all()
+    def _turn(self) -> None:
+        """Launch the next step if there is one, and take the tokens of the one before it, or of this one."""
+        self.slots.begin_step()
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self._flights.append((plan, self._runner.launch(plan), time.perf_counter()))
+        if self._flights and (plan is None or len(self._flights) > self._runner.overlaps):
+            done, flight, launched = self._flights.popleft()
+            tokens = flight.wait()
+            events = self.scheduler.take(tokens)
+            now = time.perf_counter()
+            prompt_tokens = sum(piece.count for piece in done.prompts)
+            self.pace.step(len(done.decoding), prompt_tokens, now - max(launched, self._taken))
+            self._taken = now
+            self._end([event if event.token != NOT_FINITE else _not_finite(event.sequence) for event in events])
 
-    def _admit(self) -> None:
-        """Move waiting requests to rows while there is a row and room for their adapters.
+    def _fail(self, sequence: ActiveSequence, error: Exception) -> None:
+        self._end([(sequence, error)])
 
-        First come, first served, but while a request waits for adapter room, later ones whose adapters are all
-        resident go before it (loading for them would only take more room): as many as `max_batch`, then it is next.
-        """
-        blocked: list[ActiveSequence] = []
-        for sequence in list(self._waiting):
-            if len(self._rows) == self.config.max_batch:
-                return
-            if blocked and not (
-                blocked[0].passed_over < self.config.max_batch and self.slots.has(key for key, _ in sequence.mixture)
-            ):
-                continue
-            admitted = False
-            try:
-                soon = {key for other in blocked or [sequence] for key, _ in other.mixture}
-                admitted = self.slots.acquire(sequence.adapters, wanted_soon=soon)
-            except Exception as error:  # noqa: BLE001 (this request's trouble alone)
-                self._deliver(sequence, error)
-            else:
-                if not admitted:
-                    blocked.append(sequence)
-                    continue
-                for other in blocked:
-                    other.passed_over += 1
-            self._rows_changed = True  # even if it failed: columns of other adapters may have moved before
+    def _end(self, events: Sequence[Event | tuple[ActiveSequence, Exception]]) -> None:
+        """Hand out what a step brought, and count who has ended by it."""
+        if events:
+            self._front.put(events)
+        self._finished([s for s in (e.sequence if isinstance(e, Event) else e[0] for e in events) if s.ended])
+
+    def _finished(self, sequences: Sequence[ActiveSequence]) -> None:
+        if sequences:
+            for sequence in sequences:
+                self.pace.answered(sequence.prompt, len(sequence.tokens) - sequence.prompt)
             with self._wake:
-                self._waiting.remove(sequence)
-                if admitted:
-                    self._rows.append(sequence)
+                self._unfinished -= len(sequences)
                 self._wake.notify_all()
 
-    def _step(self) -> tuple[int, int]:
-        """One step; returns how many rows decoded and how many prompt tokens went through."""
-        decoding = sum(sequence.decoding for sequence in self._rows)
-        if self._flights and (self._rows_changed or decoding < len(self._rows)):
-            self._land()  # what it ends changes the rows again
-            return 0, 0
-        if self._graphs is None:
-            return decoding, self._packed_step(decoding)
-        if self._rows_changed:
-            self._lora = self.slots.batch([sequence.mixture for sequence in self._rows])
-            self._rows_changed = False
-            self._graphs.set_mixtures(self._lora)
-        prompt_tokens = 0
-        if decoding < len(self._rows):
-            prompt_tokens = self._packed_step(decoding, prompts_only=True)
-        # What a prompt has ended leaves the rows as they were planned, or changes them: then the next step decodes.
-        if not decoding or self._rows_changed:
-            return 0, prompt_tokens
-        self._graph_step(self._graphs, self._rows[:decoding])
-        return decoding, prompt_tokens
 
-    def _packed_step(self, decoding: int, *, prompts_only: bool = False) -> int:
-        """One forward pass of prompt pieces, whose tokens it counts, and, unless a graph does it, of decoding rows."""
-        spans = self._plan_prefill(decoding)
-        batch, sampled = self._pack(0 if prompts_only else decoding, spans)
-        logits = self.decoder.forward(batch, self._cache)
-        for span in spans:
-            self._rows[span.row].cached += span.length
-        for sequence in self._rows[: batch.decoding]:
-            sequence.cached += 1
-        self._advance([self._rows[row] for row in sampled], self._sample(sampled, logits))
-        return sum(span.length for span in spans)
+def _weakly(method: Callable[P, None]) -> Callable[P, None]:
+    """A method that keeps its object no longer: a closed engine's memory is free once nobody has the engine."""
+    reference = WeakMethod(method)
 
-    def _graph_step(self, graphs: DecodeGraphs, rows: list[ActiveSequence]) -> None:
-        """Decode by a graph. Greedy rows go on before the last step's tokens are taken: device and host overlap."""
-        if rows != self._graph_rows:
-            self._land()
-            if self._rows_changed:
-                return
-            graphs.set_rows([row.tokens[-1] for row in rows], [len(row.tokens) - 1 for row in rows])
-            self._graph_rows = rows
-        flight = graphs.replay(len(rows))
-        if any(row.request.sampling.temperature > 0 for row in rows):
-            self._graph_rows = []  # the buffers hold the likeliest tokens, not the sampled ones
-            for row in rows:
-                row.cached += 1
-            self._advance(rows, self._sample(list(range(len(rows))), flight.logits))
-            return
-        self._flights.append((rows, flight))
-        if len(self._flights) > 1:
-            self._take_flight()
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*args, **kwargs)
 
-    def _take_flight(self) -> None:
-        """Take the tokens of the oldest step on its way; if that ends a row, of all of them."""
-        rows, flight = self._flights.popleft()
-        tokens = flight.wait()
-        going_on = [(row, token) for row, token in zip(rows, tokens, strict=True) if not row.ended]
-        for row, _ in going_on:
-            row.cached += 1
-        self._advance([row for row, _ in going_on], [token for _, token in going_on])
+    return call
 
-    def _land(self) -> None:
-        """Take the tokens of all steps on their way, so that rows may change."""
-        while self._flights:
-            self._take_flight()
 
-    def _plan_prefill(self, decoding: int) -> list[PrefillSpan]:
-        spans, budget = [], self.config.prefill_tokens
-        for row, sequence in enumerate(self._rows[decoding:], start=decoding):
-            length = min(budget, len(sequence.tokens) - sequence.cached)
-            if not length:
-                break
-            spans.append(PrefillSpan(row, sequence.cached, length))
-            budget -= length
-        return spans
+def _not_finite(sequence: ActiveSequence) -> tuple[ActiveSequence, LorauterError]:
+    names = [name for (name, _), _ in sequence.mixture]
+    if names:
+        problem = f"the model's output is not finite under the adapters {names} with these weights"
+        return sequence, InvalidRequest(problem, param="adapters")
+    return sequence, LorauterError("the base model's output is not finite, without any adapter")
 
-    def _pack(self, decoding: int, spans: Sequence[PrefillSpan]) -> tuple[StepBatch, list[int]]:
-        """The step's batch, and the rows that its logits belong to."""
-        tokens = [sequence.tokens[-1] for sequence in self._rows[:decoding]]
-        positions = [len(sequence.tokens) - 1 for sequence in self._rows[:decoding]]
-        rows, sampled, outputs = list(range(decoding)), list(range(decoding)), list(range(decoding))
-        for span in spans:
-            sequence, end = self._rows[span.row], span.start + span.length
-            tokens += sequence.tokens[span.start : end]
-            positions += range(span.start, end)
-            rows += [span.row] * span.length
-            if end == len(sequence.tokens):
-                sampled.append(span.row)
-                outputs.append(len(tokens) - 1)
-        device = self.decoder.device
 
-        def ids(values: list[int]) -> torch.Tensor:
-            return to_device(torch.tensor(values, dtype=torch.long), device)
+def _make_runner(model: Decoder, config: EngineConfig, length: int) -> tuple[AdapterSlots, Runner]:
+    """The adapters' place on the device, and what runs steps there."""
+    budget = config.adapter_bytes or default_budget(model.device)
+    if model.device.type == "cuda":
+        from lorauter.engine.cuda_runner import make_cuda_runner
 
-        if self._graphs is None:
-            lora = self._mixtures(decoding, spans)
-        else:
-            lora = [(slice(None), self._lora.select(ids(rows)))] if self._lora is not None else []
-        return StepBatch(ids(tokens), ids(positions), decoding, spans, ids(outputs), lora), sampled
-
-    def _mixtures(self, decoding: int, spans: Sequence[PrefillSpan]) -> list[tuple[slice, LoraBatch]]:
-        """The mixtures of the decoding rows, and of each prompt: of its tokens together, as they are the same."""
-        mixtures = [sequence.mixture for sequence in self._rows[:decoding]]
-        if self._rows_changed or mixtures != self._decode_mixtures:
-            self._lora = self.slots.batch(mixtures)
-            self._decode_mixtures, self._rows_changed = mixtures, False
-        parts = [(slice(decoding), self._lora)]
-        offset = decoding
-        for span in spans:
-            sequence = self._rows[span.row]
-            parts.append(
-                (
-                    slice(offset, offset + span.length),
-                    self.slots.batch([sequence.mixture]),
-                )
-            )
-            offset += span.length
-        return [(tokens, lora) for tokens, lora in parts if lora is not None]
-
-    def _sample(self, rows: Sequence[int], logits: torch.Tensor) -> list[int]:
-        """A token for each of these rows, or NOT_FINITE."""
-        if not rows:
-            return []
-        sequences = [self._rows[row] for row in rows]
-        finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()
-        tokens = sample(
-            logits.nan_to_num(),
-            [sequence.request.sampling.temperature for sequence in sequences],
-            [sequence.request.sampling.top_p for sequence in sequences],
-            [sequence.random.random() for sequence in sequences],
-        )
-        result: list[int] = tokens.where(finite, NOT_FINITE).tolist()
-        return result
-
-    def _advance(self, sequences: Sequence[ActiveSequence], tokens: Sequence[int]) -> None:
-        """Hand each of these running sequences its token, and remove what has ended."""
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.sound = token != NOT_FINITE
-            if sequence.sound:
-                chunk = sequence.take(token, self.codec.eos_ids)
-                sequence.ended = chunk.finish_reason is not None
-                self._deliver(sequence, chunk)
-                continue
-            names = [packed.name for packed in sequence.adapters]
-            error = (
-                InvalidRequest(
-                    f"the model's output is not finite under the adapters {names} with these weights", param="adapters"
-                )
-                if names
-                else LorauterError("the base model's output is not finite, without any adapter")
-            )
-            sequence.tokens.append(0)
-            sequence.ended = True
-            self._deliver(sequence, error)
-        if any(sequence.ended for sequence in sequences):
-            self._land()  # steps on their way still write to the rows as they are
-            for row in reversed(range(len(self._rows))):
-                if self._rows[row].ended:
-                    self._remove(row)
-
-    def _remove(self, row: int) -> None:
-        """Free a row, keeping the rows dense and the decoding ones first."""
-        sequence = self._rows[row]
-        if not sequence.sound:
-            self._cache.clear(row, len(sequence.tokens))
-        self.slots.release([key for key, _ in sequence.mixture])
-        self.pace.answered(len(sequence.request.prompt), len(sequence.tokens) - len(sequence.request.prompt))
-        decoding = sum(sequence.decoding for sequence in self._rows)
-        if row < decoding:
-            self._move(decoding - 1, row)
-            row = decoding - 1
-        self._move(len(self._rows) - 1, row)
-        self._rows_changed = True
-        self._graph_rows = []
-        with self._wake:
-            self._rows.pop()
-            self._wake.notify_all()
-
-    def _move(self, source: int, target: int) -> None:
-        if source != target:
-            self._cache.move(source, target, self._rows[source].cached)
-            self._rows[target] = self._rows[source]
-
-    def _deliver(self, sequence: ActiveSequence, item: Chunk | BaseException) -> None:
-        try:
-            sequence.sink(item)
-        except RuntimeError:  # the event loop that waited is gone
-            sequence.cancelled = True
+        return make_cuda_runner(model, config, length, budget)
+    slots = AdapterSlots(
+        model.shape, budget_bytes=budget, max_rank=config.max_rank, dtype=model.dtype, device=model.device
+    )
+    wanted = config.max_batch * blocks_of(length)
+    blocks = min(wanted, (config.cache_bytes or _CPU_CACHE_BYTES) // model.block_bytes())
+    model.check_blocks(blocks, length)
+    runner = Runner(model, slots, rows=config.max_batch, blocks=blocks, length=length, step_tokens=config.step_tokens)
+    return slots, runner

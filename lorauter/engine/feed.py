@@ -42,7 +42,7 @@ class _Feed:
             place = self.taken
             try:
                 request = next(self.requests, None)
-            except Exception as error:  # noqa: BLE001 (the caller's iterator, in the engine's thread: told to the caller)
+            except Exception as error:  # noqa: BLE001 (the caller's iterator, told to the caller)
                 self.failure = error
                 return
             if request is None:
@@ -91,9 +91,9 @@ def feed(
 
     Args:
         engine: with `max_queue` of at least `max_batch`.
-        requests: taken one by one as there is room, by the engine's thread but for the first; an exception in a
+        requests: taken one by one as there is room, by the engine's front but for the first; an exception in a
             request's place is its outcome.
-        ended: is told each outcome as it comes, mostly by the engine's thread.
+        ended: is told each outcome as it comes, mostly by the engine's front.
 
     Returns:
         The outcomes in the order of the requests; errors of single requests are among them.
@@ -103,15 +103,16 @@ def feed(
         Exception: what `requests` raised, once all that ran has ended.
     """
     state = _Feed(engine, iter(requests), ended)
-    with engine.held():  # or the first would begin alone, or not, as it happens
-        for _ in range(engine.config.max_batch):
-            before = state.running
-            state.admit_next()
-            if state.running == before:
-                break
-        if not state.running:
-            state.idle.set()
-    state.idle.wait()
+    with engine.lockstep():
+        with engine.held():  # or the first would begin alone, or not, as it happens
+            for _ in range(engine.config.max_batch):
+                before = state.running
+                state.admit_next()
+                if state.running == before:
+                    break
+            if not state.running:
+                state.idle.set()
+        state.idle.wait()
     if state.failure is not None:
         raise state.failure
     engine.check_health()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorauter.engine.config import EngineConfig
+from lorauter.engine.config import DType, EngineConfig
 from lorauter.engine.engine import MultiLoraEngine
 from lorauter.engine.model import Decoder
 from lorauter.engine.text import TextCodec
@@ -18,35 +18,29 @@ from lorauter.engine.types import GenerationRequest, SamplingParams
 from lorauter.errors import ConfigError
 from lorauter.precision import native_dtype
 
-DType = Literal["auto", "bfloat16", "float16", "float32"]
 
-
-def load_engine(
-    model: str,
-    config: EngineConfig | None = None,
-    *,
-    device: str = "auto",
-    dtype: DType = "auto",
-    threads: int | None = None,
-    aliases: Sequence[str] = (),
-) -> MultiLoraEngine:
+def load_engine(model: str, config: EngineConfig | None = None, *, aliases: Sequence[str] = ()) -> MultiLoraEngine:
     """Load a model and its tokenizer, and start an engine on it.
 
     Args:
-        config: sizes.
-        model, device, dtype, threads, aliases: as for `load_decoder`.
+        model, aliases: as for `load_decoder`.
+        config: settings, those of where and how it runs among them.
 
     Raises:
         ConfigError: as `load_decoder`.
     """
-    decoder, codec = load_decoder(model, device=device, dtype=dtype, threads=threads, aliases=aliases)
+    config = config or EngineConfig()
+    decoder, codec = load_decoder(
+        model, device=config.device, dtype=config.dtype, threads=config.threads, aliases=aliases
+    )
     return MultiLoraEngine(decoder, codec, config)
 
 
 def warm_up(engine: MultiLoraEngine) -> None:
     """Run batches of several sizes, so that the first requests find kernels and graphs ready, and `engine.pace` known.
 
-    Takes seconds on a CPU.
+    Takes seconds on a CPU. What is in the process by then is taken out of Python's collection of cycles, which would
+    otherwise go through all of it again and again, for a third of a second each time, while requests wait.
     """
     prompt = (0,) * min(16, engine.max_model_len - 1)
     request = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
@@ -55,6 +49,8 @@ def warm_up(engine: MultiLoraEngine) -> None:
         engine.generate([request] * size)
         size *= 2
     engine.generate([request] * engine.config.max_batch)
+    gc.collect()
+    gc.freeze()
 
 
 def load_decoder(

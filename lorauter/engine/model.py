@@ -2,8 +2,8 @@
 
 Takes the weights of a transformers model (Llama, Mistral, Qwen2, Qwen3) and computes the same function; the
 loading, the configuration and the rotary frequencies stay transformers'. Tokens of all sequences are packed
-into one (tokens, hidden) matrix, decoding rows first, so that every weight is read once a step. Knows nothing
-of requests, text or sampling.
+into one (tokens, hidden) matrix, so that every weight is read once a step. What is more than a matrix product is the
+device's step, which is passed in. Knows nothing of requests, text or sampling.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from lorauter.adapters.weights import ModelShape
+from lorauter.engine.blocks import BLOCK, blocks_of
 from lorauter.engine.cpu_kernels import load_kernels
-from lorauter.engine.cpu_step import CpuStep
-from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.lora import LoraBatch
-from lorauter.engine.torch_step import TorchStep
+from lorauter.engine.paged_cache import PagedCache
+from lorauter.engine.step import Memory, Step, StepBatch
 from lorauter.errors import ConfigError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -33,47 +32,6 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 _PACKS = all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _PACKED_FOR_ROWS = 32
-
-
-@dataclass(frozen=True)
-class PrefillSpan:
-    """The next tokens of one sequence's prompt: its cache row, and the positions from `start` on."""
-
-    row: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """One forward pass.
-
-    The packed tokens are one for each cache row 0..decoding-1, then those of each span in turn.
-
-    Attributes:
-        tokens: (n,) int64 ids.
-        positions: (n,) int64 places in their sequences.
-        decoding: how many rows decode.
-        spans: prompt pieces.
-        outputs: (m,) int64 indices of the tokens whose logits are wanted.
-        lora: slices of the tokens with their mixtures; tokens in none are the base model's.
-        rows: (n,) int64 cache rows of the tokens, where the decoding ones are not rows 0, 1, ...
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    decoding: int
-    spans: Sequence[PrefillSpan]
-    outputs: Tensor
-    lora: Sequence[tuple[slice, LoraBatch]] = ()
-    rows: Tensor | None = None
-
-    def cache_rows(self) -> Tensor:
-        """(n,) int64: the cache row of every token."""
-        if self.rows is not None:
-            return self.rows
-        spans = [torch.full((span.length,), span.row) for span in self.spans]
-        return torch.cat([torch.arange(self.decoding), *spans]).to(self.positions.device)
 
 
 class Linear:
@@ -180,7 +138,6 @@ class Decoder:
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.qkv_widths = [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
         self.hidden: int = config.hidden_size
         self.intermediate: int = config.intermediate_size
         self.max_positions: int = config.max_position_embeddings
@@ -190,12 +147,6 @@ class Decoder:
         self._rotary = model.model.rotary_emb
         self._head = Linear(model.lm_head.weight)
         self._rotary_tables: dict[int, tuple[Tensor, Tensor]] = {}
-        if self.device.type == "cuda":
-            from lorauter.engine.cuda_step import CudaStep  # Triton comes with PyTorch's CUDA builds alone
-
-            self._step: type[TorchStep] = CudaStep
-        else:
-            self._step = TorchStep if load_kernels(self.dtype) is None else CpuStep
         first = model.model.layers[0]
         modules = {**dict(first.self_attn.named_children()), **dict(first.mlp.named_children())}
         self.shape = ModelShape(
@@ -228,17 +179,44 @@ class Decoder:
             self._rotary_tables[length] = cos[0].contiguous(), sin[0].contiguous()
         return self._rotary_tables[length]
 
+    def block_bytes(self) -> int:
+        """Bytes of a cache block."""
+        return PagedCache.block_bytes(self.shape.layers, self.kv_heads, self.head_dim, self.dtype)
+
+    def check_blocks(self, blocks: int, length: int) -> None:
+        """Raise ConfigError unless so many blocks have room for a sequence of `length` positions."""
+        if blocks < blocks_of(length):
+            blocks, size = max(blocks, 0), self.block_bytes()
+            raise ConfigError(
+                f"the key-value cache has room for {blocks * BLOCK} positions ({blocks * size} bytes), but a sequence "
+                f"may have {length} ({blocks_of(length) * size} bytes); lower engine.max_model_len or "
+                "engine.adapter_bytes, or raise engine.cache_bytes",
+                setting="engine.cache_bytes",
+            )
+
+    def memory(self, *, blocks: int, rows: int, length: int) -> Memory:
+        """A cache of so many blocks, for so many rows of at most `length` positions and one for padding."""
+        cache = PagedCache(
+            layers=self.shape.layers,
+            blocks=blocks,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        table = torch.zeros(rows + 1, blocks_of(length), dtype=torch.int32, device=self.device)
+        return Memory(cache, table, *self.rotary_table(length), self.heads, self.kv_heads, self.head_dim)
+
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
-        """Run the tokens, write their keys and values, and return (m, vocabulary) float32 logits."""
-        step = self._step(self, batch, cache)
+    def forward(self, step: Step, batch: StepBatch) -> Tensor:
+        """Run the tokens, write their keys and values, and return (m, vocabulary) logits in the model's dtype."""
         x, delta = self._embedding[batch.tokens], None
         for i, layer in enumerate(self.layers):
             x, h = step.add_norm(x, delta, layer.attention_norm)
             step.begin_lora(i, "q_proj", h)
             qkv = layer.qkv(h)
             step.add_lora(i, "q_proj", h, qkv)
-            h = step.attention(i, layer, qkv)
+            h = step.attention(i, qkv, layer.q_norm, layer.k_norm, layer.window)
             step.begin_lora(i, "o_proj", h)
             delta = layer.o(h)
             step.add_lora(i, "o_proj", h, delta)
@@ -251,7 +229,9 @@ class Decoder:
             delta = layer.down(h)
             step.add_lora(i, "down_proj", h, delta)
         assert delta is not None
-        return self._head(self._norm(x[batch.outputs] + delta[batch.outputs])).float()
+        if batch.outputs is not None:
+            x, delta = x[batch.outputs], delta[batch.outputs]
+        return self._head(step.add_norm(x, delta, self._norm)[1])
 
 
 def _window(config: Any, layer: int) -> int | None:

@@ -1,4 +1,7 @@
-"""From logits to tokens. Knows nothing of where the logits came from."""
+"""From logits to tokens, on the device, each row by its own parameters and random numbers.
+
+Knows nothing of where the logits came from. Nothing here waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +10,176 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorauter.engine.scheduler import NOT_FINITE, RowStart
+from lorauter.engine.types import SamplingParams
 
-def sample(logits: Tensor, temperatures: Sequence[float], top_ps: Sequence[float], uniforms: Sequence[float]) -> Tensor:
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) for one token of an answer: that of `seed` at `index`, whatever came before.
+
+    SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), of which float32 holds 24
+    bits.
+    """
+    start = _mixed(seed & _MASK) ^ (_mixed((seed >> 64) & _MASK) if seed >> 64 > 0 else 0)
+    return (_mixed((start + (index + 1) * 0x9E3779B97F4A7C15) & _MASK) >> 40) / (1 << 24)
+
+
+def _mixed(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+class Sampler:
+    """Chooses the tokens of rows that do not simply take the model's likeliest.
+
+    Args:
+        rows: how many rows there are.
+        vocabulary: how many tokens.
+        device: of the logits.
+    """
+
+    def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
+        self._vocabulary = vocabulary
+        self._device = device
+        self._starts: list[RowStart | None] = [None] * rows
+        # Made when a row first needs them: (rows, vocabulary).
+        self._counts: Tensor | None = None  # how often an answer has each token
+        self._seen: Tensor | None = None  # whether prompt or answer has it
+        self._bias: Tensor | None = None
+
+    def start(self, start: RowStart) -> None:
+        """A row begins to be used."""
+        sampling = start.sampling
+        self._starts[start.row] = None if sampling.greedy else start
+        if sampling.changes_logits:
+            if self._counts is None or self._seen is None or self._bias is None:
+                shape = len(self._starts), self._vocabulary
+                self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+                self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+                self._bias = torch.zeros(shape, device=self._device)
+            answer = self._ids(start.tokens[start.prompt :])
+            self._counts[start.row] = 0
+            self._counts[start.row].scatter_add_(0, answer, torch.ones_like(answer, dtype=torch.int32))
+            self._seen[start.row] = False
+            self._seen[start.row, self._ids(start.tokens)] = True
+            self._bias[start.row] = 0
+            if sampling.logit_bias:
+                tokens, biases = zip(*sampling.logit_bias, strict=True)
+                self._bias[start.row, self._ids(tokens)] = to_device(torch.tensor(biases).float(), self._device)
+
+    def sampled(self, rows: Sequence[int]) -> list[int]:
+        """Which of these rows, by their place, do not take the model's likeliest token."""
+        return [place for place, row in enumerate(rows) if self._starts[row] is not None]
+
+    def choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """A token for each of these rows, or NOT_FINITE.
+
+        Args:
+            logits: (n, vocabulary).
+            rows: n rows that are `sampled`.
+            positions: n of them, where in their sequences the tokens will be.
+
+        Returns:
+            (n,) int32.
+        """
+        starts = [start for row in rows if (start := self._starts[row]) is not None]
+        logits = logits.float()
+        finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()
+        logits = logits.nan_to_num()
+        changed = [place for place, start in enumerate(starts) if start.sampling.changes_logits]
+        own = self._ids([rows[place] for place in changed])
+        if changed:
+            logits = logits.clone() if len(changed) < len(starts) else logits
+            where = self._ids(changed)
+            logits[where] = self._change(logits[where], own, [starts[place].sampling for place in changed])
+        numbers = [uniform(s.seed, position - s.prompt) for s, position in zip(starts, positions, strict=True)]
+        tokens = sample(logits, [start.sampling for start in starts], numbers)
+        if changed and self._counts is not None and self._seen is not None:
+            chosen = tokens[self._ids(changed)]
+            self._counts[own, chosen] += 1
+            self._seen[own, chosen] = True
+        return tokens.where(finite, NOT_FINITE).int()
+
+    def _change(self, logits: Tensor, rows: Tensor, sampling: Sequence[SamplingParams]) -> Tensor:
+        """The logits of rows under their penalties and biases."""
+        assert self._counts is not None
+        assert self._seen is not None
+        assert self._bias is not None
+        repetition, frequency, presence = (
+            to_device(torch.tensor(values).float()[:, None], self._device)
+            for values in zip(
+                *((s.repetition_penalty, s.frequency_penalty, s.presence_penalty) for s in sampling), strict=True
+            )
+        )
+        penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(self._seen[rows], penalised, logits)
+        counts = self._counts[rows]
+        return logits - frequency * counts - presence * (counts > 0) + self._bias[rows]
+
+    def _ids(self, values: Sequence[int]) -> Tensor:
+        return to_device(torch.tensor(values, dtype=torch.long), self._device)
+
+
+def sample(logits: Tensor, sampling: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """Choose one token a row.
 
-    A row with temperature 0 takes its likeliest token. Any other takes the token at which the cumulated
-    probability, of the nucleus sorted from the likeliest down, passes the row's own uniform number: the choice
-    depends on the row's logits and number alone, not on what else is in the batch.
+    A row with temperature 0 takes its likeliest token. Any other takes the token at which the cumulated probability
+    of those that may be chosen passes the row's own uniform number: in the order of the vocabulary, or from the
+    likeliest down where `top_p` or `top_k` need that. The choice depends on the row's logits, parameters and number
+    alone, not on what else is in the batch.
 
     Args:
         logits: (n, vocabulary) float32, finite.
-        temperatures: n of them, at least 0.
-        top_ps: n of them, in (0, 1].
+        sampling: n of them.
         uniforms: n of them, in [0, 1).
 
     Returns:
         (n,) int64 on the logits' device.
     """
     tokens = logits.argmax(dim=-1)
-    rows = [i for i, temperature in enumerate(temperatures) if temperature > 0]
-    if not rows:
-        return tokens
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor([values[i] for i in rows], device=logits.device)[:, None]
-
-    chosen = logits[rows]
-    # The least numbers that a float64 holds are 0 as float32, hence both `clamp_min`.
-    tiny = torch.finfo(torch.float32).tiny
-    scaled = (chosen - chosen.amax(dim=-1, keepdim=True)) / column(temperatures).clamp_min(tiny)
-    probabilities, ids = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    cumulated = probabilities.cumsum(dim=-1)
-    # The nucleus: the tokens before which less than top_p is spent; never less than one.
-    nucleus = (cumulated - probabilities < column(top_ps).clamp_min(tiny)).sum(dim=-1, keepdim=True)
-    mass = cumulated.gather(-1, nucleus - 1)
-    place = torch.searchsorted(cumulated, column(uniforms) * mass, right=True).minimum(nucleus - 1)
-    tokens[rows] = ids.gather(-1, place)[:, 0]
+    random = [place for place, s in enumerate(sampling) if s.temperature > 0]
+    ranked = [place for place in random if sampling[place].top_p < 1 or sampling[place].top_k]
+    for places, choose in ((ranked, _choose_ranked), (sorted({*random} - {*ranked}), _choose)):
+        if places:
+            where = to_device(torch.tensor(places), logits.device)
+            chosen = [sampling[place] for place in places]
+            # The least numbers that a float64 holds are 0 as float32, hence `clamp_min`.
+            temperatures = _column([s.temperature for s in chosen], logits).clamp_min(torch.finfo(torch.float32).tiny)
+            some = logits[where]
+            chances = ((some - some.amax(dim=-1, keepdim=True)) / temperatures).softmax(dim=-1)
+            least = _column([s.min_p for s in chosen], logits) * chances.amax(dim=-1, keepdim=True)
+            chances = chances.where(chances >= least, 0)
+            tokens[where] = choose(chances, chosen, _column([uniforms[place] for place in places], logits))
     return tokens
+
+
+def _choose(chances: Tensor, sampling: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
+    cumulated = chances.cumsum(dim=-1)
+    place = torch.searchsorted(cumulated, uniforms * cumulated[:, -1:], right=True)[:, 0]
+    return place.where(place < chances.shape[1], chances.argmax(dim=-1))
+
+
+def _choose_ranked(chances: Tensor, sampling: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
+    chances, ids = chances.sort(dim=-1, descending=True, stable=True)
+    total = chances.sum(dim=-1, keepdim=True)
+    cumulated = chances.cumsum(dim=-1)
+    # The nucleus: the tokens before which less than top_p is spent; never less than one.
+    top_p = _column([s.top_p for s in sampling], chances).clamp_min(torch.finfo(torch.float32).tiny)
+    top_k = _column([s.top_k or chances.shape[1] for s in sampling], chances)
+    nucleus = (cumulated - chances < top_p * total).sum(dim=-1, keepdim=True)
+    nucleus = nucleus.minimum(top_k.long()).minimum((chances > 0).sum(dim=-1, keepdim=True)).clamp_min(1)
+    mass = cumulated.gather(-1, nucleus - 1)
+    place = torch.searchsorted(cumulated, uniforms * mass, right=True).minimum(nucleus - 1)
+    return ids.gather(-1, place)[:, 0]
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return to_device(torch.tensor(values).float()[:, None], like.device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

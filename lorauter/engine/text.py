@@ -24,6 +24,9 @@ class TextCodec:
     def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
+        # What a tokenizer.json may carry from somebody's training: prompts are never cut or filled up in silence.
+        self.backend.no_truncation()
+        self.backend.no_padding()
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_ids = frozenset([*own, *eos_ids])
 

@@ -1,73 +1,82 @@
-"""One forward pass in plain PyTorch: what runs on CPU, and what the kernels are held against.
+"""One forward pass in plain PyTorch: what runs where there are no kernels, and what kernels are held against.
 
-Knows tensors and layers; knows nothing of requests.
+Knows tensors; knows nothing of requests.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
-from lorauter.engine.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from lorauter.engine.model import Decoder, Layer, Norm, PrefillSpan, StepBatch
+from lorauter.engine.blocks import BLOCK
+from lorauter.engine.mixtures import Mixtures, RowMixture
+from lorauter.engine.step import Memory, RmsNorm, Span, StepBatch
 
 
 class TorchStep:
-    """The parts of a forward pass that are more than a matrix product."""
+    """See `lorauter.engine.step.Step`."""
 
-    def __init__(self, model: Decoder, batch: StepBatch, cache: KVCache) -> None:
-        self._model = model
+    def __init__(self, memory: Memory, batch: StepBatch) -> None:
+        self._memory = memory
         self._batch = batch
-        self._cache = cache
-        cos, sin = model.rotary_table(cache.length)
-        self._cos, self._sin = cos[batch.positions, None], sin[batch.positions, None]
-        self._rows = batch.cache_rows()
-        self._decode_masks: dict[int | None, Tensor] = {}
-        self._prefill_masks: dict[tuple[PrefillSpan, int | None], Tensor] = {}
+        self._cos, self._sin = memory.cos[batch.positions, None], memory.sin[batch.positions, None]
+        table = memory.table[batch.rows]
+        self._blocks = table.gather(1, (batch.positions // BLOCK)[:, None].long())[:, 0]
+        self._spans = [
+            *[Span(row, start, 1) for row, start in zip(
+                batch.rows[: batch.decoding].tolist(), batch.positions[: batch.decoding].tolist(), strict=True
+            )],
+            *batch.spans,
+        ]  # fmt: skip
+        mixtures: Mixtures | None = batch.mixtures
+        self._adapted = [] if mixtures is None else _tokens_of_rows(mixtures, batch.rows)
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-        """`x + delta` (x alone without it), and its norm."""
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+        """See `Step.add_norm`."""
         x = x if delta is None else x + delta
         return x, norm(x)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """`silu(gate) * up`, the halves of the last dimension."""
+        """See `Step.silu_mul`."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
-        """Called before the base product of the same input, for what can go on beside it."""
+        """See `Step.begin_lora`."""
 
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
-        """Add the mixture's change to `y` (tokens, out), in the targets of which `first` is the first."""
-        for tokens, lora in self._batch.lora:
-            group = lora.groups.get(first)
-            if group is not None:
-                group.add(layer, x[tokens], y[tokens])
+        """See `Step.add_lora`."""
+        mixtures: Mixtures | None = self._batch.mixtures
+        if mixtures is None:
+            return
+        group = next(group for group in mixtures.groups if group.first == first)
+        for tokens, mixture in self._adapted:
+            for placed, weight in mixture:
+                offset = 0
+                for target, width in zip(group.targets, group.widths, strict=True):
+                    if target in placed.parts:
+                        a, b = mixtures.pair(placed.parts[target], layer, group.inputs, width)
+                        y[tokens, offset : offset + width] += weight * (x[tokens] @ a.T) @ b
+                    offset += width
 
-    def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
-        """Rotate, write keys and values to the cache, attend: (tokens, q + k + v) to (tokens, heads * head_dim)."""
-        model, batch = self._model, self._batch
-        q, k, v = (t.view(t.shape[0], -1, model.head_dim) for t in torch.split(qkv, model.qkv_widths, dim=-1))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
+    def attention(
+        self, layer: int, qkv: Tensor, q_norm: RmsNorm | None, k_norm: RmsNorm | None, window: int | None
+    ) -> Tensor:
+        """See `Step.attention`."""
+        memory = self._memory
+        heads = qkv.view(qkv.shape[0], -1, memory.head_dim)
+        q, k, v = torch.split(heads, [memory.heads, memory.kv_heads, memory.kv_heads], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = q_norm(q), k_norm(k)
         q, k = self._rotate(q), self._rotate(k)
-        keys, values = self._cache.keys[i], self._cache.values[i]
-        keys[self._rows, :, batch.positions] = k
-        values[self._rows, :, batch.positions] = v
-        out = torch.empty_like(q)
-        decoding = batch.decoding
-        if decoding:
-            out[:decoding] = self._decode(q[:decoding], keys, values, layer.window)
-        offset = decoding
-        for span in batch.spans:
+        keys, values = memory.cache.keys[layer], memory.cache.values[layer]
+        keys[self._blocks, :, self._batch.positions % BLOCK] = k
+        values[self._blocks, :, self._batch.positions % BLOCK] = v
+        out, offset = torch.empty_like(q), 0
+        for span in self._spans:
             here = slice(offset, offset + span.length)
-            out[here] = self._prefill(q[here], keys[span.row], values[span.row], span, layer.window)
+            out[here] = attend(q[here], keys, values, memory.table[span.row], span, window)
             offset += span.length
         return out.view(out.shape[0], -1)
 
@@ -76,40 +85,31 @@ class TorchStep:
         first, second = x.chunk(2, dim=-1)
         return x * self._cos + torch.cat((-second, first), dim=-1) * self._sin
 
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        n = q.shape[0]
-        if window not in self._decode_masks:
-            positions = self._batch.positions[:n]
-            allowed = _mask(positions, int(positions.max()) + 1, window)[:, None, None]
-            # Added to the scores: PyTorch would make this of a boolean mask anew in every layer.
-            self._decode_masks[window] = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
-        mask = self._decode_masks[window]
-        length = mask.shape[-1]
-        # Grouped queries as extra query positions: exact, and no key is copied.
-        grouped = q.view(n, self._model.kv_heads, -1, self._model.head_dim)
-        attended = F.scaled_dot_product_attention(grouped, keys[:n, :, :length], values[:n, :, :length], attn_mask=mask)
-        return attended.reshape(q.shape)
 
-    def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, span: PrefillSpan, window: int | None) -> Tensor:
-        group, end = self._model.heads // self._model.kv_heads, span.start + span.length
-        if (span, window) not in self._prefill_masks:
-            positions = torch.arange(span.start, end, device=q.device)
-            allowed = _mask(positions, end, window).repeat(group, 1)
-            mask = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
-            self._prefill_masks[span, window] = mask
-        grouped = q.view(span.length, self._model.kv_heads, group, self._model.head_dim).permute(1, 2, 0, 3)
-        attended = F.scaled_dot_product_attention(
-            grouped.reshape(1, self._model.kv_heads, group * span.length, self._model.head_dim),
-            keys[None, :, :end],
-            values[None, :, :end],
-            attn_mask=self._prefill_masks[span, window],
-        )
-        attended = attended.view(self._model.kv_heads, group, span.length, self._model.head_dim).permute(2, 0, 1, 3)
-        return attended.reshape(q.shape)
+def attend(q: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, span: Span, window: int | None) -> Tensor:
+    """Causal attention of one piece: q and the result (tokens, heads, head_dim), blocks the row's."""
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    group, end = q.shape[1] // kv_heads, span.start + span.length
+    first = 0 if window is None else max(0, span.start - window + 1) // BLOCK
+    mine = blocks[first : -(-end // BLOCK)]
+    lengths = (slice(None), slice(0, end - first * BLOCK))
+    key = keys[mine].transpose(0, 1).reshape(kv_heads, -1, head_dim)[lengths]
+    value = values[mine].transpose(0, 1).reshape(kv_heads, -1, head_dim)[lengths]
+    # Grouped queries as extra query positions: exact, and no key is copied.
+    grouped = q.view(span.length, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+    mask = None
+    if span.length > 1 or window is not None:
+        positions = torch.arange(span.start, end, device=q.device)
+        seen = torch.arange(first * BLOCK, end, device=q.device)
+        allowed = seen <= positions[:, None]
+        if window is not None:
+            allowed &= seen > positions[:, None] - window
+        mask = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf).repeat(group, 1)
+    attended = F.scaled_dot_product_attention(grouped[None], key[None], value[None], attn_mask=mask)[0]
+    return attended.view(kv_heads, group, span.length, head_dim).permute(2, 0, 1, 3).reshape(q.shape)
 
 
-def _mask(positions: Tensor, length: int, window: int | None) -> Tensor:
-    """(positions, length): which keys each position attends to."""
-    keys = torch.arange(length, device=positions.device)
-    mask = keys <= positions[:, None]
-    return mask if window is None else mask & (keys > positions[:, None] - window)
+def _tokens_of_rows(mixtures: Mixtures, rows: Tensor) -> list[tuple[Tensor, RowMixture]]:
+    """The tokens of every row that has adapters, with its mixture."""
+    adapted = [row for row in set(rows.tolist()) if mixtures.rows[row]]
+    return [((rows == row).nonzero()[:, 0], mixtures.rows[row]) for row in adapted]

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out: the engine seam, and the fake behind it.
+"""What goes into an engine and what comes out.
 
 Knows nothing of models, schedulers or HTTP.
 """
@@ -6,9 +6,9 @@ Knows nothing of models, schedulers or HTTP.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from lorauter.errors import InvalidRequest
 
@@ -30,6 +30,13 @@ class SamplingParams:
         stop: texts that end the answer; they are not part of it.
         seed: makes the sample repeatable, as far as the hardware's arithmetic is. None draws a fresh one.
         ignore_eos: go on after an end-of-text token; for measuring.
+        top_k: sample only from so many of the likeliest tokens; 0 from all.
+        min_p: sample only from tokens at least this share as likely as the likeliest, in [0, 1].
+        presence_penalty: taken from the logit of every token that the answer has already, in [-2, 2].
+        frequency_penalty: the same for each time that it has it.
+        repetition_penalty: divides the logits above 0, and multiplies those below, of tokens that the prompt or the
+            answer has (arXiv 1909.05858); above 0, and 1 changes nothing.
+        logit_bias: (token, what is added to its logit).
     """
 
     max_tokens: int = 256
@@ -38,6 +45,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -50,6 +63,27 @@ class SamplingParams:
             raise InvalidRequest(f"top_p is {self.top_p}; it must be above 0 and at most 1", param="top_p")
         if not all(self.stop):
             raise InvalidRequest("stop holds an empty string", param="stop")
+        if self.top_k < 0:
+            raise InvalidRequest(f"top_k is {self.top_k}; it must be at least 0", param="top_k")
+        for name, least, most in (("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2)):
+            if not least <= getattr(self, name) <= most:
+                problem = f"{name} is {getattr(self, name)}; it must be between {least} and {most}"
+                raise InvalidRequest(problem, param=name)
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            problem = f"repetition_penalty is {self.repetition_penalty}; it must be above 0"
+            raise InvalidRequest(problem, param="repetition_penalty")
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise InvalidRequest("logit_bias holds a number that is not finite", param="logit_bias")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a token's chance depends on more than the model's logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the model's likeliest token is taken, whatever it is."""
+        return self.temperature == 0 and not self.changes_logits
 
 
 @dataclass(frozen=True)
@@ -64,12 +98,14 @@ class GenerationRequest:
         sampling: how tokens are chosen.
         generated: the answer's first tokens, which another engine has made: what comes is what would have come after
             them. Repeatable sampling needs a seed.
+        tenant: what was computed of a prompt is used again for those of the same tenant alone.
     """
 
     prompt: tuple[int, ...]
     adapters: tuple[tuple[LoraWeights | PackedAdapter, float], ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     generated: tuple[int, ...] = ()
+    tenant: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -83,11 +119,29 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer: new text, the ids of the tokens behind it, and in the last one why it ended."""
+    """A piece of an answer.
+
+    Attributes:
+        text: new text.
+        token_ids: of the tokens behind it.
+        finish_reason: in the last one, why it ended.
+        cached_tokens: in the first one, how many of the prompt's tokens were found computed.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+
+    @classmethod
+    def joined(cls, chunks: Sequence[Chunk]) -> Chunk:
+        """Pieces that follow one another as one."""
+        return cls(
+            "".join(chunk.text for chunk in chunks),
+            tuple(token for chunk in chunks for token in chunk.token_ids),
+            chunks[-1].finish_reason,
+            chunks[0].cached_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,48 +158,3 @@ class Completion:
         reason = chunks[-1].finish_reason
         assert reason is not None
         return cls("".join(c.text for c in chunks), tuple(t for c in chunks for t in c.token_ids), reason)
-
-
-class Engine(Protocol):
-    """Continues prompts, many at a time."""
-
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk]:
-        """The answer as it comes. Closing the iterator cancels the request.
-
-        Raises (on the first step):
-            Overloaded: the queue is full, or too long for `max_slowdown`.
-            ContextLengthExceeded: the prompt leaves no room for an answer.
-            AdapterRejected, AdapterUnavailable: an adapter does not fit the model or the memory.
-        """
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """All answers, in the order of the requests; waits for a place in the queue."""
-
-    def check_health(self) -> None:
-        """Raise if the engine no longer works."""
-
-    def close(self) -> None:
-        """Stop, cancelling what runs."""
-
-
-class EchoEngine:
-    """The fake: answers with the prompt's own token ids, one a chunk, spelled out as numbers."""
-
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk]:
-        ids = request.prompt[: request.sampling.max_tokens]
-        for i, token in enumerate(ids):
-            last = i == len(ids) - 1
-            yield Chunk(f"{token} ", (token,), ("length" if last else None))
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        return [
-            Completion("".join(f"{t} " for t in ids), ids, "length")
-            for request in requests
-            for ids in [request.prompt[: request.sampling.max_tokens]]
-        ]
-
-    def check_health(self) -> None:
-        return
-
-    def close(self) -> None:
-        return

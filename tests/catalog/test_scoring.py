@@ -204,7 +204,7 @@ def test_few_logits_are_held_at_once(decoder, codec, load_adapter, monkeypatch) 
     sizes, forward = [], Decoder.forward
     monkeypatch.setattr("lorauter.catalog.scoring._MAX_OUTPUTS", 12)
     monkeypatch.setattr(
-        Decoder, "forward", lambda self, *args: (sizes.append(len(args[0].outputs)), forward(self, *args))[1]
+        Decoder, "forward", lambda self, *args: (sizes.append(len(args[1].outputs)), forward(self, *args))[1]
     )
     parts = LikelihoodScorer(decoder, codec, load_adapter, TASKS).score(evaluations_of(SOUND))
     assert parts == {evaluation: pytest.approx(outcome, abs=1e-5) for evaluation, outcome in whole.items()}

@@ -1,6 +1,7 @@
 """Tiny random models, real PEFT adapters for them, a byte tokenizer, and a decoder that only counts."""
 
 import copy
+import random
 import signal
 import threading
 import warnings
@@ -19,10 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorauter.adapters.weights import LoraWeights, ModelShape
-from lorauter.engine import EngineConfig, MultiLoraEngine
-from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.model import Decoder, PrefillSpan, StepBatch
+from lorauter.engine import EngineConfig, MultiLoraEngine, SamplingParams
+from lorauter.engine.blocks import BLOCK, blocks_of
+from lorauter.engine.model import Decoder
+from lorauter.engine.runner import Runner
+from lorauter.engine.scheduler import ActiveSequence, Piece, RowStart, StepPlan
 from lorauter.engine.slots import AdapterSlots
+from lorauter.engine.step import Step, StepBatch
 from lorauter.engine.text import TextCodec
 
 SPECIAL = ("<eos>", "<end>", "<start>")  # ids 256, 257 and 258, after one id for each byte
@@ -206,14 +210,8 @@ class Forced:
     prompt: int  # how many of them are prefilled
     adapters: tuple[tuple[LoraWeights, float], ...] = ()
     logits: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def mixture(self):
-        return tuple((weights.key, weight) for weights, weight in self.adapters)
-
-    @property
-    def decoding(self) -> bool:
-        return len(self.logits) >= self.prompt
+    row: int = -1
+    blocks: list[int] = field(default_factory=list)
 
 
 @pytest.fixture(scope="session")
@@ -231,71 +229,70 @@ def forced():
     return make
 
 
-class PackingSlots(AdapterSlots):
-    """Slots that take adapters as they were loaded."""
-
-    def check(self, adapters):
-        super().check([self.pack(weights) for weights in adapters])
-
-    def acquire(self, adapters, **options):
-        return super().acquire([self.pack(weights) for weights in adapters], **options)
+def holder(slots: AdapterSlots, adapters) -> ActiveSequence:
+    """A sequence for slots to hold (weights, weight) pairs for."""
+    mixture = tuple((weights.key, weight) for weights, weight in adapters)
+    return ActiveSequence([1], 1, 2, mixture, adapters=[slots.pack(weights) for weights, _ in adapters])
 
 
 @pytest.fixture(scope="session")
-def packing_slots():
-    return PackingSlots
+def hold():
+    return holder
 
 
 @pytest.fixture(scope="session")
 def run_forced():
     """Run forced sequences packed together; returns the logits (length, vocabulary) of each.
 
-    One joins every other step, prompts go through in pieces of `piece` tokens, and a sequence that has ended
-    leaves its cache row to the ones behind it.
+    One joins every other step, prompts go through in pieces of `piece` tokens, and a sequence that has ended leaves its
+    row, its blocks and its adapters' room to those after it. Blocks come in no order.
     """
 
     def run(decoder: Decoder, sequences: list[Forced], *, slots: AdapterSlots | None = None, piece: int = 5):
-        cache = KVCache(
-            layers=decoder.shape.layers,
-            rows=len(sequences),
-            kv_heads=decoder.kv_heads,
-            length=decoder.max_positions,
-            head_dim=decoder.head_dim,
-            dtype=decoder.dtype,
-            device=decoder.device,
+        slots = slots or AdapterSlots(
+            decoder.shape, budget_bytes=0, max_rank=1, dtype=decoder.dtype, device=decoder.device
         )
-        waiting, rows, step = deque(sequences), [], 0
-        while waiting or rows:
+        length = decoder.max_positions
+        blocks = sum(blocks_of(len(sequence.tokens)) for sequence in sequences)
+        runner = Runner(decoder, slots, rows=len(sequences), blocks=blocks, length=length)
+        free_blocks, free_rows = list(range(1, blocks + 1)), list(range(len(sequences)))
+        random.Random(0).shuffle(free_blocks)
+        runner.memory.cache.keys.fill_(torch.nan)  # what nobody has written must not matter
+        runner.memory.cache.values.fill_(torch.nan)
+        waiting, running, holders, step = deque(sequences), [], {}, 0
+        while waiting or running:
+            starts = []
             if waiting and step % 2 == 0:
-                rows.append(waiting.popleft())
-                assert slots is None or slots.acquire([weights for weights, _ in rows[-1].adapters])
+                sequence = waiting.popleft()
+                sequence.row = free_rows.pop(0)
+                holders[sequence.row] = holder(slots, sequence.adapters)
+                assert slots.acquire(holders[sequence.row])
+                starts = [RowStart(sequence.row, holders[sequence.row].mixture, SamplingParams(), 0, 0, ())]
+                running.append(sequence)
             step += 1
-            decoding, budget, spans = sum(row.decoding for row in rows), piece, []
-            for i, row in enumerate(rows[decoding:], start=decoding):
-                if length := min(budget, row.prompt - len(row.logits)):
-                    spans.append(PrefillSpan(i, len(row.logits), length))
-                    budget -= length
-            places = [(i, len(rows[i].logits)) for i in range(decoding)]
-            places += [(span.row, span.start + j) for span in spans for j in range(span.length)]
-            owners, positions = torch.tensor(places).T
-            lora = slots.batch([row.mixture for row in rows]) if slots is not None else None
-            batch = StepBatch(
-                torch.tensor([rows[i].tokens[position] for i, position in places]),
-                positions,
-                decoding,
-                spans,
-                torch.arange(len(places)),
-                [(slice(None), lora.select(owners))] if lora is not None else [],
-            )
-            for (i, _), logits in zip(places, decoder.forward(batch, cache), strict=True):
-                rows[i].logits.append(logits)
-            for i in reversed(range(len(rows))):
-                if len(rows[i].logits) == len(rows[i].tokens):
-                    if slots is not None:
-                        slots.release([key for key, _ in rows[i].mixture])
-                    for j in range(i + 1, len(rows)):
-                        cache.move(j, j - 1, len(rows[j].logits))
-                    del rows[i]
+            budget, decoding, prompts, taken = piece, [], [], []
+            for sequence in running:
+                done = len(sequence.logits)
+                count = 1 if done >= sequence.prompt else min(budget, sequence.prompt - done)
+                budget -= count if done < sequence.prompt else 0
+                if count:
+                    tokens = sequence.tokens[done : done + count]
+                    one = Piece(sequence.row, done, tokens, samples=False)
+                    (decoding if count == 1 else prompts).append((sequence, one))
+                    while len(sequence.blocks) * BLOCK < done + count:
+                        taken.append((sequence.row, len(sequence.blocks), free_blocks[0]))
+                        sequence.blocks.append(free_blocks.pop(0))
+            pieces = [*decoding, *prompts]
+            plan = StepPlan((), starts, taken, [p for _, p in decoding], [p for _, p in prompts])
+            logits = iter(runner.logits(plan, range(sum(one.count for _, one in pieces))))
+            for sequence, one in pieces:
+                sequence.logits += [next(logits) for _ in range(one.count)]
+            for sequence in [s for s in running if len(s.logits) == len(s.tokens)]:
+                slots.release(holders.pop(sequence.row))
+                runner.mixtures.assign(sequence.row, ())
+                free_rows.append(sequence.row)
+                free_blocks += sequence.blocks
+                running.remove(sequence)
         return [torch.stack(sequence.logits) for sequence in sequences]
 
     return run
@@ -304,28 +301,31 @@ def run_forced():
 # --- engines
 
 
-class CountingDecoder:
+class CountingDecoder(Decoder):
     """The fake decoder: after token t comes t + 1, and "a" after "z", so that "x" is continued as "yzabc...".
 
     After "!" the logits are NaN, "?" makes the step raise, and "~" ends the engine's thread.
     """
 
-    shape = ModelShape(("tiny",), 1, {"q_proj": (4, 4)})
-    kv_heads = head_dim = 1
-    max_positions = 1 << 20
-    vocabulary = VOCABULARY
-    dtype, device = torch.float32, torch.device("cpu")
-    dense_lora = False
-
     def __init__(self) -> None:
+        self.shape = ModelShape(("tiny",), 1, {"q_proj": (4, 4)})
+        self.heads = self.kv_heads = self.head_dim = 1
+        self.max_positions = 1 << 20
+        self._embedding = torch.zeros(VOCABULARY, 1)
         self.steps: list[tuple[int, int]] = []  # decoding rows and prompt tokens
 
-    def forward(self, batch: StepBatch, cache: KVCache) -> torch.Tensor:
+    def rotary_table(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(length, 1), torch.zeros(length, 1)
+
+    def forward(self, step: Step, batch: StepBatch) -> torch.Tensor:
         self.steps.append((batch.decoding, sum(span.length for span in batch.spans)))
-        rows = [*range(batch.decoding), *(span.row for span in batch.spans for _ in range(span.length))]
-        for row, position, token in zip(rows, batch.positions.tolist(), batch.tokens.tolist(), strict=True):
-            assert cache.keys[0, row, 0, :position].all(), "a position was skipped"
-            cache.keys[0, row, 0, position] = token
+        table, keys = step._memory.table, step._memory.cache.keys[0, :, 0, :, 0]
+        for row, position, token in zip(
+            *(t.tolist() for t in (batch.rows, batch.positions, batch.tokens)), strict=True
+        ):
+            known = keys[table[row, : position // BLOCK + 1].long()].flatten()
+            assert known[:position].all(), "a position was skipped"
+            keys[table[row, position // BLOCK], position % BLOCK] = token
         last = batch.tokens[batch.outputs]
         if (last == ord("?")).any():
             raise RuntimeError("forward failed")
@@ -348,10 +348,10 @@ class PacedDecoder:
     def __getattr__(self, name: str):
         return getattr(self._decoder, name)
 
-    def forward(self, batch: StepBatch, cache: KVCache) -> torch.Tensor:
+    def forward(self, step: Step, batch: StepBatch) -> torch.Tensor:
         self.arrived += 1
         self.permits.acquire()
-        return self._decoder.forward(batch, cache)
+        return self._decoder.forward(step, batch)
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams, load_engine
-from lorauter.engine.load import warm_up
+from lorauter.engine.load import load_decoder, warm_up
 from lorauter.errors import AdapterRejected, ConfigError
 
 
@@ -21,7 +22,7 @@ def folder(pool, tokenizer, tmp_path):
 
 
 def test_a_folder_becomes_an_engine(pool, folder, made):
-    engine = load_engine(str(folder), EngineConfig(max_batch=2), device="cpu", dtype="float32", threads=1)
+    engine = load_engine(str(folder), EngineConfig(max_batch=2, device="cpu", dtype="float32", threads=1))
     try:
         adapters = pool.mix((("patterns", 1.0),))  # says "hub/Tiny"
         request = GenerationRequest((5, 6, 7), adapters, SamplingParams(12, ignore_eos=True))
@@ -39,8 +40,8 @@ def test_a_folder_becomes_an_engine(pool, folder, made):
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 def test_settings_reach_the_engine(pool, folder, made, dtype):
-    config = EngineConfig(max_model_len=50)
-    engine = load_engine(str(folder), config, dtype=dtype, threads=2, aliases=["hub/other"])
+    config = EngineConfig(max_model_len=50, dtype=dtype, threads=2)
+    engine = load_engine(str(folder), config, aliases=["hub/other"])
     try:
         assert torch.get_num_threads() == 2
         assert engine.max_model_len == 50
@@ -49,6 +50,17 @@ def test_settings_reach_the_engine(pool, folder, made, dtype):
         assert len(answer.token_ids) == 4
     finally:
         engine.close()
+
+
+def test_what_a_tokenizer_was_trained_with_cuts_no_prompt(folder):
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(32)
+    backend.enable_padding(length=64)
+    backend.save(str(folder / "tokenizer.json"))
+    _, codec = load_decoder(str(folder), device="cpu", dtype="float32", threads=1)
+    assert codec.plain("x" * 100) == (ord("x"),) * 100
+    assert len(codec.chat([{"role": "user", "content": "x" * 100}])) > 100
+    assert codec.plain("ab") == (ord("a"), ord("b"))
 
 
 def test_warming_up_tells_the_engine_its_pace(pool, start):

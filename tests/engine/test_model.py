@@ -6,6 +6,7 @@ import transformers
 
 from lorauter.engine import model as engine_model
 from lorauter.engine.model import Decoder, Linear
+from lorauter.engine.slots import AdapterSlots
 from lorauter.errors import ConfigError
 
 KINDS = ("llama", "llama-yarn-bias", "mistral", "qwen2", "qwen2-window", "qwen3")
@@ -30,11 +31,9 @@ def assert_same(got, expected):
 
 
 @pytest.fixture
-def slots_for(packing_slots):
+def slots_for():
     def make(decoder, budget=1 << 24):
-        return packing_slots(
-            decoder.shape, budget_bytes=budget, max_rank=64, dtype=decoder.dtype, device=decoder.device
-        )
+        return AdapterSlots(decoder.shape, budget_bytes=budget, max_rank=64, dtype=decoder.dtype, device=decoder.device)
 
     return make
 
@@ -44,6 +43,7 @@ def cpu_path(request, monkeypatch):
     """With the CPU's kernels, and without, as on a machine that has no compiler."""
     if request.param == "torch":
         monkeypatch.setattr("lorauter.engine.model.load_kernels", lambda dtype: None)
+        monkeypatch.setattr("lorauter.engine.runner.load_kernels", lambda dtype: None)
 
 
 @pytest.mark.usefixtures("cpu_path")

@@ -1,52 +1,131 @@
 import pytest
 import torch
 
-from lorauter.engine.sampling import sample
+from lorauter.engine.sampling import Sampler, sample, uniform
+from lorauter.engine.scheduler import NOT_FINITE, RowStart
+from lorauter.engine.types import SamplingParams
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9, -4.0, 1.9])
 
 
-def shares(temperature, top_p, n=4000):
+def shares(n=4000, **sampling):
     """How often each token comes, over evenly spread uniform numbers."""
     uniforms = [(i + 0.5) / n for i in range(n)]
-    tokens = sample(LOGITS.repeat(n, 1), [temperature] * n, [top_p] * n, uniforms)
+    tokens = sample(LOGITS.repeat(n, 1), [SamplingParams(**sampling)] * n, uniforms)
     return tokens.bincount(minlength=len(LOGITS)) / n
 
 
+def by_the_book(temperature, top_p=1.0, top_k=0, min_p=0.0):
+    """min_p, then top_k, then nucleus sampling (arXiv 1904.09751) on what is left."""
+    chances = (LOGITS.double() / temperature).softmax(-1)
+    chances[chances < min_p * chances.max()] = 0
+    total, spent = float(chances.sum()), 0.0
+    for place, token in enumerate(chances.argsort(descending=True)):
+        if spent >= top_p * total or (top_k and place >= top_k):
+            chances[token] = 0
+        spent += float(chances[token])
+    return (chances / chances.sum()).float()
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.2])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 100])
+@pytest.mark.parametrize("min_p", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
-def test_tokens_come_as_often_as_they_should(temperature, top_p):
-    expected = (LOGITS.double() / temperature).softmax(-1)
-    spent = 0.0
-    for token in expected.argsort(descending=True):  # nucleus sampling (arXiv 1904.09751), by the book
-        if spent >= top_p:
-            expected[token] = 0
-        spent += float(expected[token])
-    torch.testing.assert_close(shares(temperature, top_p), (expected / expected.sum()).float(), atol=1e-3, rtol=0)
+def test_tokens_come_as_often_as_they_should(temperature, top_p, top_k, min_p):
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    torch.testing.assert_close(shares(**sampling), by_the_book(**sampling), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("temperature", "top_p"), [(0, 1.0), (0, 0.1), (1e-50, 1.0), (1e-6, 1.0), (1, 1e-50), (1, 1e-9)]
 )
 def test_at_the_limits_the_likeliest_token_comes(temperature, top_p):
-    assert shares(temperature, top_p, n=50).tolist() == [0, 1, 0, 0, 0, 0, 0]
+    assert shares(50, temperature=temperature, top_p=top_p).tolist() == [0, 1, 0, 0, 0, 0, 0]
 
 
-def test_no_token_outside_the_nucleus_comes_at_the_ends():
-    ends = [0.0, 1 - 2**-53]
-    assert sample(LOGITS.repeat(2, 1), [1.0] * 2, [0.6] * 2, ends).tolist() == [1, 6]
+def test_no_token_that_may_not_come_comes_at_the_ends():
+    ends = [0.0, 1 - 2**-24]
+    nucleus = [SamplingParams(temperature=1.0, top_p=0.6)] * 2
+    assert sample(LOGITS.repeat(2, 1), nucleus, ends).tolist() == [1, 6]
     impossible = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
-    assert sample(impossible, [1.0], [1.0], ends[1:]).tolist() == [2]
+    for top_p in (1.0, 0.999999):
+        assert sample(impossible, [SamplingParams(temperature=1.0, top_p=top_p)], ends[1:]).tolist() == [2]
 
 
 def test_a_rows_choice_depends_on_nothing_else_in_the_batch():
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(32, 50, generator=draw) * 3
-    temperatures = [(0, 0.5, 1.5)[i % 3] for i in range(32)]
-    top_ps = [(1.0, 0.7)[i % 2] for i in range(32)]
+    sampling = [
+        SamplingParams(temperature=(0, 0.5, 1.5)[i % 3], top_p=(1.0, 0.7)[i % 2], top_k=(0, 5)[i // 4 % 2])
+        for i in range(32)
+    ]
     uniforms = torch.rand(32, generator=draw).tolist()
-    together = sample(logits, temperatures, top_ps, uniforms).tolist()
-    alone = [sample(logits[i : i + 1], [temperatures[i]], [top_ps[i]], [uniforms[i]]).item() for i in range(32)]
+    together = sample(logits, sampling, uniforms).tolist()
+    alone = [sample(logits[i : i + 1], [sampling[i]], [uniforms[i]]).item() for i in range(32)]
     assert together == alone
     assert together[::3] == logits.argmax(-1).tolist()[::3]
     assert together != logits.argmax(-1).tolist()
+
+
+def test_the_numbers_of_a_seed_are_spread_and_depend_on_the_place_alone():
+    numbers = [uniform(seed, index) for seed in (-3, 0, 1, 1 << 70) for index in range(2000)]
+    assert all(0 <= number < 1 for number in numbers)
+    assert len(set(numbers)) > 0.999 * len(numbers)
+    counts = torch.histc(torch.tensor(numbers), 10, 0, 1)
+    assert (counts - 800).abs().max() < 120
+    assert uniform(7, 1234) == uniform(7, 1234) != uniform(8, 1234)
+
+
+# --- rows
+
+
+def rows_of(*sampling, tokens=(), prompt=0):
+    sampler = Sampler(len(sampling), len(LOGITS), torch.device("cpu"))
+    for row, params in enumerate(sampling):
+        sampler.start(RowStart(row, (), params, row, prompt, tokens))
+    return sampler
+
+
+def test_rows_that_take_the_likeliest_are_left_to_the_step():
+    sampler = rows_of(SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(presence_penalty=1.0))
+    assert sampler.sampled([0, 1, 2, 0]) == [1, 2]
+    sampler.start(RowStart(1, (), SamplingParams(), 0, 0, ()))
+    assert sampler.sampled([0, 1, 2]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"presence_penalty": 0.05}, [1, 1, 1]),
+        ({"presence_penalty": 0.2}, [6, 1, 1]),  # the answer has 1 already; then both, and 1 is ahead again
+        ({"frequency_penalty": 0.2}, [6, 1, 6]),
+        ({"repetition_penalty": 1.1}, [6, 1, 1]),
+        ({"logit_bias": ((5, 9.0),)}, [5, 5, 5]),
+        ({"logit_bias": ((5, 9.0), (5, -9.0))}, [1, 1, 1]),  # the last of equals counts
+    ],
+)
+def test_penalties_count_what_the_answer_has(params, expected):
+    sampler = rows_of(SamplingParams(**params), tokens=(3, 1), prompt=1)
+    chosen = [int(sampler.choose(LOGITS[None], [0], [2 + i])[0]) for i in range(3)]
+    assert chosen == expected
+
+
+def test_the_repetition_penalty_counts_the_prompt_and_the_others_do_not():
+    for params, expected in (({"repetition_penalty": 2.0}, 6), ({"frequency_penalty": 2.0}, 1)):
+        sampler = rows_of(SamplingParams(**params), tokens=(1, 2), prompt=2)
+        assert int(sampler.choose(LOGITS[None], [0], [2])[0]) == expected
+
+
+def test_a_row_begun_anew_has_nothing_of_the_one_before():
+    sampler = rows_of(SamplingParams(frequency_penalty=2.0), SamplingParams(presence_penalty=0.1), tokens=(1,) * 4)
+    sampler.start(RowStart(0, (), SamplingParams(frequency_penalty=0.01), 0, 0, ()))
+    assert sampler.choose(LOGITS.repeat(2, 1), [0, 1], [0, 4]).tolist() == [1, 1]
+
+
+def test_a_row_that_is_not_finite_is_told_and_harms_no_other():
+    sampler = rows_of(*[SamplingParams(temperature=1.0, top_p=0.5)] * 3)
+    logits = LOGITS.repeat(3, 1)
+    logits[0, 3], logits[2, 0] = torch.nan, torch.inf
+    assert sampler.choose(logits, [0, 1, 2], [0, 0, 0]).tolist()[::2] == [NOT_FINITE] * 2
+    alone = sampler.choose(LOGITS[None], [1], [0])
+    assert sampler.choose(logits, [0, 1, 2], [0, 0, 0])[1] == alone[0] >= 0

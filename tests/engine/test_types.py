@@ -1,9 +1,8 @@
-import asyncio
 import math
 
 import pytest
 
-from lorauter.engine import Chunk, Completion, EchoEngine, EngineConfig, GenerationRequest, SamplingParams
+from lorauter.engine import Chunk, Completion, EngineConfig, GenerationRequest, SamplingParams
 from lorauter.errors import ConfigError, InvalidRequest
 
 
@@ -18,6 +17,12 @@ from lorauter.errors import ConfigError, InvalidRequest
         ("top_p", 1.01),
         ("top_p", math.nan),
         ("stop", ("a", "")),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", ((3, math.inf),)),
     ],
 )
 def test_sampling_params_out_of_range_are_refused(param, value):
@@ -50,14 +55,7 @@ def test_a_completion_joins_its_chunks():
     assert Completion.of(chunks) == Completion("ab", (1, 2, 3, 4), "stop")
 
 
-def test_the_echo_streams_what_it_generates():
-    engine = EchoEngine()
-    request = GenerationRequest((5, 6, 7), sampling=SamplingParams(max_tokens=2))
-
-    async def streamed():
-        return [chunk async for chunk in engine.stream(request)]
-
-    assert engine.generate([request]) == [Completion("5 6 ", (5, 6), "length")]
-    assert Completion.of(asyncio.run(streamed())) == Completion("5 6 ", (5, 6), "length")
-    engine.check_health()
-    engine.close()
+def test_chunks_that_follow_one_another_are_one():
+    assert Chunk.joined([Chunk("a", (1,), cached_tokens=16), Chunk("b", (2, 3), "length")]) == Chunk(
+        "ab", (1, 2, 3), "length", 16
+    )

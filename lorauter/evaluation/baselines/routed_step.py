@@ -8,18 +8,16 @@ Knows tensors and layers; knows nothing of prompts or generation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from lorauter.adapters.weights import LoraWeights
-from lorauter.engine.lora import GroupMixture, mix
-from lorauter.engine.model import Decoder, StepBatch
-from lorauter.engine.slots import AdapterSlots
-from lorauter.engine.stacks import StackGroup, make_groups
-from lorauter.engine.torch_step import TorchStep
+from lorauter.engine.model import Decoder
+from lorauter.engine.slots import Group, groups_of
+from lorauter.engine.step import Step, StepBatch, StepClass
 
 
 class TokenRouter(Protocol):
@@ -43,6 +41,30 @@ class TokenRouter(Protocol):
 
 
 @dataclass(frozen=True)
+class Columns:
+    """The rank columns of a pool in T targets with the same input, those of a target one adapter after another.
+
+    Attributes:
+        a: (layers, C, in).
+        bs: of each target, (layers, its columns, out), with the scaling in it.
+        owners: (C,) int64, the target and adapter (in T * n) of each column.
+    """
+
+    a: Tensor
+    bs: Sequence[Tensor]
+    owners: Tensor
+
+    def add(self, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> None:
+        """Add `((x A^T) * mask) B` to `y`, (tokens, sum of out); mask is (tokens, C)."""
+        mixed = (x @ self.a[layer].T) * mask
+        begin = offset = 0
+        for b in self.bs:
+            end, width = begin + b.shape[1], b.shape[2]
+            y[:, offset : offset + width].addmm_(mixed[:, begin:end], b[layer])
+            begin, offset = end, offset + width
+
+
+@dataclass(frozen=True)
 class GroupRouter:
     """Routes tokens in T targets with the same input, over n adapters.
 
@@ -55,16 +77,14 @@ class GroupRouter:
         rows: (layers, R, in) float32, the projections of all adapters in all these targets.
         segments: (R, T * n) float32, 1 where a projection's row belongs to a target and adapter.
         changed: (layers, T, n) bool, what each adapter changes.
-        columns: (C,) int64, the target and adapter (in T * n) of each rank column.
-        mixture: all rank columns; its mask is given with each call.
+        columns: all rank columns.
     """
 
     router: TokenRouter
     rows: Tensor
     segments: Tensor
     changed: Tensor
-    columns: Tensor
-    mixture: GroupMixture
+    columns: Columns
 
     def weights(self, layer: int, x: Tensor, allowed: Tensor) -> Tensor:
         """Every token's weight of every adapter, (tokens, T, n) float32.
@@ -85,8 +105,8 @@ class GroupRouter:
 
     def add(self, layer: int, x: Tensor, y: Tensor, allowed: Tensor) -> None:
         """Add `sum_k w_k s_k B_k A_k x` to `y`, (tokens, sum of out), each token by its own `weights`."""
-        mask = self.weights(layer, x, allowed).flatten(1)[:, self.columns].to(x.dtype)
-        replace(self.mixture, mask=mask).add(layer, x, y)
+        mask = self.weights(layer, x, allowed).flatten(1)[:, self.columns.owners].to(x.dtype)
+        self.columns.add(layer, x, y, mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,24 +120,27 @@ class RoutedBatch(StepBatch):
     allowed: Tensor
 
 
-class RoutedStep(TorchStep):
-    """`add_lora` by routing; the rest is the device's own step, which `routed` puts behind this class."""
+class RoutedStep:
+    """`add_lora` by routing; the rest is the device's own step, which `on` puts behind this class."""
 
     routers: ClassVar[Mapping[str, GroupRouter]]
+    _batch: StepBatch
 
     def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
         """Nothing can be done beside the base product: the weights are not known yet."""
 
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
-        """See `TorchStep.add_lora`."""
+        """See `Step.add_lora`."""
         assert isinstance(self._batch, RoutedBatch)
         if first in self.routers:
             self.routers[first].add(layer, x, y, self._batch.allowed)
 
     @classmethod
-    def on(cls, base: type[TorchStep], routers: Mapping[str, GroupRouter]) -> type[TorchStep]:
+    def on(cls, base: StepClass, routers: Mapping[str, GroupRouter]) -> StepClass:
         """This class over a device's step, with its routers."""
-        return type(cls.__name__, (cls, base), {"routers": routers})
+        assert isinstance(base, type)
+        routed: type[Step] = type(cls.__name__, (cls, base), {"routers": routers})
+        return routed
 
 
 def group_routers(decoder: Decoder, adapters: Sequence[LoraWeights], router: TokenRouter) -> dict[str, GroupRouter]:
@@ -126,48 +149,52 @@ def group_routers(decoder: Decoder, adapters: Sequence[LoraWeights], router: Tok
     Raises:
         AdapterRejected: an adapter does not fit the model.
     """
-    shape, dtype, device = decoder.shape, decoder.dtype, decoder.device
-    # These slots hold nothing: they check adapters, and lay them out as the stacks take them.
-    slots = AdapterSlots(
-        shape, budget_bytes=0, max_rank=max(weights.rank for weights in adapters), dtype=dtype, device=device
-    )
-    groups = make_groups(shape, dtype, device)
-    packed = [slots.pack(weights).stacks for weights in adapters]
-    for target, stack in ((target, stack) for group in groups for target, stack in group.stacks.items()):
-        pairs = {slot: stacks[target] for slot, stacks in enumerate(packed, start=1) if target in stacks}
-        stack.resize(sum(a.shape[1] for a, _ in pairs.values()))
-        for slot, (a, b) in pairs.items():
-            stack.write(slot, a, b)
-    mixtures = mix(groups, torch.ones(1, len(adapters) + 1), 0, torch.arange(len(adapters) + 1)).groups
-    firsts = {next(iter(group.stacks)): group for group in groups}
-    return {first: _group_router(firsts[first], mixture, adapters, router) for first, mixture in mixtures.items()}
+    for weights in adapters:
+        weights.check_fits(decoder.shape, max_rank=weights.rank)
+    changed = {target for weights in adapters for _, target in weights.tensors}
+    return {
+        group.first: _group_router(group, decoder, adapters, router)
+        for group in groups_of(decoder.shape)
+        if changed & {*group.targets}
+    }
 
 
-def _group_router(
-    group: StackGroup, mixture: GroupMixture, adapters: Sequence[LoraWeights], router: TokenRouter
-) -> GroupRouter:
-    (layers, _, inputs), device, n = group.a.shape, group.a.device, len(adapters)
-    changed = torch.zeros(layers, len(group.stacks), n, dtype=torch.bool)
+def _group_router(group: Group, decoder: Decoder, adapters: Sequence[LoraWeights], router: TokenRouter) -> GroupRouter:
+    layers, device, n = decoder.shape.layers, decoder.device, len(adapters)
+    changed = torch.zeros(layers, len(group.targets), n, dtype=torch.bool)
     rows: list[Tensor] = []
     owners: list[int] = []
-    for t, target in enumerate(group.stacks):
+    a: list[Tensor] = []
+    bs: list[Tensor] = []
+    columns: list[int] = []
+    for t, target in enumerate(group.targets):
+        b: list[Tensor] = [torch.zeros(layers, 0, group.widths[t])]
         for k, weights in enumerate(adapters):
-            own = {layer: router.rows(*pair) for (layer, name), pair in weights.tensors.items() if name == target}
-            if own:
-                # Rows of 0 make up for lower ranks and for layers that the adapter lacks: they add no length.
-                block = torch.zeros(layers, max(len(projection) for projection in own.values()), inputs)
-                for layer, projection in own.items():
-                    block[layer, : len(projection)] = projection
-                changed[list(own), t, k] = True
-                rows.append(block)
-                owners += [t * n + k] * block.shape[1]
-    columns = [t * n + stack.owner - 1 for t, stack in enumerate(group.stacks.values())]
-    segments = torch.nn.functional.one_hot(torch.tensor(owners), len(group.stacks) * n).float()
+            own = {layer: pair for (layer, name), pair in weights.tensors.items() if name == target}
+            if not own:
+                continue
+            changed[list(own), t, k] = True
+            # Rows of 0 make up for lower ranks and for layers that the adapter lacks: they add no length.
+            projections = {layer: router.rows(*pair) for layer, pair in own.items()}
+            rows.append(_padded(projections, layers))
+            owners += [t * n + k] * rows[-1].shape[1]
+            a.append(_padded({layer: pair[0] for layer, pair in own.items()}, layers))
+            b.append(_padded({layer: pair[1].T for layer, pair in own.items()}, layers))
+            columns += [t * n + k] * a[-1].shape[1]
+        bs.append(torch.cat(b, dim=1).to(device, decoder.dtype))
+    segments = torch.nn.functional.one_hot(torch.tensor(owners), len(group.targets) * n).float()
     return GroupRouter(
         router,
         rows=torch.cat(rows, dim=1).to(device),
         segments=segments.to(device),
         changed=changed.to(device),
-        columns=torch.cat(columns).to(device),
-        mixture=mixture,
+        columns=Columns(torch.cat(a, dim=1).to(device, decoder.dtype), bs, torch.tensor(columns, device=device)),
     )
+
+
+def _padded(matrices: Mapping[int, Tensor], layers: int) -> Tensor:
+    """(rows, width) of some layers as (layers, most rows, width) float32, filled up with 0."""
+    block = torch.zeros(layers, max(map(len, matrices.values())), next(iter(matrices.values())).shape[1])
+    for layer, matrix in matrices.items():
+        block[layer, : len(matrix)] = matrix
+    return block

@@ -6,7 +6,6 @@ knows nothing of text, tasks or scores.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor
 
 from lorauter.adapters.weights import LoraWeights
-from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.model import Decoder, PrefillSpan
-from lorauter.engine.stacks import to_device
+from lorauter.engine.blocks import blocks_of
+from lorauter.engine.model import Decoder
+from lorauter.engine.runner import step_class
+from lorauter.engine.sampling import to_device
+from lorauter.engine.step import Span
 from lorauter.errors import ContextLengthExceeded, InvalidRequest
 from lorauter.evaluation.baselines.routed_step import RoutedBatch, RoutedStep, TokenRouter, group_routers
 
@@ -38,8 +39,7 @@ class TokenRouted:
     """A pool of adapters, all on the device, from which every token is routed.
 
     Args:
-        decoder: the base model. It is not changed: this works on a shallow copy, of the same weights, that has
-            another step class.
+        decoder: the base model.
         adapters: the pool, in the order of `generate`'s masks.
         router: `Arrow` or `SpectR`.
         eos_ids: tokens that end an answer.
@@ -64,8 +64,8 @@ class TokenRouted:
         self.names = tuple(weights.name for weights in adapters)
         self._eos_ids = frozenset(eos_ids)
         self._max_batch = max_batch
-        self._decoder = copy.copy(decoder)
-        self._decoder._step = RoutedStep.on(decoder._step, group_routers(decoder, adapters, router))
+        self._decoder = decoder
+        self._step = RoutedStep.on(step_class(decoder), group_routers(decoder, adapters, router))
 
     def generate(self, prompts: Sequence[Sequence[int]], allowed: Tensor, max_tokens: int) -> list[list[int]]:
         """Greedy answers, in the order of the prompts.
@@ -104,52 +104,50 @@ class TokenRouted:
         return [sequence.tokens[sequence.start :] for sequence in sequences]
 
     def _run(self, sequences: Sequence[_Sequence], allowed: Tensor) -> None:
-        """Continue all to their ends. The index in `rows` is the cache row; those that decode come first."""
-        cache = self._new_cache(min(self._max_batch, len(sequences)), max(sequence.limit for sequence in sequences))
-        waiting, rows = deque(sequences), list[_Sequence]()
-        while waiting or rows:
-            decoding, begun = len(rows), 0
-            while waiting and len(rows) < self._max_batch and (not begun or begun + waiting[0].start < _PREFILL_TOKENS):
+        """Continue all to their ends. Each has a row of the cache, whose blocks are the row's for good."""
+        rows = min(self._max_batch, len(sequences))
+        length = max(sequence.limit for sequence in sequences)
+        memory = self._decoder.memory(blocks=rows * blocks_of(length), rows=rows, length=length)
+        memory.table[:rows] = torch.arange(1, rows * blocks_of(length) + 1, device=memory.table.device).view(rows, -1)
+        waiting, free = deque(sequences), list(range(rows))
+        running: list[tuple[_Sequence, int]] = []
+        while waiting or running:
+            decoding, begun = len(running), 0
+            while waiting and free and (not begun or begun + waiting[0].start < _PREFILL_TOKENS):
                 begun += waiting[0].start
-                rows.append(waiting.popleft())
-            logits = self._decoder.forward(self._batch(rows, decoding, allowed), cache)
+                running.append((waiting.popleft(), free.pop()))
+            batch = self._batch(running, decoding, allowed)
+            logits = self._decoder.forward(self._step(memory, batch), batch).float()
             if not logits.isfinite().all():
                 raise InvalidRequest("the model's output is not finite under these adapters")
-            for sequence, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
+            for (sequence, _), token in zip(running, logits.argmax(dim=-1).tolist(), strict=True):
                 sequence.tokens.append(token)
-            for row in reversed(range(len(rows))):
-                if rows[row].tokens[-1] in self._eos_ids or len(rows[row].tokens) >= rows[row].limit:
-                    if row < len(rows) - 1:
-                        cache.move(len(rows) - 1, row, len(rows[-1].tokens))
-                        rows[row] = rows[-1]
-                    rows.pop()
+            ended = [self._has_ended(sequence) for sequence, _ in running]
+            free += [row for (_, row), over in zip(running, ended, strict=True) if over]
+            running = [one for one, over in zip(running, ended, strict=True) if not over]
 
-    def _batch(self, rows: Sequence[_Sequence], decoding: int, allowed: Tensor) -> RoutedBatch:
-        """The last tokens of the rows that decode, and the prompts of the others."""
-        tokens = [sequence.tokens[-1] for sequence in rows[:decoding]]
-        positions = [len(sequence.tokens) - 1 for sequence in rows[:decoding]]
-        prompts = [sequence.prompt for sequence in rows[:decoding]]
-        outputs, spans = list(range(decoding)), []
-        for row, sequence in enumerate(rows[decoding:], start=decoding):
-            spans.append(PrefillSpan(row, 0, sequence.start))
-            tokens += sequence.tokens
-            positions += range(sequence.start)
-            prompts += [sequence.prompt] * sequence.start
+    def _has_ended(self, sequence: _Sequence) -> bool:
+        return sequence.tokens[-1] in self._eos_ids or len(sequence.tokens) >= sequence.limit
+
+    def _batch(self, running: Sequence[tuple[_Sequence, int]], decoding: int, allowed: Tensor) -> RoutedBatch:
+        """The last tokens of those that decode, and the prompts of the others."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        prompts: list[int] = []
+        outputs: list[int] = []
+        for i, (sequence, row) in enumerate(running):
+            first = len(sequence.tokens) - 1 if i < decoding else 0
+            tokens += sequence.tokens[first:]
+            positions += range(first, len(sequence.tokens))
+            rows += [row] * (len(sequence.tokens) - first)
+            prompts += [sequence.prompt] * (len(sequence.tokens) - first)
             outputs.append(len(tokens) - 1)
+        spans = [Span(row, 0, sequence.start) for sequence, row in running[decoding:]]
 
         def ids(values: list[int]) -> Tensor:
-            return to_device(torch.tensor(values, dtype=torch.long), self._decoder.device)
+            return to_device(torch.tensor(values, dtype=torch.int32), self._decoder.device)
 
-        return RoutedBatch(ids(tokens), ids(positions), decoding, spans, ids(outputs), allowed=allowed[ids(prompts)])
-
-    def _new_cache(self, rows: int, length: int) -> KVCache:
-        decoder = self._decoder
-        return KVCache(
-            layers=decoder.shape.layers,
-            rows=rows,
-            kv_heads=decoder.kv_heads,
-            length=length,
-            head_dim=decoder.head_dim,
-            dtype=decoder.dtype,
-            device=decoder.device,
+        return RoutedBatch(
+            ids(tokens), ids(rows), ids(positions), decoding, spans, ids(outputs), allowed=allowed[ids(prompts)]
         )

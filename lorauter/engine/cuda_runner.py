@@ -1,0 +1,359 @@
+"""Runs planned steps on a GPU, by captured graphs, without waiting for them.
+
+There is a graph for each size of batch, for steps that only decode and for those with pieces of prompts, and for what
+the adapters in it change: nothing, attention alone, or any layer. All are captured before the first request, and none
+is ever lost: what they read (tokens, tables, mixtures) lies in fixed places, where each step writes what has changed. A
+row's last token stays on the device, so that a step can be launched before the host has seen the tokens of the one
+before. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorauter.engine import cuda_kernels as kernels
+from lorauter.engine.blocks import blocks_of
+from lorauter.engine.config import EngineConfig
+from lorauter.engine.cuda_mixtures import CudaMixtures
+from lorauter.engine.cuda_step import CudaStep, query_blocks
+from lorauter.engine.model import Decoder
+from lorauter.engine.runner import Flight, Runner
+from lorauter.engine.sampling import to_device
+from lorauter.engine.scheduler import StepPlan
+from lorauter.engine.slots import AdapterSlots
+from lorauter.engine.step import Span, StepBatch
+
+_MOST_STEP_TOKENS = 8192
+_LEAST_STEP_TOKENS = 64
+_LONGEST_STEP_S = 0.06  # that begins prompts while no row decodes, where no setting bounds it
+_SLOWER = 2.0  # times as long as a step without prompts may one with prompts take, while rows decode
+_GRAPHS_BYTES = 3 << 29  # for graphs and libraries, beside what a step takes
+_SHARE = 0.95  # of what is free then
+
+
+def decode_sizes(max_batch: int) -> list[int]:
+    """Batch sizes that have graphs of their own, the last at least `max_batch`."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_batch + 32, 32)]
+    return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < max_batch]
+
+
+def mixed_sizes(most: int) -> list[int]:
+    """Numbers of tokens of steps with prompts that have graphs of their own, the last at least `most`."""
+    sizes = [size for power in range(5, 20) for size in (1 << power, 3 << (power - 1))]
+    return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < most]
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A graph's shape: T tokens, of which `decoding` at most decode, m tokens wanted, Q query blocks at most."""
+
+    tokens: int
+    decoding: int
+    outputs: int
+    queries: int
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers such a step reads."""
+        return 3 * self.tokens + 2 * self.outputs + 2 + 4 * self.queries
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: Any
+    logits: Tensor
+    chosen: Tensor
+
+
+class CudaFlight:
+    """A step on its way: `tokens` (n,) is on the host once `done` has happened."""
+
+    def __init__(self, tokens: Tensor, done: torch.cuda.Event) -> None:
+        self._tokens = tokens
+        self._done = done
+
+    def wait(self) -> list[int]:
+        """See `Flight.wait`."""
+        self._done.synchronize()
+        result: list[int] = self._tokens.tolist()
+        return result
+
+
+class CopyStream:
+    """Copies adapters to the device beside its work.
+
+    Attributes:
+        launched: what happens once the latest step is computed: until then it may read what is to be overwritten.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.launched: torch.cuda.Event | None = None
+
+    def __call__(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
+        with torch.cuda.stream(self._stream):
+            if self.launched is not None:
+                self._stream.wait_event(self.launched)
+            to.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        return done
+
+
+class CudaRunner(Runner):
+    """See `Runner`; `launch` returns at once.
+
+    Args:
+        decoder, slots, rows, blocks, length: as for `Runner`.
+        step_tokens: tokens of a step at most.
+        copies: what brings adapters here.
+        measure: whether to find out how many tokens a step with prompts may have while rows decode; else `step_tokens`.
+    """
+
+    overlaps = True
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: AdapterSlots,
+        *,
+        rows: int,
+        blocks: int,
+        length: int,
+        step_tokens: int,
+        copies: CopyStream,
+        measure: bool,
+    ) -> None:
+        super().__init__(decoder, slots, rows=rows, blocks=blocks, length=length, step_tokens=step_tokens)
+        self._rows = rows
+        self._copies = copies
+        self._group = decoder.heads // decoder.kv_heads
+        self._decode = [_Size(size, size, size, 0) for size in decode_sizes(rows)]
+        self._mixed = [
+            _Size(
+                size, min(size, rows), min(size, rows), -(-size // kernels.query_tokens(self._group)) + min(size, rows)
+            )
+            for size in mixed_sizes(max(step_tokens, _LEAST_STEP_TOKENS))
+        ]
+        self._most = self._mixed[-1].tokens
+        self._beside = self._most  # tokens of a step in which rows decode, at most
+        sizes = [*self._decode, *self._mixed]
+        device = decoder.device
+        self._numbers = torch.zeros(max(size.numbers for size in sizes), dtype=torch.int32, device=device)
+        self._last_tokens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        firsts = [group.first for group in slots.groups]
+        attention = [first for first in firsts if first in ("q_proj", "o_proj")]
+        self._kinds = [frozenset(), *dict.fromkeys((frozenset(attention), frozenset(firsts)))]
+        self._graphs: dict[tuple[_Size, frozenset[str]], _Graph] = {}
+        self._pool: Any = None
+        self._capture_all(sizes)
+        if measure:
+            self._measure()
+
+    # --- graphs
+
+    def _capture_all(self, sizes: Sequence[_Size]) -> None:
+        for size in sorted(sizes, key=lambda size: -size.tokens):  # the largest first: the others use its memory
+            for adapted in self._kinds:
+                self._graphs[size, adapted] = self._capture(size, adapted)
+
+    def _capture(self, size: _Size, adapted: frozenset[str]) -> _Graph:
+        self._write(size, [], [], [], [], [], [])
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compile and warm up what may not happen in a capture
+            self._forward(size, adapted)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits, chosen = self._forward(size, adapted)
+        self._pool = graph.pool()
+        return _Graph(graph, logits, chosen)
+
+    @torch.inference_mode()
+    def _forward(self, size: _Size, adapted: frozenset[str]) -> tuple[Tensor, Tensor]:
+        lengths = [size.tokens] * 3 + [size.outputs] * 2 + [2, 4 * size.queries]
+        parts = torch.split(self._numbers[: size.numbers], lengths)
+        tokens, rows, positions, outputs, output_rows, counts, queries = parts
+        batch = StepBatch(
+            kernels.take_tokens(tokens, rows, self._last_tokens),
+            rows,
+            positions,
+            size.decoding,
+            (),
+            outputs if size.queries else None,
+            self.mixtures if adapted else None,
+            adapted,
+            counts,
+            queries.view(-1, 4),
+        )
+        logits = self.decoder.forward(CudaStep(self.memory, batch), batch)
+        return logits, kernels.greedy(logits, output_rows, self._last_tokens)
+
+    def _measure(self) -> None:
+        """How many tokens a step with prompts may have while rows decode."""
+        usual = self._seconds(self._decode[len(self._decode) // 2])
+        fitting = [size.tokens for size in self._mixed if self._seconds(size) <= _SLOWER * usual]
+        self._beside = max([_LEAST_STEP_TOKENS, *fitting])
+
+    def _seconds(self, size: _Size) -> float:
+        self._write(size, [], [], [], [], [], [])
+        graph = self._graphs[size, self._kinds[-1]].graph
+        times = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            graph.replay()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    # --- steps
+
+    def budget(self, decoding: int) -> int:
+        """See `Runner.budget`: what costs rows that decode little; without any, as much as a step takes."""
+        return min(self._most, max(self._beside, decoding + _LEAST_STEP_TOKENS)) if decoding else self._most
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Flight:
+        """See `Runner.launch`."""
+        stream = torch.cuda.current_stream()
+        for start in plan.starts:
+            for placed, _ in self._slots.placed(start.mixture):
+                if placed.copied is not None:
+                    stream.wait_event(placed.copied)
+        self._begin(plan)
+        pieces = [*plan.decoding, *plan.prompts]
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        outputs: list[int] = []
+        output_rows: list[int] = []
+        for piece in pieces:
+            tokens += piece.tokens or (-1,)
+            positions += range(piece.start, piece.start + piece.count)
+            rows += [piece.row] * piece.count
+            if piece.samples:
+                outputs.append(len(tokens) - 1)
+                output_rows.append(piece.row)
+        sizes = self._mixed if plan.prompts or len(outputs) < len(pieces) else self._decode
+        size = next(size for size in sizes if size.tokens >= len(tokens))
+        spans = [Span(piece.row, piece.start, piece.count) for piece in plan.prompts]
+        queries = query_blocks(spans, len(plan.decoding), self._group)
+        flat = [number for block in queries for number in block]
+        self._write(size, tokens, rows, positions, outputs, output_rows, [len(plan.decoding), len(queries), *flat])
+        mixtures = self.mixtures.of_step({piece.row for piece in pieces})
+        changed = mixtures.active if isinstance(mixtures, CudaMixtures) else frozenset()
+        graph = self._graphs[size, next(kind for kind in self._kinds if changed <= kind)]
+        graph.graph.replay()
+        chosen = graph.chosen[: len(outputs)]
+        if special := self._sampler.sampled(output_rows):
+            chosen = self._sample(graph, chosen, special, plan)
+        host = torch.empty(len(outputs), dtype=torch.int32, pin_memory=True)
+        host.copy_(chosen, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        self._copies.launched = done
+        return CudaFlight(host, done)
+
+    def _sample(self, graph: _Graph, chosen: Tensor, special: Sequence[int], plan: StepPlan) -> Tensor:
+        """The step's tokens with those of rows that do not take the likeliest, which are their last tokens now too."""
+        sampled = list(plan.sampled)
+        rows = [sampled[place].row for place in special]
+        positions = [sampled[place].start + sampled[place].count for place in special]
+        where = to_device(torch.tensor(special), chosen.device)
+        tokens = self._sampler.choose(graph.logits[where], rows, positions)
+        chosen = chosen.clone()
+        chosen[where] = tokens
+        self._last_tokens[to_device(torch.tensor(rows), chosen.device)] = tokens.clamp_min(0)
+        return chosen
+
+    def _write(
+        self,
+        size: _Size,
+        tokens: Sequence[int],
+        rows: Sequence[int],
+        positions: Sequence[int],
+        outputs: Sequence[int],
+        output_rows: Sequence[int],
+        counts: Sequence[int],
+    ) -> None:
+        """Put a step's numbers where its graph reads them, filled up with a row that is for padding."""
+        missing, unwanted = size.tokens - len(tokens), size.outputs - len(outputs)
+        padding = [self._rows]
+        numbers = [
+            *tokens, *[0] * missing, *rows, *padding * missing, *positions, *[0] * missing,
+            *outputs, *[0] * unwanted, *output_rows, *padding * unwanted, *(counts or (0, 0)),
+        ]  # fmt: skip
+        host = torch.tensor(numbers, dtype=torch.int32).pin_memory()
+        self._numbers[: len(numbers)].copy_(host, non_blocking=True)
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        torch.cuda.synchronize()
+        self._graphs.clear()
+
+
+def make_cuda_runner(
+    decoder: Decoder, config: EngineConfig, length: int, budget_bytes: int
+) -> tuple[AdapterSlots, CudaRunner]:
+    """The adapters' place on a GPU, and what runs steps there, in the memory that is free."""
+    device = decoder.device
+    copies = CopyStream(device)
+    slots = AdapterSlots(
+        decoder.shape,
+        budget_bytes=budget_bytes,
+        max_rank=config.max_rank,
+        dtype=decoder.dtype,
+        device=device,
+        copy=copies,
+        ahead=True,
+    )
+    step_tokens, step_bytes = _fit_step(decoder, slots, config)
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = int((torch.cuda.mem_get_info(device)[0] - 2 * step_bytes - _GRAPHS_BYTES) * _SHARE)
+    blocks = min(free, config.cache_bytes or free) // decoder.block_bytes()
+    decoder.check_blocks(blocks, length)
+    runner = CudaRunner(
+        decoder,
+        slots,
+        rows=config.max_batch,
+        blocks=blocks,
+        length=length,
+        step_tokens=step_tokens,
+        copies=copies,
+        measure=config.step_tokens is None,
+    )
+    return slots, runner
+
+
+def _fit_step(decoder: Decoder, slots: AdapterSlots, config: EngineConfig) -> tuple[int, int]:
+    """Tokens of the largest step, and bytes that it takes beside the cache."""
+    tokens = config.step_tokens or _MOST_STEP_TOKENS
+    while True:
+        runner = Runner(decoder, slots, rows=1, blocks=blocks_of(tokens), length=tokens)
+        runner.memory.table[0, :] = torch.arange(1, blocks_of(tokens) + 1)
+        ids = torch.zeros(tokens, dtype=torch.int32, device=decoder.device)
+        positions = torch.arange(tokens, dtype=torch.int32, device=decoder.device)
+        outputs = ids[: config.max_batch]
+        batch = StepBatch(ids, ids, positions, 0, [Span(0, 0, tokens)], outputs)
+        for _ in range(2):  # the first compiles
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            decoder.forward(CudaStep(runner.memory, batch), batch)
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+            size = torch.cuda.max_memory_allocated() - before
+        if config.step_tokens or seconds <= _LONGEST_STEP_S or tokens <= 1024:
+            return tokens, size
+        tokens //= 2
