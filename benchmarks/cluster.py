@@ -224,9 +224,9 @@ def main() -> None:
             config = AppConfig.parse(
                 {
                     "base_model": str(work / "model"), "base_model_aliases": [BASE], "adapters": uri,
-                    "engine": {"max_batch": 8, "max_model_len": 256, "max_slowdown": None, "threads": 1,
-                               "dtype": "float32", "adapter_bytes": SLOTS * ADAPTER_BYTES,
-                               "host_bytes": HOST_SLOTS * ADAPTER_BYTES},
+                    "engine": {"max_batch": 8, "max_model_len": 256, "threads": 1,
+                               "dtype": "float32", "adapter_bytes": SLOTS * ADAPTER_BYTES},
+                    "host": {"adapter_bytes": HOST_SLOTS * ADAPTER_BYTES},
                     "cache": {"directory": str(work / "cache" / router)},
                 }
             )  # fmt: skip

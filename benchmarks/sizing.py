@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ITEM = 2  # bytes of a bf16 number
+BLOCK = 16  # positions of a cache block
+GRAPHS = 3 << 29  # bytes that are left to a GPU's graphs and libraries
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
@@ -62,19 +64,26 @@ def adapter_bytes(model: Model, rank: int, targets: Sequence[str] = ATTENTION, *
     return rank * model.layers * sum(sum(model.linears[target]) for target in targets) * item
 
 
-def kv_bytes(model: Model, max_batch: int, max_model_len: int, *, gpu: bool = True, item: int = ITEM) -> int:
-    """The cache of keys and values, all of it from the start; a GPU's graphs have a row of their own."""
-    return 2 * model.layers * (max_batch + gpu) * model.kv_heads * max_model_len * model.head_dim * item
+def kv_bytes(model: Model, positions: int, *, item: int = ITEM) -> int:
+    """The cache of keys and values, in blocks, and one block for padding."""
+    blocks = math.ceil(positions / BLOCK) + 1
+    return 2 * model.layers * blocks * BLOCK * model.kv_heads * model.head_dim * item
 
 
-def default_adapter_budget(gpu_bytes: int, model: Model, max_batch: int, max_model_len: int) -> int:
-    """What `adapter_bytes: null` takes of a GPU: a quarter of what model and cache leave of it."""
-    return (gpu_bytes - weight_bytes(model) - kv_bytes(model, max_batch, max_model_len)) // 4
+def default_adapter_budget(gpu_bytes: int, model: Model) -> int:
+    """What `adapter_bytes: null` takes of a GPU: a quarter of what the model leaves of it."""
+    return (gpu_bytes - weight_bytes(model)) // 4
+
+
+def default_positions(gpu_bytes: int, model: Model, step_bytes: int) -> int:
+    """What `cache_bytes: null` has room for: nearly all that model, adapters, graphs and twice a step leave."""
+    left = gpu_bytes - weight_bytes(model) - default_adapter_budget(gpu_bytes, model) - GRAPHS - 2 * step_bytes
+    return int(left * 0.95) // (kv_bytes(model, BLOCK) - kv_bytes(model, 0)) * BLOCK
 
 
 def slots(budget: int, one_adapter: int) -> int:
-    """Adapters of one size that are resident at once."""
-    return budget // one_adapter
+    """Adapters of one size that are resident at once; each begins at a multiple of 64 numbers."""
+    return budget // (math.ceil(one_adapter / ITEM / 64) * 64 * ITEM)
 
 
 def zipf_share(top: int, adapters: int, exponent: float = 1.0) -> float:
@@ -103,21 +112,19 @@ def tables() -> dict[str, str]:
             sizes = f"{one / mib:,.1f} MiB | {64 * one / gb:,.2f} GB | {1000 * one / gb:,.1f} GB"
             adapters.append(f"| {model.name} | {rank} | {called} | {sizes} |")
     room = [
-        "| model, GPU | batch, length | weights | cache | adapters | slots |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| model, GPU | weights | adapters | slots | positions in the cache |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    for model, card, size, batch, length in (
-        (EIGHT_B, "80 GB", 80e9, 32, 2048),
-        (EIGHT_B, "80 GB", 80e9, 128, 2048),
-        (EIGHT_B, "24 GB", 24e9, 16, 2048),
-        (SMOL, "24 GB", 24e9, 128, 2048),
+    for model, card, size, step in (
+        (EIGHT_B, "141 GB", 141e9, 10**9),
+        (EIGHT_B, "80 GB", 80e9, 10**9),
+        (EIGHT_B, "24 GB", 24e9, 10**9),
+        (SMOL, "24 GB", 24e9, 3 * 10**8),
     ):
-        budget = default_adapter_budget(int(size), model, batch, length)
-        cells = (
-            f"{weight_bytes(model) / gb:.2f} GB | {kv_bytes(model, batch, length) / gb:.2f} GB | {budget / gb:.2f} GB"
-        )
-        fit = slots(budget, adapter_bytes(model, 16))
-        room.append(f"| {model.name}, {card} | {batch}, {length} | {cells} | {fit:,} |")
+        budget = default_adapter_budget(int(size), model)
+        cells = f"{weight_bytes(model) / gb:.2f} GB | {budget / gb:.2f} GB"
+        fit, positions = slots(budget, adapter_bytes(model, 16)), default_positions(int(size), model, step)
+        room.append(f"| {model.name}, {card} | {cells} | {fit:,} | {positions:,} |")
     shares = ["| resident | of 100 | of 500 | of 1,000 | of 5,000 |", "| --- | --- | --- | --- | --- |"]
     for top in (16, 64, 256):
         cells = " | ".join(f"{zipf_share(min(top, n), n):.0%}" for n in (100, 500, 1000, 5000))

@@ -264,9 +264,9 @@ def _start_app(work: Path) -> str:
                 "max_queue": 32,
                 "max_rank": 8,
                 "threads": 1,
-                "max_slowdown": None,
-            }
-            | {"adapter_bytes": 16 << 20, "host_bytes": 64 << 20},
+                "adapter_bytes": 16 << 20,
+            },
+            "host": {"adapter_bytes": 64 << 20},
             "cache": {"directory": str(work / "disk"), "disk_bytes": 128 << 20},
         }
     )

@@ -29,12 +29,13 @@ from deployments.access import Access, Caller, Reservation
 from deployments.admin import ReadChange
 from deployments.bodies import read_json
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
-from deployments.config import AccessSettings, ApiSettings, EngineSettings, explain, first_field
+from deployments.config import AccessSettings, ApiSettings, explain, first_field
 from deployments.openai_answers import CHAT, TEXT, Shape, error_answer, usage
 from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody, GenerationBody, RouteBody
 from deployments.rights import ROLES, check_change
 from deployments.scope import ScopedOptions, visible, visible_tasks
 from deployments.told import Audience, without_places
+from lorauter.engine.config import EngineConfig
 from lorauter.engine.types import Chunk
 from lorauter.errors import (
     AdapterError,
@@ -88,7 +89,7 @@ def build_api(
     access: Access | None = None,
     admin: Sequence[tuple[str, str, ReadChange]] = (),
     *,
-    max_model_len: int = EngineSettings().max_model_len,
+    max_model_len: int = EngineConfig().max_model_len,
 ) -> Starlette:
     """The ASGI application over a service.
 
@@ -295,7 +296,7 @@ class _Api:
         )
 
         def ask(decision: RoutingDecision) -> _Answer:
-            call = GenerateCall(prompt, decision.adapters, sampling, routed=decision.routed)
+            call = GenerateCall(prompt, decision.adapters, sampling, routed=decision.routed, tenant=caller.name)
             return _metered(self._service.generate(call), reservation)
 
         try:
@@ -321,7 +322,8 @@ class _Api:
             return _EventStream(events, stream, headers)
         chunks = [item async for item in stream if isinstance(item, Chunk)]
         text = "".join(chunk.text for chunk in chunks)
-        took = usage(admitted.prompt_tokens, sum(len(chunk.token_ids) for chunk in chunks))
+        tokens = sum(len(chunk.token_ids) for chunk in chunks)
+        took = usage(admitted.prompt_tokens, tokens, cached_tokens=admitted.cached_tokens)
         answer = {**head, **shape.answer(text, chunks[-1].finish_reason), "usage": took}
         return JSONResponse({**answer, "lorauter": shown}, headers=headers)
 
@@ -398,7 +400,8 @@ async def _events(
         yield event(error_answer(error, audience)[1])
         return
     if with_usage:
-        yield event({**head, "choices": [], "usage": usage(admitted.prompt_tokens, tokens)})
+        took = usage(admitted.prompt_tokens, tokens, cached_tokens=admitted.cached_tokens)
+        yield event({**head, "choices": [], "usage": took})
     yield "data: [DONE]\n\n"
 
 

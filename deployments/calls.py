@@ -30,6 +30,8 @@ class GenerateCall:
     Attributes:
         routed: nobody named the adapters: one that cannot be had is left out, as long as one is left.
         generated: what another replica has answered before it died: the answer goes on after these tokens.
+        tenant: whose prompts alone this one may share computed beginnings with, so that nobody learns by time or count
+            what others ask.
     """
 
     prompt: Prompt
@@ -37,17 +39,20 @@ class GenerateCall:
     sampling: SamplingParams
     routed: bool = False
     generated: tuple[int, ...] = ()
+    tenant: str | None = None
 
 
 @dataclass(frozen=True)
 class Admitted:
     """The first thing a replica says: the request is valid, its adapters are here, and this is its prompt's size.
 
-    `left_out` are those of the call's adapters that the answer goes on without.
+    `left_out` are those of the call's adapters that the answer goes on without, `cached_tokens` the prompt's tokens
+    that were found computed.
     """
 
     prompt_tokens: int
     left_out: tuple[LeftOut, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

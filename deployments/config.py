@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from lorauter.defaults import DEFAULT
+from lorauter.engine import EngineConfig
 from lorauter.errors import ConfigError
 from lorauter.routing.options import RoutingConfig
 
@@ -23,42 +24,6 @@ class Settings(BaseModel):
     """Settings that do not change, and know their names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EngineSettings(Settings):
-    """The engine of each `LoraModel` replica.
-
-    Attributes:
-        max_batch: sequences that run at once.
-        max_model_len: positions of a sequence, prompt and answer together; the model's own limit bounds it.
-        max_queue: requests that may wait in a replica; more are answered with 429.
-        max_slowdown: a request is answered with 429 if its replica, by the speed that it has measured, would take
-            more than this many times as long over it as alone, for the company it would have in the batch and for its
-            wait; null refuses by `max_queue` only, for the most throughput. It bounds the mean: the slowest of a
-            hundred take up to half as long again. To scale by load, a replica's `target_ongoing_requests` must be
-            below the number of requests at which it begins to refuse.
-        prefill_tokens: prompt tokens processed in one step at most.
-        max_rank: the largest adapter rank served.
-        adapter_wait_s: seconds for which a request waits for its adapters to come; then it is answered with 503.
-        adapter_bytes: bytes of adapters on the device at most; null takes a quarter of a GPU's free memory, or 1 GiB.
-        host_bytes: bytes of adapters in a replica's host memory at most.
-        device: "auto" (a GPU if the replica has one), "cpu", "cuda".
-        dtype: "auto" is bfloat16 where the device computes in it, else float32.
-        threads: CPU threads of a replica; null takes all CPUs of the machine.
-    """
-
-    max_batch: Positive = 16
-    max_model_len: Annotated[int, Field(ge=2)] = 2048
-    max_queue: Positive = 64
-    max_slowdown: Annotated[float, Field(gt=1, le=1000)] | None = 2.0
-    prefill_tokens: Positive = 512
-    max_rank: Positive = 128
-    adapter_wait_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
-    adapter_bytes: Positive | None = None
-    host_bytes: Positive = 4 << 30
-    device: str = "auto"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    threads: Positive | None = None
 
 
 class CacheSettings(Settings):
@@ -73,6 +38,18 @@ class CacheSettings(Settings):
     directory: str = "default"
     disk_bytes: Positive = 20 << 30
     downloads: Annotated[int, Field(ge=1, le=64)] = 8
+
+
+class HostSettings(Settings):
+    """The adapters in the host memory of each `LoraModel` replica.
+
+    Attributes:
+        adapter_bytes: bytes of them at most, beside what running requests hold.
+        wait_s: seconds for which a request waits for its adapters to come here; then it is answered with 503.
+    """
+
+    adapter_bytes: Positive = 4 << 30
+    wait_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
 
 
 class ApiSettings(Settings):
@@ -150,7 +127,8 @@ class AppConfig(Settings):
     catalog: str | None = "default"
     catalog_refresh_s: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
     routing: RoutingConfig = RoutingConfig()
-    engine: EngineSettings = EngineSettings()
+    engine: EngineConfig = EngineConfig()
+    host: HostSettings = HostSettings()
     cache: CacheSettings = CacheSettings()
     api: ApiSettings = ApiSettings()
     access: AccessSettings = AccessSettings()
@@ -200,7 +178,7 @@ def explain(error: ValidationError, noun: str) -> str:
     problems = []
     for item in items[:_NAMED]:
         name = _name(item) or "the whole"
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             problems.append(f"unknown {noun} {name}")
         else:
             given = _given(item["input"]) if item["loc"] else ""  # else all that was given, prompt and all

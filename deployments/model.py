@@ -56,17 +56,16 @@ class LoraModel:
 
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         join_serve_logs()
-        settings = config.engine
-        self._engine = start_engine(config.base_model, config.base_model_aliases, settings)
+        self._engine = start_engine(config.base_model, config.base_model_aliases, config.engine)
         await asyncio.to_thread(warm_up_engine, self._engine)
         spec = CacheSpec(config.adapters, config.cache)
         self._node_cache = NodeCache(spec)
         self._on_disk = await self._node_cache.resident()  # raises why the cache cannot start, if it cannot
-        self._adapter_wait_s = settings.adapter_wait_s
+        self._adapter_wait_s = config.host.wait_s
         self._adapters = HostAdapters(
             self._node_cache,
             Packing(self._engine),
-            budget_bytes=settings.host_bytes,
+            budget_bytes=config.host.adapter_bytes,
         )
         self._sampling = Sampling(model_sampler(self._engine, self._adapters, RayRecorder()))
         try:
@@ -74,8 +73,8 @@ class LoraModel:
                 await most_wanted(spec),
                 self._adapters.get,
                 self._place,
-                room_bytes=min(self._engine.slots.budget_bytes, settings.host_bytes),
-                at_once=min(settings.max_batch, config.cache.downloads),
+                room_bytes=min(self._engine.slots.budget_bytes, config.host.adapter_bytes),
+                at_once=min(config.engine.max_batch, config.cache.downloads),
             )
         except Exception:  # a cold replica is better than none
             logger.exception("the replica starts without the adapters in demand")
@@ -96,7 +95,7 @@ class LoraModel:
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         mixture, left_out = await self._mixture(call)
-        stream = self._engine.stream(GenerationRequest(prompt, mixture, call.sampling, call.generated))
+        stream = self._engine.stream(GenerationRequest(prompt, mixture, call.sampling, call.generated, call.tenant))
         tokens = 0
         with span("generate", current=False) as traced:
             try:
@@ -104,7 +103,7 @@ class LoraModel:
                 async for chunk in stream:
                     if not admitted:
                         admitted = True
-                        yield Admitted(len(prompt), left_out)
+                        yield Admitted(len(prompt), left_out, chunk.cached_tokens)
                     tokens += len(chunk.token_ids)
                     yield chunk
             finally:

@@ -86,12 +86,13 @@ TEXT = Shape(
 )
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """What an answer took."""
+def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> dict[str, Any]:
+    """What an answer took, and how much of its prompt was found computed."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

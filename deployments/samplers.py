@@ -68,6 +68,9 @@ def model_sampler(engine: MultiLoraEngine, host: HostAdapters[P], recorder: Reco
         running, waiting = engine.load
         recorder.set(metrics.RUNNING, running)
         recorder.set(metrics.WAITING, waiting)
+        recorder.set(metrics.CACHE_USED, engine.cache_used)
+        totals.tell(metrics.REUSED_TOKENS, engine.scheduler.reused)
+        totals.tell(metrics.PREEMPTIONS, engine.scheduler.preemptions)
         slots = engine.slots
         tier("device", slots.counters, len(slots.resident), slots.used_bytes)
         tier("host", host.counters, *host.held)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
-from deployments.config import AppConfig, CacheSettings, EngineSettings, Positive, Settings, explain
+from deployments.config import AppConfig, CacheSettings, HostSettings, Positive, Settings, explain
+from lorauter.engine.config import EngineConfig
 from lorauter.errors import ConfigError
 from lorauter.routing.options import RoutingConfig
 
@@ -71,7 +72,7 @@ class BatchConfig(Settings):
     """A batch job, but for where its input and output are.
 
     Attributes:
-        base_model, base_model_aliases, encoder, adapters, catalog, engine, cache: as for the service
+        base_model, base_model_aliases, encoder, adapters, catalog, engine, host, cache: as for the service
             (`deployments.config`); `engine.max_queue` is not used.
         routing: the router's settings; a row's `tasks` are the first `num_tasks`.
         columns: where a row's prompt and settings are.
@@ -98,7 +99,8 @@ class BatchConfig(Settings):
     adapters: str = "default"
     catalog: str = "default"
     routing: RoutingConfig = RoutingConfig(num_tasks=3)
-    engine: EngineSettings = EngineSettings()
+    engine: EngineConfig = EngineConfig()
+    host: HostSettings = HostSettings()
     cache: CacheSettings = CacheSettings()
     columns: Columns = Columns()
     prompts: Literal["chat", "plain"] = "chat"
@@ -160,6 +162,7 @@ class BatchConfig(Settings):
         """The settings that the output depends on: a job is resumed with the same ones only."""
         settings = self.model_dump(mode="json")
         for name in (
+            "host",
             "cache",
             "max_errors",
             "route_workers",

@@ -12,7 +12,7 @@ import os
 import pickle
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -114,13 +114,13 @@ class AnswerStage:
     """
 
     def __init__(self, config: BatchConfig, files: Files | None = None, reports: Reports | None = None) -> None:
-        settings = config.engine
         cache = NodeCache(CacheSpec(config.adapters, config.cache))  # its process starts while the engine loads
-        fed = {"max_queue": settings.max_batch, "max_slowdown": None}  # the next row comes as one ends
-        engine = start_engine(config.base_model, config.base_model_aliases, settings.model_copy(update=fed))
+        # The next row comes as one ends.
+        fed = replace(config.engine, max_queue=config.engine.max_batch, max_slowdown=None)
+        engine = start_engine(config.base_model, config.base_model_aliases, fed)
         self._answering = Answering(
             engine,
-            HostAdapters(cache, Packing(engine), budget_bytes=settings.host_bytes),
+            HostAdapters(cache, Packing(engine), budget_bytes=config.host.adapter_bytes),
             config,
         )
         self._slots = engine.slots

@@ -52,7 +52,6 @@ LINEARS = {
 PREFIX = "base_model.model."
 PROMPT = (3, 1, 4, 15, 9, 2, 6)
 NEW_TOKENS = 6
-PLACE = {"device": "cpu", "dtype": "float32", "threads": 1}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -77,8 +76,8 @@ def _make_base(model: Any, folder: Path) -> Base:
     words = Tokenizer(models.WordLevel({str(i): i for i in range(SIZES["vocab_size"])}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(folder)
-    config = EngineConfig(max_batch=2, adapter_bytes=1 << 20)
-    return Base(model.eval(), folder, load_engine(str(folder), config, aliases=("org/tiny",), **PLACE))
+    config = EngineConfig(max_batch=2, adapter_bytes=1 << 20, device="cpu", dtype="float32", threads=1)
+    return Base(model.eval(), folder, load_engine(str(folder), config, aliases=("org/tiny",)))
 
 
 @pytest.fixture(scope="module")

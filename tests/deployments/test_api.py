@@ -35,6 +35,13 @@ from lorauter.engine.types import Chunk, SamplingParams
 from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable, CatalogError
 from lorauter.routing import AdapterWeight, LeftOut, RoutingDecision, RoutingOptions
 
+USAGE = {
+    "prompt_tokens": 7,
+    "completion_tokens": 3,
+    "total_tokens": 10,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
 
 @pytest.mark.parametrize(
     ("path", "body", "prefix", "kind", "content"),
@@ -52,7 +59,7 @@ def test_an_answer(path: str, body: Any, prefix: str, kind: str, content: dict[s
         "object": kind,
         "model": "lorauter",
         "choices": [{"index": 0, **content, "finish_reason": "stop", "logprobs": None}],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+        "usage": USAGE,
         "lorauter": {
             "catalog_version": "v1",
             "tasks": [
@@ -100,7 +107,7 @@ def test_a_stream(path: str, body: Any, prefix: str, kind: str, contents: list[A
     if with_usage:
         last = pieces.pop()
         assert last["choices"] == []
-        assert last["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        assert last["usage"] == USAGE
     assert not any("usage" in piece for piece in pieces)
     assert [piece["choices"] for piece in pieces] == [
         [{"index": 0, **content, "finish_reason": reason, "logprobs": None}]

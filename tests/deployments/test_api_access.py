@@ -124,6 +124,7 @@ def test_anothers_adapter_is_as_one_that_is_not_there(secured: Any, path: str, b
     assert len({message.replace("nobody", "adder") for message in messages}) == 1
     assert secured(service, "POST", path, "lr-poets", body(model="poet")).status_code == 200
     assert secured(service, "POST", path, "lr-poets", body(model="base")).status_code == 200
+    assert [call.tenant for call in service.calls] == ["poets"] * 2  # what is computed for one key helps no other
 
 
 def test_lists_hold_what_the_key_may_use(secured: Any) -> None:

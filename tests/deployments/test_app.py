@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_an_editor_goes_with_stores_of_ones_own_alone(tmp_path: Path, monkeypatc
 
 
 def test_queues_follow_the_engines_settings_unless_overridden() -> None:
-    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"max_batch": 3, "max_queue": 5})})
+    config = CONFIG.model_copy(update={"engine": replace(CONFIG.engine, max_batch=3, max_queue=5)})
     derived = parts(assemble(config, {}))["LoraModel"]
     assert (derived.max_ongoing_requests, derived.max_queued_requests) == (8, 5)
     overrides = {"LoraModel": {"max_queued_requests": 9, "num_replicas": 2}, "Router": {"num_replicas": 3}}

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from deployments.config import AccessSettings, ApiSettings, AppConfig, CacheSettings, EngineSettings
+from deployments.config import AccessSettings, ApiSettings, AppConfig, CacheSettings, HostSettings
+from lorauter.engine import EngineConfig
 from lorauter.errors import ConfigError
 from lorauter.routing import RoutingConfig
 
-SECTIONS = ["routing", "engine", "cache", "api", "access"]
+SECTIONS = ["routing", "engine", "host", "cache", "api", "access"]
 
 
 def refusal(args: object) -> str:
@@ -32,13 +34,15 @@ def refusal(args: object) -> str:
         ({"routing": {"temperature": float("nan")}}, "setting routing.temperature: "),
         *[
             ({"engine": {name: 0}}, f"setting engine.{name}: ")
-            for name in EngineSettings.model_fields
-            if name not in ("device", "dtype")
+            for name in (field.name for field in fields(EngineConfig))
+            if name not in ("device", "dtype", "prefix_reuse")
         ],
         ({"engine": {"max_model_len": 1}}, "setting engine.max_model_len: "),
         ({"engine": {"max_batch": 2.5}}, "setting engine.max_batch: "),
         ({"engine": {"max_slowdown": 1}}, "setting engine.max_slowdown"),
-        ({"engine": {"adapter_wait_s": float("inf")}}, "setting engine.adapter_wait_s"),
+        ({"host": {"wait_s": float("inf")}}, "setting host.wait_s"),
+        ({"host": {"adapter_bytes": 0}}, "setting host.adapter_bytes"),
+        ({"engine": {"step_timeout_s": float("nan")}}, "setting engine.step_timeout_s"),
         ({"api": {"first_token_s": float("nan")}}, "setting api.first_token_s: "),
         ({"engine": {"dtype": "int8"}}, "setting engine.dtype: "),
         ({"cache": {"disk_bytes": "many"}}, "setting cache.disk_bytes: "),
@@ -81,18 +85,18 @@ def test_defaults_and_documentation() -> None:
     assert {config.base_model, config.encoder, config.adapters, config.catalog} == {"default"}
     assert config.routing == RoutingConfig()
     assert (config.api.route_on, config.api.default_temperature) == ("last_user_message", 0.0)
-    for settings in (EngineSettings, CacheSettings, ApiSettings, AccessSettings, AppConfig):
+    for settings in (EngineConfig, HostSettings, CacheSettings, ApiSettings, AccessSettings, AppConfig):
         documented = settings.__doc__ or ""
-        missing = [name for name in settings.model_fields if f"{name}:" not in documented]
+        names = settings.model_fields if issubclass(settings, BaseModel) else [f.name for f in fields(settings)]
+        missing = [name for name in names if f"{name}:" not in documented]
         assert [name for name in missing if name not in SECTIONS] == []
 
 
 def test_settings_are_frozen_and_survive_json() -> None:
     config = AppConfig.parse({"engine": {"threads": 2}, "base_model_aliases": ["a", "b"]})
     for settings in [config, *(getattr(config, section) for section in SECTIONS)]:
-        assert isinstance(settings, BaseModel)
-        name = next(iter(type(settings).model_fields))
-        with pytest.raises(ValidationError, match="frozen"):
+        name = next(iter(type(settings).model_fields if isinstance(settings, BaseModel) else vars(settings)))
+        with pytest.raises((ValidationError, FrozenInstanceError)):
             setattr(settings, name, getattr(settings, name))
     assert AppConfig.parse(json.loads(config.model_dump_json())) == config
 

@@ -42,7 +42,8 @@ class Recorder:
 
 def test_a_replicas_tiers_and_queue() -> None:
     slots = SimpleNamespace(counters=TierCounters(5, 2, 1, 0.25), resident=[("a", "1")], used_bytes=10)
-    engine: Any = SimpleNamespace(load=(3, 4), slots=slots)
+    scheduler = SimpleNamespace(reused=48, preemptions=2)
+    engine: Any = SimpleNamespace(load=(3, 4), slots=slots, scheduler=scheduler, cache_used=0.25)
     host: Any = SimpleNamespace(counters=TierCounters(7, 3, 0, 1.5), held=(2, 20))
     recorder = Recorder()
     sample = model_sampler(engine, host, recorder)
@@ -50,6 +51,9 @@ def test_a_replicas_tiers_and_queue() -> None:
         sample()
         assert recorder.of(metrics.RUNNING) == 3
         assert recorder.of(metrics.WAITING) == 4
+        assert recorder.of(metrics.CACHE_USED) == 0.25
+        assert recorder.of(metrics.REUSED_TOKENS) == 48
+        assert recorder.of(metrics.PREEMPTIONS) == 2
         assert [recorder.of(metrics.RESIDENT, tier) for tier in ("device", "host")] == [1, 2]
         assert [recorder.of(metrics.RESIDENT_BYTES, tier) for tier in ("device", "host")] == [10, 20]
         assert [recorder.of(metrics.HITS, tier) for tier in ("device", "host")] == [5, 7]

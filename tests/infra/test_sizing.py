@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorauter.adapters.weights import LoraWeights, ModelShape
-from lorauter.engine.kv_cache import KVCache
-from lorauter.engine.slots import AdapterSlots
+from lorauter.engine.blocks import BLOCK, blocks_of
+from lorauter.engine.paged_cache import PagedCache
+from lorauter.engine.scheduler import ActiveSequence
+from lorauter.engine.slots import SLOTS, AdapterSlots, PackedAdapter
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -29,6 +31,10 @@ def sizing() -> Any:
 def tiny(sizing: Any) -> Any:
     """A shape whose sizes all differ."""
     return sizing.Model("tiny", 3, 24, 40, 4, 2, 6, 50, tied=False)
+
+
+def holder(packed: PackedAdapter) -> ActiveSequence:
+    return ActiveSequence([1], 1, 2, ((packed.key, 1.0),), adapters=[packed])
 
 
 def adapter(model: Any, rank: int, targets: tuple[str, ...], layers: int) -> LoraWeights:
@@ -48,39 +54,34 @@ def test_an_adapter_takes_what_the_formula_says(sizing: Any, tiny: Any, rank: in
         ModelShape((), tiny.layers, tiny.linears), budget_bytes=1 << 20, max_rank=16, dtype=torch.bfloat16, device=CPU
     )
     packed = slots.pack(adapter(tiny, rank, names, layers))
-    assert packed.nbytes == expected
-    assert slots.acquire([packed])
-    assert slots.used_bytes == expected
+    assert expected <= packed.nbytes < expected + 16 * 2 * len(names)
+    assert slots.acquire(holder(packed))
+    assert expected <= slots.used_bytes < expected + 128
 
 
 def test_slots_are_budget_over_adapter(sizing: Any, tiny: Any) -> None:
     one = sizing.adapter_bytes(tiny, 4)
-    budget = 7 * one + one // 2
+    budget = 7 * (one + 128) + one // 2
     slots = AdapterSlots(
         ModelShape((), tiny.layers, tiny.linears), budget_bytes=budget, max_rank=4, dtype=torch.bfloat16, device=CPU
     )
     for i in range(10):
         weights = adapter(tiny, 4, sizing.ATTENTION, 3)
         packed = slots.pack(LoraWeights(f"a{i}", "1" * 8, "", weights.tensors))
-        assert slots.acquire([packed])
-        slots.release([packed.key])
-        held = sum(stack.capacity * stack.column_bytes for stack in slots.stacks.values())
-        assert held <= budget
+        sequence = holder(packed)
+        assert slots.acquire(sequence)
+        slots.release(sequence)
+        assert slots.used_bytes <= slots.arena.nbytes <= budget
     assert len(slots.resident) == sizing.slots(budget, one) == 7
+    assert f"{SLOTS:,} at most" in (ROOT / "docs" / "sizing.md").read_text()
 
 
-@pytest.mark.parametrize("gpu", [True, False])
-def test_the_cache_takes_what_the_formula_says(sizing: Any, tiny: Any, gpu: bool) -> None:
-    cache = KVCache(
-        layers=tiny.layers,
-        rows=5 + gpu,
-        kv_heads=tiny.kv_heads,
-        length=7,
-        head_dim=tiny.head_dim,
-        dtype=torch.bfloat16,
-        device=CPU,
-    )
-    assert cache.keys.nbytes + cache.values.nbytes == sizing.kv_bytes(tiny, 5, 7, gpu=gpu)
+@pytest.mark.parametrize("positions", [BLOCK, 100])
+def test_the_cache_takes_what_the_formula_says(sizing: Any, tiny: Any, positions: int) -> None:
+    shape = {"layers": tiny.layers, "kv_heads": tiny.kv_heads, "head_dim": tiny.head_dim, "dtype": torch.bfloat16}
+    cache = PagedCache(**shape, blocks=blocks_of(positions), device=CPU)
+    assert cache.keys.nbytes + cache.values.nbytes == sizing.kv_bytes(tiny, positions)
+    assert sizing.kv_bytes(tiny, positions) == (blocks_of(positions) + 1) * PagedCache.block_bytes(**shape)
 
 
 @pytest.mark.parametrize("shape", ["EIGHT_B", "SMOL"])
@@ -120,7 +121,5 @@ def test_the_page_has_the_tables_of_the_script(sizing: Any) -> None:
 
 def test_the_page_uses_the_readmes_figures(sizing: Any) -> None:
     readme = (ROOT / "README.md").read_text()
-    for figure in ("3,934", "10,103", "37,040", "368", "24.72 GB"):
+    for figure in ("3,934", "10,103", "37,040", "368"):
         assert figure in readme
-    measured = sizing.weight_bytes(sizing.EIGHT_B) + sizing.kv_bytes(sizing.EIGHT_B, 128, 512)
-    assert f"{measured / 1e9:.2f} GB" == "24.72 GB"

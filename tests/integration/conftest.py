@@ -128,7 +128,6 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
                     "max_model_len": 1024,
                     "max_queue": 16,
                     "max_rank": 32,
-                    "max_slowdown": None,
                 },
                 "cache": {"directory": str(work / "disk")},
                 "api": {"max_body_bytes": 100_000},

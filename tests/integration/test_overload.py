@@ -11,15 +11,16 @@ from overload import measure, percentile, questions
 from ray import serve
 
 from deployments.app import DEPLOYMENTS, assemble
-from deployments.config import EngineSettings
+from lorauter.engine import EngineConfig
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
 def url(service: Any) -> Iterator[str]:
-    """A second app of the running cluster, with the default engine, which refuses what would take too long."""
-    config = service.config.model_copy(update={"engine": EngineSettings(max_batch=8, max_model_len=512)})
+    """A second app of the running cluster, with an engine that refuses what would take too long."""
+    engine = EngineConfig(max_batch=8, max_model_len=512, max_slowdown=2.0)
+    config = service.config.model_copy(update={"engine": engine})
     few = {name: {"ray_actor_options": {"num_cpus": 0.05}, "num_replicas": 1} for name in DEPLOYMENTS}
     serve.run(assemble(config, few), name="overload", route_prefix="/overload")
     yield f"{service.url}/overload"

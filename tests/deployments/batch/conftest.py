@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -36,6 +37,9 @@ class EchoingEngine:
 
     def held(self) -> threading.Condition:
         return self._lock
+
+    def lockstep(self) -> nullcontext[None]:
+        return nullcontext()
 
     def check_health(self) -> None:
         return

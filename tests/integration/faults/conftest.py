@@ -96,11 +96,10 @@ def _cluster(
             "max_batch": 8,
             "max_model_len": 512,
             "max_queue": 32,
-            "max_slowdown": None,  # what a slow machine refuses would not be under way when something dies
             "dtype": "float32",
             "threads": 1,
-            "adapter_wait_s": 20,
         },
+        "host": {"wait_s": 20},
         "cache": {"directory": str(work / "disk")},
     }
     (work / "config.json").write_text(json.dumps(config))
