@@ -121,5 +121,5 @@ def test_the_page_has_the_tables_of_the_script(sizing: Any) -> None:
 
 def test_the_page_uses_the_readmes_figures(sizing: Any) -> None:
     readme = (ROOT / "README.md").read_text()
-    for figure in ("3,934", "10,103", "37,040", "368"):
+    for figure in ("3,861", "9,451", "54,702", "326"):
         assert figure in readme
