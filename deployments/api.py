@@ -170,7 +170,9 @@ class _Api:
                 f"got {len(texts)} texts; at most {self._settings.max_inputs} are routed at once", param="input"
             )
         self._check_length(max(map(len, texts)), "input")
-        reservation = await self._access.reserve(request.state.caller, sum(_tokens(len(text)) for text in texts))
+        reservation = await self._access.reserve(
+            request.state.caller, sum(min(_tokens(len(text)), self._context) for text in texts)
+        )
         try:
             decisions = await self._service.route(texts, _scoped(body, request.state.caller))
         except Exception:

@@ -37,7 +37,8 @@ _FOR_THE_LIMITED: tuple[tuple[type[LorauterError], str], ...] = (
 _OURS = (AdapterUnavailable, AdapterRejected, StoreError, CatalogError, ServiceUnavailable)  # not of a client's words
 _LONGEST = 2000
 _PLACE = re.compile(  # URIs, and paths of POSIX and Windows, but not the API's own
-    r"""(?:\b[A-Za-z][A-Za-z0-9+.-]+://|(?<![\w.)])~?/(?!v1/|healthz)|\b[A-Za-z]:\\)[^\s'",;)]*[^\s'",;):.]"""
+    r"""(?:\b[A-Za-z][A-Za-z0-9+.-]+://|(?<![\w.)])(?:~|\.{1,2})?/(?!v1/|healthz)|\b[A-Za-z]:\\|(?<!\\)\\\\(?=\w))"""
+    r"""[^\s'",;)]*(?:[ ,'()]+[^\s/\\'",;]*[/\\][^\s'",;)]*)*[^\s'",;):.]"""  # a name may have spaces and the like
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -50,6 +51,7 @@ def first_matches(
 
     Raises:
         PatternError: a pattern is no regular expression, or they are too long or take too long.
+        OSError: this machine cannot match them now, which is no fault of the patterns.
     """
     if not patterns:
         return [None] * len(texts)
@@ -89,14 +91,15 @@ def _search_apart(
             timeout=_WALL_S,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        answer = None
-    else:
-        answer = json.loads(done.stdout) if done.returncode == 0 else None
+    except subprocess.TimeoutExpired as error:  # the machine is busy: the CPU's seconds are bounded apart from these
+        raise TimeoutError(f"patterns were not matched within {_WALL_S:g} s") from error
+    if done.returncode not in (0, -signal.SIGXCPU):
+        raise OSError(f"the process that matches patterns has ended with {done.returncode}")
+    answer = json.loads(done.stdout) if done.returncode == 0 else None
     if answer is None:
         raise PatternError(
             f"{_short(patterns[0])}{' or another one' * (len(patterns) > 1)} takes more than {_CPU_S} s to match with "
-            f"{len(texts)} names; write it without repeats inside repeats"
+            f"{len(texts)} names, or too much memory; write it without repeats inside repeats"
         )
     if isinstance(answer, str):
         raise PatternError(answer)
@@ -111,13 +114,15 @@ def _main() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S + 1))  # SIGXCPU at the first, which nobody else sends
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     warnings.simplefilter("ignore")  # `re` on what a later version of it may read otherwise
     try:
         answer: object = _search(*json.load(sys.stdin))
     except PatternError as error:
         answer = str(error)
+    except MemoryError:
+        answer = None
     json.dump(answer, sys.stdout)
 
 

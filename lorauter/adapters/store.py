@@ -326,7 +326,7 @@ def open_store(uri: str | Path) -> ObjectStore:
     text = str(uri)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return DirectoryStore(Path(text).expanduser())
+        return DirectoryStore(Path(text).expanduser().absolute())
     if scheme == "file":
         return DirectoryStore(Path(rest))
     if scheme == "s3":

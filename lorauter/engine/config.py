@@ -50,8 +50,9 @@ class EngineConfig:
             many times as long as alone, for the company it would have in the batch and for its wait; None refuses by
             `max_queue` only, for the most throughput. It bounds the mean: the slowest of a hundred take up to half as
             long again.
-        step_tokens: tokens processed in one step at most, decoding rows and pieces of prompts together; None takes
-            what the device does about as fast as a step without prompts, measured at the start, and 512 on a CPU.
+        step_tokens: tokens processed in one step at most: on a CPU of prompts, beside the rows that decode (None takes
+            512); on a GPU all of them, rounded up to a size that has a graph, and never fewer than `max_batch` (None
+            takes what it does at most in twice the time of a step without prompts, measured at the start).
         max_rank: the largest adapter rank served.
         adapter_bytes: bytes of adapters resident on the device at most; None takes a quarter of what is free on a
             GPU once the model is there, and 1 GiB on a CPU.
@@ -60,7 +61,7 @@ class EngineConfig:
         prefix_reuse: whether what was computed of a prompt is used again for prompts that begin alike, under the same
             mixture of the same versions.
         step_timeout_s: seconds that a step may take; then the engine is unhealthy.
-        token_timeout_s: seconds between two tokens of a running request at most; then it is ended with an error.
+        token_timeout_s: seconds between two tokens of a streamed answer at most; then it is ended with an error.
         device: "auto" (a GPU if there is one), "cpu", "cuda".
         dtype: "auto" is bfloat16 where the device computes in it, else float32.
         threads: CPU threads; None takes all CPUs that the process may use.

@@ -42,6 +42,7 @@ class GroupTiles:
 
 @dataclass
 class _InUse:
+    placed: Placed
     tiles: list[list[NDArray[np.int64]]]  # by group and target, (4, tiles)
     rows: int
 
@@ -80,8 +81,9 @@ class CudaMixtures(Mixtures):
         self._writes |= weights
         super().assign(row, mixture)
         for placed, _ in mixture:
-            if placed.key not in self._in_use:
-                self._in_use[placed.key] = _InUse([self._of(placed, group) for group in self.groups], 0)
+            known = self._in_use.get(placed.key)
+            if known is None or (not known.rows and known.placed is not placed):  # it may lie elsewhere than before
+                self._in_use[placed.key] = _InUse(placed, [self._of(placed, group) for group in self.groups], 0)
                 self._changed = True
             self._in_use[placed.key].rows += 1
 

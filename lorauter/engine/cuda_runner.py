@@ -36,6 +36,8 @@ _LONGEST_STEP_S = 0.06  # that begins prompts while no row decodes, where no set
 _SLOWER = 2.0  # times as long as a step without prompts may one with prompts take, while rows decode
 _GRAPHS_BYTES = 3 << 29  # for graphs and libraries, beside what a step takes
 _SHARE = 0.95  # of what is free then
+_KINDS = 3  # of graphs of each size
+_SAMPLING_BYTES = 33  # for each row and token of the vocabulary: tables of penalties, and what is sorted
 
 
 def decode_sizes(max_batch: int) -> list[int]:
@@ -140,7 +142,7 @@ class CudaRunner(Runner):
             _Size(
                 size, min(size, rows), min(size, rows), -(-size // kernels.query_tokens(self._group)) + min(size, rows)
             )
-            for size in mixed_sizes(max(step_tokens, _LEAST_STEP_TOKENS))
+            for size in mixed_sizes(max(step_tokens, rows + _LEAST_STEP_TOKENS))
         ]
         self._most = self._mixed[-1].tokens
         self._beside = self._most  # tokens of a step in which rows decode, at most
@@ -319,7 +321,8 @@ def make_cuda_runner(
     step_tokens, step_bytes = _fit_step(decoder, slots, config)
     gc.collect()
     torch.cuda.empty_cache()
-    free = int((torch.cuda.mem_get_info(device)[0] - 2 * step_bytes - _GRAPHS_BYTES) * _SHARE)
+    kept = 2 * step_bytes + _GRAPHS_BYTES + _logits_bytes(decoder, config.max_batch, step_tokens)
+    free = int((torch.cuda.mem_get_info(device)[0] - kept) * _SHARE)
     blocks = min(free, config.cache_bytes or free) // decoder.block_bytes()
     decoder.check_blocks(blocks, length)
     runner = CudaRunner(
@@ -333,6 +336,16 @@ def make_cuda_runner(
         measure=config.step_tokens is None,
     )
     return slots, runner
+
+
+def _logits_bytes(decoder: Decoder, rows: int, step_tokens: int) -> int:
+    """Bytes of the logits that every graph keeps, and of what sampling takes beside them."""
+    graphs = [
+        *decode_sizes(rows),
+        *(min(size, rows) for size in mixed_sizes(max(step_tokens, rows + _LEAST_STEP_TOKENS))),
+    ]
+    numbers = _KINDS * sum(graphs) * decoder.dtype.itemsize + (rows + 1) * _SAMPLING_BYTES
+    return numbers * decoder.vocabulary
 
 
 def _fit_step(decoder: Decoder, slots: AdapterSlots, config: EngineConfig) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError
 
 P = ParamSpec("P")
 _RETRY_AFTER_S = 1.0
+_FAILURES = 5  # steps that fail one after another: the device is beyond use, and not one request at fault
 _CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
 
 
@@ -74,6 +75,7 @@ class MultiLoraEngine:
         self._wake = threading.Condition()
         self._lockstep = False
         self._busy_since: float | None = None
+        self._failures = 0  # steps that have failed since the last one that did not
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lorauter-engine", daemon=True)
         self._thread.start()
@@ -187,9 +189,11 @@ class MultiLoraEngine:
             self._lockstep = False
 
     def check_health(self) -> None:
-        """Raise RuntimeError if the engine's thread is gone, or in one step for too long."""
-        if self._closed or not self._thread.is_alive():
+        """Raise RuntimeError if one of the engine's threads is gone, or in one step for too long, or if steps fail."""
+        if self._closed or not self._thread.is_alive() or not self._front.alive:
             raise RuntimeError("the engine's thread has ended")
+        if self._failures >= _FAILURES:
+            raise RuntimeError(f"the engine's last {self._failures} steps have all failed")
         since = self._busy_since
         if since is not None and (seconds := time.monotonic() - since) > self.config.step_timeout_s:
             raise RuntimeError(f"a step of the engine has taken {seconds:.0f} s, and has not ended")
@@ -204,10 +208,12 @@ class MultiLoraEngine:
     def submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> ActiveSequence:
         """Take a request; `sink` is told each chunk, or the error that ended it, by the engine's front."""
         prompt, sampling = len(request.prompt), request.sampling
-        if prompt >= self.max_model_len:
-            raise ContextLengthExceeded(prompt, self.max_model_len)
+        known = prompt + len(request.generated)
+        if known >= self.max_model_len:
+            raise ContextLengthExceeded(known, self.max_model_len)
         biased = [token for token, _ in sampling.logit_bias]
-        for what, tokens in (("prompt", request.prompt), ("logit_bias", biased)):
+        given = (("prompt", request.prompt), ("generated", request.generated), ("logit_bias", biased))
+        for what, tokens in given:
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.decoder.vocabulary:
                 raise InvalidRequest(
                     f"the token ids of {what} are from {min(tokens)} to {max(tokens)}, but the model's are from 0 to "
@@ -270,8 +276,10 @@ class MultiLoraEngine:
             while self._wait():
                 self._busy_since = time.monotonic()
                 try:
-                    self._turn()
+                    if self._turn():
+                        self._failures = 0
                 except Exception as error:  # noqa: BLE001 (one bad step must not end the service)
+                    self._failures += 1
                     self._flights.clear()
                     self._end([(sequence, error) for sequence in self.scheduler.abandon()])
                 self._busy_since = None
@@ -299,8 +307,9 @@ class MultiLoraEngine:
                     self._finished([sequence])
             return not self._closed
 
-    def _turn(self) -> None:
-        """Launch the next step if there is one, and take the tokens of the one before it, or of this one."""
+    def _turn(self) -> bool:
+        """Launch the next step if there is one, and take the tokens of the one before it, or of this one, if it is time
+        to. Returns whether it has."""
         self.slots.begin_step()
         plan = self.scheduler.plan()
         if plan is not None:
@@ -314,6 +323,8 @@ class MultiLoraEngine:
             self.pace.step(len(done.decoding), prompt_tokens, now - max(launched, self._taken))
             self._taken = now
             self._end([event if event.token != NOT_FINITE else _not_finite(event.sequence) for event in events])
+            return True
+        return False
 
     def _fail(self, sequence: ActiveSequence, error: Exception) -> None:
         self._end([(sequence, error)])
@@ -327,7 +338,8 @@ class MultiLoraEngine:
     def _finished(self, sequences: Sequence[ActiveSequence]) -> None:
         if sequences:
             for sequence in sequences:
-                self.pace.answered(sequence.prompt, len(sequence.tokens) - sequence.prompt)
+                if len(sequence.tokens) > sequence.prompt:  # else nothing of it was answered
+                    self.pace.answered(sequence.prompt - sequence.reused, len(sequence.tokens) - sequence.prompt)
             with self._wake:
                 self._unfinished -= len(sequences)
                 self._wake.notify_all()

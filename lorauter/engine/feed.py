@@ -69,9 +69,12 @@ class _Feed:
                     return
             seconds = time.perf_counter() - started
             result = item if isinstance(item, Exception) else Completion.of(pieces)
-            self._end(place, Outcome(result, seconds))
             self.running -= 1
-            self.admit_next()
+            try:
+                self._end(place, Outcome(result, seconds))
+                self.admit_next()
+            except Exception as error:  # noqa: BLE001 (the caller's own code, in the engine's front: told to the caller)
+                self.failure = self.failure or error
             if not self.running:
                 self.idle.set()
 

@@ -67,6 +67,11 @@ class Front:
         self._thread = threading.Thread(target=self._run, name="lorauter-front", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether tokens are handed out."""
+        return self._thread.is_alive()
+
     def expect(self, sequence: ActiveSequence, sink: Sink, text: TextStream) -> None:
         """From now on tokens of this sequence may come."""
         self._answers[sequence] = _Answer(sink, text)
@@ -96,7 +101,7 @@ class Front:
         while (events := self._queue.get()) is not None:
             try:
                 self._handle(events)
-            except Exception:
+            except BaseException:
                 logger.exception("what a step brought could not be handed out")
             with self._idle:
                 self._pending -= 1
@@ -106,11 +111,16 @@ class Front:
         loops: dict[asyncio.AbstractEventLoop, list[tuple[LoopSink, Item]]] = {}
         senders: dict[asyncio.AbstractEventLoop, list[ActiveSequence]] = {}
         for event in events:
+            item: Item
             sequence = event.sequence if isinstance(event, Event) else event[0]
             answer = self._answers.get(sequence)
             if answer is None:
                 continue
-            item = self._chunk(answer, event) if isinstance(event, Event) else event[1]
+            try:
+                item = self._chunk(answer, event) if isinstance(event, Event) else event[1]
+            except Exception as error:  # this answer's trouble alone
+                logger.exception("an answer's text could not be made")
+                item = error
             if not isinstance(item, Chunk) or item.finish_reason is not None:
                 self.forget(sequence)
                 if not sequence.ended:

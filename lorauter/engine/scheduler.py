@@ -72,7 +72,7 @@ class StepPlan:
     """One step.
 
     Attributes:
-        left: rows that nobody has any more.
+        left: rows that nobody has any more; after a step that failed, all of them.
         starts: rows whose mixture and sampling are new; before anything else but `left`.
         blocks: (row, place, block): the block of a row's positions from `place * BLOCK` on.
         decoding: pieces of one token.
@@ -369,6 +369,7 @@ class Scheduler:
         for sequence in ended:
             self.drop(sequence)
         self._flights.clear()
+        self._left_rows = list(range(self._max_rows))  # also of the plan that failed
         for sequence in self.waiting:
             sequence.coming = 0
         self._pool.forget()

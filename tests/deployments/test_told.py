@@ -27,6 +27,12 @@ PLACES = [
     "https://minio.internal:9000/bucket?X-Amz-Signature=1",
     r"C:\Users\me\adapters",
     "/root",
+    "/srv/my data/catalog",
+    "s3://bucket/(team b)/x",
+    "/srv/a,b/c",
+    "./stores/x",
+    "../secret/x",
+    r"\\server\share\x",
 ]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 import weakref
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lorauter.engine import Completion, EngineConfig, GenerationRequest, MultiLoraEngine, SamplingParams
-from lorauter.engine.text import TextCodec
+from lorauter.engine.text import TextCodec, TextStream
 from lorauter.errors import (
     AdapterRejected,
     AdapterUnavailable,
@@ -447,6 +448,75 @@ def test_requests_with_resident_adapters_pass_one_that_waits_but_not_for_ever(st
     assert order[:4] == ["short 0", "short 1", "long", "other"]
     assert engine.slots.counters.hits >= 2
     assert engine.slots.counters.misses >= 3
+
+
+def test_what_was_begun_elsewhere_must_leave_room_too(start, counting):
+    engine = start(counting, max_model_len=8)
+    for known in (4, 9):
+        asked = replace(ask("a" * 4, max_tokens=20), generated=(98,) * known)
+        with pytest.raises(ContextLengthExceeded):
+            engine.generate([asked])
+    with pytest.raises(InvalidRequest, match="generated"):
+        engine.generate([replace(ask("a", max_tokens=20), generated=(-1,))])
+    assert engine.load == (0, 0)
+
+
+def test_what_was_begun_elsewhere_is_taken_though_the_queue_is_full(start, counting, paced):
+    decoder = paced(counting)
+    engine = start(decoder, max_batch=1, max_queue=1)
+
+    async def run():
+        asked = [asyncio.create_task(collect(engine, ask("a", max_tokens=3))) for _ in range(2)]
+        await until(lambda: sum(engine.load) == 2)
+        resumed = asyncio.create_task(collect(engine, replace(ask("c", max_tokens=4), generated=(ord("d"),))))
+        await until(lambda: sum(engine.load) == 3)
+        decoder.permits.release(100)
+        return await gather(*asked, resumed)
+
+    assert [answer.text for answer in asyncio.run(run())] == ["bcd", "bcd", "efg"]
+
+
+def test_an_answer_whose_text_cannot_be_made_fails_alone(start, counting, paced, monkeypatch):
+    decoder = paced(counting)
+    engine = start(decoder)
+    push = TextStream.push
+
+    def failing(self, token):
+        if token == ord("r"):
+            raise ValueError("no text")
+        return push(self, token)
+
+    monkeypatch.setattr(TextStream, "push", failing)
+    failed, *others = abreast(engine, decoder, *(ask(text, max_tokens=5) for text in ("q", "a", "c")))
+    assert "no text" in str(failed)
+    assert [answer.text for answer in others] == ["bcdef", "defgh"]
+
+
+def test_an_engine_whose_steps_all_fail_or_do_not_end_is_unhealthy(start, counting, paced):
+    engine = start(counting)
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="forward failed"):
+            engine.generate([ask("?")])
+    engine.check_health()
+    engine.generate([ask("a", max_tokens=1)])
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match="forward failed"):
+            engine.generate([ask("?")])
+    with pytest.raises(RuntimeError, match="5 steps have all failed"):
+        engine.check_health()
+    slow = start(paced(counting), step_timeout_s=0.05)
+    slow.submit(ask("a"), lambda item: None)
+    time.sleep(0.2)
+    with pytest.raises(RuntimeError, match="has not ended"):
+        slow.check_health()
+
+
+def test_a_stream_without_tokens_for_too_long_ends(start, counting, paced):
+    decoder = paced(counting)
+    engine = start(decoder, token_timeout_s=0.05)
+    decoder.permits.release(1)
+    (error,) = together(engine, ask("a", max_tokens=9))
+    assert "no token for 0.05 s" in str(error)
 
 
 def test_a_closed_engine_is_gone_with_its_last_user(pool, codec):

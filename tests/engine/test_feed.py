@@ -89,3 +89,13 @@ def test_an_engine_that_ends_is_noticed(engine) -> None:
 
     with pytest.raises(RuntimeError):
         feed(engine, closing())
+
+
+def test_what_the_caller_raises_when_told_comes_out(engine) -> None:
+    def tell(outcome):
+        raise KeyError("told")
+
+    with pytest.raises(KeyError, match="told"):
+        feed(engine, requests(9), tell)
+    assert engine.load == (0, 0)
+    assert len(feed(engine, requests(3))) == 3

@@ -53,7 +53,7 @@ class Device:
 
     def run(self, plan, ends=()):
         for row in plan.left:
-            self.roots.pop(row)
+            self.roots.pop(row, None)
         for start in plan.starts:
             assert start.row not in self.roots, "two sequences have one row"
             self.roots[start.row], self.tables[start.row] = start.mixture, {}

@@ -13,13 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.errors import AdapterRejected
 
-CASES = Path(__file__).resolve().parents[2].parent / "shared" / "cases" / "adapters"
+CASES = Path(__file__).with_name("cases")
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-pytestmark = [
-    pytest.mark.shared,
-    pytest.mark.skipif(not CASES.is_dir(), reason="the folder ../shared is not here"),
-]
 
 
 @pytest.fixture(scope="module")
