@@ -113,13 +113,19 @@ def test_the_service_runs_against_a_real_s3_server(tmp_path: Path) -> None:
         keys = store / ".env"
         assert keys.stat().st_mode & 0o77 == 0
         sourced = f"set -a; . {keys}; exec lorauter adapters push {tmp_path / 'mine'} --to s3://lorauter/adapters"
+        sourced += " --catalog s3://lorauter/catalog"
         (tmp_path / "mine").symlink_to(ROOT / "examples" / "adapters" / "sst2", target_is_directory=True)
         path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
         pushed = subprocess.run(
             ["sh", "-c", sourced], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
         )
         assert pushed.returncode == 0, pushed.stderr
-        mine = httpx.post(f"{url}/v1/chat/completions", json={**body, "model": "mine"}, timeout=60)
+        deadline = time.monotonic() + 60  # until every replica has the new version of the catalog
+        while True:
+            mine = httpx.post(f"{url}/v1/chat/completions", json={**body, "model": "mine"}, timeout=60)
+            if mine.status_code != 404 or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
         assert mine.status_code == 200, mine.text
         unsigned = httpx.get(f"http://127.0.0.1:{env['S3_PORT']}/lorauter", timeout=10)
         assert unsigned.status_code in (400, 403)  # rclone's word for no signature at all is 400
