@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from deployments.app import assemble
 from deployments.config import AccessSettings, AppConfig
 from deployments.limits import limits_actor
 from deployments.router import Router
-from lorauter.catalog import Catalog
+from lorauter.catalog import Catalog, current_version
 from lorauter.keys import hash_key, new_key
 from lorauter.names import AdapterKey
 from lorauter.tasks import read_task
@@ -65,8 +66,19 @@ class Service:
         return AdapterKey(name, Catalog.load(self.config.catalog or "").adapters[name])
 
     def catalog(self, *names: str) -> str:
-        """Have adapters served in their newest versions; returns the catalog's."""
-        return catalog_adapters(self.url, self.config.adapters, *names)
+        """Have adapters served in their newest versions, by every replica; returns the catalog's."""
+        version = catalog_adapters(self.url, self.config.adapters, *names)
+        self.settle()
+        return version
+
+    def settle(self) -> None:
+        """Wait until every replica serves the catalog that is published: one tells so, and all have looked again."""
+        deadline = time.monotonic() + 60
+        with self.http as client:
+            while client.get("/v1/tasks").json()["catalog_version"] != current_version(self.config.catalog):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        time.sleep(2 * self.config.catalog_refresh_s + 1)
 
     def ask(self, model: str, text: str = "Is the sky blue?", **options: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **options}
