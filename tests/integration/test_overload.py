@@ -19,7 +19,8 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def url(service: Any) -> Iterator[str]:
     """A second app of the running cluster, with an engine that refuses what would take too long."""
-    engine = EngineConfig(max_batch=8, max_model_len=512, max_slowdown=2.0)
+    # Without reuse: a question asked again would cost next to nothing, and the pace is that of whole prompts.
+    engine = EngineConfig(max_batch=8, max_model_len=512, max_slowdown=2.0, prefix_reuse=False)
     config = service.config.model_copy(update={"engine": engine})
     few = {name: {"ray_actor_options": {"num_cpus": 0.05}, "num_replicas": 1} for name in DEPLOYMENTS}
     serve.run(assemble(config, few), name="overload", route_prefix="/overload")
