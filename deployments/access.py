@@ -5,19 +5,21 @@ Knows keys and HTTP headers; knows nothing of Ray. `Limits` is what `deployments
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import hmac
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, TypeVar
 
 from starlette.requests import Request
 
 from deployments import observe
 from deployments.browsers import check_no_other_site
+from deployments.calls import Refused, Want
 from deployments.config import AccessSettings
 from deployments.scope import Permitted, permits
 from deployments.told import Audience
@@ -27,6 +29,8 @@ from lorauter.keys import ApiKey, Role, parse_keys
 logger = logging.getLogger("lorauter.access")
 
 _RECHECK_S = 1.0
+Kind = Literal["requests", "tokens"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,21 @@ class Caller:
         """Whether an adapter may be used."""
         return permits(self.permitted, adapter)
 
+    def want(self, kind: Kind, amount: int) -> Want | None:
+        """An amount against the key's limit; None where it has no such limit."""
+        limit = None
+        if self.key is not None:
+            limit = self.key.requests_per_minute if kind == "requests" else self.key.tokens_per_minute
+        return None if limit is None else Want(f"{self.name} {kind}", amount, limit)
+
 
 class Limits(Protocol):
     """The counters behind the keys' limits."""
 
-    async def take(self, name: str, amount: float, per_minute: int) -> float:
-        """Take an amount, if it is there: 0.0; else the seconds until it will be."""
+    async def take(self, wants: Sequence[Want]) -> Refused | None:
+        """Take amounts, one after the other; which of them is not there, and until when."""
 
-    async def settle(self, name: str, amount: float, per_minute: int) -> None:
+    async def settle(self, want: Want) -> None:
         """Take more, or, with a negative amount, give back."""
 
 
@@ -86,7 +97,8 @@ class Access:
         self._file = Path(settings.keys_file) if settings.keys_file is not None else None
         self._stamp: tuple[int, ...] | None = None
         self._checked = time.monotonic()
-        self._rows: list[tuple[bytes, Caller]] = []
+        self._callers: dict[bytes, Caller] = {}
+        self._refused: dict[str, tuple[float, int]] = {}  # by bucket, until when, and under which limit
         if self._file is not None:
             try:
                 self._stamp = _stamp(self._file)
@@ -106,11 +118,11 @@ class Access:
         else:
             logger.warning("no API keys are configured: everybody who reaches the service may use it")
 
-    async def require(self, request: Request, *roles: Role) -> Caller:
-        """Who sent a request, if the key has one of these roles; counted against its limit of requests.
+    def require(self, request: Request, *roles: Role) -> Visit:
+        """A request of somebody whose key has one of these roles.
 
         Raises:
-            Unauthenticated, PermissionDenied, RateLimited, ServiceUnavailable.
+            Unauthenticated, PermissionDenied; RateLimited, where the limits' word from before still holds.
         """
         caller = self.identify(request.headers.get("authorization"))
         observe.current().key_name = caller.name
@@ -118,11 +130,12 @@ class Access:
             check_no_other_site(request, self._hosts)
             if "inference" not in roles:
                 raise PermissionDenied("this needs an API key with the role 'admin', and no keys are configured")
-            return caller
-        if caller.key.roles.isdisjoint(roles):
+        elif caller.key.roles.isdisjoint(roles):
             raise PermissionDenied(f"the key {caller.name!r} has not the role that this needs: {' or '.join(roles)}")
-        await self._take(caller, "requests", 1, caller.key.requests_per_minute)
-        return caller
+        # Each request takes one and none is given back: until there is one again, no other can find one.
+        if (want := caller.want("requests", 1)) is not None and (wait_s := self._still_refused(want)):
+            raise _rate_limited(caller, want, wait_s)
+        return Visit(caller, self)
 
     def identify(self, authorization: str | None) -> Caller:
         """Whose key an `Authorization` header carries. Raises Unauthenticated."""
@@ -133,34 +146,43 @@ class Access:
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthenticated("send an API key in the header 'Authorization: Bearer KEY'")
         digest = hashlib.sha256(key.strip().encode("latin-1")).digest()  # the header's own bytes
-        found = None
-        for known, caller in self._rows:  # all of them, so that the time tells nothing
-            if hmac.compare_digest(known, digest):
-                found = caller
-        if found is None:
+        caller = self._callers.get(digest)  # nobody can choose a digest: the time that this takes tells nothing
+        if caller is None:
             raise Unauthenticated("the API key is not valid")
-        return found
+        return caller
 
-    async def reserve(self, caller: Caller, tokens: int, *, at_least: int = 0) -> Reservation:
-        """Count tokens that an answer is about to take at most, and what it takes at least.
+    async def take(self, caller: Caller, wants: Sequence[Want | None]) -> None:
+        """Count amounts against a key's limits, those of them that it has, in one go.
 
         Raises:
             RateLimited, ServiceUnavailable.
         """
-        limit = caller.key.tokens_per_minute if caller.key else None
-        await self._take(caller, "tokens", tokens, limit)
-        return Reservation(caller, tokens, at_least, limit, self._limits)
-
-    async def _take(self, caller: Caller, kind: str, amount: int, limit: int | None) -> None:
-        if limit is None:
+        limited = [want for want in wants if want is not None]
+        if not limited:
             return
         assert self._limits is not None
-        wait = await self._limits.take(f"{caller.name} {kind}", amount, limit)
-        if wait:
-            raise RateLimited(f"the key {caller.name!r} may use {limit} {kind} a minute", retry_after_s=wait)
+        refused = await self._limits.take(limited)
+        if refused is not None:
+            want = limited[refused.want]
+            self._refused[want.name] = time.monotonic() + refused.wait_s, want.per_minute
+            raise _rate_limited(caller, want, refused.wait_s)
+
+    async def settle(self, want: Want) -> None:
+        """Count more, or, with a negative amount, give back."""
+        assert self._limits is not None
+        await self._limits.settle(want)
+
+    def has_room(self, want: Want) -> bool:
+        """Whether there may be enough for an amount: no other was refused a moment ago."""
+        return not self._still_refused(want)
+
+    def _still_refused(self, want: Want) -> float:
+        """The seconds for which the limits' last refusal holds."""
+        until, per_minute = self._refused.get(want.name, (0.0, 0))
+        return max(0.0, until - time.monotonic()) if per_minute == want.per_minute else 0.0
 
     def _load(self, text: str, source: str) -> None:
-        self._rows = [(bytes.fromhex(row.sha256), Caller(row)) for row in parse_keys(text, source)]
+        self._callers = {bytes.fromhex(row.sha256): Caller(row) for row in parse_keys(text, source)}
 
     def _reload(self) -> None:
         """Read the file again if it has changed; while it is missing or wrong, the keys stay as they were."""
@@ -174,32 +196,90 @@ class Access:
         self._stamp = stamp
         try:
             self._load(self._file.read_text(), str(self._file))
-            logger.info("read %d API keys from %s", len(self._rows), self._file)
+            logger.info("read %d API keys from %s", len(self._callers), self._file)
         except (OSError, UnicodeDecodeError) as error:
             logger.error("the API keys stay as they are: %s cannot be read (%s)", self._file, type(error).__name__)
         except ConfigError as error:
             logger.error("the API keys stay as they are: %s", error)
 
 
-class Reservation:
-    """Tokens counted for an answer before it is made.
+class Visit:
+    """One request, counted once against its key's limits.
 
     Attributes:
-        at_least: what it takes, if its client leaves before that is known.
+        caller: who sent it.
     """
 
-    def __init__(self, caller: Caller, tokens: int, at_least: int, limit: int | None, limits: Limits | None) -> None:
+    def __init__(self, caller: Caller, access: Access) -> None:
+        self.caller = caller
+        self._access = access
+        self._counted = False
+
+    async def count(self) -> None:
+        """Count the request, unless it is. Raises RateLimited, ServiceUnavailable."""
+        await self._access.take(self.caller, [self._uncounted()])
+
+    async def reserve(
+        self, tokens: int, meanwhile: Callable[[], Awaitable[T]], *, at_least: int
+    ) -> tuple[Reservation, T]:
+        """Count the request, and the tokens that its answer takes at most, while what does not hang on that is done.
+
+        Args:
+            meanwhile: is done at the same time, unless the key's last request found no tokens left. What it raises
+                comes after a refusal, and gives the tokens back.
+            at_least: what the answer takes, if its client leaves before that is known.
+
+        Raises:
+            RateLimited, ServiceUnavailable; what `meanwhile` raises.
+        """
+        want = self.caller.want("tokens", tokens)
+        wants = [self._uncounted(), want]
+        begun = None
+        if any(wants) and (want is None or self._access.has_room(want)):
+            begun = asyncio.ensure_future(meanwhile())
+            begun.add_done_callback(lambda done: done.cancelled() or done.exception())  # a refusal goes before it
+        try:
+            await self._access.take(self.caller, wants)
+        except BaseException:
+            if begun is not None:
+                begun.cancel()
+            raise
+        reservation = Reservation(self._access, want, tokens, at_least)
+        try:
+            return reservation, await (meanwhile() if begun is None else begun)
+        except BaseException as error:
+            await reservation.drop(error)
+            raise
+
+    def _uncounted(self) -> Want | None:
+        """The request itself, the first time that it is asked for."""
+        counted, self._counted = self._counted, True
+        return None if counted else self.caller.want("requests", 1)
+
+
+class Reservation:
+    """Tokens counted for an answer before it is made."""
+
+    def __init__(self, access: Access, want: Want | None, tokens: int, at_least: int) -> None:
         self.at_least = at_least
-        self._caller = caller
+        self._access = access
+        self._want = want
         self._tokens = tokens
-        self._limit = limit
-        self._limits = limits
 
     async def settle(self, used: int) -> None:
         """Count what the answer took in truth, in place of what was thought; once."""
         difference, self._tokens = used - self._tokens, used
-        if self._limit is not None and self._limits is not None and difference:
-            await self._limits.settle(f"{self._caller.name} tokens", difference, self._limit)
+        if self._want is not None and difference:
+            await self._access.settle(self._want._replace(amount=difference))
+
+    async def drop(self, error: BaseException) -> None:
+        """Count what an error leaves: nothing, unless it is the client that has left."""
+        await self.settle(0 if isinstance(error, Exception) else self.at_least)
+
+
+def _rate_limited(caller: Caller, want: Want, wait_s: float) -> RateLimited:
+    kind = want.name.rpartition(" ")[2]
+    return RateLimited(f"the key {caller.name!r} may use {want.per_minute} {kind} a minute", retry_after_s=wait_s)
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

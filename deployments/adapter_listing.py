@@ -11,11 +11,11 @@ import asyncio
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ray import serve
 
-from deployments.calls import CatalogDescription, Retrieval
+from deployments.calls import CatalogDescription
 from deployments.logs import join_serve_logs
 from deployments.startup import tells_why
 from lorauter.adapters import AdapterRepository, open_store
@@ -83,7 +83,7 @@ class AdapterListing:
         versions = self._live.versions
         return {name: versions[name] for name in names if name in versions}
 
-    async def retrieve(self, *_: Any) -> Retrieval:
+    async def decide(self, *_: Any) -> NoReturn:
         """Raises InvalidRequest: there are no tasks."""
         raise InvalidRequest(
             "nothing can be routed, as no catalog is configured; name an adapter as the model, see GET /v1/models",

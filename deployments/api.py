@@ -81,6 +81,7 @@ class Service(Protocol):
 Body = TypeVar("Body", bound=BaseModel)
 Endpoint = Callable[[Request], Awaitable[Response]]
 _Answer = AsyncGenerator[Admitted | Chunk]
+_Ask = Callable[[RoutingDecision], _Answer]
 
 
 def build_api(
@@ -101,17 +102,26 @@ def build_api(
         max_model_len: tokens that a prompt and its answer can take together.
     """
     access = access or Access(AccessSettings())
-    api = _Api(service, settings, access, max_model_len)
+    api = _Api(service, settings, max_model_len)
 
-    def route(method: str, path: str, endpoint: Endpoint) -> Route:
-        """A route for callers with one of the endpoint's roles."""
+    def route(method: str, path: str, endpoint: Endpoint, *, reserves: bool = False) -> Route:
+        """A route for callers with one of the endpoint's roles; an endpoint that reserves tokens counts its requests
+        with them, but for those that fail before."""
         roles = ROLES[method, path]
 
         async def guarded(request: Request) -> Response:
             observe.current().endpoint = path
-            if roles:
-                request.state.caller = await access.require(request, *roles)
-            return await endpoint(request)
+            if not roles:
+                return await endpoint(request)
+            visit = request.state.visit = access.require(request, *roles)
+            request.state.caller = visit.caller
+            if not reserves:
+                await visit.count()
+            try:
+                return await endpoint(request)
+            except Exception:
+                await visit.count()
+                raise
 
         return Route(path, guarded, methods=[method])
 
@@ -132,9 +142,9 @@ def build_api(
 
     return Starlette(
         routes=[
-            route("POST", "/v1/chat/completions", api.chat),
-            route("POST", "/v1/completions", api.completion),
-            route("POST", "/v1/route", api.route),
+            route("POST", "/v1/chat/completions", api.chat, reserves=True),
+            route("POST", "/v1/completions", api.completion, reserves=True),
+            route("POST", "/v1/route", api.route, reserves=True),
             route("GET", "/v1/models", api.models),
             route("GET", "/v1/models/{model}", api.model),
             route("GET", "/v1/tasks", api.tasks),
@@ -147,10 +157,9 @@ def build_api(
 
 
 class _Api:
-    def __init__(self, service: Service, settings: ApiSettings, access: Access, context: int) -> None:
+    def __init__(self, service: Service, settings: ApiSettings, context: int) -> None:
         self._service = service
         self._settings = settings
-        self._access = access
         self._context = context
 
     async def chat(self, request: Request) -> Response:
@@ -170,15 +179,10 @@ class _Api:
                 f"got {len(texts)} texts; at most {self._settings.max_inputs} are routed at once", param="input"
             )
         self._check_length(max(map(len, texts)), "input")
-        reservation = await self._access.reserve(
-            request.state.caller, sum(min(_tokens(len(text)), self._context) for text in texts)
-        )
-        try:
-            decisions = await self._service.route(texts, _scoped(body, request.state.caller))
-        except Exception:
-            await reservation.settle(0)
-            raise
-        permitted = request.state.caller.permitted
+        visit, tokens = request.state.visit, sum(min(_tokens(len(text)), self._context) for text in texts)
+        options = _scoped(body, visit.caller)
+        _, decisions = await visit.reserve(tokens, lambda: self._service.route(texts, options), at_least=tokens)
+        permitted = visit.caller.permitted
         data = [{"index": i, **visible(decision.to_json(), permitted)} for i, decision in enumerate(decisions)]
         return JSONResponse({"object": "list", "data": data})
 
@@ -191,7 +195,7 @@ class _Api:
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in (ROUTED_MODEL, BASE_MODEL) and not (
-            request.state.caller.permits(name) and name in (await self._service.describe()).adapters
+            request.state.caller.permits(name) and await self._service.versions([name])
         ):
             raise AdapterNotFound("no such model; see GET /v1/models", adapter=_short(name))
         return JSONResponse(_model_row(name))
@@ -251,9 +255,10 @@ class _Api:
         return RoutingDecision(None, (), mixture)
 
     async def _admit(
-        self, body: GenerationBody, text: str, caller: Caller, ask: Callable[[RoutingDecision], _Answer]
+        self, body: GenerationBody, text: str, caller: Caller, decision: RoutingDecision, ask: _Ask
     ) -> tuple[RoutingDecision, _Answer, Admitted]:
-        """The decision, and the answer as it comes; until it is admitted an error can still have its own status.
+        """The decision in the end, and the answer as it comes; until it is admitted an error can still have its own
+        status.
 
         Adapters that are gone or broken are no fault of a request that named none. A replica goes on without them, as
         long as one is left; where none is, the request is routed anew without them, and in the end answered by the
@@ -261,10 +266,11 @@ class _Api:
         """
         left_out: list[LeftOut] = []
         for attempt in range(_DECISIONS + 1):
-            gone = {adapter.name for adapter in left_out}
-            routed = body.lorauter.model_copy(update={"exclude_adapters": body.lorauter.exclude_adapters | gone})
-            decision = await self._decide(body.model_copy(update={"lorauter": routed}), text, caller)
-            decision = replace(decision, left_out=tuple(left_out))
+            if left_out:
+                gone = {adapter.name for adapter in left_out}
+                routed = body.lorauter.model_copy(update={"exclude_adapters": body.lorauter.exclude_adapters | gone})
+                decision = await self._decide(body.model_copy(update={"lorauter": routed}), text, caller)
+                decision = replace(decision, left_out=tuple(left_out))
             if attempt == _DECISIONS:
                 decision = replace(decision, adapters=())
             stream = ask(decision)
@@ -293,8 +299,10 @@ class _Api:
         sampling = body.sampling(max_tokens=settings.default_max_tokens, temperature=settings.default_temperature)
         self._service.check_load()
         prompt_tokens = min(_tokens(prompt.characters), self._context)
-        reservation = await self._access.reserve(
-            caller, min(prompt_tokens + sampling.max_tokens, self._context), at_least=prompt_tokens
+        reservation, decision = await request.state.visit.reserve(
+            min(prompt_tokens + sampling.max_tokens, self._context),
+            lambda: self._decide(body, text, caller),
+            at_least=prompt_tokens,
         )
 
         def ask(decision: RoutingDecision) -> _Answer:
@@ -302,9 +310,9 @@ class _Api:
             return _metered(self._service.generate(call), reservation)
 
         try:
-            decision, stream, admitted = await self._admit(body, text, caller, ask)
+            decision, stream, admitted = await self._admit(body, text, caller, decision, ask)
         except BaseException as error:
-            await reservation.settle(0 if isinstance(error, Exception) else reservation.at_least)
+            await reservation.drop(error)
             raise
         observe.current().decided(body.model, len(decision.adapters), decision.confidence)
         head = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorauter.engine.types import SamplingParams
 from lorauter.routing.compose import AdapterWeight, LeftOut
-from lorauter.routing.retrieve import Retrieved
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,6 @@ class Admitted:
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """What was found for n queries, and the version of the catalog that it was found in, and of its adapters."""
-
-    catalog_version: str
-    found: list[Retrieved]
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
 class CatalogDescription:
     """What a catalog holds, for people: `tasks` as JSON objects, `adapters` by name.
 
@@ -75,3 +65,18 @@ class CatalogDescription:
     tasks: list[dict[str, Any]]
     adapters: list[str]
     refused: tuple[str, str] | None = None
+
+
+class Want(NamedTuple):
+    """An amount to be counted against a limit: the name of its counter, and how much a minute allows."""
+
+    name: str
+    amount: float
+    per_minute: int
+
+
+class Refused(NamedTuple):
+    """Which of some wants goes beyond its limit, and the seconds until it will not."""
+
+    want: int
+    wait_s: float

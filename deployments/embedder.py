@@ -9,9 +9,15 @@ import numpy as np
 from ray import serve
 
 from deployments.logs import join_serve_logs
+from deployments.metrics import RayRecorder
+from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
+from deployments.together import Together
+from deployments.tracing import span
 from lorauter.defaults import load_encoder
 from lorauter.encoder import Embeddings
+
+_TOGETHER = 64  # texts, lest one who has hundreds keeps all others waiting
 
 
 @serve.deployment(
@@ -34,16 +40,17 @@ class QueryEmbedder:
 
         join_serve_logs()
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to the actor's CPUs
+        self._metrics = RoutingMetrics(RayRecorder())
         self._encoder = load_encoder(encoder)
         self._encoder.encode(["warm-up"])
+        self._together = Together(self._encode, size=len, most=_TOGETHER)
 
     async def embed(self, texts: list[str]) -> Embeddings:
         """(n, d) float32 unit rows for n texts."""
-        result: Embeddings = await self._embed_batch(texts)
-        return result
+        with self._metrics.step("embed"), span("embed"):
+            return await self._together.ask(texts)
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
-    async def _embed_batch(self, requests: list[list[str]]) -> list[Embeddings]:
+    async def _encode(self, requests: list[list[str]]) -> list[Embeddings]:
         vectors = await asyncio.to_thread(self._encoder.encode, [text for texts in requests for text in texts])
         ends = np.cumsum([len(texts) for texts in requests])
         return np.split(vectors, ends[:-1])

@@ -1,14 +1,15 @@
 """Limits per minute that hold for a key as a whole, however many replicas the ingress has.
 
-`TokenBuckets` counts; one actor of the Router deployment holds the buckets, and `SharedLimits` asks it. Knows
-nothing of keys' secrets or HTTP. The actor's state dies with it: then every bucket is full again.
+`TokenBuckets` counts; one actor of the Router deployment holds the buckets, and `SharedLimits` asks it, at once for all
+that a replica wants. Knows nothing of keys' secrets or HTTP. The actor's state dies with it: then every bucket is full
+again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -16,11 +17,14 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import DeploymentActorConfig
 
+from deployments.calls import Refused, Want
+from deployments.together import Together
 from lorauter.errors import ServiceUnavailable
 
 ACTOR_NAME = "limits"
 _MINUTE_S = 60.0
 _ATTEMPTS = 6
+_PAUSE_S = 0.1  # before the second; it doubles
 
 
 class TokenBuckets:
@@ -34,20 +38,22 @@ class TokenBuckets:
         self._clock = clock
         self._levels: dict[str, tuple[float, float]] = {}  # what is left, and when that was so
 
-    def take(self, name: str, amount: float, per_minute: int) -> float:
-        """Take an amount, if it is there: 0.0; else nothing is taken, and the seconds are told until it will be.
+    def take(self, wants: Sequence[Want]) -> Refused | None:
+        """Take amounts, one after the other, as far as they are there: None if all are.
 
         What is more than a whole bucket is taken from a full one, which then owes the rest.
         """
-        level = self._level(name, per_minute)
-        needed = min(amount, float(per_minute))
-        if level < needed:
-            return max((needed - level) * _MINUTE_S / per_minute, 1e-3)
-        self._levels[name] = level - amount, self._clock()
-        return 0.0
+        for i, (name, amount, per_minute) in enumerate(wants):
+            level = self._level(name, per_minute)
+            needed = min(amount, float(per_minute))
+            if level < needed:
+                return Refused(i, max((needed - level) * _MINUTE_S / per_minute, 1e-3))
+            self._levels[name] = level - amount, self._clock()
+        return None
 
-    def settle(self, name: str, amount: float, per_minute: int) -> None:
+    def settle(self, want: Want) -> None:
         """Take what an answer took beyond what was taken for it; a negative amount gives back. May leave a debt."""
+        name, amount, per_minute = want
         self._levels[name] = min(self._level(name, per_minute) - amount, float(per_minute)), self._clock()
 
     def _level(self, name: str, per_minute: int) -> float:
@@ -56,18 +62,21 @@ class TokenBuckets:
 
 
 class LimitsActor:
-    """The actor's body; see `TokenBuckets`."""
+    """The actor's body."""
 
     def __init__(self) -> None:
         self._buckets = TokenBuckets()
 
-    async def take(self, name: str, amount: float, per_minute: int) -> float:
-        """See `TokenBuckets.take`."""
-        return self._buckets.take(name, amount, per_minute)
-
-    async def settle(self, name: str, amount: float, per_minute: int) -> None:
-        """See `TokenBuckets.settle`."""
-        self._buckets.settle(name, amount, per_minute)
+    async def count(self, operations: Sequence[Sequence[Want] | Want]) -> list[Refused | None]:
+        """Take what is a sequence, settle what is a single want, in their order."""
+        answers: list[Refused | None] = []
+        for operation in operations:
+            if isinstance(operation, Want):
+                self._buckets.settle(operation)
+                answers.append(None)
+            else:
+                answers.append(self._buckets.take(operation))
+        return answers
 
 
 def limits_actor() -> DeploymentActorConfig:
@@ -76,25 +85,32 @@ def limits_actor() -> DeploymentActorConfig:
 
 
 class SharedLimits:
-    """A Router replica's way to the actor. While it is down, nobody with limits is let in."""
+    """A Router replica's way to the actor. While it is down, nobody with limits is let in.
+
+    What is asked while an answer is under way goes together in the next call, so that the actor's work grows with the
+    replicas and not with their requests.
+    """
 
     def __init__(self) -> None:
         self._actor: Any = None
+        self._asked: Together[Sequence[Want] | Want, Refused | None] = Together(self._count)
 
-    async def take(self, name: str, amount: float, per_minute: int) -> float:
+    async def take(self, wants: Sequence[Want]) -> Refused | None:
         """See `TokenBuckets.take`. Raises ServiceUnavailable."""
+        return await self._asked.ask(wants)
+
+    async def settle(self, want: Want) -> None:
+        """See `TokenBuckets.settle`; nobody waits for it, and it is lost with the actor."""
+        self._asked.tell(want)
+
+    async def _count(self, operations: list[Sequence[Want] | Want]) -> list[Refused | None]:
         for attempt in range(_ATTEMPTS):
             try:
                 if self._actor is None:
                     self._actor = await asyncio.to_thread(serve.get_deployment_actor, ACTOR_NAME)
-                wait: float = await self._actor.take.remote(name, amount, per_minute)
-                return wait
+                answers: list[Refused | None] = await self._actor.count.remote(operations)
+                return answers
             except (RayError, ValueError):  # it has died; Serve starts another
                 self._actor = None
-                await asyncio.sleep(0.1 * 2**attempt)
+                await asyncio.sleep(_PAUSE_S * 2**attempt)
         raise ServiceUnavailable("the keys' limits cannot be checked just now; try again")
-
-    async def settle(self, name: str, amount: float, per_minute: int) -> None:
-        """See `TokenBuckets.settle`; nobody waits for it, and it is lost with the actor."""
-        if self._actor is not None:
-            self._actor.settle.remote(name, amount, per_minute)

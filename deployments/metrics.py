@@ -54,8 +54,9 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -
 REQUESTS = _counter("requests", "HTTP requests answered.", "endpoint", "status")
 REQUEST_SECONDS = _histogram("request_seconds", "Seconds until a request was answered whole.", _SLOW, "endpoint")
 ROUTING_SECONDS = _histogram(
-    "routing_seconds", "Seconds of a routing step (embed, retrieve, compose), calls between replicas included.", _FAST,
-    "step",
+    "routing_seconds",
+    "Seconds of a step of routing (embed, retrieve, compose), and of all (route), calls between replicas included.",
+    _FAST, "step",
 )  # fmt: skip
 CONFIDENCE = _histogram(
     "confidence", "Probability that a routed query is one of its first task.", tuple(i / 10 for i in range(1, 11))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,26 +24,30 @@ _ATTEMPTS = 3  # a request that kills whoever takes it must not get through them
 _PAUSE_S = 0.1  # before the second attempt; it doubles
 
 
-async def answered(send: Callable[[], Any], *, timeout_s: float) -> Any:
-    """The result of a call that may be made more than once.
+async def answered(send: Callable[[], Any], *passed_on: Callable[[Any], Any], timeout_s: float) -> Any:
+    """The result of a call that may be made more than once, or of the last of several calls in one trip.
 
     Args:
         send: makes the call; returns a DeploymentResponse.
+        passed_on: make further calls, each with the response to the one before, which is not waited for here.
         timeout_s: for all attempts together, the wait for a new replica included.
 
     Raises:
         ServiceUnavailable: no answer in time.
-        Exception: what the replica raised, or the last of Ray's own errors.
+        Exception: what the replica raised, or the last of Ray's own errors; of several calls, the first that failed.
     """
     try:
         async with asyncio.timeout(timeout_s):
             for attempt in range(_ATTEMPTS):
-                response = send()
+                responses = [send()]
+                for then in passed_on:
+                    responses.append(then(responses[-1]))
                 try:
-                    return await response
+                    return await _last(responses)
                 except (Exception, asyncio.CancelledError) as error:
                     if _cancelled(error):
-                        response.cancel()
+                        for response in responses:
+                            response.cancel()
                         raise
                     if attempt == _ATTEMPTS - 1 or not _is_gone(error):
                         raise _named(error) from error
@@ -51,6 +55,17 @@ async def answered(send: Callable[[], Any], *, timeout_s: float) -> Any:
     except TimeoutError as error:
         raise ServiceUnavailable(f"no replica has answered within {timeout_s:g} s") from error
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+async def _last(responses: Sequence[Any]) -> Any:
+    """The last one's result; where that fails for want of an earlier one's, the error of that."""
+    try:
+        return await responses[-1]
+    except (Exception, asyncio.CancelledError) as error:
+        if not _cancelled(error):
+            for response in responses[:-1]:
+                await response
+        raise
 
 
 async def generated(

@@ -1,4 +1,4 @@
-"""TaskRetriever: the task catalog as a service. Embeddings in, nearest tasks with their adapters out.
+"""TaskRetriever: the task catalog as a service. Embeddings in, decisions out: nearest tasks, adapters and weights.
 
 A catalog that is published while it serves takes over without a request being lost; see `deployments.live_catalog`.
 """
@@ -6,23 +6,25 @@ A catalog that is published while it serves takes over without a request being l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.calls import CatalogDescription, Retrieval
+from deployments.calls import CatalogDescription
 from deployments.config import AppConfig
 from deployments.fits import check_adapters, check_base_model
 from deployments.live_catalog import LiveCatalog, kept_folder
 from deployments.logs import join_serve_logs
+from deployments.metrics import RayRecorder
+from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
+from deployments.tracing import span
 from lorauter.adapters import open_store
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog
 from lorauter.encoder import Embeddings
-from lorauter.routing import RoutingOptions
+from lorauter.routing import RoutingDecision, RoutingOptions, compose
 
 logger = logging.getLogger("lorauter.catalog")
 
@@ -43,6 +45,7 @@ class TaskRetriever:
 
     def __init__(self, config: AppConfig, embedder: DeploymentHandle[Any]) -> None:
         join_serve_logs()
+        self._metrics = RoutingMetrics(RayRecorder())
 
         def probe() -> tuple[Embeddings, str]:
             [vector] = embedder.embed.remote([PROBE_TEXT]).result(timeout_s=_PROBE_S)
@@ -66,16 +69,24 @@ class TaskRetriever:
             self._live = other_thread.submit(load).result()
         self._live.start()
 
-    async def retrieve(self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]) -> Retrieval:
-        """See `Retriever.retrieve`; one catalog answers all of it."""
+    async def decide(
+        self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]
+    ) -> list[RoutingDecision]:
+        """Which adapters answer n texts; one catalog decides on all of them. Raises InvalidRequest."""
         retriever = self._live.retriever
-        found = retriever.retrieve(embeddings, texts, options)
-        named = {name for one in found for name in one.adapter_names}
-        return Retrieval(retriever.catalog.version, found, _of(retriever.catalog.adapters, named))
+        with self._metrics.step("retrieve"), span("retrieve"):
+            found = retriever.retrieve(embeddings, texts, options)
+        catalog = retriever.catalog
+        with self._metrics.step("compose"), span("compose"):
+            return [
+                compose(one, option, retriever.config, catalog_version=catalog.version, versions=catalog.adapters)
+                for one, option in zip(found, options, strict=True)
+            ]
 
     async def versions(self, names: list[str]) -> dict[str, str]:
         """Which versions of adapters are served; without those that the catalog does not know."""
-        return _of(self._live.retriever.catalog.adapters, names)
+        versions = self._live.retriever.catalog.adapters
+        return {name: versions[name] for name in names if name in versions}
 
     async def check_probe(self, probe: Embeddings, encoder: str) -> None:
         """See `Catalog.check_probe`."""
@@ -101,7 +112,3 @@ class TaskRetriever:
     def __del__(self) -> None:
         if live := getattr(self, "_live", None):
             live.close()
-
-
-def _of(versions: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    return {name: versions[name] for name in names if name in versions}

@@ -19,7 +19,7 @@ from deployments import observe
 from deployments.access import Access
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
-from deployments.calls import Admitted, CatalogDescription, GenerateCall, Retrieval
+from deployments.calls import Admitted, CatalogDescription, GenerateCall
 from deployments.changes import Change
 from deployments.config import AppConfig
 from deployments.limits import SharedLimits
@@ -32,7 +32,7 @@ from deployments.tracing import span
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.engine import Chunk
 from lorauter.errors import AdapterError, Overloaded, ServiceUnavailable
-from lorauter.routing import RoutingDecision, RoutingOptions, check_text, compose
+from lorauter.routing import RoutingDecision, RoutingOptions, check_text
 from lorauter.routing.compose import cause_of
 from lorauter.tasks import Task
 
@@ -76,6 +76,7 @@ class Router:
         self._metrics = RoutingMetrics(self._recorder)
         self._embedder = embedder
         self._retriever = retriever
+        self._embed, self._decide, self._versions = embedder.embed, retriever.decide, retriever.versions
         self._model = model.options(stream=True)
         self._editor = _EditorClient(editor) if editor is not None else None
         self._refusal: Overloaded | None = None
@@ -91,35 +92,17 @@ class Router:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
         for i, text in enumerate(texts):
             check_text(text, param=f"input[{i}]")
-        timeout_s = self._config.api.first_token_s
-        with span("route"):
-            try:
-                with self._metrics.step("embed"), span("embed"):
-                    embeddings = await answered(lambda: self._embedder.embed.remote(list(texts)), timeout_s=timeout_s)
-                with self._metrics.step("retrieve"), span("retrieve"):
-                    retrieval: Retrieval = await answered(
-                        lambda: self._retriever.retrieve.remote(embeddings, list(texts), [options] * len(texts)),
-                        timeout_s=timeout_s,
-                    )
-            except Exception as error:
-                raise _translated(error) from error
-            with self._metrics.step("compose"), span("compose"):
-                decisions = [
-                    compose(
-                        found,
-                        options,
-                        self._config.routing,
-                        catalog_version=retrieval.catalog_version,
-                        versions=retrieval.versions,
-                    )
-                    for found in retrieval.found
-                ]
+        with self._metrics.step("route"), span("route"):
+            decisions: list[RoutingDecision] = await self._asked(
+                lambda: self._embed.remote(list(texts)),
+                lambda embeddings: self._decide.remote(embeddings, list(texts), [options] * len(texts)),
+            )
         self._metrics.decided(decisions)
         return decisions
 
     async def versions(self, names: Sequence[str]) -> dict[str, str]:
         """The versions of adapters that are served, those of the catalog in use; without those that it lacks."""
-        versions: dict[str, str] = await self._asked(lambda: self._retriever.versions.remote(list(names)))
+        versions: dict[str, str] = await self._asked(lambda: self._versions.remote(list(names)))
         return versions
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
@@ -155,9 +138,9 @@ class Router:
         catalog: CatalogDescription = await self._asked(self._retriever.describe.remote)
         return catalog
 
-    async def _asked(self, send: Callable[[], Any]) -> Any:
+    async def _asked(self, send: Callable[[], Any], *passed_on: Callable[[Any], Any]) -> Any:
         try:
-            return await answered(send, timeout_s=self._config.api.first_token_s)
+            return await answered(send, *passed_on, timeout_s=self._config.api.first_token_s)
         except Exception as error:
             raise _translated(error) from error
 

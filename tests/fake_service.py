@@ -35,7 +35,7 @@ class FakeService:
     """Says "Hello" in three tokens, and keeps what it was asked.
 
     Attributes:
-        route_error: raised by `route`, `describe` and `check_ready`.
+        route_error: raised by `route`, `versions`, `describe` and `check_ready`.
         load_error: raised by `check_load`.
         first_error: raised by `generate` at once.
         late_error: raised by `generate` after its first chunk.
@@ -59,6 +59,7 @@ class FakeService:
         return [DECISION] * len(texts)
 
     async def versions(self, names: Sequence[str]) -> dict[str, str]:
+        await self.check_ready()
         return {name: VERSIONS[name] for name in names if name in VERSIONS}
 
     def check_load(self) -> None:

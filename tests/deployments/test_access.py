@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import yaml
 from starlette.requests import Request
 
 from deployments import access as access_module
-from deployments.access import Access, Caller
+from deployments.access import Access, Caller, Reservation, Visit
+from deployments.calls import Refused, Want
 from deployments.config import AccessSettings
 from deployments.limits import TokenBuckets
 from lorauter.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
@@ -33,13 +34,16 @@ class Limits:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.asked: list[list[str]] = []
         self._buckets = TokenBuckets(lambda: self.now)
 
-    async def take(self, name: str, amount: float, per_minute: int) -> float:
-        return self._buckets.take(name, amount, per_minute)
+    async def take(self, wants: Sequence[Want]) -> Refused | None:
+        self.asked.append([want.name for want in wants])
+        await asyncio.sleep(0)
+        return self._buckets.take(wants)
 
-    async def settle(self, name: str, amount: float, per_minute: int) -> None:
-        self._buckets.settle(name, amount, per_minute)
+    async def settle(self, want: Want) -> None:
+        self._buckets.settle(want)
 
 
 @pytest.fixture
@@ -50,8 +54,13 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def door(file: Path) -> Access:
-    return Access(AccessSettings(keys_file=str(file)), Limits())
+def limits() -> Limits:
+    return Limits()
+
+
+@pytest.fixture
+def door(file: Path, limits: Limits) -> Access:
+    return Access(AccessSettings(keys_file=str(file)), limits)
 
 
 @pytest.fixture
@@ -66,7 +75,12 @@ def request(key: str | None) -> Request:
 
 
 def require(door: Access, key: str | None, *roles: Any) -> Caller:
-    return asyncio.run(door.require(request(key), *(roles or ("inference",))))
+    async def enter() -> Caller:
+        visit = door.require(request(key), *(roles or ("inference",)))
+        await visit.count()
+        return visit.caller
+
+    return asyncio.run(enter())
 
 
 def test_a_key_lets_its_owner_in(door: Access) -> None:
@@ -114,12 +128,18 @@ def test_without_keys_all_but_admin_is_open(caplog: pytest.LogCaptureFixture) ->
     assert require(door, "anything", "inference", "admin").permits("any")
     with pytest.raises(PermissionDenied, match="no keys are configured"):
         require(door, None, "admin")
-    asyncio.run(asyncio.wait_for(reserve_and_settle(door, caller), 1))
+    assert asyncio.run(asyncio.wait_for(reserve_and_settle(Visit(caller, door)), 1)) == "done"
 
 
-async def reserve_and_settle(door: Access, caller: Caller) -> None:
-    reservation = await door.reserve(caller, 10**9)
+async def work() -> str:
+    await asyncio.sleep(0)
+    return "done"
+
+
+async def reserve_and_settle(visit: Visit) -> str:
+    reservation, done = await visit.reserve(10**9, work, at_least=0)
     await reservation.settle(10**9)
+    return done
 
 
 def test_an_empty_list_of_keys_lets_nobody_in(tmp_path: Path) -> None:
@@ -147,20 +167,123 @@ def test_a_key_without_the_role_costs_nothing(door: Access) -> None:
 def test_tokens_are_reserved_and_then_settled(door: Access) -> None:
     caller = require(door, OTHER)
 
+    async def reserve(tokens: int) -> Reservation:
+        reservation, _ = await Visit(caller, door).reserve(tokens, work, at_least=0)
+        return reservation
+
     async def run() -> None:
-        first = await door.reserve(caller, 80)
+        first = await reserve(80)
         with pytest.raises(RateLimited, match="100 tokens") as caught:
-            await door.reserve(caller, 80)
+            await reserve(80)
         assert caught.value.retry_after_s == pytest.approx(36)
         await first.settle(10)
         await first.settle(10)  # nothing is given back twice
-        second = await door.reserve(caller, 90)
+        second = await reserve(90)
         await second.settle(190)  # more than it was thought to take: a debt
         with pytest.raises(RateLimited) as caught:
-            await door.reserve(caller, 1)
+            await reserve(1)
         assert caught.value.retry_after_s == pytest.approx(60.6)
 
     asyncio.run(run())
+
+
+BOTH = "lr-both"
+LIMITED = {"name": "both", "sha256": hash_key(BOTH), "requests_per_minute": 3, "tokens_per_minute": 100}
+
+
+@pytest.fixture
+def limited(file: Path, limits: Limits) -> Access:
+    file.write_text(yaml.safe_dump([LIMITED]))
+    return Access(AccessSettings(keys_file=str(file)), limits)
+
+
+def test_a_request_and_its_tokens_are_one_question_and_the_work_does_not_wait_for_it(
+    limited: Access, limits: Limits
+) -> None:
+    async def run() -> None:
+        visit = limited.require(request(BOTH), "inference")
+        began = []
+
+        async def meanwhile() -> int:
+            began.append(len(limits.asked))
+            return await asyncio.sleep(0, 7)
+
+        _, done = await visit.reserve(10, meanwhile, at_least=0)
+        assert done == 7
+        assert limits.asked == [["both requests", "both tokens"]]
+        assert began[0] <= 1
+        await visit.count()  # it is counted
+        assert len(limits.asked) == 1
+
+    asyncio.run(run())
+
+
+def test_what_is_done_meanwhile_is_given_up_with_a_refusal_and_not_begun_after_one(door: Access) -> None:
+    begun: list[str] = []
+    ended: list[str] = []
+
+    async def slow() -> None:
+        begun.append("slow")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("slow")
+
+    async def fails() -> None:
+        raise ValueError("told to nobody")
+
+    async def run(meanwhile: Any) -> None:
+        visit = door.require(request(OTHER), "inference")
+        spent, _ = await visit.reserve(1, work, at_least=0)
+        await spent.settle(200)
+        for _ in range(2):
+            with pytest.raises(RateLimited, match="100 tokens"):
+                await door.require(request(OTHER), "inference").reserve(10, meanwhile, at_least=0)
+            await asyncio.sleep(0)
+        await spent.settle(0)
+
+    asyncio.run(run(slow))
+    assert begun == ended == ["slow"]
+    door._refused.clear()
+    asyncio.run(run(fails))
+
+
+def test_work_that_fails_gives_its_tokens_back_and_who_leaves_pays_the_least(limited: Access, limits: Limits) -> None:
+    async def fails() -> None:
+        raise ValueError("broken")
+
+    async def run() -> None:
+        caller = limited.identify(f"Bearer {BOTH}")
+        with pytest.raises(ValueError, match="broken"):
+            await Visit(caller, limited).reserve(90, fails, at_least=40)
+        leaving = asyncio.create_task(Visit(caller, limited).reserve(100, lambda: asyncio.sleep(60), at_least=40))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert await limits.take([Want("both tokens", 61, 100)]) is not None
+        assert await limits.take([Want("both tokens", 60, 100)]) is None
+
+    asyncio.run(run())
+
+
+def test_a_refused_request_is_refused_again_without_asking(
+    limited: Access, limits: Limits, file: Path, no_pause: None
+) -> None:
+    for _ in range(3):
+        require(limited, BOTH)
+    waits = []
+    for _ in range(5):
+        with pytest.raises(RateLimited) as caught:
+            require(limited, BOTH)
+        waits.append(caught.value.retry_after_s)
+    assert len(limits.asked) == 4
+    assert waits == sorted(waits, reverse=True)
+    assert 19 < waits[-1] < waits[0] == pytest.approx(20)
+    file.write_text(yaml.safe_dump([{**LIMITED, "requests_per_minute": 4}]))
+    with pytest.raises(RateLimited):
+        require(limited, BOTH)
+    assert len(limits.asked) == 5, "under another limit the word of before is none"
 
 
 def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from fake_service import BOTH, CHAT, COMPLETIONS, DECISION, ROUTE, FakeService, 
 
 from deployments.access import Access
 from deployments.api import build_api
-from deployments.calls import Admitted, GenerateCall
+from deployments.calls import Admitted, GenerateCall, Refused, Want
 from deployments.config import AccessSettings, ApiSettings
-from deployments.limits import LimitsActor
+from deployments.limits import TokenBuckets
 from lorauter.engine.types import Chunk
 from lorauter.errors import (
     AdapterNotFound,
@@ -33,11 +33,25 @@ KEYS = [
 ]
 
 
+class Limits:
+    """The buckets, in this process."""
+
+    def __init__(self) -> None:
+        self._buckets = TokenBuckets()
+
+    async def take(self, wants: Sequence[Want]) -> Refused | None:
+        await asyncio.sleep(0)
+        return self._buckets.take(wants)
+
+    async def settle(self, want: Want) -> None:
+        self._buckets.settle(want)
+
+
 @pytest.fixture
 def secured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`secured(service, method, path, key, body)`: a request to a service with KEYS."""
     monkeypatch.setenv("KEYS", json.dumps(KEYS))
-    limits = LimitsActor()
+    limits = Limits()
     access = Access(AccessSettings(keys_env="KEYS"), limits)
 
     def ask(service: FakeService, method: str, path: str, key: str | None, body: Any = None, **options: Any) -> Any:
@@ -90,6 +104,20 @@ def test_a_request_too_many_is_told_when_to_come_again(secured: Any) -> None:
     response = secured(FakeService(), "GET", "/v1/models", "lr-few")
     refused(response, 429, "rate_limit_exceeded")
     assert 55 <= int(response.headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize("body", [{"input": 7}, {}, {"input": []}, {"input": " "}])
+def test_a_request_that_is_wrong_is_one_of_the_keys_too(secured: Any, body: Any) -> None:
+    refused(secured(FakeService(), "POST", ROUTE, "lr-few", body), 400)
+    for again in (body, {"input": "hi"}):
+        refused(secured(FakeService(), "POST", ROUTE, "lr-few", again), 429, "rate_limit_exceeded")
+
+
+def test_who_is_refused_his_tokens_is_routed_no_more(secured: Any) -> None:
+    service = FakeService()
+    for _ in range(5):
+        secured(service, "POST", ROUTE, "lr-poets", {"input": ["x" * 1000] * 2})
+    assert len(service.routed) == 2  # the first is answered, and the second is begun before it is refused
 
 
 def test_routing_is_kept_to_the_keys_adapters(secured: Any) -> None:
@@ -176,7 +204,7 @@ def test_who_leaves_before_the_first_token_pays_for_the_prompt_alone(
             return []
 
     monkeypatch.setenv("KEYS", json.dumps(KEYS))
-    access = Access(AccessSettings(keys_env="KEYS"), LimitsActor())
+    access = Access(AccessSettings(keys_env="KEYS"), Limits())
 
     async def ask(service: FakeService, timeout_s: float, body: Any) -> int:
         headers = {"Authorization": "Bearer lr-poets"}
@@ -217,14 +245,14 @@ def test_no_more_is_reserved_than_the_context_holds(secured: Any) -> None:
 
 def test_a_request_that_is_routed_anew_keeps_its_reservation(secured: Any) -> None:
     """While one is routed anew, another of the same key cannot take the tokens that it reserved."""
-    others: list[float] = []
+    others: list[Refused | None] = []
 
     class Anew(FakeService):
         async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
             if not self.calls:
                 self.calls.append(call)
                 raise AdapterNotFound("gone", adapter="poet")
-            others.append(await limits.take("poets tokens", 200, 400))
+            others.append(await limits.take([Want("poets tokens", 200, 400)]))
             async for item in super().generate(call):
                 yield item
 
@@ -233,8 +261,8 @@ def test_a_request_that_is_routed_anew_keeps_its_reservation(secured: Any) -> No
 
     limits = secured.limits
     assert secured(Anew(), "POST", CHAT, "lr-poets", chat(max_tokens=300)).status_code == 200
-    assert others[0] > 0
-    assert asyncio.run(limits.take("poets tokens", 385, 400)) == 0  # it was settled in the end
+    assert others[0] is not None
+    assert asyncio.run(limits.take([Want("poets tokens", 385, 400)])) is None  # it was settled in the end
 
 
 def test_routing_alone_is_charged(secured: Any) -> None:

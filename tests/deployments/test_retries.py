@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
 import deployments.retries
 from deployments.calls import Admitted, GenerateCall, Prompt
@@ -124,6 +125,48 @@ def test_nobody_waits_longer_than_said() -> None:
     [error] = listen(replicas, timeout_s=0.01)
     assert isinstance(error, ServiceUnavailable)
     assert replicas.cancelled == 1
+
+
+def chain(first: Replicas, second: Replicas, timeout_s: float = 5) -> Any:
+    """Two calls, of which the second takes the first's response."""
+    taken = []
+
+    def then(response: Response) -> Response:
+        taken.append(response)
+        return second.send()
+
+    result = asyncio.run(answered(first.send, then, timeout_s=timeout_s))
+    assert all(isinstance(response, Response) for response in taken)
+    return result
+
+
+def test_a_response_is_passed_on_and_not_waited_for() -> None:
+    assert chain(Replicas([HANG]), Replicas(["answer"])) == "answer"
+
+
+@pytest.mark.parametrize("error", GONE)
+@pytest.mark.parametrize("where", [0, 1])
+def test_of_two_calls_in_one_trip_both_are_sent_again_where_a_replica_of_either_dies(
+    error: BaseException, where: int
+) -> None:
+    upstream = RayTaskError("f", "", error) if isinstance(error, Exception) else RayServeException("upstream died")
+    outcomes = ([error, "one"], [upstream, "answer"]) if where == 0 else (["one", "one"], [error, "answer"])
+    assert chain(*map(Replicas, outcomes)) == "answer"
+
+
+def test_of_two_calls_the_first_that_failed_tells_why() -> None:
+    full = Overloaded("full", retry_after_s=1)
+    with pytest.raises(Overloaded):
+        chain(Replicas([full]), Replicas([RayServeException("the argument could not be had")]))
+    with pytest.raises(ValueError, match="second"):
+        chain(Replicas(["one"]), Replicas([ValueError("second")]))
+
+
+def test_whoever_waits_too_long_for_two_calls_gives_up_both() -> None:
+    first, second = Replicas([HANG]), Replicas([HANG])
+    with pytest.raises(ServiceUnavailable, match=r"0\.01 s"):
+        chain(first, second, timeout_s=0.01)
+    assert (first.cancelled, second.cancelled) == (1, 1)
 
 
 @pytest.mark.parametrize("error", GONE)
