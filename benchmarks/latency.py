@@ -1,34 +1,44 @@
-"""Latency of `POST /v1/route` against a bare Serve app with the same hops, in one run.
+"""What the ingress costs: the latency of `POST /v1/route` against a bare Serve app with the same hops, and CPU time.
 
     python benchmarks/latency.py [--requests 300]
 
-Both apps have an ingress that calls two other deployments in turn; the bare one does nothing else. Requests
-alternate between them. The time that the encoder itself takes is measured in its replica, request by request,
-and subtracted, since any embedding service has to pay it.
+The app is the service's own, but for an engine that says as many words as it is asked for, at once. The bare app has
+an ingress that calls two deployments in turn, and does nothing else; requests alternate between the two. The time that
+the encoder itself takes is measured in its replica, request by request, and subtracted, since any embedding service has
+to pay it. Keyed requests go to a second ingress, whose keys have limits. CPU time is that of the ingress replica's
+process, Serve's own work in it included, by request and, with streamed answers, by token.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import httpx
+import psutil
 import ray
 from ray import serve
 from starlette.requests import Request
 
+import deployments.app
+from deployments.calls import Admitted, GenerateCall
 from deployments.config import AppConfig
 from deployments.embedder import QueryEmbedder
-from deployments.retriever import TaskRetriever
-from deployments.router import Router
-from lorauter.defaults import resolve_adapters, resolve_catalog
 from lorauter.encoder import Embeddings, Encoder
+from lorauter.engine import Chunk
+from lorauter.keys import hash_key, new_key
 
 TEXT = "Short movie review: a joy to watch.\nDid the critic think positively or negatively of the movie?"
 CPUS = {"num_cpus": 0.1}
+TOKENS, STREAMS = 200, 20
+WARM = 30
 
 
 class TimedEncoder:
@@ -46,7 +56,7 @@ class TimedEncoder:
         return vectors
 
 
-@serve.deployment(name="QueryEmbedder", max_ongoing_requests=256, ray_actor_options=CPUS)
+@serve.deployment(name="QueryEmbedder", max_ongoing_requests=256)
 class TimedEmbedder(QueryEmbedder.func_or_class):  # type: ignore[name-defined, misc]
     def __init__(self, encoder: str) -> None:
         super().__init__(encoder)
@@ -55,6 +65,17 @@ class TimedEmbedder(QueryEmbedder.func_or_class):  # type: ignore[name-defined, 
     def take_seconds(self) -> list[float]:
         seconds, self._encoder.seconds = self._encoder.seconds, []
         return seconds
+
+
+@serve.deployment(name="LoraModel")
+class Talker:
+    def __init__(self, config: AppConfig) -> None:
+        pass
+
+    async def generate(self, call: GenerateCall) -> AsyncIterator[Admitted | Chunk]:
+        yield Admitted(20)
+        for i in range(1, call.sampling.max_tokens + 1):
+            yield Chunk(" word", (i,), "length" if i == call.sampling.max_tokens else None)
 
 
 @serve.deployment(ray_actor_options=CPUS)
@@ -74,6 +95,31 @@ class BareIngress:
         return {"output": await self._second.remote(value)}
 
 
+def app(config: AppConfig) -> serve.Application:
+    """The service with an engine and an encoder that are measured by."""
+    options = {name: {"ray_actor_options": CPUS} for name in deployments.app.DEPLOYMENTS}
+    with mock.patch.multiple(deployments.app, QueryEmbedder=TimedEmbedder, LoraModel=Talker):
+        return deployments.app.assemble(config, options)
+
+
+def ingress_process(app_name: str) -> psutil.Process:
+    """The process of an app's only ingress replica, which Ray names after it."""
+    [found] = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if " ".join(process.cmdline()).startswith(f"ray::ServeReplica:{app_name}:Router")
+    ]
+    return found
+
+
+def cpu_ms(process: psutil.Process, work: Callable[[], int]) -> float:
+    """Milliseconds of CPU time that a process takes for each thing that is done."""
+    before = process.cpu_times()
+    done = work()
+    after = process.cpu_times()
+    return 1000 * (after.user + after.system - before.user - before.system) / done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=300)
@@ -82,41 +128,71 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = AppConfig(adapters=resolve_adapters("default"), catalog=resolve_catalog("default"))
+    key = new_key()
+    limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9}
+    os.environ["LATENCY_KEYS"] = json.dumps([{"name": "one", "sha256": hash_key(key), **limits}])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-    embedder = TimedEmbedder.bind(config.encoder)
-    retriever = TaskRetriever.options(ray_actor_options=CPUS).bind(config, embedder)
-    unused_model = Echo.options(name="LoraModel").bind()
-    serve.run(
-        Router.options(ray_actor_options=CPUS).bind(config, embedder, retriever, unused_model, None),
-        name="lorauter",
-        route_prefix="/lorauter",
-    )
-    serve.run(
-        BareIngress.bind(Echo.options(name="First").bind(), Echo.options(name="Second").bind()),
-        name="bare",
-        route_prefix="/bare",
-    )
-    timed = serve.get_deployment_handle("QueryEmbedder", "lorauter")
-    times: dict[str, list[float]] = {"/lorauter/v1/route": [], "/bare": []}
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        for i in range(requests + 30):
-            if i == 30:  # warm by now
-                timed.take_seconds.remote().result()
-                times = {path: [] for path in times}
-            for path, seconds in times.items():
-                started = time.perf_counter()
-                client.post(path, json={"input": TEXT}).raise_for_status()
-                seconds.append(time.perf_counter() - started)
-    encoding = timed.take_seconds.remote().result()
-    routed = [total - own for total, own in zip(times["/lorauter/v1/route"], encoding, strict=True)]
-    ours, bare = statistics.median(routed), statistics.median(times["/bare"])
-    print(f"/v1/route          {1000 * statistics.median(times['/lorauter/v1/route']):7.2f} ms (median of {requests})")
-    print(f"  encoder's own    {1000 * statistics.median(encoding):7.2f} ms")
-    print(f"  without encoder  {1000 * ours:7.2f} ms")
-    print(f"bare two-hop app   {1000 * bare:7.2f} ms")
-    print(f"ratio              {ours / bare:7.2f}")
+    serve.run(app(AppConfig()), name="open", route_prefix="/open")
+    keyed = AppConfig.parse({"access": {"keys_env": "LATENCY_KEYS"}})
+    serve.run(app(keyed), name="keyed", route_prefix="/keyed")
+    bare = BareIngress.bind(Echo.options(name="First").bind(), Echo.options(name="Second").bind())
+    serve.run(bare, name="bare", route_prefix="/bare")
+    timed = {name: serve.get_deployment_handle("QueryEmbedder", name) for name in ("open", "keyed")}
+    paths = {"open": "/open/v1/route", "keyed": "/keyed/v1/route", "bare": "/bare"}
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
+
+        def route(path: str) -> float:
+            started = time.perf_counter()
+            client.post(path, json={"input": TEXT}).raise_for_status()
+            return time.perf_counter() - started
+
+        times: dict[str, list[float]] = {name: [] for name in paths}
+        for i in range(requests + WARM):
+            if i == WARM:
+                times = {name: [] for name in paths}
+                for handle in timed.values():
+                    handle.take_seconds.remote().result()
+            for name, path in paths.items():
+                times[name].append(route(path))
+        encoding = {name: handle.take_seconds.remote().result() for name, handle in timed.items()}
+
+        def routes() -> int:
+            with ThreadPoolExecutor(8) as pool:
+                return len(list(pool.map(route, [paths["open"]] * requests)))
+
+        def streams(model: str, tokens: int) -> int:
+            def stream(_: int) -> None:
+                messages = [{"role": "user", "content": TEXT}]
+                body = {"model": model, "messages": messages, "stream": True, "max_tokens": tokens}
+                text = client.post("/open/v1/chat/completions", json=body).raise_for_status().text
+                assert text.count(" word") == tokens
+
+            with ThreadPoolExecutor(8) as pool:
+                return len(list(pool.map(stream, range(STREAMS * (10 if tokens == 1 else 1)))))
+
+        process = ingress_process("open")
+        streams("base", TOKENS)
+        routing = cpu_ms(process, routes)
+        short = cpu_ms(process, lambda: streams("base", 1))
+        long = cpu_ms(process, lambda: streams("base", TOKENS))
+    ratios = {}
+    waits = statistics.median(times["bare"])
+    for name in ("open", "keyed"):
+        own = statistics.median(encoding[name])
+        whole = statistics.median(times[name])
+        net = statistics.median(a - b for a, b in zip(times[name], encoding[name], strict=True))
+        ratios[name] = net / waits
+        print(f"/v1/route, {name:5}   {1000 * whole:7.2f} ms (median of {requests})")
+        print(f"  encoder's own    {1000 * own:7.2f} ms")
+        print(f"  without encoder  {1000 * net:7.2f} ms")
+    print(f"bare two-hop app   {1000 * waits:7.2f} ms")
+    print(f"ratio_keyed        {ratios['keyed']:7.2f}")
+    print(f"ratio              {ratios['open']:7.2f}")
+    print(f"cpu_ms_route       {routing:7.2f}")
+    print(f"cpu_ms_stream      {short:7.2f}")
+    print(f"cpu_ms_token       {(long - short) / (TOKENS - 1):7.3f}")
     serve.shutdown()
     ray.shutdown()
 

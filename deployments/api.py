@@ -5,7 +5,6 @@ Knows HTTP and JSON; knows nothing of Ray. `Service` is what `deployments.router
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -30,7 +29,16 @@ from deployments.admin import ReadChange
 from deployments.bodies import read_json
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Prompt
 from deployments.config import AccessSettings, ApiSettings, explain, first_field
-from deployments.openai_answers import CHAT, TEXT, Shape, error_answer, usage
+from deployments.openai_answers import (
+    CHAT,
+    LAST_EVENT,
+    TEXT,
+    EventEncoder,
+    Shape,
+    error_answer,
+    event,
+    usage,
+)
 from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody, GenerationBody, RouteBody
 from deployments.rights import ROLES, check_change
 from deployments.scope import ScopedOptions, visible, visible_tasks
@@ -368,7 +376,7 @@ class _EventStream(StreamingResponse):
     """Server-sent events. However the response ends, the service's stream is closed, and with it the call."""
 
     def __init__(
-        self, events: AsyncGenerator[str], source: AsyncGenerator[Admitted | Chunk], headers: dict[str, str]
+        self, events: AsyncGenerator[bytes], source: AsyncGenerator[Admitted | Chunk], headers: dict[str, str]
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._source = source
@@ -389,30 +397,24 @@ async def _events(
     *,
     with_usage: bool,
     audience: Audience,
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[bytes]:
     """Server-sent events: the decision with the first, then the answer as it comes, then `[DONE]`."""
 
-    def event(content: dict[str, Any]) -> str:
-        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-    def choice(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        return {"choices": [{"index": 0, **content, "finish_reason": reason, "logprobs": None}]}
-
+    encoder = EventEncoder(head, shape)
     tokens = 0
-    yield event({**head, **choice(shape.first or shape.delta("")), "lorauter": decision})
+    yield encoder.first(decision)
     try:
         async for item in stream:
             if isinstance(item, Chunk):
                 tokens += len(item.token_ids)
                 if item.text or item.finish_reason:
-                    yield event({**head, **choice(shape.delta(item.text), item.finish_reason)})
+                    yield encoder.piece(item.text, item.finish_reason)
     except Exception as error:  # noqa: BLE001 (the status is sent; the error has to go into the stream)
         yield event(error_answer(error, audience)[1])
         return
     if with_usage:
-        took = usage(admitted.prompt_tokens, tokens, cached_tokens=admitted.cached_tokens)
-        yield event({**head, "choices": [], "usage": took})
-    yield "data: [DONE]\n\n"
+        yield encoder.usage(usage(admitted.prompt_tokens, tokens, cached_tokens=admitted.cached_tokens))
+    yield LAST_EVENT
 
 
 def _header(pairs: Iterable[tuple[str, float]]) -> str:

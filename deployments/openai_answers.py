@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any
 
 from deployments.told import Audience, told
@@ -84,6 +87,51 @@ TEXT = Shape(
     lambda text: {"text": text},
     None,
 )
+
+
+class EventEncoder:
+    """An answer's server-sent events. What all its pieces have in common is encoded once.
+
+    Args:
+        head: the fields that every event has.
+        shape: the endpoint's.
+    """
+
+    def __init__(self, head: Mapping[str, Any], shape: Shape) -> None:
+        self._head = head
+        self._shape = shape
+        mark = uuid.uuid4().hex  # in the text's place
+        before, after = self._piece(mark, None).decode().split(f'"{mark}"')
+        self._before, self._after = before.encode(), after.encode()
+
+    def first(self, decision: Mapping[str, Any]) -> bytes:
+        """The event that goes before the answer's pieces."""
+        choice = self._choice(self._shape.first or self._shape.delta(""), None)
+        return event({**self._head, **choice, "lorauter": decision})
+
+    def piece(self, text: str, finish_reason: str | None) -> bytes:
+        """The event of a piece of the answer."""
+        if text and finish_reason is None:
+            return self._before + encode_basestring(text).encode() + self._after
+        return self._piece(text, finish_reason)
+
+    def usage(self, usage: Mapping[str, Any]) -> bytes:
+        """The event that says what the answer took."""
+        return event({**self._head, "choices": [], "usage": usage})
+
+    def _piece(self, text: str, finish_reason: str | None) -> bytes:
+        return event({**self._head, **self._choice(self._shape.delta(text), finish_reason)})
+
+    def _choice(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        return {"choices": [{"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}]}
+
+
+LAST_EVENT = b"data: [DONE]\n\n"
+
+
+def event(content: Mapping[str, Any]) -> bytes:
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
 
 
 def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> dict[str, Any]:
