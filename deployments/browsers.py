@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Container
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -51,6 +52,7 @@ def _is_safe(host: str) -> bool:
     return is_local(host) or _address(host) is not None
 
 
+@lru_cache(maxsize=32)  # clients ask for a service by few names
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         address = ipaddress.ip_address(host)
@@ -59,6 +61,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
+@lru_cache(maxsize=32)
 def _hostname(url: str) -> str:
     """The host of a URL, in lower case; empty where there is none."""
     try:
