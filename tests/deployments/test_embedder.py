@@ -44,6 +44,7 @@ def test_queries_that_come_together_are_embedded_together_and_a_lone_one_at_once
     monkeypatch.setattr(embedder, "load_encoder", lambda _: encoder)
     monkeypatch.setattr(embedder, "RayRecorder", Metrics)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr(embedder, "join_serve_logs", lambda: None)
     replica = QueryEmbedder.func_or_class("fake")
     queries = [["lone"], *[[f"query {i}"] for i in range(100)], [f"of many {i}" for i in range(200)], ["last"]]
 
