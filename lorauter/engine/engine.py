@@ -181,8 +181,15 @@ class MultiLoraEngine:
     @contextmanager
     def lockstep(self) -> Iterator[None]:
         """While this is entered no step is planned before all tokens that have come are handed out, so that what
-        sinks submit or cancel then follows from the tokens alone, not from any clock."""
-        self._lockstep = True
+        sinks submit or cancel then follows from the tokens alone, not from any clock.
+
+        It is entered while nothing is asked, and begins with no prefix computed and no adapter resident: what was asked
+        before is of no effect either.
+        """
+        with self._wake:
+            self.scheduler.forget()
+            self.slots.forget()
+            self._lockstep = True
         try:
             yield
         finally:

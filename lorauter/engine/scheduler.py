@@ -375,6 +375,10 @@ class Scheduler:
         self._pool.forget()
         return ended
 
+    def forget(self) -> None:
+        """Let nothing that was computed so far be found any more."""
+        self._pool.forget()
+
     def drop(self, sequence: ActiveSequence) -> None:
         """Let a sequence go, whatever it has; of no effect on one that has ended."""
         if not sequence.ended:

@@ -250,6 +250,15 @@ class AdapterSlots:
         """A step is about to be planned: what was loaded before the last one is there."""
         self._step += 1
 
+    def forget(self) -> None:
+        """Let go of every adapter that no sequence uses."""
+        unused = [key for key, resident in self._resident.items() if not resident.pins]
+        for key in unused:
+            resident = self._resident.pop(key)
+            self._free_slots.append(resident.placed.slot)
+            self._stretches.give_back(resident.start, resident.size)
+        self.counters.evictions += len(unused)
+
     def placed(self, mixture: Mixture) -> list[tuple[Placed, float]]:
         """Where the adapters of an admitted mixture are."""
         return [(self._resident[key].placed, weight) for key, weight in mixture]

@@ -528,10 +528,10 @@ from lorauter.adapters import AdapterDiskCache, AdapterRepository, DirectoryStor
 repository = AdapterRepository(DirectoryStore(Path(sys.argv[1])))
 keys = [repository.manifest(name).key for name in repository.names()]
 cache = AdapterDiskCache(repository, Path(sys.argv[2]), budget_bytes=150_000)
-print("go", flush=True)
 while True:
     for flight in [cache.submit(key) for key in keys]:
         flight.result()
+    print("once more", flush=True)
 """
 
 
@@ -544,7 +544,7 @@ def test_killed_at_any_moment_it_leaves_whole_entries_alone(tmp_path, make_adapt
     for delay in (0.0, 0.03, 0.1):
         command = [sys.executable, "-c", KILLED, str(store.root), str(root)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
+            process.stdout.readline()  # all were there once, and the cache is full: entries come and go
             time.sleep(delay)
             process.kill()
         # An entry under its name was whole before it got there, whatever came after.

@@ -39,6 +39,22 @@ def test_the_answers_are_those_of_generate_in_order_and_timed(engine) -> None:
     assert all(outcome.seconds > 0 for outcome in outcomes)
 
 
+def test_what_was_asked_before_is_of_no_effect(pool, engine) -> None:
+    """Tokens depend on the sizes of steps by rounding: where a prefix is found or an adapter is, steps are others."""
+    prompt = tuple(range(40))
+    mixtures = [pool.mix((("attention", 1.0),)), pool.mix((("patterns", 0.5),)), ()]
+    asked = [GenerationRequest((*prompt, i), mixtures[i % 3], SamplingParams(max_tokens=3)) for i in range(9)]
+    counted = []
+    for before in ([], asked[:1], asked[3:5], asked):
+        engine.generate(before)
+        reused, loads = engine.scheduler.reused, engine.slots.counters.misses
+        feed(engine, asked)
+        counted.append((engine.scheduler.reused - reused, engine.slots.counters.misses - loads))
+    assert counted == [counted[0]] * 4
+    assert counted[0][0] > 0
+    assert counted[0][1] == 2
+
+
 def test_no_more_run_than_fit_and_never_fewer_while_any_are_left(engine) -> None:
     ended, taken, running = 0, 0, []
 
