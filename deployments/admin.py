@@ -24,6 +24,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from deployments import changes
+from deployments.access import Caller
 from deployments.bodies import FORM, JSON, content_type, limited, read_json
 from deployments.config import ApiSettings, explain, first_field
 from deployments.rights import Change
@@ -43,21 +44,24 @@ _PARTS = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
 
 
 class Editor(Protocol):
-    """What the admin API needs behind it. Every method raises LorauterError, and returns what to answer."""
+    """What the admin API needs behind it. Every method raises LorauterError, and returns what to answer.
 
-    async def put_task(self, task: Task) -> dict[str, Any]:
+    It makes of what is asked for what the caller may change as things are then.
+    """
+
+    async def put_task(self, caller: Caller, task: Task) -> dict[str, Any]:
         """Add or replace a task."""
 
-    async def remove_task(self, name: str) -> dict[str, Any]:
+    async def remove_task(self, caller: Caller, name: str) -> dict[str, Any]:
         """Take a task out."""
 
-    async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+    async def put_adapter(self, caller: Caller, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
         """Add or replace an adapter, of these files' bytes or as the store has it."""
 
-    async def remove_adapter(self, name: str) -> dict[str, Any]:
+    async def remove_adapter(self, caller: Caller, name: str) -> dict[str, Any]:
         """Take an adapter out."""
 
-    async def change(self, wanted: Sequence[changes.Change]) -> dict[str, Any]:
+    async def change(self, caller: Caller, wanted: Sequence[changes.Change]) -> dict[str, Any]:
         """Make all of these changes at once, or none."""
 
 
@@ -95,14 +99,14 @@ class _Admin:
             task = _task(json.loads(raw))
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"the body is no JSON: {error}") from error
-        yield Change(lambda: editor.put_task(task), tasks=(task.name,))
+        yield Change(lambda caller: editor.put_task(caller, task), tasks=(task.name,))
 
     @asynccontextmanager
     async def remove_task(self, request: Request) -> AsyncIterator[Change]:
         editor, name = self._open(), request.path_params["name"]
         if not is_valid_name(name):
             raise TaskNotFound(name[:128])
-        yield Change(lambda: editor.remove_task(name), tasks=(name,))
+        yield Change(lambda caller: editor.remove_task(caller, name), tasks=(name,))
 
     @asynccontextmanager
     async def put_adapter(self, request: Request) -> AsyncIterator[Change]:
@@ -111,14 +115,14 @@ class _Admin:
             with self._slot(request.state.caller.name):
                 async with self._form(request) as form:
                     name, files = _adapter(form)
-                    yield Change(lambda: editor.put_adapter(name, files), adapters=(name,))
+                    yield Change(lambda caller: editor.put_adapter(caller, name, files), adapters=(name,))
         elif kind == JSON:
             raw = await read_json(request, self._settings.max_body_bytes)
             try:
                 known = _name(_AdapterBody.model_validate_json(raw).name)
             except ValidationError as error:
                 raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
-            yield Change(lambda: editor.put_adapter(known, None), adapters=(known,))
+            yield Change(lambda caller: editor.put_adapter(caller, known, None), adapters=(known,))
         else:
             raise HTTPException(
                 415, f"send {FORM} (name, config, weights), or {JSON} with the name of an adapter in the store"
@@ -127,7 +131,7 @@ class _Admin:
     @asynccontextmanager
     async def remove_adapter(self, request: Request) -> AsyncIterator[Change]:
         editor, name = self._open(), _name(request.path_params["name"])
-        yield Change(lambda: editor.remove_adapter(name), adapters=(name,))
+        yield Change(lambda caller: editor.remove_adapter(caller, name), adapters=(name,))
 
     @asynccontextmanager
     async def change(self, request: Request) -> AsyncIterator[Change]:
@@ -135,7 +139,7 @@ class _Admin:
         raw = await read_json(request, max(_MAX_CHANGES_BYTES, self._settings.max_body_bytes))
         wanted = changes.parse_changes(raw, task=_task, adapter=_name)
         tasks, adapters = (tuple(of.name for of in wanted if of.kind == kind) for kind in ("task", "adapter"))
-        yield Change(lambda: editor.change(wanted), adapters=adapters, tasks=tasks)
+        yield Change(lambda caller: editor.change(caller, wanted), adapters=adapters, tasks=tasks)
 
     def _open(self) -> Editor:
         """The editor, if there is something to edit."""

@@ -139,7 +139,7 @@ def build_api(
         async def changed(request: Request) -> Response:
             async with read(request) as wanted:
                 await check_change(request.state.caller, wanted, service)
-                return JSONResponse(visible(await wanted.make(), request.state.caller.permitted))
+                return JSONResponse(visible(await wanted.make(request.state.caller), request.state.caller.permitted))
 
         return route(method, path, changed)
 

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.access import Caller
 from deployments.changes import Change
 from deployments.config import AppConfig
+from deployments.rights import check_tasks
 from lorauter.adapters import AdapterManifest, AdapterRepository, LoraWeights, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.catalog import Catalog, change_catalog, with_adapter, with_tasks, without_adapters, without_tasks
@@ -86,10 +88,11 @@ class CatalogEditor:
         self._model = model
         self._worker = ThreadPoolExecutor(1)  # changes wait for each other, and one that began ends, whoever hung up
 
-    async def change(self, changes: Sequence[Change]) -> dict[str, Any]:
+    async def change(self, caller: Caller, changes: Sequence[Change]) -> dict[str, Any]:
         """Make all of the changes in one version of the catalog, or none; what goes from it then goes from the store.
 
         Raises:
+            PermissionDenied: the caller may not change one of the tasks, as the catalog is that is changed.
             TaskNotFound, AdapterNotFound: what is to go, or an adapter that is to come, is not there.
             AdapterRejected: one that is to come is none that the engine would serve.
             InvalidRequest: no task would be left.
@@ -105,28 +108,28 @@ class CatalogEditor:
             manifest = self._repository.manifest(name)
             return _Taken(manifest, check(self._repository.load(manifest)))
 
-        return await self._alone(lambda: self._apply(changes, encoder, {name: take(name) for name in coming}))
+        return await self._alone(lambda: self._apply(caller, changes, encoder, {name: take(name) for name in coming}))
 
-    async def put_task(self, task: Task) -> dict[str, Any]:
+    async def put_task(self, caller: Caller, task: Task) -> dict[str, Any]:
         """Add a task, or replace the one of its name. Raises as `change`."""
-        return _single(await self.change([Change("task", task.name, task=task)]))
+        return _single(await self.change(caller, [Change("task", task.name, task=task)]))
 
-    async def remove_task(self, name: str) -> dict[str, Any]:
+    async def remove_task(self, caller: Caller, name: str) -> dict[str, Any]:
         """Take a task out. Raises as `change`."""
-        return _single(await self.change([Change("task", name, remove=True)]))
+        return _single(await self.change(caller, [Change("task", name, remove=True)]))
 
-    async def remove_adapter(self, name: str) -> dict[str, Any]:
+    async def remove_adapter(self, caller: Caller, name: str) -> dict[str, Any]:
         """Take an adapter out of the catalog, then out of the store. Raises as `change`."""
-        return _single(await self.change([Change("adapter", name, remove=True)]))
+        return _single(await self.change(caller, [Change("adapter", name, remove=True)]))
 
-    async def put_adapter(self, name: str, files: Files | None) -> dict[str, Any]:
+    async def put_adapter(self, caller: Caller, name: str, files: Files | None) -> dict[str, Any]:
         """Take in an adapter, or another version of it: of these files, or else as the store has it.
 
         Raises as `change`.
         """
         change = Change("adapter", name)
         if files is None:
-            return _single(await self.change([change]))
+            return _single(await self.change(caller, [change]))
         check = await self._check()
 
         def push() -> _Taken:
@@ -138,7 +141,7 @@ class CatalogEditor:
                 warnings = check(LoraWeights.load(folder, name=name, version="pushed"))
                 return _Taken(self._repository.push(folder), warnings)
 
-        return _single(await self._alone(lambda: self._apply([change], None, {name: push()})))
+        return _single(await self._alone(lambda: self._apply(caller, [change], None, {name: push()})))
 
     async def _check(self) -> Callable[[LoraWeights], tuple[str, ...]]:
         """What gives back the warnings about an adapter, or raises AdapterRejected where the engine would refuse it."""
@@ -157,15 +160,17 @@ class CatalogEditor:
         return _Embedded(await self._embedder.name.remote(), vectors)
 
     def _apply(
-        self, changes: Sequence[Change], encoder: _Embedded | None, taken: Mapping[str, _Taken]
+        self, caller: Caller, changes: Sequence[Change], encoder: _Embedded | None, taken: Mapping[str, _Taken]
     ) -> dict[str, Any]:
         manifests = [adapter.manifest for adapter in taken.values()]
         tasks = [change.task for change in changes if change.task is not None]
         no_tasks = [change.name for change in changes if change.kind == "task" and change.remove]
         no_adapters = [change.name for change in changes if change.kind == "adapter" and change.remove]
+        names = [[change.name for change in changes if change.kind == kind] for kind in ("task", "adapter")]
         known: list[str] = []
 
         def edit(before: Catalog) -> Catalog:
+            check_tasks(caller, names[0], _serving(before))
             after = before
             if encoder is not None:
                 after = with_tasks(after, tasks, encoder)
@@ -179,7 +184,6 @@ class CatalogEditor:
                     self._check_stored(name)
             return _without(after, no_tasks, known)
 
-        names = [[change.name for change in changes if change.kind == kind] for kind in ("task", "adapter")]
         catalog = self._change(edit, tasks=names[0], adapters=names[1])
         for name in no_adapters:
             try:
@@ -228,12 +232,17 @@ def _without(catalog: Catalog, tasks: Sequence[str], adapters: Sequence[str]) ->
     return without_adapters(catalog, adapters) if adapters else catalog
 
 
+def _serving(catalog: Catalog) -> dict[str, list[str]]:
+    """The names of the adapters that serve each task."""
+    return {entry.name: [adapter.name for adapter in entry.adapters] for entry in catalog.tasks}
+
+
 def _row(change: Change, catalog: Catalog, taken: Mapping[str, _Taken]) -> dict[str, Any]:
     """What is answered of a change that was made."""
     head: dict[str, Any] = {"id": change.name, "object": change.kind}
     if change.remove:
         return {**head, "deleted": True}
-    serving = {entry.name: [adapter.name for adapter in entry.adapters] for entry in catalog.tasks}
+    serving = _serving(catalog)
     if change.kind == "task":
         return {**head, "adapters": serving[change.name]}
     manifest, warnings = taken[change.name].manifest, list(taken[change.name].warnings)

@@ -8,7 +8,7 @@ there. Knows nothing of HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,11 +39,11 @@ class Change:
     """A change of what is served, as it was asked for.
 
     Attributes:
-        make: makes it; returns what to answer.
+        make: makes it for a caller; returns what to answer.
         adapters, tasks: the names of what it adds, replaces or removes.
     """
 
-    make: Callable[[], Awaitable[dict[str, Any]]]
+    make: Callable[[Caller], Awaitable[dict[str, Any]]]
     adapters: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
 
@@ -56,21 +56,33 @@ class Described(Protocol):
 
 
 async def check_change(caller: Caller, change: Change, service: Described) -> None:
-    """Raise PermissionDenied unless a caller who may change something may change this."""
+    """Raise PermissionDenied unless a caller who may change something may change this, as far as is known here.
+
+    What serves a task may have changed since: who makes the change asks `check_tasks` of the catalog that it changes.
+    """
     if caller.permitted is None:
         return
-    own = " or ".join(caller.permitted) or "nothing"
     for name in change.adapters:
         if not caller.permits(name):
-            raise PermissionDenied(f"the key {caller.name!r} may change adapters called {own} alone, and not {name!r}")
-    if not change.tasks:
-        return
-    serving = {
-        task["id"]: [row["name"] for row in task.get("adapters", ())] for task in (await service.describe()).tasks
-    }
-    for name in change.tasks:
+            raise PermissionDenied(
+                f"the key {caller.name!r} may change adapters called {_own(caller)} alone, and not {name!r}"
+            )
+    if change.tasks:
+        tasks = (await service.describe()).tasks
+        check_tasks(
+            caller, change.tasks, {task["id"]: [row["name"] for row in task.get("adapters", ())] for task in tasks}
+        )
+
+
+def check_tasks(caller: Caller, tasks: Sequence[str], serving: Mapping[str, Sequence[str]]) -> None:
+    """Raise PermissionDenied unless a caller may change these tasks, given the adapters that serve those there are."""
+    for name in tasks:
         if not all(map(caller.permits, serving.get(name) or [name])):
             raise PermissionDenied(
                 f"the key {caller.name!r} may change a task only if it may use every adapter that serves it, and add "
-                f"one only if it is called {own}; {name!r} is neither"
+                f"one only if it is called {_own(caller)}; {name!r} is neither"
             )
+
+
+def _own(caller: Caller) -> str:
+    return " or ".join(caller.permitted or ()) or "nothing"

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments import observe
-from deployments.access import Access
+from deployments.access import Access, Caller
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall
@@ -156,20 +156,20 @@ class _EditorClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def put_task(self, task: Task) -> dict[str, Any]:
-        return await _result(self._handle.put_task.remote(task))
+    async def put_task(self, caller: Caller, task: Task) -> dict[str, Any]:
+        return await _result(self._handle.put_task.remote(caller, task))
 
-    async def remove_task(self, name: str) -> dict[str, Any]:
-        return await _result(self._handle.remove_task.remote(name))
+    async def remove_task(self, caller: Caller, name: str) -> dict[str, Any]:
+        return await _result(self._handle.remove_task.remote(caller, name))
 
-    async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
-        return await _result(self._handle.put_adapter.remote(name, files))
+    async def put_adapter(self, caller: Caller, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+        return await _result(self._handle.put_adapter.remote(caller, name, files))
 
-    async def remove_adapter(self, name: str) -> dict[str, Any]:
-        return await _result(self._handle.remove_adapter.remote(name))
+    async def remove_adapter(self, caller: Caller, name: str) -> dict[str, Any]:
+        return await _result(self._handle.remove_adapter.remote(caller, name))
 
-    async def change(self, changes: Sequence[Change]) -> dict[str, Any]:
-        return await _result(self._handle.change.remote(changes))
+    async def change(self, caller: Caller, changes: Sequence[Change]) -> dict[str, Any]:
+        return await _result(self._handle.change.remote(caller, changes))
 
 
 async def _result(response: Any) -> dict[str, Any]:

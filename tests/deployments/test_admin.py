@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.access import Access
+from deployments.access import Access, Caller
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.changes import MAX_CHANGES, Change
@@ -52,19 +52,19 @@ class FakeEditor:
         self.done.append(what)
         return {"id": str(what[0]), "catalog_version": "v2"}
 
-    async def put_task(self, task: Task) -> dict[str, Any]:
+    async def put_task(self, caller: Caller, task: Task) -> dict[str, Any]:
         return await self._do("put_task", task)
 
-    async def remove_task(self, name: str) -> dict[str, Any]:
+    async def remove_task(self, caller: Caller, name: str) -> dict[str, Any]:
         return await self._do("remove_task", name)
 
-    async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+    async def put_adapter(self, caller: Caller, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
         return await self._do("put_adapter", name, files and {key: of.tobytes() for key, of in files.items()})
 
-    async def remove_adapter(self, name: str) -> dict[str, Any]:
+    async def remove_adapter(self, caller: Caller, name: str) -> dict[str, Any]:
         return await self._do("remove_adapter", name)
 
-    async def change(self, wanted: Sequence[Change]) -> dict[str, Any]:
+    async def change(self, caller: Caller, wanted: Sequence[Change]) -> dict[str, Any]:
         return await self._do("change", *wanted)
 
 
@@ -294,9 +294,9 @@ def talk_to(editor: Any, work: Any, **settings: Any) -> Any:
 
 def test_few_uploads_are_taken_at_once_and_the_others_told_to_come_again() -> None:
     class Slow(FakeEditor):
-        async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+        async def put_adapter(self, caller: Caller, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
             await asyncio.sleep(0.5)
-            return await super().put_adapter(name, None)
+            return await super().put_adapter(caller, name, None)
 
     async def send_all(client: httpx.AsyncClient) -> list[httpx.Response]:
         def send_one(key: str, i: int) -> Any:
@@ -325,7 +325,7 @@ def test_an_upload_is_on_the_disk_and_not_in_memory(tmp_path: Path, monkeypatch:
     seen: list[tuple[int, int, int]] = []
 
     class Checks(FakeEditor):
-        async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+        async def put_adapter(self, caller: Caller, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
             assert files is not None
             weights = files["adapter_model.safetensors"]
             seen.append((weights.nbytes, int(weights[-1]), tracemalloc.get_traced_memory()[1]))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from deployments import catalog_editor
+from deployments.access import Caller
 from deployments.catalog_editor import CatalogEditor
 from deployments.changes import Change
 from deployments.config import AppConfig
@@ -21,10 +22,12 @@ from lorauter.adapters import AdapterManifest, AdapterRepository, ModelShape, op
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_adapters, with_tasks
 from lorauter.encoder import HashingEncoder
-from lorauter.errors import AdapterNotFound, AdapterRejected, Conflict, InvalidRequest, TaskNotFound
+from lorauter.errors import AdapterNotFound, AdapterRejected, Conflict, InvalidRequest, PermissionDenied, TaskNotFound
+from lorauter.keys import ApiKey
 from lorauter.tasks import Task
 
 ENCODER = HashingEncoder(64)
+ANYBODY = Caller()
 SHAPE = ModelShape(("org/tiny-base",), 1, {"q_proj": (8, 8), "v_proj": (8, 8)})
 
 
@@ -83,11 +86,11 @@ def test_a_task_and_an_adapter_of_its_name_are_linked_whichever_comes_first(
     editor: Any, config: AppConfig, files: Callable[..., Any], make_task: Callable[..., Task]
 ) -> None:
     async def scenario() -> None:
-        first = await editor.put_adapter("films", files("films"))
+        first = await editor.put_adapter(ANYBODY, "films", files("films"))
         assert (first["id"], first["object"], first["tasks"], first["rank"]) == ("films", "adapter", [], 2)
-        second = await editor.put_task(make_task("films"))
+        second = await editor.put_task(ANYBODY, make_task("films"))
         assert (second["id"], second["object"], second["adapters"]) == ("films", "task", ["films"])
-        third = await editor.put_adapter("sums", files("sums"))
+        third = await editor.put_adapter(ANYBODY, "sums", files("sums"))
         assert third["tasks"] == ["sums"]
         assert third["catalog_version"] == Catalog.load(config.catalog).version
 
@@ -99,8 +102,8 @@ def test_what_is_changed_is_what_would_be_built_anew(
     editor: Any, config: AppConfig, files: Callable[..., Any], make_task: Callable[..., Task]
 ) -> None:
     async def scenario() -> None:
-        await editor.put_task(make_task("films"))
-        await editor.put_adapter("sums", files("sums"))
+        await editor.put_task(ANYBODY, make_task("films"))
+        await editor.put_adapter(ANYBODY, "sums", files("sums"))
 
     asyncio.run(scenario())
     tasks = [make_task(name) for name in ("films", "poems", "sums")]
@@ -112,17 +115,17 @@ def test_an_adapter_that_the_store_has_is_taken_in_by_its_name(
     editor: Any, config: AppConfig, tmp_path: Path, make_adapter: Callable[..., Path]
 ) -> None:
     pushed = AdapterRepository(open_store(config.adapters)).push(make_adapter(tmp_path / "pushed", "poems"))
-    answer = asyncio.run(editor.put_adapter("poems", None))
+    answer = asyncio.run(editor.put_adapter(ANYBODY, "poems", None))
     assert (answer["version"], answer["tasks"]) == (pushed.version, ["poems"])
     with pytest.raises(AdapterNotFound):
-        asyncio.run(editor.put_adapter("nowhere", None))
+        asyncio.run(editor.put_adapter(ANYBODY, "nowhere", None))
 
 
 def test_another_version_of_an_adapter_is_in_the_catalog(
     editor: Any, config: AppConfig, files: Callable[..., Any]
 ) -> None:
-    old = asyncio.run(editor.put_adapter("sums", files("sums")))
-    new = asyncio.run(editor.put_adapter("sums", files("sums", lora_alpha=9)))
+    old = asyncio.run(editor.put_adapter(ANYBODY, "sums", files("sums")))
+    new = asyncio.run(editor.put_adapter(ANYBODY, "sums", files("sums", lora_alpha=9)))
     assert new["version"] != old["version"]
     assert Catalog.load(config.catalog).adapters == {"sums": new["version"]}
 
@@ -131,17 +134,17 @@ def test_what_is_removed_is_gone_from_the_catalog_and_the_store(
     editor: Any, config: AppConfig, files: Callable[..., Any]
 ) -> None:
     async def scenario() -> None:
-        await editor.put_adapter("sums", files("sums"))
-        gone = await editor.remove_adapter("sums")
+        await editor.put_adapter(ANYBODY, "sums", files("sums"))
+        gone = await editor.remove_adapter(ANYBODY, "sums")
         assert (gone["id"], gone["object"], gone["deleted"]) == ("sums", "adapter", True)
-        assert (await editor.remove_task("poems"))["deleted"] is True
-        for again in (editor.remove_adapter("sums"), editor.remove_adapter("../sums")):
+        assert (await editor.remove_task(ANYBODY, "poems"))["deleted"] is True
+        for again in (editor.remove_adapter(ANYBODY, "sums"), editor.remove_adapter(ANYBODY, "../sums")):
             with pytest.raises(AdapterNotFound):
                 await again
         with pytest.raises(TaskNotFound):
-            await editor.remove_task("poems")
+            await editor.remove_task(ANYBODY, "poems")
         with pytest.raises(InvalidRequest, match="last"):
-            await editor.remove_task("sums")
+            await editor.remove_task(ANYBODY, "sums")
 
     asyncio.run(scenario())
     assert served(config) == {"sums": []}
@@ -152,9 +155,9 @@ def test_what_is_removed_is_gone_from_the_catalog_and_the_store(
 def test_an_adapter_that_the_store_lost_can_be_taken_out_of_the_catalog(
     editor: Any, config: AppConfig, files: Callable[..., Any]
 ) -> None:
-    asyncio.run(editor.put_adapter("sums", files("sums")))
+    asyncio.run(editor.put_adapter(ANYBODY, "sums", files("sums")))
     AdapterRepository(open_store(config.adapters)).remove("sums")
-    asyncio.run(editor.remove_adapter("sums"))
+    asyncio.run(editor.remove_adapter(ANYBODY, "sums"))
     assert Catalog.load(config.catalog).adapters == {}
 
 
@@ -173,14 +176,16 @@ def test_what_the_engine_would_refuse_is_not_taken(
 ) -> None:
     before = Catalog.load(config.catalog).version
     with pytest.raises(AdapterRejected, match=said):
-        asyncio.run(editor.put_adapter("bad", files("bad", **settings)))
+        asyncio.run(editor.put_adapter(ANYBODY, "bad", files("bad", **settings)))
     assert Catalog.load(config.catalog).version == before
     assert AdapterRepository(open_store(config.adapters)).names() == []
 
 
 def test_no_change_is_lost_of_many_at_once(editor: Any, config: AppConfig, make_task: Callable[..., Task]) -> None:
     async def scenario() -> None:
-        await asyncio.gather(*[editor.put_task(make_task(f"t{i}")) for i in range(6)], editor.remove_task("poems"))
+        await asyncio.gather(
+            *[editor.put_task(ANYBODY, make_task(f"t{i}")) for i in range(6)], editor.remove_task(ANYBODY, "poems")
+        )
 
     asyncio.run(scenario())
     assert set(served(config)) == {"sums", *(f"t{i}" for i in range(6))}
@@ -199,10 +204,10 @@ def test_a_change_that_began_ends_though_its_client_left(
     monkeypatch.setattr(catalog_editor, "with_tasks", slowly)
 
     async def scenario() -> None:
-        first = asyncio.create_task(editor.put_task(make_task("left")))
+        first = asyncio.create_task(editor.put_task(ANYBODY, make_task("left")))
         await asyncio.to_thread(began.wait, 10)
         first.cancel()
-        await editor.put_task(make_task("stayed"))
+        await editor.put_task(ANYBODY, make_task("stayed"))
 
     asyncio.run(scenario())
     assert {"left", "stayed"} < set(served(config))
@@ -219,7 +224,7 @@ def test_who_publishes_by_other_means_meanwhile_loses_nothing(
         return with_tasks(catalog, *args)
 
     monkeypatch.setattr(catalog_editor, "with_tasks", while_another_publishes)
-    asyncio.run(editor.put_task(make_task("ours")))
+    asyncio.run(editor.put_task(ANYBODY, make_task("ours")))
     assert set(served(config)) == {"sums", "poems", "theirs", "ours"}
 
     def forever(catalog: Catalog, *args: Any) -> Catalog:
@@ -228,12 +233,12 @@ def test_who_publishes_by_other_means_meanwhile_loses_nothing(
 
     monkeypatch.setattr(catalog_editor, "with_tasks", forever)
     with pytest.raises(Conflict, match="somebody else published"):
-        asyncio.run(editor.put_task(make_task("late")))
+        asyncio.run(editor.put_task(ANYBODY, make_task("late")))
 
 
 def test_what_changes_nothing_makes_no_version(editor: Any, config: AppConfig, make_task: Callable[..., Task]) -> None:
     before = catalog_versions(config.catalog)
-    asyncio.run(editor.put_task(make_task("sums")))
+    asyncio.run(editor.put_task(ANYBODY, make_task("sums")))
     assert catalog_versions(config.catalog) == before
 
 
@@ -250,7 +255,7 @@ def test_a_broken_adapter_of_the_store_is_refused_in_the_words_of_push(
         AdapterRepository(open_store(config.adapters)).push(folder)
     for upload in (None, files("sums", **settings)):
         with pytest.raises(AdapterRejected) as caught:
-            asyncio.run(editor.put_adapter("sums", upload))
+            asyncio.run(editor.put_adapter(ANYBODY, "sums", upload))
         assert str(caught.value) == str(pushed.value)
     assert served(config) == {"poems": [], "sums": []}
 
@@ -261,9 +266,9 @@ def test_what_of_an_adapter_has_no_effect_is_told(
     odd = {"target_modules": ["q_proj", "k_proj"], "notes": "mine"}
     make_adapter(Path(config.adapters), "poems", **odd)
     for name, upload in (("sums", files("sums", **odd)), ("poems", None)):
-        answer = asyncio.run(editor.put_adapter(name, upload))
+        answer = asyncio.run(editor.put_adapter(ANYBODY, name, upload))
         assert [warning.partition(" ")[0] for warning in answer["warnings"]] == ["adapter_config.json", "ignored,"]
-    assert "warnings" not in asyncio.run(editor.put_adapter("films", files("films")))
+    assert "warnings" not in asyncio.run(editor.put_adapter(ANYBODY, "films", files("films")))
 
 
 def changes(*of: Change) -> tuple[Change, ...]:
@@ -273,8 +278,8 @@ def changes(*of: Change) -> tuple[Change, ...]:
 def test_many_changes_are_one_version_and_what_goes_is_gone_from_the_store(
     editor: Any, config: AppConfig, files: Callable[..., Any], make_task: Callable[..., Task]
 ) -> None:
-    asyncio.run(editor.put_adapter("sums", files("sums")))
-    asyncio.run(editor.put_adapter("old", files("old")))
+    asyncio.run(editor.put_adapter(ANYBODY, "sums", files("sums")))
+    asyncio.run(editor.put_adapter(ANYBODY, "old", files("old")))
     AdapterRepository(open_store(config.adapters)).remove("old")  # of which the catalog does not know
     store = AdapterRepository(open_store(config.adapters))
     for name in ("films", "spare"):
@@ -288,7 +293,7 @@ def test_many_changes_are_one_version_and_what_goes_is_gone_from_the_store(
         Change("adapter", "old", remove=True),
         Change("adapter", "spare", remove=True),  # which is in the store alone
     )
-    answer = asyncio.run(editor.change(wanted))
+    answer = asyncio.run(editor.change(ANYBODY, wanted))
     assert len(catalog_versions(config.catalog)) == len(before) + 1
     assert answer["catalog_version"] == Catalog.load(config.catalog).version
     assert [(row["id"], row.get("deleted", False)) for row in answer["data"]] == [
@@ -316,28 +321,46 @@ def test_of_many_changes_one_that_cannot_be_makes_none(
     wrong: Change,
     error: type[Exception],
 ) -> None:
-    asyncio.run(editor.put_adapter("sums", files("sums")))
+    asyncio.run(editor.put_adapter(ANYBODY, "sums", files("sums")))
     before = Catalog.load(config.catalog).version
     with pytest.raises(error):
         asyncio.run(
-            editor.change(changes(Change("adapter", "sums", remove=True), Change("task", "sums", remove=True), wrong))
+            editor.change(
+                ANYBODY, changes(Change("adapter", "sums", remove=True), Change("task", "sums", remove=True), wrong)
+            )
         )
     assert Catalog.load(config.catalog).version == before
     assert AdapterRepository(open_store(config.adapters)).names() == ["sums"]
+
+
+def test_a_task_that_anothers_adapter_serves_by_now_is_not_a_limited_keys_to_change(
+    editor: Any, config: AppConfig, files: Callable[..., Any], make_task: Callable[..., Task]
+) -> None:
+    limited = Caller(ApiKey(name="team", sha256="0" * 64, roles=("admin",), adapters=("sums",)))
+    asyncio.run(editor.put_adapter(limited, "sums", files("sums")))
+    asyncio.run(editor.put_task(limited, make_task("sums")))
+    for wanted in (Change("task", "poems", remove=True), Change("task", "poems", task=make_task("poems"))):
+        before = Catalog.load(config.catalog)
+        with pytest.raises(PermissionDenied, match="'poems' is neither"):
+            asyncio.run(editor.change(limited, changes(Change("adapter", "sums"), wanted)))
+        assert Catalog.load(config.catalog).version == before.version
+    with pytest.raises(PermissionDenied, match="'unknown' is neither"):
+        asyncio.run(editor.remove_task(limited, "unknown"))
+    asyncio.run(editor.remove_task(limited, "sums"))
 
 
 def test_the_last_task_may_go_where_another_comes(
     editor: Any, config: AppConfig, make_task: Callable[..., Task]
 ) -> None:
     gone = [Change("task", name, remove=True) for name in ("sums", "poems")]
-    asyncio.run(editor.change(changes(*gone, Change("task", "films", task=make_task("films")))))
+    asyncio.run(editor.change(ANYBODY, changes(*gone, Change("task", "films", task=make_task("films")))))
     assert served(config) == {"films": []}
 
 
 def test_an_adapter_that_somebody_else_replaces_meanwhile_is_theirs(
     editor: Any, config: AppConfig, files: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asyncio.run(editor.put_adapter("sums", files("sums")))
+    asyncio.run(editor.put_adapter(ANYBODY, "sums", files("sums")))
     store, theirs = AdapterRepository(open_store(config.adapters)), []
     real = editor._repository.push
 
@@ -348,14 +371,14 @@ def test_an_adapter_that_somebody_else_replaces_meanwhile_is_theirs(
 
     monkeypatch.setattr(editor._repository, "push", push)
     with pytest.raises(Conflict, match="somebody else pushed"):
-        asyncio.run(editor.put_adapter("sums", files("sums", lora_alpha=5)))
+        asyncio.run(editor.put_adapter(ANYBODY, "sums", files("sums", lora_alpha=5)))
     assert store.manifest("sums") == theirs[0]
 
 
 def test_an_adapter_that_a_refresh_takes_in_again_while_it_is_removed_does_not_stay(
     editor: Any, config: AppConfig, files: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asyncio.run(editor.put_adapter("sums", files("sums")))
+    asyncio.run(editor.put_adapter(ANYBODY, "sums", files("sums")))
     real = editor._repository.remove
 
     def remove(name: str) -> None:
@@ -363,7 +386,7 @@ def test_an_adapter_that_a_refresh_takes_in_again_while_it_is_removed_does_not_s
         real(name)
 
     monkeypatch.setattr(editor._repository, "remove", remove)
-    asyncio.run(editor.remove_adapter("sums"))
+    asyncio.run(editor.remove_adapter(ANYBODY, "sums"))
     assert Catalog.load(config.catalog).adapters == {}
 
 
@@ -379,5 +402,5 @@ def test_two_changes_at_once_of_the_command_line_and_the_editor_are_both_there(
             with_tasks(Catalog.load(store), [others.pop()], ENCODER).save(store)
 
     monkeypatch.setattr(Catalog, "upload", upload)
-    asyncio.run(editor.put_task(make_task("of-the-admin-api")))
+    asyncio.run(editor.put_task(ANYBODY, make_task("of-the-admin-api")))
     assert set(served(config)) == {"sums", "poems", "of-the-admin-api", "of-the-command-line"}

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from fake_service import CHAT, COMPLETIONS, ROUTE, FakeService, chat, refused, text, transport
 
-from deployments.access import Access
+from deployments.access import Access, Caller
 from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.calls import CatalogDescription
@@ -59,23 +59,23 @@ class Service(FakeService):
 class Editor:
     done: list[tuple[str, str]] = field(default_factory=list)
 
-    async def put_task(self, task: Task) -> dict[str, Any]:
+    async def put_task(self, caller: Caller, task: Task) -> dict[str, Any]:
         self.done.append(("put task", task.name))
         return {}
 
-    async def remove_task(self, name: str) -> dict[str, Any]:
+    async def remove_task(self, caller: Caller, name: str) -> dict[str, Any]:
         self.done.append(("remove task", name))
         return {}
 
-    async def put_adapter(self, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
+    async def put_adapter(self, caller: Caller, name: str, files: Mapping[str, Any] | None) -> dict[str, Any]:
         self.done.append(("put adapter", name))
         return {}
 
-    async def remove_adapter(self, name: str) -> dict[str, Any]:
+    async def remove_adapter(self, caller: Caller, name: str) -> dict[str, Any]:
         self.done.append(("remove adapter", name))
         return {}
 
-    async def change(self, wanted: Sequence[Change]) -> dict[str, Any]:
+    async def change(self, caller: Caller, wanted: Sequence[Change]) -> dict[str, Any]:
         self.done += [("change", change.name) for change in wanted]
         return {}
 
