@@ -78,7 +78,7 @@ class Service:
             while client.get("/v1/tasks").json()["catalog_version"] != current_version(self.config.catalog):
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-        time.sleep(2 * self.config.catalog_refresh_s + 1)
+        time.sleep(2 * self.config.catalog_refresh_s + 0.5)
 
     def ask(self, model: str, text: str = "Is the sky blue?", **options: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **options}
@@ -134,7 +134,7 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
             {
                 "adapters": f"{uri}/adapters",
                 "catalog": f"{uri}/catalog",
-                "catalog_refresh_s": 1,
+                "catalog_refresh_s": 0.4,
                 "engine": {
                     "max_batch": 8,
                     "max_model_len": 1024,

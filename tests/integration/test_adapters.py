@@ -43,13 +43,13 @@ def wait_until(condition: Any, timeout_s: float = 30) -> None:
 
 @pytest.fixture
 def copy(service: Any, root: Path) -> Iterator[Any]:
-    """`copy(name, change)`: a plain PEFT folder in the store, made of sst2 with its config or tensors changed, and
-    in the catalog."""
+    """`copy(name, change, of)`: a plain PEFT folder in the store, made of sst2, or another, with its config or tensors
+    changed, and in the catalog."""
     store, before = open_store(service.config.adapters), current_version(service.config.catalog)
-    source = root / "examples" / "adapters" / "sst2"
     made = set()
 
-    def make(name: str, change: Any = lambda config, tensors: None) -> str:
+    def make(name: str, change: Any = lambda config, tensors: None, of: str = "sst2") -> str:
+        source = root / "examples" / "adapters" / of
         config = json.loads((source / "adapter_config.json").read_bytes())
         tensors = load_file(source / "adapter_model.safetensors")
         change(config, tensors)
@@ -217,14 +217,12 @@ def test_a_damaged_copy_on_the_disk_is_fetched_again(service: Any, copy: Any) ->
 
 
 def test_a_replaced_adapter_is_served_anew(service: Any, copy: Any) -> None:
-    name = copy("replaced")
-    text = "Short movie review: dreadful. Did the critic think positively or negatively of the movie?"
-    first = service.ask(name, text).json()["choices"]
-
-    copy(name, lambda _, tensors: tensors.update({key: tensor * 0 for key, tensor in tensors.items()}))
-    base = service.ask("base", text).json()["choices"]
-    assert first != base
-    assert service.ask(name, text).json()["choices"] == base
+    text = "Translate to English: Zwei Hunde spielen im Schnee."  # no near tie, which rounding could turn
+    name, told = copy("replaced"), "Two dogs play in the snow."
+    first = service.ask(name, text).json()["choices"][0]["message"]["content"]
+    assert first == service.ask("sst2", text).json()["choices"][0]["message"]["content"] != told
+    copy(name, of="multi30k_deen")
+    assert service.ask(name, text).json()["choices"][0]["message"]["content"] == told
 
 
 def test_what_no_catalog_names_is_not_served(service: Any, copy: Any, root: Path, tmp_path: Path) -> None:

@@ -296,15 +296,17 @@ def test_the_budget_holds_for_what_is_lent(caches: list[Any], nodes: Nodes, push
 
 
 def test_a_cache_of_older_settings_ends_once_nobody_uses_it_and_one_of_new_settings_is_there(
-    nodes: Nodes, caches: list[Any], push: Any, tmp_path: Path
+    nodes: Nodes, caches: list[Any], push: Any, service: Any
 ) -> None:
+    """The service's is used: it does not end, though another one is started beside it."""
     key = push("old-settings")
     new = CacheSpec(nodes.spec.adapters, nodes.spec.settings.model_copy(update={"disk_bytes": 300_000}))
     handles = running_caches(nodes.spec)
     roots = [fetch(cache, key).path.parents[1] for cache in handles]
     node = nodes.nodes[0]
     assert nodes.spec.prefix + node in _named()
-    used = start_cache(new, node)
+    used, beside_used, started = start_cache(new, node), start_cache(new), time.monotonic()
+    pid = ray.get(service.cache.pid.remote())
     try:
         deadline = time.monotonic() + 60
         while nodes.spec.prefix + node in _named():
@@ -314,19 +316,9 @@ def test_a_cache_of_older_settings_ends_once_nobody_uses_it_and_one_of_new_setti
         assert len(running_caches(nodes.spec)) == len(handles) - 1, "those of the other nodes have no other beside them"
         assert sum(root.exists() for root in roots) == len(roots) - 1, "its disk goes along"
         assert new.prefix + node in _named()
-    finally:
-        for cache in running_caches(new):
-            ray.kill(cache)
-
-
-def test_a_cache_that_is_used_does_not_end(nodes: Nodes, service: Any) -> None:
-    """The service's, which another one's is started beside."""
-    new = CacheSpec(nodes.spec.adapters, nodes.spec.settings.model_copy(update={"disk_bytes": 400_000}))
-    before = ray.get(service.cache.pid.remote())
-    start_cache(new)
-    try:
-        time.sleep(_UNUSED_S + 2 * _BEAT_S)
-        assert ray.get(service.cache.pid.remote()) == before
+        time.sleep(max(0.0, started + _UNUSED_S + 2 * _BEAT_S - time.monotonic()))
+        assert ray.get(service.cache.pid.remote()) == pid
+        assert ray.get(beside_used.resident.remote()) == []
     finally:
         for cache in running_caches(new):
             ray.kill(cache)

@@ -67,13 +67,14 @@ def test_what_a_job_waits_for_is_told_and_bounded(cluster: tuple[subprocess.Pope
         r"free are 0\.5 of 3 CPUs; the rest is held by LoraModel of the service 'lorauter' \(2\.5 CPUs\): end or shrink"
     )
     begun = time.monotonic()
-    _, said = job("bounded", "--worker-wait", "14").communicate(timeout=120)
+    bounded, large = job("bounded", "--worker-wait", "14"), job("large", config="large.yaml")
+    _, said = bounded.communicate(timeout=120)
     *_, told, last = said.splitlines()
     assert waiting.match(told), said
     assert last.startswith("error: gave up after 14 s (worker_wait_s) of waiting for room in the cluster")
     assert time.monotonic() - begun < 90
 
-    _, said = job("large", config="large.yaml").communicate(timeout=120)
+    _, said = large.communicate(timeout=120)
     assert said.splitlines()[-1].startswith("error: the pools need 4 CPUs, and the cluster has 3; ask for fewer")
 
     patient = job("patient")
