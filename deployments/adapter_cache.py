@@ -33,6 +33,7 @@ from deployments.config import CacheSettings
 from deployments.demand import Demand
 from deployments.metrics import RayRecorder
 from deployments.peers import Loan, PeerSource, Whereabouts, lend
+from deployments.placement import REPORTED, holdings
 from deployments.samplers import Sampling, disk_sampler
 from deployments.startup import tells_why
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
@@ -135,10 +136,11 @@ class AdapterCacheActor:
             local = self._cache.entry(key)
             return await asyncio.to_thread(lend, local) if local is not None else None
 
-    async def resident(self) -> list[AdapterKey]:
-        """The adapters on the disk, the least recently used first. Whoever uses the cache asks now and then."""
+    async def holdings(self) -> bytes:
+        """The adapters on the disk as a filter (see `deployments.placement`). Whoever uses the cache asks now and
+        then."""
         self._used = time.monotonic()
-        return self._cache.resident()
+        return holdings(map(str, self._cache.resident()[-REPORTED:]))
 
     async def clear_if_unused(self) -> bool:
         """Whether nobody has used this cache of late: then its disk is free, and its process may be ended."""
@@ -279,14 +281,14 @@ class NodeCache:
         """See `AdapterCacheActor.discard`."""
         await self._actor.discard.remote(key)
 
-    async def resident(self) -> list[AdapterKey]:
-        """The adapters on the node's disk, the least recently used first. Raises RayError."""
-        resident: list[AdapterKey] = await self._actor.resident.remote()
-        return resident
+    async def holdings(self) -> bytes:
+        """The adapters on the node's disk as a filter. Raises RayError."""
+        held: bytes = await self._actor.holdings.remote()
+        return held
 
     def use(self) -> None:
         """Say that the cache is in use."""
-        self._actor.resident.remote()
+        self._actor.holdings.remote()
 
 
 def _beat(reference: weakref.ref[NodeCache]) -> None:

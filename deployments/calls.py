@@ -31,6 +31,7 @@ class GenerateCall:
         generated: what another replica has answered before it died: the answer goes on after these tokens.
         tenant: whose prompts alone this one may share computed beginnings with, so that nobody learns by time or count
             what others ask.
+        refused: replicas that have refused it.
     """
 
     prompt: Prompt
@@ -39,6 +40,7 @@ class GenerateCall:
     routed: bool = False
     generated: tuple[int, ...] = ()
     tenant: str | None = None
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from lorauter.adapters import ModelShape
 from lorauter.engine import Chunk, GenerationRequest, SamplingParams
 from lorauter.engine.load import warm_up as warm_up_engine
 from lorauter.engine.slots import PackedAdapter
-from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest
+from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing.compose import LeftOut, cause_of, without
 
@@ -60,7 +60,7 @@ class LoraModel:
         await asyncio.to_thread(warm_up_engine, self._engine)
         spec = CacheSpec(config.adapters, config.cache)
         self._node_cache = NodeCache(spec)
-        self._on_disk = await self._node_cache.resident()  # raises why the cache cannot start, if it cannot
+        self._on_disk = await self._node_cache.holdings()  # raises why the cache cannot start, if it cannot
         self._adapter_wait_s = config.host.wait_s
         self._adapters = HostAdapters(
             self._node_cache,
@@ -106,6 +106,9 @@ class LoraModel:
                         yield Admitted(len(prompt), left_out, chunk.cached_tokens)
                     tokens += len(chunk.token_ids)
                     yield chunk
+            except Overloaded as error:
+                error.replica = serve.get_replica_context().replica_id.unique_id
+                raise
             finally:
                 if traced is not None:
                     traced.set_attributes(
@@ -165,24 +168,25 @@ class LoraModel:
         """Serve's hook: what the routers are told of this replica (see `deployments.placement`)."""
         try:
             async with asyncio.timeout(_ASK_S):
-                self._on_disk = await self._node_cache.resident()
+                self._on_disk = await self._node_cache.holdings()
         except (RayError, TimeoutError):
             pass  # the node's cache is down or busy: what it had will mostly be there
         return report(
             [str(AdapterKey(*key)) for key in self._engine.slots.resident],
             [str(key) for key in self._adapters.resident],
-            [str(key) for key in self._on_disk],
+            self._on_disk,
             time.monotonic(),
             self._limit(),
+            self._engine.pace.seconds(self._engine.config.max_batch),
         )
 
-    def _limit(self) -> int | None:
-        """Requests that the replica takes at once before it refuses more; None while its pace is unknown."""
+    def _limit(self) -> int:
+        """Requests that the replica takes at once before it refuses more, as far as its pace is known."""
         config, pace = self._engine.config, self._engine.pace
-        if config.max_slowdown is None or not pace.seconds_alone:
-            return None
-        longest = config.max_slowdown * pace.seconds_alone
         taken = range(1, config.max_batch + config.max_queue)
+        if config.max_slowdown is None or not pace.seconds_alone:
+            return len(taken) + 1
+        longest = config.max_slowdown * pace.seconds_alone
         return 1 + bisect_left(taken, True, key=lambda n: pace.seconds(n + 1) > longest)
 
     def check_health(self) -> None:

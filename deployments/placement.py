@@ -1,67 +1,96 @@
-"""Which replica answers a request: the adapters that each already holds, weighed against its queue.
+"""Which replica answers a request: the adapters that each already holds, weighed against its queue and its pace.
 
-Pure policy: told what is where, how busy each replica is and what time it is, it ranks the replicas for a request. An
-adapter is a string to it, one for each version: who has another version has nothing. Knows nothing of Ray;
+Pure policy: told what is where, how busy each replica is, who refuses and what time it is, it ranks the replicas for a
+request. An adapter is a string to it, one for each version: who has another version has nothing. Knows nothing of Ray;
 `deployments.residency_router` runs it inside Serve's handles.
 
 A replica's score, the lowest first, is in times that a request takes when its replica is full, that is when its batch
 is, or when it begins to refuse requests, whichever is earlier:
 
-    busy(queue / full) + sum_k |w_k| / sum_j |w_j| * (cost of the tier that adapter k is in - HOME on its home replica)
+    pace * busy(queue / full) + sum_k |w_k| / sum_j |w_j| * (cost of the tier that adapter k is in - HOME at its home)
 
 An adapter that only the store has goes to its *home*, the replica of the largest hash of both names (rendezvous
 hashing), so that every router sends it to the same one. A hot adapter's replicas fill up until a replica that
-would have to load it scores better, which then holds it too: copies follow the demand.
+would have to load it scores better, which then holds it too: copies follow the demand. Who has no room comes after all
+who have some, whatever they hold.
+
+What a replica holds of a tier comes as a Bloom filter of one size: a report is as long for a thousand adapters as for
+one, and all replicas' filters lie side by side in one array, where an adapter is looked up in all of them at once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 HOME = 0.1
 STALE_S = 30.0  # reports change at least every BEAT_S: after three missed ones nothing is believed
 BEAT_S = 10.0
 SENT_S = 3.0  # for how long an adapter just sent somewhere is taken to be there, reported or not
 RAMP_S = 5.0
-REPORTED = 512  # names that a report gives of each tier at most
+REPORTED = 512  # adapters that a report tells of each tier at most, the most recently used ones
+TIERS = ("device", "host", "disk")  # the nearest first
+COSTS = (0.0, 0.2, 0.4, 0.8)
+"""What bringing an adapter to the device costs from each tier, and from the store: for this request, and for those
+whose adapters must leave for it."""
+
+_BITS = 8192  # of a filter: one adapter in a thousand is seen where it is not, once REPORTED are told
+_HASHES = 6
 _SAMPLED = 2
+_PACES = 4.0  # a replica counts as so many times as slow, or as fast, as others at most
+_STEPS = 4  # in which a pace doubles: smaller changes are no news
+_TIE, _NO_ROOM, _REFUSED = 1e-9, 1e6, 1e9  # what a score gets on top
+_BY_BITS = np.array([COSTS[3], *(COSTS[min(t for t in range(3) if bits & 1 << t)] for bits in range(1, 8))])
+Filters = NDArray[np.uint8]
 
 
-class Tier(IntEnum):
-    """Where a replica has an adapter, the nearest first."""
+@lru_cache(1 << 16)
+def _hashed(adapter: str) -> tuple[NDArray[np.intp], np.uint64]:
+    """An adapter's places in a filter, and what its home follows from."""
+    digest = hashlib.blake2b(adapter.encode(), digest_size=2 * _HASHES + 8).digest()
+    places = np.frombuffer(digest, np.uint16, _HASHES).astype(np.intp) % _BITS
+    return places, np.frombuffer(digest, np.uint64, 1, 2 * _HASHES)[0]
 
-    DEVICE = 0
-    HOST = 1
-    DISK = 2
-    STORE = 3
 
-
-COST = {Tier.DEVICE: 0.0, Tier.HOST: 0.2, Tier.DISK: 0.4, Tier.STORE: 0.8}
-"""What bringing an adapter to the device costs, this request and those whose adapters must leave for it."""
+def holdings(names: Iterable[str]) -> bytes:
+    """What a tier holds as a filter: of its adapters, the least recently used first, the last REPORTED ones."""
+    bits = np.zeros(_BITS, np.uint8)
+    for name in list(names)[-REPORTED:]:
+        bits[_hashed(name)[0]] = 1
+    return np.packbits(bits).tobytes()
 
 
 def report(
-    device: Sequence[str], host: Sequence[str], disk: Sequence[str], now: float, limit: int | None = None
+    device: Iterable[str],
+    host: Iterable[str],
+    disk: Iterable[str] | bytes,
+    now: float,
+    limit: int | None = None,
+    seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """What a replica tells the routers: names by tier, the most recently used of each, each name once.
+    """What a replica tells the routers. It is of one size, and changes only if there is news.
 
     Args:
-        device, host, disk: names, the least recently used first.
+        device, host, disk: names, the least recently used first, or what `holdings` made of them.
         now: seconds on any steady clock; makes the report of an idle replica change every BEAT_S seconds.
         limit: requests that the replica takes at once before it refuses more, as far as it knows.
+        seconds: what a request takes there when the batch is full; 0 while that is not known.
     """
-    found: dict[str, Any] = {"beat": int(now // BEAT_S), "limit": limit}
-    told: set[str] = set()
-    for tier, names in ((Tier.DEVICE, device), (Tier.HOST, host), (Tier.DISK, disk)):
-        fresh = [name for name in dict.fromkeys(reversed(names)) if name not in told][:REPORTED]
-        told.update(fresh)
-        found[tier.name.lower()] = sorted(fresh)  # what was used last must not look like news
-    return found
+    tiers = {
+        tier: names if isinstance(names, bytes) else holdings(names)
+        for tier, names in zip(TIERS, (device, host, disk), strict=True)
+    }
+    pace = round(_STEPS * math.log2(seconds)) if seconds > 0 else None
+    return {"beat": int(now // BEAT_S), "limit": limit, "pace": pace, **tiers}
 
 
 @dataclass
@@ -69,18 +98,6 @@ class _Replica:
     since: float
     raw: Mapping[str, Any] | None = None
     heard: float = 0.0
-    tiers: dict[str, Tier] = field(default_factory=dict)
-    limit: int | None = None
-    sent: dict[str, float] = field(default_factory=dict)
-
-    def tier(self, name: str, now: float) -> Tier:
-        if now - self.sent.get(name, -SENT_S) < SENT_S:
-            return Tier.DEVICE
-        return Tier.STORE if self.stale(now) else self.tiers.get(name, Tier.STORE)
-
-    def stale(self, now: float) -> bool:
-        """Whether it once reported, and has fallen silent."""
-        return self.raw is not None and now - self.heard > STALE_S
 
 
 class Placement:
@@ -94,20 +111,45 @@ class Placement:
     def __init__(self, *, batch: int, seed: int | None = None) -> None:
         self._batch = batch
         self._random = random.Random(seed)
+        self._jitter = np.random.default_rng(seed)
         self._replicas: dict[str, _Replica] = {}
+        self._rows: dict[str, int] = {}
+        self._held: Filters = np.zeros((_BITS, 0), np.uint8)  # of each place, by replica: the tiers whose filter has it
+        self._sent: dict[str, dict[str, float]] = {}  # by adapter: to whom it was sent lately, and when
+        self._refusals: dict[str, float] = {}  # until when, by replica
+        self._sendings: deque[tuple[float, str, str]] = deque()
+        self._arrange()
 
     def update(self, reports: Mapping[str, Mapping[str, Any]], now: float) -> None:
         """Take in which replicas there are, with the last report of each (empty: none yet)."""
         first = not self._replicas
-        kept = {}
+        known = self._replicas
+        self._replicas = {name: known.get(name) or _Replica(now - RAMP_S if first else now) for name in reports}
+        self._arrange()
         for name, raw in reports.items():
-            replica = self._replicas.get(name) or _Replica(now - RAMP_S if first else now)
+            replica = self._replicas[name]
             if raw and raw != replica.raw:
-                replica.raw, replica.heard, replica.tiers, replica.limit = raw, now, _tiers(raw), raw.get("limit")
-            kept[name] = replica
-        self._replicas = kept
+                replica.raw, replica.heard = raw, now
+                self._held[:, self._rows[name]] = _tiers(raw)
+        self._arrange()
 
-    def rank(self, adapters: Sequence[tuple[str, float]], queues: Mapping[str, int], now: float) -> list[str]:
+    def refused(self, replica: str, until: float) -> None:
+        """A replica has refused a request, and would refuse others until then. Any thread may tell."""
+        self._refusals[replica] = until
+
+    def all_refuse(self, now: float) -> bool:
+        """Whether every replica has refused a request, and would refuse others still. Any thread may ask."""
+        replicas = self._replicas
+        return bool(replicas) and all(self._refusals.get(name, -math.inf) > now for name in replicas)
+
+    def rank(
+        self,
+        adapters: Sequence[tuple[str, float]],
+        queues: Mapping[str, int],
+        now: float,
+        *,
+        refused: Collection[str] = (),
+    ) -> list[str]:
         """Replicas for a request, the best first, and take the best to hold the request's adapters soon.
 
         Where nothing tells them apart, or all information is stale, it is the less busy of two at random.
@@ -115,67 +157,156 @@ class Placement:
         Args:
             adapters: names and weights.
             queues: requests in progress by replica, of those that may be chosen.
+            refused: who has refused this very request; they come last.
         """
-        sampled = self._random.sample(list(queues), min(_SAMPLED, len(queues)))
-        known = {name: self._replicas.setdefault(name, _Replica(now)) for name in queues}
-        if not adapters or all(replica.stale(now) for replica in known.values()):
-            return sorted(sampled, key=lambda name: queues[name])
-        total = sum(abs(weight) for _, weight in adapters)
-        shares = [(name, abs(weight) / total if total else 1 / len(adapters)) for name, weight in adapters]
-        homes = {name: max(queues, key=lambda replica: _affinity(name, replica)) for name, _ in shares}
-        tiers = {replica: {name: state.tier(name, now) for name in homes} for replica, state in known.items()}
-        # Those that have or should have something, and two others: not all routers see the idlest replica at once.
-        candidates = {*sampled, *homes.values()}
-        candidates |= {replica for replica, held in tiers.items() if min(held.values()) < Tier.STORE}
-        floor = _slow_start({name: (queues[name], now - state.since) for name, state in known.items()})
-
-        def score(replica: str) -> tuple[float, float]:
-            load = 0.0
-            for name, share in shares:
-                tier = tiers[replica][name]
-                load += share * (COST[tier] - (HOME if tier and homes[name] == replica else 0.0))
-            full = min(self._batch, known[replica].limit or self._batch)
-            return _busy(max(queues[replica], floor[replica]) / full) + load, self._random.random()
-
-        ranked = sorted(candidates, key=score)
-        self._note_sent(known[ranked[0]], homes, now)
+        if not queues:
+            return []
+        if not self._rows.keys() >= queues.keys():
+            self._replicas = {**{name: _Replica(now) for name in queues}, **self._replicas}
+            self._arrange()
+        names = list(self._rows)
+        queue = np.array([queues.get(name, -1) for name in names], np.float64)
+        here = queue >= 0
+        room = here & (queue < self._limits)
+        for name in (*refused, *self._refusing(now)):
+            if name in self._rows:
+                room[self._rows[name]] = False
+        if now < self._grown:
+            queue = np.maximum(queue, self._slow_start(queue, now))
+        share = queue / self._full
+        score = self._pace * np.maximum(share, 2 * share - 1)
+        chosen = np.zeros(len(names), np.bool_)
+        for name in self._random.sample(list(queues), min(_SAMPLED, len(queues))):
+            chosen[self._rows[name]] = True
+        informed = bool(adapters) and now - self._heard_last <= STALE_S
+        if informed:
+            load, near = self._load(adapters, here, now)
+            score += load
+            chosen |= near
+        # Those that have or should have something, and two others: not all routers see the idlest replica at once. But
+        # where none of them has room, it is anybody who has.
+        if not (chosen & room).any():
+            chosen |= room
+        score += self._jitter.random(len(names)) * _TIE
+        score[~room] += _NO_ROOM
+        for name in refused:
+            if name in self._rows:
+                score[self._rows[name]] += _REFUSED
+        order = score.argsort()
+        ranked = [names[row] for row in order[chosen[order]].tolist()]
+        if informed:
+            self._note_sent(ranked[0], adapters, now)
         return ranked
 
-    def _note_sent(self, replica: _Replica, names: Iterable[str], now: float) -> None:
-        sent = replica.sent  # in the order of time
-        for name in names:
-            sent.pop(name, None)
-            sent[name] = now
-        while now - sent[first := next(iter(sent))] >= SENT_S:
-            del sent[first]
+    def _load(
+        self, adapters: Sequence[tuple[str, float]], here: NDArray[np.bool_], now: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """What bringing the adapters to each replica costs, and which replicas have one or are one's home."""
+        weights = [abs(weight) for _, weight in adapters]
+        total = sum(weights)
+        shares = np.array([weight / total if total else 1 / len(adapters) for weight in weights])
+        hashed = [_hashed(name) for name, _ in adapters]
+        held = self._held[np.concatenate([places for places, _ in hashed])]
+        tiers = np.bitwise_and.reduce(held.reshape(len(adapters), _HASHES, -1), axis=1)
+        if now - self._heard_first > STALE_S:
+            tiers[:, now - self._heard > STALE_S] = 0
+        self._forget(now)
+        for k, (name, _) in enumerate(adapters):
+            for replica in self._sent.get(name, ()):
+                if (row := self._rows.get(replica)) is not None:
+                    tiers[k, row] |= 1
+        affinity = _affinity(np.array([number for _, number in hashed])[:, None], self._numbers)
+        if not here.all():
+            affinity[:, ~here] = 0
+            tiers[:, ~here] = 0
+        each, homes = np.arange(len(adapters)), affinity.argmax(axis=1)
+        costs, near = _BY_BITS[tiers], tiers.any(axis=0)
+        costs[each, homes] -= HOME * (tiers[each, homes] & 1 == 0)
+        near[homes] = True
+        return shares @ costs, near
+
+    def _slow_start(self, queue: NDArray[np.float64], now: float) -> NDArray[np.float64]:
+        """The queue that each replica is taken to have at least.
+
+        A new replica is empty, and every router would send it all it has before any learns that the others did so too:
+        it counts as no less busy than the others are on average, ever less so as its first RAMP_S seconds pass.
+        """
+        ages = now - self._since
+        settled = queue[(queue >= 0) & (ages >= RAMP_S)]
+        mean = settled.mean() if len(settled) else 0.0
+        return np.asarray(mean * np.maximum(0.0, 1 - ages / RAMP_S))
+
+    def _refusing(self, now: float) -> list[str]:
+        """Who would refuse a request, by what it has said."""
+        if not self._refusals:
+            return []
+        told = list(self._refusals.items())  # at once: other threads may tell more
+        for name, until in told:
+            if until <= now or name not in self._replicas:
+                self._refusals.pop(name, None)
+        return [name for name, until in told if until > now]
+
+    def _note_sent(self, replica: str, adapters: Sequence[tuple[str, float]], now: float) -> None:
+        for name, _ in adapters:
+            self._sent.setdefault(name, {})[replica] = now
+            self._sendings.append((now, name, replica))
+
+    def _forget(self, now: float) -> None:
+        while self._sendings and now - self._sendings[0][0] >= SENT_S:
+            at, name, replica = self._sendings.popleft()
+            if (sent := self._sent.get(name)) is not None and sent.get(replica) == at:
+                del sent[replica]
+                if not sent:
+                    del self._sent[name]
+
+    def _arrange(self) -> None:
+        """A column for each replica, and what is known of them as arrays."""
+        names = list(self._replicas)
+        if names != list(self._rows):
+            held = np.zeros((_BITS, len(names)), np.uint8)
+            kept = [(new, self._rows[name]) for new, name in enumerate(names) if name in self._rows]
+            held[:, [new for new, _ in kept]] = self._held[:, [old for _, old in kept]]
+            self._held, self._rows = held, {name: row for row, name in enumerate(names)}
+            self._numbers = np.array([_hashed(name)[1] for name in names], np.uint64)
+        states = list(self._replicas.values())
+        told = [state.raw or {} for state in states]
+        self._limits = np.array([raw.get("limit") or math.inf for raw in told])
+        self._full = np.minimum(self._limits, self._batch)
+        paces = np.array([math.nan if raw.get("pace") is None else 2 ** (raw["pace"] / _STEPS) for raw in told])
+        slow = paces / np.nanmean(paces) if not np.isnan(paces).all() else paces
+        self._pace = np.clip(np.nan_to_num(slow, nan=1.0), 1 / _PACES, _PACES)
+        self._since = np.array([state.since for state in states])
+        self._grown = max((state.since for state in states), default=0.0) + RAMP_S
+        # Who has never reported has not fallen silent: it holds nothing.
+        heard = [math.inf if state.raw is None else state.heard for state in states]
+        self._heard = np.array(heard)
+        self._heard_first, self._heard_last = min(heard, default=math.inf), max(heard, default=math.inf)
 
 
-def _busy(share: float) -> float:
-    """Rows shared with others slow a request down; where the replica is full, it waits for answers, or is refused.
-
-    Args:
-        share: of the requests that make the replica full, those in progress.
-    """
-    return share if share <= 1 else 2 * share - 1
+_shared: dict[str, Placement] = {}  # not in the request router's module: Serve carries that by value, variables and all
 
 
-def _tiers(raw: Mapping[str, Any]) -> dict[str, Tier]:
-    found: dict[str, Tier] = {}
-    for tier in (Tier.DISK, Tier.HOST, Tier.DEVICE):
-        found.update(dict.fromkeys(raw.get(tier.name.lower(), ()), tier))
+def share(placement: Placement, deployment: str) -> None:
+    """Let whoever calls a deployment from this process ask what is known of its replicas."""
+    _shared[deployment] = placement
+
+
+def placement_of(deployment: str) -> Placement | None:
+    """What is known of a deployment's replicas; None before this process's first call, or with another router."""
+    return _shared.get(deployment)
+
+
+def _tiers(raw: Mapping[str, Any]) -> Filters:
+    """Of each place, as bits, the tiers whose filter has it."""
+    found = np.zeros(_BITS, np.uint8)
+    for number, tier in enumerate(TIERS):
+        found |= np.unpackbits(np.frombuffer(raw[tier], np.uint8)) << number
     return found
 
 
-def _affinity(adapter: str, replica: str) -> bytes:
-    return hashlib.blake2b(f"{adapter}\n{replica}".encode(), digest_size=8).digest()
-
-
-def _slow_start(replicas: Mapping[str, tuple[int, float]]) -> dict[str, float]:
-    """The queue that each replica is taken to have at least, by its queue and age in seconds.
-
-    A new replica is empty, and every router would send it all it has before any learns that the others did so too:
-    it counts as no less busy than the others are on average, ever less so as its first RAMP_S seconds pass.
-    """
-    settled = [queue for queue, age in replicas.values() if age >= RAMP_S]
-    mean = sum(settled) / len(settled) if settled else 0.0
-    return {name: mean * max(0.0, 1 - age / RAMP_S) for name, (_, age) in replicas.items()}
+def _affinity(adapters: NDArray[np.uint64], replicas: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The hash of both (the finaliser of splitmix64)."""
+    mixed = adapters ^ replicas
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

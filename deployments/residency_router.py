@@ -18,7 +18,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from deployments.adapter_cache import NAMESPACE, CacheSpec
 from deployments.calls import GenerateCall
-from deployments.placement import Placement
+from deployments.placement import Placement, share
 from lorauter.names import AdapterKey
 
 REPORT_PERIOD_S = 1.0
@@ -49,6 +49,7 @@ class ResidencyRouter(RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Serve's hook: `request_router_kwargs`."""
         self._placement = Placement(batch=kwargs["batch"])
+        share(self._placement, str(self._deployment_id))
         self._cache_prefix: str = kwargs["caches"]
         self._caches: dict[str, tuple[Any, float]] = {}  # by node, and when they were looked for
         self._looking: dict[str, asyncio.Task[None]] = {}
@@ -59,7 +60,7 @@ class ResidencyRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """Serve's hook: one replica a rank."""
         call = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        adapters = call.adapters if isinstance(call, GenerateCall) else ()
+        adapters, refused = (call.adapters, call.refused) if isinstance(call, GenerateCall) else ((), ())
         again = False
         if pending_request is not None:
             again = pending_request.routing_context.should_backoff
@@ -67,7 +68,7 @@ class ResidencyRouter(RequestRouter):
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         queues = {name: self._queue(name, replica.replica_id) for name, replica in replicas.items()}
         wanted = [(str(adapter.key), adapter.weight) for adapter in adapters]
-        ranked = [replicas[name] for name in self._placement.rank(wanted, queues, time.monotonic())]
+        ranked = [replicas[name] for name in self._placement.rank(wanted, queues, time.monotonic(), refused=refused)]
         if adapters and ranked and not again:
             self._announce(ranked[0].node_id, [adapter.key for adapter in adapters])
         return [[replica] for replica in ranked]

@@ -1,8 +1,8 @@
 """Calls that outlive what they were sent to: what is sent again, how often, and until when.
 
-A call is sent again only if the replica or its node is gone; what a replica has said, be it an error, counts. An
-answer that was under way goes on from its last token on another replica, under the mixture that it began with, so that
-nothing comes twice. Knows nothing of which deployment is called.
+A call is sent again only if the replica or its node is gone, or has no room where another may have some; what else a
+replica has said, be it an error, counts. An answer that was under way goes on from its last token on another replica,
+under the mixture that it began with, so that nothing comes twice. Knows nothing of which deployment is called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from deployments.calls import Admitted, GenerateCall
 from lorauter.engine.types import Chunk
-from lorauter.errors import ServiceUnavailable
+from lorauter.errors import Overloaded, ServiceUnavailable
 from lorauter.routing.compose import without
 
 _ATTEMPTS = 3  # a request that kills whoever takes it must not get through them all
@@ -69,7 +69,11 @@ async def _last(responses: Sequence[Any]) -> Any:
 
 
 async def generated(
-    send: Callable[[GenerateCall], Any], call: GenerateCall, *, timeout_s: float
+    send: Callable[[GenerateCall], Any],
+    call: GenerateCall,
+    *,
+    timeout_s: float,
+    goes_on: Callable[[Overloaded], bool] = lambda _: False,
 ) -> AsyncGenerator[Admitted | Chunk]:
     """An answer's stream: `Admitted` once, and every chunk once, whichever replicas it takes.
 
@@ -77,6 +81,7 @@ async def generated(
         send: makes a streaming call; returns a DeploymentResponseGenerator.
         call: what is asked. Without a seed it gets one, so that another replica would draw the same.
         timeout_s: until each replica's first token, the wait for a replica included.
+        goes_on: is told of a replica's refusal; whether another may take the call.
 
     Raises:
         ServiceUnavailable: no token in time.
@@ -87,7 +92,8 @@ async def generated(
     admitted: Admitted | None = None
     tokens: list[int] = []
     ended = False
-    for attempt in range(_ATTEMPTS):
+    deaths = 0
+    while True:
         stream = send(replace(call, generated=tuple(tokens)) if tokens else call)
         try:
             first = await _first(stream, timeout_s)
@@ -107,9 +113,14 @@ async def generated(
                 raise
             if ended:  # all of it was there
                 return
-            if attempt == _ATTEMPTS - 1 or not _is_gone(error):
+            refusal = _refusal(error)
+            if refusal is not None and goes_on(refusal) and refusal.replica and refusal.replica not in call.refused:
+                call = replace(call, refused=(*call.refused, refusal.replica))
+                continue
+            deaths += 1
+            if deaths == _ATTEMPTS or not _is_gone(error):
                 raise _named(error) from error
-        await asyncio.sleep(_PAUSE_S * 2**attempt)
+        await asyncio.sleep(_PAUSE_S * 2 ** (deaths - 1))
 
 
 async def _first(stream: Any, timeout_s: float) -> Any:
@@ -130,6 +141,12 @@ def _cancelled(error: BaseException) -> bool:
 def _is_gone(error: BaseException) -> bool:
     """Whether this is Ray's word on a dead or unreachable replica, and not the replica's own."""
     return isinstance(error, RayError | asyncio.CancelledError) and not isinstance(error, RayTaskError)
+
+
+def _refusal(error: BaseException) -> Overloaded | None:
+    """A replica's word that it has no room."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return cause if isinstance(cause, Overloaded) else None
 
 
 def _named(error: BaseException) -> Exception:

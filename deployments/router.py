@@ -25,6 +25,7 @@ from deployments.config import AppConfig
 from deployments.limits import SharedLimits
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
+from deployments.placement import Placement, placement_of
 from deployments.retries import answered, generated
 from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
@@ -37,7 +38,7 @@ from lorauter.routing.compose import cause_of
 from lorauter.tasks import Task
 
 _RETRY_AFTER_S = 1.0
-_SPARED = 1 / 16  # of `retry_after_s`, for which a replica's refusal stands for all, and nobody is asked again
+_SPARED = 1 / 16  # of `retry_after_s`, for which a replica that has refused a call is not asked again
 
 
 @serve.deployment(
@@ -79,8 +80,7 @@ class Router:
         self._embed, self._decide, self._versions = embedder.embed, retriever.decide, retriever.versions
         self._model = model.options(stream=True)
         self._editor = _EditorClient(editor) if editor is not None else None
-        self._refusal: Overloaded | None = None
-        self._refused_until = 0.0
+        self._refusal = Overloaded("no replica has room; try again later", retry_after_s=_RETRY_AFTER_S)  # the last one
 
     def __serve_build_asgi_app__(self) -> Any:
         config = self._config
@@ -108,7 +108,8 @@ class Router:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
         record = observe.current()
-        stream = generated(self._model.generate.remote, call, timeout_s=self._config.api.first_token_s)
+        timeout_s = self._config.api.first_token_s
+        stream = generated(self._model.generate.remote, call, timeout_s=timeout_s, goes_on=self._note_refusal)
         try:
             async for item in stream:
                 if isinstance(item, Admitted):
@@ -119,9 +120,6 @@ class Router:
                 yield item
         except Exception as error:
             translated = _translated(error)
-            if isinstance(translated, Overloaded):
-                self._refusal = translated
-                self._refused_until = time.monotonic() + _SPARED * translated.retry_after_s
             if call.routed and isinstance(translated, AdapterError):
                 self._metrics.left_out([cause_of(translated)] * len(call.adapters))
             raise translated from error
@@ -129,9 +127,23 @@ class Router:
             await stream.aclose()
 
     def check_load(self) -> None:
-        """Raise Overloaded if a replica has just refused a call: to route one would only slow the others down."""
-        if self._refusal is not None and time.monotonic() < self._refused_until:
+        """Raise Overloaded if every replica has just refused a call: to route one would only slow the others down."""
+        if (placement := self._placement) is not None and placement.all_refuse(time.monotonic()):
             raise Overloaded(str(self._refusal), retry_after_s=self._refusal.retry_after_s)
+
+    @property
+    def _placement(self) -> Placement | None:
+        """What is known of the model's replicas; None before the first call, or with Serve's own request router."""
+        return placement_of(str(self._model.deployment_id))
+
+    def _note_refusal(self, refusal: Overloaded) -> bool:
+        """Remember a replica's refusal; whether another may take the call."""
+        placement = self._placement
+        if placement is None or refusal.replica is None:
+            return False
+        self._refusal, now = refusal, time.monotonic()
+        placement.refused(refusal.replica, now + _SPARED * refusal.retry_after_s)
+        return not placement.all_refuse(now)
 
     async def describe(self) -> CatalogDescription:
         """The catalog."""

@@ -175,11 +175,15 @@ class ServiceUnavailable(LorauterError):
 
 
 class Overloaded(LorauterError):
-    """A bounded queue is full; the work was not taken. Try again after `retry_after_s` seconds."""
+    """A bounded queue is full; the work was not taken. Try again after `retry_after_s` seconds.
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
+    `replica` is whose queue it is, if others have queues of their own.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float, replica: str | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.replica = replica
 
 
 class RateLimited(Overloaded):

@@ -31,8 +31,9 @@ ERRORS = {
     errors.Unauthenticated("odd"): {},
     errors.PermissionDenied("odd"): {},
     errors.ServiceUnavailable("odd"): {},
-    errors.Overloaded("odd", retry_after_s=1.5): {"retry_after_s": 1.5},
-    errors.RateLimited("odd", retry_after_s=1.5): {"retry_after_s": 1.5},
+    errors.Overloaded("odd", retry_after_s=1.5): {"retry_after_s": 1.5, "replica": None},
+    errors.Overloaded("odd", retry_after_s=1.5, replica="r0"): {"retry_after_s": 1.5, "replica": "r0"},
+    errors.RateLimited("odd", retry_after_s=1.5): {"retry_after_s": 1.5, "replica": None},
 }
 
 

@@ -147,7 +147,7 @@ def test_a_cache_that_nobody_uses_any_more_frees_its_disk(
         assert not await cache.clear_if_unused()
         monkeypatch.setattr(deployments.adapter_cache, "_UNUSED_S", 0.05)
         await asyncio.sleep(0.1)
-        await cache.resident()
+        await cache.holdings()
         assert not await cache.clear_if_unused()
         await asyncio.sleep(0.1)
         await cache.stats()

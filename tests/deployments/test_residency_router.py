@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray.serve.request_router import PendingRequest
 from deployments.adapter_cache import CacheSpec
 from deployments.calls import GenerateCall, Prompt
 from deployments.config import CacheSettings
-from deployments.placement import report
+from deployments.placement import placement_of, report
 from deployments.residency_router import ResidencyRouter, residency_routing
 from lorauter.engine.types import SamplingParams
 from lorauter.routing import AdapterWeight
@@ -50,8 +51,9 @@ class FakeCache:
         self.told.append(keys)
 
 
-def pending(*adapters: str) -> PendingRequest:
-    call = GenerateCall(Prompt(text="x"), tuple(AdapterWeight(name, "1", 1.0) for name in adapters), SamplingParams())
+def pending(*adapters: str, refused: tuple[str, ...] = ()) -> PendingRequest:
+    mixture = tuple(AdapterWeight(name, "1", 1.0) for name in adapters)
+    call = GenerateCall(Prompt(text="x"), mixture, SamplingParams(), refused=refused)
     return PendingRequest([call], {}, RequestMetadata("request", "internal"))
 
 
@@ -119,6 +121,20 @@ def test_queues_count_what_replicas_say_and_what_was_sent(route: Callable[..., N
 
     replicas = [FakeReplica("r0", device=("a",), queue=24), FakeReplica("r1", device=("a",)), FakeReplica("r2")]
     route(scenario, *replicas)
+
+
+def test_a_refused_call_goes_to_the_next_and_others_hear_of_it(route: Callable[..., None]) -> None:
+    """What the ingress notes of a refusal counts for all its calls, as it asks the same policy."""
+
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        assert (await router.choose_replicas(replicas, pending("a")))[0] == [replicas[0]]
+        assert (await router.choose_replicas(replicas, pending("a", refused=("r0",))))[0] == [replicas[1]]
+        placement = placement_of(str(DEPLOYMENT))
+        assert placement is not None
+        placement.refused("r0", time.monotonic() + 60)
+        assert (await router.choose_replicas(replicas, pending("a")))[0] == [replicas[1]]
+
+    route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1"))
 
 
 def test_other_calls_and_calls_without_adapters_go_to_any_two(route: Callable[..., None]) -> None:

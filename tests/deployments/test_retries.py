@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,12 +86,17 @@ def call(outcomes: Iterable[Any], timeout_s: float = 5) -> Any:
     return asyncio.run(answered(Replicas(list(outcomes)).send, timeout_s=timeout_s))
 
 
-def listen(replicas: Replicas, call: GenerateCall = CALL, timeout_s: float = 5) -> list[Any]:
+def listen(
+    replicas: Replicas,
+    call: GenerateCall = CALL,
+    timeout_s: float = 5,
+    goes_on: Callable[[Overloaded], bool] = lambda _: False,
+) -> list[Any]:
     """All that comes, and the error that ends it."""
     heard: list[Any] = []
 
     async def run() -> None:
-        async for item in generated(replicas.send, call, timeout_s=timeout_s):
+        async for item in generated(replicas.send, call, timeout_s=timeout_s, goes_on=goes_on):
             heard.append(item)  # noqa: PERF401 (what came before an error counts)
 
     try:
@@ -114,6 +119,49 @@ def test_what_a_replica_has_said_is_not_asked_again(error: Exception) -> None:
         call([error, "another answer"])
     assert [type(item) for item in listen(Replicas([(0, error), None]))] == [type(error)]
     assert [type(item) for item in listen(Replicas([(2, error), None]))] == [Admitted, Chunk, Chunk, type(error)]
+
+
+class Room:
+    """Who has refused so far, in a service of some replicas."""
+
+    def __init__(self, replicas: int) -> None:
+        self._replicas = replicas
+        self.refused: list[str | None] = []
+
+    def goes_on(self, refusal: Overloaded) -> bool:
+        self.refused.append(refusal.replica)
+        return len(set(self.refused)) < self._replicas
+
+
+def no_room(replica: str, *, wrapped: bool = False) -> Exception:
+    refusal = Overloaded("full", retry_after_s=1, replica=replica)
+    return RayTaskError("generate", "", refusal).as_instanceof_cause() if wrapped else refusal
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_refusal_goes_on_to_the_next_replica(wrapped: bool) -> None:
+    room = Room(3)
+    replicas = Replicas([(0, no_room("r0", wrapped=wrapped)), (0, no_room("r1", wrapped=wrapped)), None])
+    assert listen(replicas, goes_on=room.goes_on) == [Admitted(3), *ANSWER]
+    assert [sent.refused for sent in replicas.calls] == [(), ("r0",), ("r0", "r1")]
+    assert room.refused == ["r0", "r1"]
+
+
+def test_a_refusal_is_told_once_all_have_refused() -> None:
+    replicas = Replicas([(0, no_room(f"r{i}")) for i in range(9)])
+    heard = listen(replicas, goes_on=Room(4).goes_on)
+    assert [type(error) for error in heard] == [Overloaded]
+    assert len(replicas.calls) == 4
+    again = Replicas([(0, no_room("r0"))] * 9)
+    heard = listen(again, goes_on=Room(4).goes_on)
+    assert [type(error) for error in heard] == [Overloaded]
+    assert len(again.calls) == 2, "who has refused and is asked again has nobody to go on to"
+
+
+def test_refusals_and_deaths_on_the_way_lose_nothing() -> None:
+    replicas = Replicas([(0, no_room("r0")), (2, GONE[0]), (0, no_room("r1")), (4, GONE[0]), None])
+    assert listen(replicas, goes_on=Room(3).goes_on) == [Admitted(3), *ANSWER]
+    assert [len(sent.generated) for sent in replicas.calls] == [0, 0, 2, 2, 4]
 
 
 def test_nobody_waits_longer_than_said() -> None:

@@ -311,7 +311,7 @@ def test_a_cache_of_older_settings_ends_once_nobody_uses_it_and_one_of_new_setti
         deadline = time.monotonic() + 60
         while nodes.spec.prefix + node in _named():
             assert time.monotonic() < deadline
-            ray.get(used.resident.remote())
+            ray.get(used.holdings.remote())
             time.sleep(0.5)
         assert len(running_caches(nodes.spec)) == len(handles) - 1, "those of the other nodes have no other beside them"
         assert sum(root.exists() for root in roots) == len(roots) - 1, "its disk goes along"
