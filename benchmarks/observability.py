@@ -42,13 +42,13 @@ def record(recorder: RayRecorder, measured: RoutingMetrics, decisions: list[Rout
             pass
     measured.decided(decisions)
     noted.decided("lorauter", 3, decisions[0].confidence)
-    recorder.add(metrics.REQUESTS, endpoint=noted.endpoint, status="200")
+    recorder.add(metrics.REQUESTS, endpoint=noted.endpoint, status="200", outcome="answered")
     recorder.observe(metrics.REQUEST_SECONDS, 0.5, endpoint=noted.endpoint)
     recorder.add(metrics.PROMPT_TOKENS, 82)
     recorder.add(metrics.COMPLETION_TOKENS, 64)
     recorder.observe(metrics.FIRST_TOKEN_SECONDS, 0.1)
     recorder.observe(metrics.TOKEN_SECONDS, 0.01)
-    logger.info("request answered", extra=noted.facts(200))
+    logger.info("request %s", "answered", extra=noted.facts(200, "answered"))
 
 
 def main() -> None:

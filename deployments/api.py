@@ -5,6 +5,7 @@ Knows HTTP and JSON; knows nothing of Ray. `Service` is what `deployments.router
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -21,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from deployments import observe
 from deployments.access import Access, Caller, Reservation
@@ -148,6 +149,7 @@ def build_api(
         await service.check_ready()
         yield
 
+    handlers: Any = {LorauterError: _known, HTTPException: _http, ClientDisconnect: _left, Exception: _known}
     return Starlette(
         routes=[
             route("POST", "/v1/chat/completions", api.chat, reserves=True),
@@ -159,7 +161,7 @@ def build_api(
             route("GET", "/healthz", api.health),
             *[change(method, path, read) for method, path, read in admin],
         ],
-        exception_handlers={LorauterError: _known, HTTPException: _http, Exception: _unknown},
+        exception_handlers=handlers,
         lifespan=lifespan,
     )
 
@@ -337,7 +339,7 @@ class _Api:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = _events(stream, admitted, head, shown, shape, with_usage=with_usage, audience=caller.audience)
-            return _EventStream(events, stream, headers)
+            return _EventStream(events, stream, headers, settings.ping_s)
         chunks = [item async for item in stream if isinstance(item, Chunk)]
         text = "".join(chunk.text for chunk in chunks)
         tokens = sum(len(chunk.token_ids) for chunk in chunks)
@@ -373,19 +375,54 @@ def _scoped(options: RoutingOptions, caller: Caller) -> RoutingOptions:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events. However the response ends, the service's stream is closed, and with it the call."""
+    """Server-sent events. However the response ends, the service's stream is closed, and with it the call.
+
+    Where none comes for `ping_s` seconds, a comment is sent.
+    """
 
     def __init__(
-        self, events: AsyncGenerator[bytes], source: AsyncGenerator[Admitted | Chunk], headers: dict[str, str]
+        self,
+        events: AsyncGenerator[bytes],
+        source: AsyncGenerator[Admitted | Chunk],
+        headers: dict[str, str],
+        ping_s: float | None,
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._source = source
+        self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except ClientDisconnect:
+            pass  # the status is sent, and nobody is there
         finally:
             await self._source.aclose()
+
+    async def stream_response(self, send: Send) -> None:
+        if (ping_s := self._ping_s) is None:
+            await super().stream_response(send)
+            return
+        last = time.monotonic()
+
+        async def send_noted(message: Message) -> None:
+            nonlocal last
+            last = time.monotonic()
+            await send(message)
+
+        async def ping() -> None:
+            while True:
+                silent = time.monotonic() - last
+                await asyncio.sleep(ping_s - silent if silent < ping_s else 0.0)
+                if time.monotonic() - last >= ping_s:
+                    await send_noted({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+
+        pinging = asyncio.create_task(ping())
+        try:
+            await super().stream_response(send_noted)
+        finally:
+            pinging.cancel()
+            await asyncio.wait([pinging])
 
 
 async def _events(
@@ -410,7 +447,8 @@ async def _events(
                 if item.text or item.finish_reason:
                     yield encoder.piece(item.text, item.finish_reason)
     except Exception as error:  # noqa: BLE001 (the status is sent; the error has to go into the stream)
-        yield event(error_answer(error, audience)[1])
+        observe.current().broken, body = error_answer(error, audience)
+        yield event(body)
         return
     if with_usage:
         yield encoder.usage(usage(admitted.prompt_tokens, tokens, cached_tokens=admitted.cached_tokens))
@@ -454,7 +492,6 @@ async def _http(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
-async def _unknown(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
-    return await _known(request, error)
+async def _left(_: Request, __: Exception) -> Response:
+    """Nobody reads it; what is raised beyond this, Serve logs as a failure."""
+    return Response(status_code=observe.LEFT)

@@ -64,6 +64,8 @@ class ApiSettings(Settings):
         max_prompt_chars: characters of a prompt, or of a text to route, at most; the model's context bounds its tokens.
         max_adapters: adapters a request may mix by hand at most.
         max_inputs: texts that one request may have routed at most.
+        ping_s: seconds of silence in a streamed answer after which a comment is sent (`: ping`), so that nobody on the
+            way takes the connection for dead; null sends none.
         first_token_s: seconds until an answer begins, or a part of the service answers, at most, the wait for a
             replica in a dead one's place included; then the request is answered with 503.
     """
@@ -76,6 +78,7 @@ class ApiSettings(Settings):
     max_prompt_chars: Positive = 200_000
     max_adapters: Annotated[int, Field(ge=1, le=1024)] = 64
     max_inputs: Positive = 256
+    ping_s: Annotated[float, Field(gt=0, le=86400)] | None = 15.0
     first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 

@@ -51,7 +51,9 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -
     return Metric(f"lorauter_{name}", "histogram", text, labels, buckets)
 
 
-REQUESTS = _counter("requests", "HTTP requests answered.", "endpoint", "status")
+REQUESTS = _counter(
+    "requests", "HTTP requests by what became of them (see `deployments.observe`).", "endpoint", "status", "outcome"
+)
 REQUEST_SECONDS = _histogram("request_seconds", "Seconds until a request was answered whole.", _SLOW, "endpoint")
 ROUTING_SECONDS = _histogram(
     "routing_seconds",

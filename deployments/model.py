@@ -30,7 +30,7 @@ from lorauter.adapters import ModelShape
 from lorauter.engine import Chunk, GenerationRequest, SamplingParams
 from lorauter.engine.load import warm_up as warm_up_engine
 from lorauter.engine.slots import PackedAdapter
-from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, Overloaded
+from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, LorauterError, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing.compose import LeftOut, cause_of, without
 
@@ -85,12 +85,25 @@ class LoraModel:
         async for _ in self._engine.stream(request):
             pass
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk | LorauterError]:
         """Answer a call; closing the stream cancels it.
 
-        Raises (before anything is yielded, unless the engine fails later):
-            InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded.
+        An error of ours ends it as its last item, and is not raised, as Serve logs what is raised as a failure, with a
+        traceback: InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable or Overloaded before anything
+        else, unless the engine fails later.
         """
+        answer = self._answer(call)
+        try:
+            async for item in answer:
+                yield item
+        except LorauterError as error:
+            if isinstance(error, Overloaded):
+                error.replica = serve.get_replica_context().replica_id.unique_id
+            yield error
+        finally:
+            await answer.aclose()
+
+    async def _answer(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         prompt = await asyncio.to_thread(self._encode, call.prompt)  # a long text takes its time
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
@@ -106,9 +119,6 @@ class LoraModel:
                         yield Admitted(len(prompt), left_out, chunk.cached_tokens)
                     tokens += len(chunk.token_ids)
                     yield chunk
-            except Overloaded as error:
-                error.replica = serve.get_replica_context().replica_id.unique_id
-                raise
             finally:
                 if traced is not None:
                     traced.set_attributes(

@@ -2,18 +2,29 @@
 
 The line carries facts and figures alone: no key, prompt or answer, and of what a client chose only what is known to
 be a name. The request's id is Serve's, and is on every line that any deployment logs for it. Knows nothing of Ray.
+
+What became of a request is told by its `outcome`, as a status sent with the first token says little of the last:
+
+    answered   whole, as it should be
+    invalid    not answered as asked: status 4xx
+    refused    for want of room, or beyond a limit: status 429
+    failed     status 5xx
+    broken     begun with status 200, and ended by an error, whose own status is counted
+    left       the client did not wait for the end: counted with status 499
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +35,8 @@ from lorauter.names import is_valid_name
 logger = logging.getLogger("lorauter.requests")
 
 REQUEST_ID = "x-request-id"
+LEFT = 499
+Outcome = Literal["answered", "invalid", "refused", "failed", "broken", "left"]
 _SANE_ID = re.compile(r"[!-~]{1,200}")  # what is taken from outside into every log line
 
 
@@ -46,6 +59,7 @@ class RequestRecord:
         key_name: whose key it came with.
         model: what is to answer, if that is a name.
         adapters: how many adapters are in the mixture; None until that is decided.
+        broken: the status of the error that ended an answer after its own status was sent.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -58,6 +72,7 @@ class RequestRecord:
     completion_tokens: int = 0
     first_token: float | None = None
     last_token: float | None = None
+    broken: int | None = None
 
     def decided(self, model: str, adapters: int, confidence: float | None) -> None:
         """Note what is to answer."""
@@ -72,11 +87,12 @@ class RequestRecord:
             self.first_token = self.last_token
         self.completion_tokens += count
 
-    def facts(self, status: int) -> dict[str, Any]:
+    def facts(self, status: int, outcome: Outcome) -> dict[str, Any]:
         """What the log line says."""
         facts: dict[str, Any] = {
             "endpoint": self.endpoint,
             "status": status,
+            "outcome": outcome,
             "seconds": round(time.perf_counter() - self.started, 6),
             "key_name": self.key_name,
             "model": self.model,
@@ -111,12 +127,15 @@ class Observed:
             return
         record = RequestRecord()
         token = _record.set(record)
-        status = 500
+        status: int | None = None
+        whole, left = False, True
 
         async def send_noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                whole = True
             await send(message)
 
         try:
@@ -127,13 +146,25 @@ class Observed:
                 message = f"the header {REQUEST_ID} must be 1 to 200 visible ASCII characters"
                 body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
                 await JSONResponse({"error": body}, 400)(scope, receive, send_noted)
+        except (ClientDisconnect, asyncio.CancelledError):
+            raise
+        except BaseException:
+            left = False
+            if status is not None and not whole:
+                record.broken = 500
+            raise
         finally:
             _record.reset(token)
-            self._finish(record, status)
+            if record.broken is not None:
+                self._finish(record, record.broken, "broken")
+            elif left and not whole:  # nobody ends an answer early but for want of a listener
+                self._finish(record, LEFT, "left")
+            else:
+                self._finish(record, status or 500, _outcome(status or 500))
 
-    def _finish(self, record: RequestRecord, status: int) -> None:
+    def _finish(self, record: RequestRecord, status: int, outcome: Outcome) -> None:
         recorder = self._recorder
-        recorder.add(metrics.REQUESTS, endpoint=record.endpoint, status=str(status))
+        recorder.add(metrics.REQUESTS, endpoint=record.endpoint, status=str(status), outcome=outcome)
         recorder.observe(metrics.REQUEST_SECONDS, time.perf_counter() - record.started, endpoint=record.endpoint)
         if record.prompt_tokens:
             recorder.add(metrics.PROMPT_TOKENS, record.prompt_tokens)
@@ -144,5 +175,14 @@ class Observed:
                 each = (record.last_token - record.first_token) / (record.completion_tokens - 1)
                 recorder.observe(metrics.TOKEN_SECONDS, each)
         level = logging.INFO if record.endpoint != "/healthz" else logging.DEBUG
+        if outcome in ("failed", "broken"):
+            level = logging.WARNING
         if logger.isEnabledFor(level):
-            logger.log(level, "request answered", extra=record.facts(status))
+            logger.log(level, "request %s", outcome, extra=record.facts(status, outcome))
+
+
+def _outcome(status: int) -> Outcome:
+    """What a status says that was sent with a whole answer."""
+    if status == LEFT:
+        return "left"
+    return "refused" if status == 429 else "failed" if status >= 500 else "invalid" if status >= 400 else "answered"

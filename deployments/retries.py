@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from deployments.calls import Admitted, GenerateCall
 from lorauter.engine.types import Chunk
-from lorauter.errors import Overloaded, ServiceUnavailable
+from lorauter.errors import LorauterError, Overloaded, ServiceUnavailable
 from lorauter.routing.compose import without
 
 _ATTEMPTS = 3  # a request that kills whoever takes it must not get through them all
@@ -96,13 +96,14 @@ async def generated(
     while True:
         stream = send(replace(call, generated=tuple(tokens)) if tokens else call)
         try:
-            first = await _first(stream, timeout_s)
+            first = _said(await _first(stream, timeout_s))
             if admitted is None:
                 admitted = first
                 kept = without(call.adapters, {adapter.key for adapter in admitted.left_out})
                 call = replace(call, adapters=kept, routed=False)  # what another replica can have is another mixture
                 yield admitted
-            async for chunk in stream:
+            async for item in stream:
+                chunk = _said(item)
                 tokens += chunk.token_ids
                 ended = chunk.finish_reason is not None
                 yield chunk
@@ -141,6 +142,13 @@ def _cancelled(error: BaseException) -> bool:
 def _is_gone(error: BaseException) -> bool:
     """Whether this is Ray's word on a dead or unreachable replica, and not the replica's own."""
     return isinstance(error, RayError | asyncio.CancelledError) and not isinstance(error, RayTaskError)
+
+
+def _said(item: Any) -> Any:
+    """What a replica has said; raises it, if it is an error."""
+    if isinstance(item, LorauterError):
+        raise item
+    return item
 
 
 def _refusal(error: BaseException) -> Overloaded | None:

@@ -24,7 +24,7 @@ from lorauter.errors import (
 
 def with_openai(service: FakeService, use: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> Any:
     async def talk() -> Any:
-        app = build_api(service, ApiSettings(max_body_bytes=1000))
+        app = build_api(service, ApiSettings(max_body_bytes=1000, ping_s=0.02))
         http = httpx.AsyncClient(transport=transport(app))
         url = "http://lorauter/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, http_client=http) as client:
@@ -72,6 +72,21 @@ def test_openai_streams() -> None:
         assert "".join([piece.choices[0].text async for piece in texts]) == "Héllo"
 
     with_openai(FakeService(), use)
+
+
+def test_openai_does_not_trip_over_pings() -> None:
+    async def use(client: openai.AsyncOpenAI) -> None:
+        for _ in range(2):
+            stream = await client.chat.completions.create(model="lorauter", messages=MESSAGES, stream=True)
+            pieces = [piece async for piece in stream]
+            assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "Héllo"
+            texts = await client.completions.create(model="base", prompt="hi", stream=True)
+            assert "".join([piece.choices[0].text async for piece in texts]) == "Héllo"
+        raw = await client.chat.completions.with_raw_response.create(model="poet", messages=MESSAGES, stream=True)
+        lines = [line async for line in raw.http_response.aiter_lines()]
+        assert lines.count(": ping") > 2
+
+    with_openai(FakeService(pause=lambda: asyncio.sleep(0.1)), use)
 
 
 def test_openai_models() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from deployments.calls import GenerateCall, Prompt
+import deployments.model
+from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.model import LoraModel
 from lorauter.engine import SamplingParams
-from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable
+from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing import AdapterWeight, LeftOut
 
@@ -78,6 +81,36 @@ def test_where_nothing_is_left_the_first_error_is_told() -> None:
     errors = {name: AdapterRejected("broken", adapter=name) for name in "abc"}
     with pytest.raises(AdapterRejected, match="'a'"):
         mix(CALL, Adapters(**errors))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_error_of_ours_is_said_and_not_raised(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would log it as a failure, with a traceback."""
+    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r7"))
+    monkeypatch.setattr(deployments.model.serve, "get_replica_context", lambda: here)
+
+    def said(error: Exception) -> list[Any]:
+        async def answer(_: GenerateCall) -> AsyncGenerator[Any]:
+            if begun:
+                yield Admitted(3)
+            raise error
+
+        replica: Any = object.__new__(LoraModel.func_or_class)
+        replica._answer = answer
+
+        async def listen() -> list[Any]:
+            return [item async for item in replica.generate(CALL)]
+
+        return asyncio.run(listen())
+
+    admitted = [Admitted(3)] * begun
+    refusal = Overloaded("full", retry_after_s=2)
+    assert said(refusal) == [*admitted, refusal]
+    assert refusal.replica == "r7"
+    error = AdapterRejected("broken", adapter="a")
+    assert said(error) == [*admitted, error]
+    with pytest.raises(RuntimeError):
+        said(RuntimeError("a fault"))
 
 
 def test_who_names_adapters_gets_the_error() -> None:

@@ -78,7 +78,7 @@ def test_a_request_is_counted_timed_and_logged(caplog: pytest.LogCaptureFixture)
     recorder = Recorder()
     with caplog.at_level(logging.INFO, "lorauter.requests"):
         get("/answer?q=secret", recorder, authorization="Bearer secret")
-    assert recorder.of(metrics.REQUESTS) == [(1.0, {"endpoint": "/v1/answer", "status": "200"})]
+    assert recorder.of(metrics.REQUESTS) == [(1.0, {"endpoint": "/v1/answer", "status": "200", "outcome": "answered"})]
     [(seconds, _)] = recorder.of(metrics.REQUEST_SECONDS)
     [(first, _)] = recorder.of(metrics.FIRST_TOKEN_SECONDS)
     [(each, _)] = recorder.of(metrics.TOKEN_SECONDS)
@@ -95,13 +95,13 @@ def test_a_request_is_counted_timed_and_logged(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "endpoint"), [("/fail", 500, "other"), ("/refuse", 429, "other"), ("/x" * 50, 404, "other")]
+    ("path", "status", "outcome"), [("/fail", 500, "failed"), ("/refuse", 429, "refused"), ("/x" * 50, 404, "invalid")]
 )
-def test_what_fails_is_counted_too(path: str, status: int, endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fails_is_counted_too(path: str, status: int, outcome: str, caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder()
     with caplog.at_level(logging.INFO, "lorauter.requests"):
         assert get(path, recorder).status_code == status
-    assert recorder.of(metrics.REQUESTS) == [(1.0, {"endpoint": endpoint, "status": str(status)})]
+    assert recorder.of(metrics.REQUESTS) == [(1.0, {"endpoint": "other", "status": str(status), "outcome": outcome})]
     assert recorder.of(metrics.FIRST_TOKEN_SECONDS) == []
     assert "secret" not in str([vars(line) for line in caplog.records])
 

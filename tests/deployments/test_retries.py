@@ -15,7 +15,7 @@ import deployments.retries
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.retries import answered, generated
 from lorauter.engine import Chunk, SamplingParams
-from lorauter.errors import Overloaded, ServiceUnavailable
+from lorauter.errors import LorauterError, Overloaded, ServiceUnavailable
 from lorauter.routing import AdapterWeight, LeftOut
 
 GONE = [ActorDiedError(), ActorUnavailableError("away", b"0" * 16), asyncio.CancelledError()]
@@ -28,6 +28,13 @@ HANG = "hang"
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployments.retries, "_PAUSE_S", 0)
+
+
+@dataclass
+class Said:
+    """An error that a replica says, as `LoraModel` does, and does not raise."""
+
+    error: LorauterError
 
 
 @dataclass
@@ -68,7 +75,9 @@ class Response:
             yield chunk
         if error == HANG:
             await asyncio.sleep(60)
-        if error is not None:
+        if isinstance(error, Said):
+            yield error.error
+        elif error is not None:
             raise error
 
     def __aiter__(self) -> Any:
@@ -119,6 +128,8 @@ def test_what_a_replica_has_said_is_not_asked_again(error: Exception) -> None:
         call([error, "another answer"])
     assert [type(item) for item in listen(Replicas([(0, error), None]))] == [type(error)]
     assert [type(item) for item in listen(Replicas([(2, error), None]))] == [Admitted, Chunk, Chunk, type(error)]
+    if isinstance(error, LorauterError):
+        assert listen(Replicas([(2, Said(error)), None])) == [Admitted(3), *ANSWER[:2], error]
 
 
 class Room:
@@ -133,15 +144,17 @@ class Room:
         return len(set(self.refused)) < self._replicas
 
 
-def no_room(replica: str, *, wrapped: bool = False) -> Exception:
+def no_room(replica: str, how: str = "said") -> Exception | Said:
     refusal = Overloaded("full", retry_after_s=1, replica=replica)
-    return RayTaskError("generate", "", refusal).as_instanceof_cause() if wrapped else refusal
+    if how == "said":
+        return Said(refusal)
+    return refusal if how == "raised" else RayTaskError("generate", "", refusal).as_instanceof_cause()
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_refusal_goes_on_to_the_next_replica(wrapped: bool) -> None:
+@pytest.mark.parametrize("how", ["said", "raised", "wrapped"])
+def test_a_refusal_goes_on_to_the_next_replica(how: str) -> None:
     room = Room(3)
-    replicas = Replicas([(0, no_room("r0", wrapped=wrapped)), (0, no_room("r1", wrapped=wrapped)), None])
+    replicas = Replicas([(0, no_room("r0", how)), (0, no_room("r1", how)), None])
     assert listen(replicas, goes_on=room.goes_on) == [Admitted(3), *ANSWER]
     assert [sent.refused for sent in replicas.calls] == [(), ("r0",), ("r0", "r1")]
     assert room.refused == ["r0", "r1"]
