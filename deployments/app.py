@@ -16,6 +16,7 @@ from deployments.adapter_cache import CacheSpec
 from deployments.adapter_listing import AdapterListing
 from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig, explain
+from deployments.devices import engine_gpus
 from deployments.embedder import QueryEmbedder
 from deployments.limits import limits_actor
 from deployments.model import LoraModel
@@ -53,6 +54,9 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
             setting="deployments",
         )
 
+    if "LoraModel" not in overrides or isinstance(overrides["LoraModel"], Mapping):
+        overrides = {**overrides, "LoraModel": _with_gpus(overrides.get("LoraModel", {}), config.engine.device)}
+
     def deployment(target: Any, **derived: Any) -> serve.Deployment:  # Serve's decorator is typed as the class
         try:
             result: serve.Deployment = target.options(**{**derived, **overrides.get(target.name, {})})
@@ -77,3 +81,12 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
     editor = deployment(CatalogEditor).bind(config, embedder, model) if own else None
     actors = {"deployment_actors": [limits_actor()]} if config.access.closed else {}
     return deployment(Router, **actors).bind(config, embedder, retriever, model, editor)
+
+
+def _with_gpus(options: Mapping[str, Any], device: str) -> Mapping[str, Any]:
+    """LoraModel's options, with the GPU that it computes on. Raises ConfigError."""
+    resources = options.get("ray_actor_options", {})
+    if not isinstance(resources, Mapping):  # Serve says what it should be
+        return options
+    gpus = engine_gpus(device, resources.get("num_gpus"), setting="LoraModel's ray_actor_options.num_gpus")
+    return {**options, "ray_actor_options": {"num_cpus": 1, **resources, "num_gpus": gpus}}

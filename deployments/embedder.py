@@ -8,6 +8,7 @@ import os
 import numpy as np
 from ray import serve
 
+from deployments.devices import own_gpus_only
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.routing_metrics import RoutingMetrics
@@ -39,6 +40,7 @@ class QueryEmbedder:
         import torch
 
         join_serve_logs()
+        own_gpus_only()
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to the actor's CPUs
         self._metrics = RoutingMetrics(RayRecorder())
         self._encoder = load_encoder(encoder)

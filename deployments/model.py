@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.config import AppConfig
+from deployments.devices import own_gpus_only
 from deployments.engines import Packing, start_engine
 from deployments.host_adapters import HostAdapters
 from deployments.logs import join_serve_logs
@@ -56,6 +57,7 @@ class LoraModel:
 
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         join_serve_logs()
+        own_gpus_only()
         self._engine = start_engine(config.base_model, config.base_model_aliases, config.engine)
         await asyncio.to_thread(warm_up_engine, self._engine)
         spec = CacheSpec(config.adapters, config.cache)

@@ -50,7 +50,7 @@ def preflight(config: AppConfig, warn: Tell, notify: Tell = lambda _: None) -> N
         return
     catalog = _read_catalog(resolve_catalog(config.catalog, notify), warn)
     if catalog.encoder != Path(resolve_encoder(config.encoder)).name:  # else it takes seconds, and replicas do it too
-        catalog.check_encoder(load_encoder(config.encoder))
+        catalog.check_encoder(load_encoder(config.encoder, device="cpu"))
     check_base_model(catalog, config)
     check_adapters(catalog, config, warn)
 

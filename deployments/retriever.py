@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.calls import CatalogDescription
 from deployments.config import AppConfig
+from deployments.devices import own_gpus_only
 from deployments.fits import check_adapters, check_base_model
 from deployments.live_catalog import LiveCatalog, kept_folder
 from deployments.logs import join_serve_logs
@@ -45,6 +46,7 @@ class TaskRetriever:
 
     def __init__(self, config: AppConfig, embedder: DeploymentHandle[Any]) -> None:
         join_serve_logs()
+        own_gpus_only()
         self._metrics = RoutingMetrics(RayRecorder())
 
         def probe() -> tuple[Embeddings, str]:

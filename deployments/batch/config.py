@@ -60,12 +60,13 @@ class Pool(Settings):
 
     Attributes:
         workers: how many.
-        cpus, gpus: that each takes of the cluster; how many threads an engine has is `engine.threads`.
+        cpus, gpus: that each takes of the cluster; how many threads an engine has is `engine.threads`. Where `gpus` is
+            null, a worker with an engine takes one, if there are enough.
     """
 
     workers: Positive = 1
     cpus: Annotated[float, Field(ge=0)] = 0.5
-    gpus: Annotated[float, Field(ge=0)] = 0
+    gpus: Annotated[float, Field(ge=0)] | None = None
 
 
 class BatchConfig(Settings):

@@ -264,7 +264,7 @@ def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]
     """Ray, and nothing left of the job in it afterwards. Raises ConfigError: the pools do not fit the cluster."""
     pools = [config.route_workers, *([] if config.route_only else [config.answer_workers])]
     cpus = sum(pool.workers * pool.cpus for pool in pools)
-    gpus = sum(pool.workers * pool.gpus for pool in pools)
+    gpus = sum(pool.workers * (pool.gpus or 0) for pool in pools)
     mine = not ray.is_initialized()
     if mine:
         address = address or os.environ.get("RAY_ADDRESS") or LOCAL
@@ -287,9 +287,9 @@ def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]
                     setting="answer_workers",
                 )
         for pool in pools:
-            if (room := look()).never({"CPU": pool.cpus, "GPU": pool.gpus}):
+            if (room := look()).never({"CPU": pool.cpus, "GPU": pool.gpus or 0}):
                 raise ConfigError(
-                    f"a worker needs {pool.cpus:g} CPUs and {pool.gpus:g} GPUs of one node, and the largest has "
+                    f"a worker needs {pool.cpus:g} CPUs and {pool.gpus or 0:g} GPUs of one node, and the largest has "
                     f"{room.most('CPU'):g} CPUs and {room.most('GPU'):g} GPUs; ask for less for each",
                     setting="answer_workers",
                 )

@@ -23,6 +23,7 @@ from deployments.batch.plan import Plan, Shard
 from deployments.batch.reports import Reports
 from deployments.batch.rows import SourceRow, Work, check_clash, kept_names, result_schema
 from deployments.batch.stages import AnswerStage, Files, RouteStage, pack, unpack
+from deployments.devices import engine_gpus
 from lorauter.defaults import resolve_adapters, resolve_catalog
 
 _TASK_CPUS = 0.25  # of taking a data set apart, or putting it together: there is always room beside the pools
@@ -100,6 +101,9 @@ def _stages(
     if config.route_only:
         return routed
     answering = config.answer_workers
+    gpus = engine_gpus(
+        config.engine.device, answering.gpus, engines=answering.workers, setting="answer_workers.gpus (--gpus)"
+    )
     return routed.map_batches(
         AnswerStage,
         fn_constructor_args=(config, files, reports),
@@ -111,7 +115,7 @@ def _stages(
             enable_true_multi_threading=True,
         ),
         num_cpus=answering.cpus,
-        num_gpus=answering.gpus or None,
+        num_gpus=gpus or None,
         **_ONE,
     )
 

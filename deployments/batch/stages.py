@@ -26,6 +26,7 @@ from deployments.batch.reports import Reports, reporting
 from deployments.batch.routing import route_rows
 from deployments.batch.rows import Work, decision_columns, order_by_adapters
 from deployments.batch.tally import Tally
+from deployments.devices import own_gpus_only
 from deployments.engines import Packing, start_engine
 from deployments.host_adapters import HostAdapters
 from lorauter.catalog import Catalog
@@ -85,6 +86,7 @@ class RouteStage:
     def __init__(self, config: BatchConfig, catalog_version: str, files: Files | None = None) -> None:
         import torch
 
+        own_gpus_only()
         # Alone, one thread gets most rows out of a core, and the engine wants the others.
         torch.set_num_threads(1)
         self._config, self._files = config, files
@@ -114,6 +116,7 @@ class AnswerStage:
     """
 
     def __init__(self, config: BatchConfig, files: Files | None = None, reports: Reports | None = None) -> None:
+        own_gpus_only()
         cache = NodeCache(CacheSpec(config.adapters, config.cache))  # its process starts while the engine loads
         # The next row comes as one ends.
         fed = replace(config.engine, max_queue=config.engine.max_batch, max_slowdown=None)

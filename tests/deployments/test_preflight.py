@@ -36,7 +36,7 @@ def check(
     """`check(**settings)`: what is warned of in a sound service with other settings: two tasks, and their adapters."""
     monkeypatch.setenv("LORAUTER_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("deployments.preflight.load_encoder", lambda encoder: HashingEncoder(32))
+    monkeypatch.setattr("deployments.preflight.load_encoder", lambda encoder, device: HashingEncoder(32))
     names = ("poems", "sums")
     for name in names:
         make_adapter(tmp_path / "pool", name, base="org/tiny-base")

@@ -1,0 +1,42 @@
+"""Which GPUs a process of Ray's computes on: those that Ray has given it, and no others.
+
+Ray sets CUDA_VISIBLE_DEVICES for who asks for GPUs, and leaves all of a machine's to who asks for none; libraries then
+take the first.
+"""
+
+from __future__ import annotations
+
+import os
+
+import ray
+
+from lorauter.errors import ConfigError
+
+
+def own_gpus_only() -> None:
+    """Hide the GPUs that this process has not asked for; called before anything looks for one."""
+    if ray.is_initialized() and not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def engine_gpus(device: str, asked: float | None, *, engines: int = 1, setting: str) -> float:
+    """How many GPUs a process with an engine asks Ray for.
+
+    Args:
+        device: the engine's setting.
+        asked: what the configuration says; None is one, with "auto" if the cluster has as many as there are engines.
+        engines: how many processes there will be at least.
+        setting: what `asked` is called.
+
+    Raises:
+        ConfigError: it is to compute on a GPU, and asks for none.
+    """
+    if asked is None:
+        there: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+        return float(device.startswith("cuda") or (device == "auto" and there.get("GPU", 0) >= engines))
+    if device.startswith("cuda") and not asked:
+        raise ConfigError(
+            f"engine.device is {device!r}, but {setting} is 0; give it 1, or take 'auto' or 'cpu'",
+            setting="engine.device",
+        )
+    return asked
