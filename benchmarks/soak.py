@@ -261,7 +261,6 @@ def _start_app(work: Path) -> str:
             "engine": {
                 "max_batch": 8,
                 "max_model_len": 512,
-                "max_queue": 32,
                 "max_rank": 8,
                 "threads": 1,
                 "adapter_bytes": 16 << 20,

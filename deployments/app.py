@@ -72,7 +72,8 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
         retriever = deployment(TaskRetriever).bind(config, embedder)
     model = deployment(
         LoraModel,
-        max_ongoing_requests=config.engine.max_batch + config.engine.max_queue,
+        # The engine refuses what is too much, and lets in what has begun elsewhere: it has to be asked for that.
+        max_ongoing_requests=2 * (config.engine.max_batch + config.engine.max_queue),
         max_queued_requests=config.engine.max_queue,
         request_router_config=residency_routing(
             CacheSpec(config.adapters, config.cache), batch=config.engine.max_batch

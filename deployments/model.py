@@ -38,6 +38,7 @@ from lorauter.routing.compose import LeftOut, cause_of, without
 logger = logging.getLogger("lorauter.model")
 
 _ASK_S = 0.5
+_PATIENT = 0.8  # of the time that a request waits for its first token: what the pace says is about right
 
 Mixture = tuple[tuple[PackedAdapter, float], ...]
 
@@ -64,6 +65,7 @@ class LoraModel:
         self._node_cache = NodeCache(spec)
         self._on_disk = await self._node_cache.holdings()  # raises why the cache cannot start, if it cannot
         self._adapter_wait_s = config.host.wait_s
+        self._first_token_s = config.api.first_token_s
         self._adapters = HostAdapters(
             self._node_cache,
             Packing(self._engine),
@@ -110,6 +112,8 @@ class LoraModel:
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         mixture, left_out = await self._mixture(call)
+        if not call.generated:  # what has begun elsewhere is to end
+            self._check_wait()
         stream = self._engine.stream(GenerationRequest(prompt, mixture, call.sampling, call.generated, call.tenant))
         tokens = 0
         with span("generate", current=False) as traced:
@@ -192,14 +196,31 @@ class LoraModel:
             self._engine.pace.seconds(self._engine.config.max_batch),
         )
 
+    def _check_wait(self) -> None:
+        """Raise Overloaded if so many wait that a further request would be given up before it begins."""
+        here = sum(self._engine.load)
+        if here >= self._longest_queue():
+            raise Overloaded(
+                f"{here} requests run and wait, and one more would hardly begin within {self._first_token_s:g} s; "
+                "try again later",
+                retry_after_s=self._engine.pace.seconds(self._engine.config.max_batch),
+            )
+
+    def _longest_queue(self) -> int:
+        """Requests, running and waiting, of which the last begins before it is given up, by the pace."""
+        config = self._engine.config
+        seconds = self._engine.pace.seconds(config.max_batch)  # in which as many begin as run
+        most = config.max_batch + config.max_queue
+        return min(most, int(config.max_batch * (1 + _PATIENT * self._first_token_s / seconds))) if seconds else most
+
     def _limit(self) -> int:
-        """Requests that the replica takes at once before it refuses more, as far as its pace is known."""
+        """Requests that the replica takes at once before it refuses more."""
         config, pace = self._engine.config, self._engine.pace
-        taken = range(1, config.max_batch + config.max_queue)
+        most = self._longest_queue()
         if config.max_slowdown is None or not pace.seconds_alone:
-            return len(taken) + 1
+            return most
         longest = config.max_slowdown * pace.seconds_alone
-        return 1 + bisect_left(taken, True, key=lambda n: pace.seconds(n + 1) > longest)
+        return 1 + bisect_left(range(1, most), True, key=lambda n: pace.seconds(n + 1) > longest)
 
     def check_health(self) -> None:
         """Serve's health check."""

@@ -64,7 +64,7 @@ def _hashed(adapter: str) -> tuple[NDArray[np.intp], np.uint64]:
 def holdings(names: Iterable[str]) -> bytes:
     """What a tier holds as a filter: of its adapters, the least recently used first, the last REPORTED ones."""
     bits = np.zeros(_BITS, np.uint8)
-    for name in list(names)[-REPORTED:]:
+    for name in [*names][-REPORTED:]:
         bits[_hashed(name)[0]] = 1
     return np.packbits(bits).tobytes()
 

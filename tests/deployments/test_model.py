@@ -13,7 +13,7 @@ import pytest
 import deployments.model
 from deployments.calls import Admitted, GenerateCall, Prompt
 from deployments.model import LoraModel
-from lorauter.engine import SamplingParams
+from lorauter.engine import EngineConfig, SamplingParams
 from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing import AdapterWeight, LeftOut
@@ -111,6 +111,54 @@ def test_an_error_of_ours_is_said_and_not_raised(begun: bool, monkeypatch: pytes
     assert said(error) == [*admitted, error]
     with pytest.raises(RuntimeError):
         said(RuntimeError("a fault"))
+
+
+@dataclass
+class Pace:
+    """A request takes `each` seconds beside none, and so much more for each other one."""
+
+    each: float
+
+    @property
+    def seconds_alone(self) -> float:
+        return self.each
+
+    def seconds(self, requests: int) -> float:
+        return self.each * (1 + 0.1 * (requests - 1)) * max(1, requests / 16)
+
+
+def queueing(here: int, each: float, **engine: Any) -> Any:
+    """A replica with so many requests, for whose first tokens clients wait 60 s."""
+    replica: Any = object.__new__(LoraModel.func_or_class)
+    config = EngineConfig(**engine)
+    load = (min(here, config.max_batch), max(0, here - config.max_batch))
+    replica._engine, replica._first_token_s = (
+        SimpleNamespace(config=config, pace=Pace(each), load=load, close=lambda: None),
+        60.0,
+    )
+    return replica
+
+
+@pytest.mark.parametrize(
+    ("each", "engine", "limit"),
+    [
+        (0.0, {}, 16 + 256),  # nothing is known of the pace: the shipped bound
+        (0.1, {}, 16 + 256),
+        (4.0, {}, 16 + 76),  # 10 s a batch: of 76 that wait the last begins after 48 s
+        (4.0, {"max_queue": 8}, 16 + 8),
+        (100.0, {}, 16 + 3),
+        (0.1, {"max_slowdown": 2.0}, 11),
+        (100.0, {"max_slowdown": 3.0}, 16 + 1),  # the next would take three times as long as alone
+    ],
+)
+def test_a_replica_takes_no_more_than_begin_in_time(each: float, engine: dict[str, Any], limit: int) -> None:
+    """What it tells the routers of its limit is what it keeps to, and the shipped one takes a burst of 64."""
+    assert queueing(0, each, **engine)._limit() == limit
+    if "max_slowdown" in engine:  # the engine keeps to that itself
+        return
+    queueing(limit - 1, each, **engine)._check_wait()
+    with pytest.raises(Overloaded, match=f"{limit} requests run and wait"):
+        queueing(limit, each, **engine)._check_wait()
 
 
 def test_who_names_adapters_gets_the_error() -> None:

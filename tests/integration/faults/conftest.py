@@ -95,7 +95,6 @@ def _cluster(
         "engine": {
             "max_batch": 8,
             "max_model_len": 512,
-            "max_queue": 32,
             "dtype": "float32",
             "threads": 1,
         },
