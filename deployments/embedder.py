@@ -19,6 +19,16 @@ from lorauter.defaults import load_encoder
 from lorauter.encoder import Embeddings
 
 _TOGETHER = 64  # texts, lest one who has hundreds keeps all others waiting
+_THREADS = 4
+
+
+def threads(cores: int) -> int:
+    """With how many threads an encoder computes on a machine of so many cores.
+
+    A query is little work, of which threads wait for each other more than they share: two on two cores, which the other
+    deployments need too, took twice the CPU time of one, and longer. Replicas share the load of many queries.
+    """
+    return max(1, min(cores // 2, _THREADS))
 
 
 @serve.deployment(
@@ -41,7 +51,7 @@ class QueryEmbedder:
 
         join_serve_logs()
         own_gpus_only()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to the actor's CPUs
+        torch.set_num_threads(threads(len(os.sched_getaffinity(0))))  # else as many as Ray gives the actor CPUs
         self._metrics = RoutingMetrics(RayRecorder())
         self._encoder = load_encoder(encoder)
         self._encoder.encode(["warm-up"])

@@ -64,3 +64,15 @@ def test_half_precision_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (half.shape, half.dtype) == (whole.shape, np.float32)
     np.testing.assert_allclose((whole * half).sum(axis=1), 1, atol=2e-4)
     assert not np.array_equal(whole, half)
+
+
+def test_a_long_text_costs_the_short_ones_beside_it_little() -> None:
+    encoder = load_encoder("default", device="cpu")
+    assert isinstance(encoder, SentenceEncoder)
+    computed = []
+    encoder._model[0].register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0]["input_ids"].numel()))
+    texts = ["a dog", *["a dog " * 120] * 2] * 21
+    together = encoder.encode(texts)
+    short, long = 4, 242
+    assert sum(computed) < 1.2 * (21 * short + 42 * long)
+    np.testing.assert_allclose(together[:2], encoder.encode(texts[:2]), atol=2e-2)

@@ -45,6 +45,7 @@ def test_queries_that_come_together_are_embedded_together_and_a_lone_one_at_once
     monkeypatch.setattr(embedder, "RayRecorder", Metrics)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
     monkeypatch.setattr(embedder, "join_serve_logs", lambda: None)
+    monkeypatch.setattr(embedder, "own_gpus_only", lambda: None)
     replica = QueryEmbedder.func_or_class("fake")
     queries = [["lone"], *[[f"query {i}"] for i in range(100)], [f"of many {i}" for i in range(200)], ["last"]]
 
@@ -61,3 +62,8 @@ def test_queries_that_come_together_are_embedded_together_and_a_lone_one_at_once
     assert encoder.lots == [1, 1, 64, 36, 200, 1]
     for texts, vectors in zip(queries, answers, strict=True):
         np.testing.assert_array_equal(vectors, HashingEncoder().encode(texts))
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 4), (128, 4)])
+def test_an_encoder_leaves_cores_to_the_others(cores: int, threads: int) -> None:
+    assert embedder.threads(cores) == threads
