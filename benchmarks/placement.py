@@ -31,7 +31,7 @@ from deployments.placement import Placement, report
 INGRESSES = 4
 REPORT_S = 1.0
 QUEUE_LAPSES_S = 10.0  # Serve's count of what another replica runs
-RETRY_AFTER_S, SPARED = 1.0, 1 / 16  # as in `deployments.router`
+RETRY_AFTER_S, SPARED = 1.0, 1 / 16  # as in `deployments.admission`
 TIERS = ("device", "host", "disk")
 LOAD_S = {"device": 0.0, "host": 0.01, "disk": 0.1, "store": 0.5}
 
@@ -124,7 +124,7 @@ class Policy:
 
 
 class Ours(Policy):
-    """The production policy, with what `deployments.router` and `retries` do of a refusal."""
+    """The production policy, with what `deployments.admission` and `retries` do of a refusal."""
 
     def __init__(self, shape: Shape, seed: int) -> None:
         super().__init__(shape, seed)
@@ -140,7 +140,7 @@ class Ours(Policy):
 
     def choose(self, adapters: list[tuple[str, float]], queues: dict[str, int], now: float, tried: list[str]) -> str:
         started = time.process_time()
-        best = self._placement.rank(adapters, queues, now, refused=tried)[0]
+        best = self._placement.rank(adapters, queues, now, avoid=tried)[0]
         self.seconds += time.process_time() - started
         self.ranks += 1
         return best

@@ -31,7 +31,8 @@ class GenerateCall:
         generated: what another replica has answered before it died: the answer goes on after these tokens.
         tenant: whose prompts alone this one may share computed beginnings with, so that nobody learns by time or count
             what others ask.
-        refused: replicas that have refused it.
+        number: tells it from the other calls of its ingress replica.
+        avoid: replicas that are asked last: they have refused it, or kept it waiting.
     """
 
     prompt: Prompt
@@ -40,7 +41,8 @@ class GenerateCall:
     routed: bool = False
     generated: tuple[int, ...] = ()
     tenant: str | None = None
-    refused: tuple[str, ...] = ()
+    number: int = 0
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

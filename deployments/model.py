@@ -38,7 +38,7 @@ from lorauter.routing.compose import LeftOut, cause_of, without
 logger = logging.getLogger("lorauter.model")
 
 _ASK_S = 0.5
-_PATIENT = 0.8  # of the time that a request waits for its first token: what the pace says is about right
+_PATIENT = 2 / 3  # of the time that a request waits for its first token: what the pace says is about right
 
 Mixture = tuple[tuple[PackedAdapter, float], ...]
 

@@ -24,7 +24,7 @@ import hashlib
 import math
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -48,7 +48,7 @@ _HASHES = 6
 _SAMPLED = 2
 _PACES = 4.0  # a replica counts as so many times as slow, or as fast, as others at most
 _STEPS = 4  # in which a pace doubles: smaller changes are no news
-_TIE, _NO_ROOM, _REFUSED = 1e-9, 1e6, 1e9  # what a score gets on top
+_TIE, _NO_ROOM, _AVOIDED = 1e-9, 1e6, 1e9  # what a score gets on top
 _BY_BITS = np.array([COSTS[3], *(COSTS[min(t for t in range(3) if bits & 1 << t)] for bits in range(1, 8))])
 Filters = NDArray[np.uint8]
 
@@ -116,6 +116,9 @@ class Placement:
         self._rows: dict[str, int] = {}
         self._held: Filters = np.zeros((_BITS, 0), np.uint8)  # of each place, by replica: the tiers whose filter has it
         self._sent: dict[str, dict[str, float]] = {}  # by adapter: to whom it was sent lately, and when
+        self._at: dict[int, str] = {}  # who has a call
+        self.look: Callable[[], Mapping[str, int]] = dict
+        """Requests in progress by replica, as of now."""
         self._refusals: dict[str, float] = {}  # until when, by replica
         self._sendings: deque[tuple[float, str, str]] = deque()
         self._arrange()
@@ -142,13 +145,42 @@ class Placement:
         replicas = self._replicas
         return bool(replicas) and all(self._refusals.get(name, -math.inf) > now for name in replicas)
 
+    def took(self, call: int, replica: str) -> None:
+        """A replica has a call now, which `elsewhere` may be asked of until it has `left`."""
+        self._at[call] = replica
+
+    def left(self, call: int) -> None:
+        """A call is with no replica any more. Any thread may tell."""
+        self._at.pop(call, None)
+
+    def elsewhere(self, call: int, now: float, *, avoid: Collection[str] = (), long: bool = False) -> tuple[str, ...]:
+        """The replicas that a call which waits for its first token had better not be with; none to leave it there.
+
+        It waits in a queue, and another replica has a row to spare: then it is who has none. Or it has waited for so
+        long that its replica may not get to it, and there is another: then it is that one alone. Any thread may ask.
+
+        Args:
+            call: its number.
+            avoid: who it has been with, or would have been.
+            long: whether it has waited for long.
+        """
+        at = self._at.get(call)
+        queues = self.look()
+        others = queues.keys() - {at, *avoid, *self._refusing(now)}
+        if at is None or not others:
+            return ()
+        busy = {name for name, queue in queues.items() if queue >= self._batch}
+        if queues.get(at, 0) > self._batch and not others <= busy:
+            return tuple(busy)
+        return (at,) if long and not avoid else ()
+
     def rank(
         self,
         adapters: Sequence[tuple[str, float]],
         queues: Mapping[str, int],
         now: float,
         *,
-        refused: Collection[str] = (),
+        avoid: Collection[str] = (),
     ) -> list[str]:
         """Replicas for a request, the best first, and take the best to hold the request's adapters soon.
 
@@ -157,7 +189,7 @@ class Placement:
         Args:
             adapters: names and weights.
             queues: requests in progress by replica, of those that may be chosen.
-            refused: who has refused this very request; they come last.
+            avoid: who has refused this very request, or kept it waiting; they come last.
         """
         if not queues:
             return []
@@ -168,7 +200,7 @@ class Placement:
         queue = np.array([queues.get(name, -1) for name in names], np.float64)
         here = queue >= 0
         room = here & (queue < self._limits)
-        for name in (*refused, *self._refusing(now)):
+        for name in (*avoid, *self._refusing(now)):
             if name in self._rows:
                 room[self._rows[name]] = False
         if now < self._grown:
@@ -189,9 +221,9 @@ class Placement:
             chosen |= room
         score += self._jitter.random(len(names)) * _TIE
         score[~room] += _NO_ROOM
-        for name in refused:
+        for name in avoid:
             if name in self._rows:
-                score[self._rows[name]] += _REFUSED
+                score[self._rows[name]] += _AVOIDED
         order = score.argsort()
         ranked = [names[row] for row in order[chosen[order]].tolist()]
         if informed:

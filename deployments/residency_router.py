@@ -49,6 +49,7 @@ class ResidencyRouter(RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Serve's hook: `request_router_kwargs`."""
         self._placement = Placement(batch=kwargs["batch"])
+        self._placement.look = lambda: self._queues(self._replicas_list)
         share(self._placement, str(self._deployment_id))
         self._cache_prefix: str = kwargs["caches"]
         self._caches: dict[str, tuple[Any, float]] = {}  # by node, and when they were looked for
@@ -60,15 +61,15 @@ class ResidencyRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """Serve's hook: one replica a rank."""
         call = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        adapters, refused = (call.adapters, call.refused) if isinstance(call, GenerateCall) else ((), ())
+        adapters, avoid = (call.adapters, call.avoid) if isinstance(call, GenerateCall) else ((), ())
         again = False
         if pending_request is not None:
             again = pending_request.routing_context.should_backoff
             pending_request.routing_context.should_backoff = True  # once all ranks are full, wait before asking again
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        queues = {name: self._queue(name, replica.replica_id) for name, replica in replicas.items()}
+        queues = self._queues(candidate_replicas)
         wanted = [(str(adapter.key), adapter.weight) for adapter in adapters]
-        ranked = [replicas[name] for name in self._placement.rank(wanted, queues, time.monotonic(), refused=refused)]
+        ranked = [replicas[name] for name in self._placement.rank(wanted, queues, time.monotonic(), avoid=avoid)]
         if adapters and ranked and not again:
             self._announce(ranked[0].node_id, [adapter.key for adapter in adapters])
         return [[replica] for replica in ranked]
@@ -91,8 +92,17 @@ class ResidencyRouter(RequestRouter):
         if self._own.get(replica_id.unique_id):
             self._own[replica_id.unique_id] -= 1
 
-    def _queue(self, name: str, replica_id: ReplicaID) -> int:
-        return max(self.replica_queue_len_cache.get(replica_id) or 0, self._own.get(name, 0))
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Serve's hook: a replica has taken a request."""
+        call = pending_request.args[0] if pending_request.args else None
+        if isinstance(call, GenerateCall) and call.number:
+            self._placement.took(call.number, replica_id.unique_id)
+
+    def _queues(self, replicas: list[RunningReplica]) -> dict[str, int]:
+        """Requests in progress: what Serve has heard of, and what was sent from here."""
+        told, own = self.replica_queue_len_cache, self._own
+        ids = [replica.replica_id for replica in replicas]
+        return {key.unique_id: max(told.get(key) or 0, own.get(key.unique_id, 0)) for key in ids}
 
     def _announce(self, node: str, keys: list[AdapterKey]) -> None:
         """Have the replica's node fetch what it lacks while the request is on its way; a courtesy."""

@@ -1,17 +1,20 @@
 """Calls that outlive what they were sent to: what is sent again, how often, and until when.
 
-A call is sent again only if the replica or its node is gone, or has no room where another may have some; what else a
-replica has said, be it an error, counts. An answer that was under way goes on from its last token on another replica,
-under the mixture that it began with, so that nothing comes twice. Knows nothing of which deployment is called.
+A call is sent again only if the replica or its node is gone, or has no room, or keeps it waiting, where another may
+not; what else a replica has said, be it an error, counts. An answer that was under way goes on from its last token on
+another replica, under the mixture that it began with, so that nothing comes twice. Knows nothing of which deployment
+is called.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from ray.exceptions import RayError, RayTaskError
 
@@ -22,6 +25,29 @@ from lorauter.routing.compose import without
 
 _ATTEMPTS = 3  # a request that kills whoever takes it must not get through them all
 _PAUSE_S = 0.1  # before the second attempt; it doubles
+_LOOK_S = 1.0  # between two looks at who has a row to spare
+_numbers = itertools.count(1)  # of calls
+
+
+class Others(Protocol):
+    """The other replicas; see `deployments.admission`."""
+
+    def goes_on(self, refusal: Overloaded) -> bool:
+        """Remember a replica's refusal; whether another may take the call."""
+
+    def elsewhere(self, call: GenerateCall, waited: float) -> Sequence[str]:
+        """The replicas that a call had better not be with, its own one among them; none to leave it there."""
+
+    def ended(self, call: int) -> None:
+        """A call is with no replica any more."""
+
+
+class _Waits(Exception):
+    """A call waits where it had better not."""
+
+    def __init__(self, avoid: Sequence[str]) -> None:
+        super().__init__()
+        self.avoid = avoid
 
 
 async def answered(send: Callable[[], Any], *passed_on: Callable[[Any], Any], timeout_s: float) -> Any:
@@ -73,15 +99,15 @@ async def generated(
     call: GenerateCall,
     *,
     timeout_s: float,
-    goes_on: Callable[[Overloaded], bool] = lambda _: False,
+    others: Others | None = None,
 ) -> AsyncGenerator[Admitted | Chunk]:
     """An answer's stream: `Admitted` once, and every chunk once, whichever replicas it takes.
 
     Args:
         send: makes a streaming call; returns a DeploymentResponseGenerator.
         call: what is asked. Without a seed it gets one, so that another replica would draw the same.
-        timeout_s: until each replica's first token, the wait for a replica included.
-        goes_on: is told of a replica's refusal; whether another may take the call.
+        timeout_s: until the first token of each replica that does not die, the wait for a replica included.
+        others: knows the other replicas; without it what one says is the last word.
 
     Raises:
         ServiceUnavailable: no token in time.
@@ -93,10 +119,13 @@ async def generated(
     tokens: list[int] = []
     ended = False
     deaths = 0
+    refused: set[str | None] = {None}
+    call = replace(call, number=next(_numbers))
+    until = time.monotonic() + timeout_s
     while True:
         stream = send(replace(call, generated=tuple(tokens)) if tokens else call)
         try:
-            first = _said(await _first(stream, timeout_s))
+            first = _said(await _first(stream, call, until, timeout_s, others))
             if admitted is None:
                 admitted = first
                 kept = without(call.adapters, {adapter.key for adapter in admitted.left_out})
@@ -114,23 +143,43 @@ async def generated(
                 raise
             if ended:  # all of it was there
                 return
+            if isinstance(error, _Waits):
+                call = replace(call, avoid=tuple({*call.avoid, *error.avoid}))
+                continue
             refusal = _refusal(error)
-            if refusal is not None and goes_on(refusal) and refusal.replica and refusal.replica not in call.refused:
-                call = replace(call, refused=(*call.refused, refusal.replica))
+            if refusal and others and others.goes_on(refusal) and refusal.replica not in refused:
+                refused.add(refusal.replica)
+                call = replace(call, avoid=tuple({*call.avoid, str(refusal.replica)}))
                 continue
             deaths += 1
             if deaths == _ATTEMPTS or not _is_gone(error):
                 raise _named(error) from error
+        finally:
+            if others is not None:
+                others.ended(call.number)
         await asyncio.sleep(_PAUSE_S * 2 ** (deaths - 1))
+        until = time.monotonic() + timeout_s
 
 
-async def _first(stream: Any, timeout_s: float) -> Any:
+async def _first(stream: Any, call: GenerateCall, until: float, timeout_s: float, others: Others | None) -> Any:
+    """The first that a replica says. Raises _Waits if the call had better wait elsewhere."""
+    first = asyncio.ensure_future(anext(stream))
     try:
-        async with asyncio.timeout(timeout_s):
-            return await anext(stream)
-    except TimeoutError as error:
-        stream.cancel()
-        raise ServiceUnavailable(f"no replica has begun to answer within {timeout_s:g} s") from error
+        while not first.done():
+            left = until - time.monotonic()
+            await asyncio.wait([first], timeout=max(0.0, min(left, _LOOK_S)))
+            if first.done():
+                break
+            if left <= 0:
+                raise ServiceUnavailable(f"no replica has begun to answer within {timeout_s:g} s")
+            if others is not None and (avoid := others.elsewhere(call, 1 - left / timeout_s)):
+                raise _Waits(avoid)
+        return await first
+    finally:
+        if not first.done():
+            stream.cancel()
+            first.cancel()
+            await asyncio.wait([first])
 
 
 def _cancelled(error: BaseException) -> bool:

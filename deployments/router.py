@@ -6,7 +6,6 @@ Holds no model and no catalog; it talks to the other deployments through their h
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments import observe
 from deployments.access import Access, Caller
 from deployments.admin import admin_endpoints
+from deployments.admission import Admission
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall
 from deployments.changes import Change
@@ -25,7 +25,6 @@ from deployments.config import AppConfig
 from deployments.limits import SharedLimits
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
-from deployments.placement import Placement, placement_of
 from deployments.retries import answered, generated
 from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
@@ -38,7 +37,6 @@ from lorauter.routing.compose import cause_of
 from lorauter.tasks import Task
 
 _RETRY_AFTER_S = 1.0
-_SPARED = 1 / 16  # of `retry_after_s`, for which a replica that has refused a call is not asked again
 
 
 @serve.deployment(
@@ -80,7 +78,7 @@ class Router:
         self._embed, self._decide, self._versions = embedder.embed, retriever.decide, retriever.versions
         self._model = model.options(stream=True)
         self._editor = _EditorClient(editor) if editor is not None else None
-        self._refusal = Overloaded("no replica has room; try again later", retry_after_s=_RETRY_AFTER_S)  # the last one
+        self._admission = Admission(model)
 
     def __serve_build_asgi_app__(self) -> Any:
         config = self._config
@@ -109,7 +107,7 @@ class Router:
         """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
         record = observe.current()
         timeout_s = self._config.api.first_token_s
-        stream = generated(self._model.generate.remote, call, timeout_s=timeout_s, goes_on=self._note_refusal)
+        stream = generated(self._model.generate.remote, call, timeout_s=timeout_s, others=self._admission)
         try:
             async for item in stream:
                 if isinstance(item, Admitted):
@@ -127,23 +125,8 @@ class Router:
             await stream.aclose()
 
     def check_load(self) -> None:
-        """Raise Overloaded if every replica has just refused a call: to route one would only slow the others down."""
-        if (placement := self._placement) is not None and placement.all_refuse(time.monotonic()):
-            raise Overloaded(str(self._refusal), retry_after_s=self._refusal.retry_after_s)
-
-    @property
-    def _placement(self) -> Placement | None:
-        """What is known of the model's replicas; None before the first call, or with Serve's own request router."""
-        return placement_of(str(self._model.deployment_id))
-
-    def _note_refusal(self, refusal: Overloaded) -> bool:
-        """Remember a replica's refusal; whether another may take the call."""
-        placement = self._placement
-        if placement is None or refusal.replica is None:
-            return False
-        self._refusal, now = refusal, time.monotonic()
-        placement.refused(refusal.replica, now + _SPARED * refusal.retry_after_s)
-        return not placement.all_refuse(now)
+        """Raise Overloaded if no replica has room: to route a request would only slow the others down."""
+        self._admission.check()
 
     async def describe(self) -> CatalogDescription:
         """The catalog."""

@@ -144,9 +144,9 @@ def queueing(here: int, each: float, **engine: Any) -> Any:
     [
         (0.0, {}, 16 + 256),  # nothing is known of the pace: the shipped bound
         (0.1, {}, 16 + 256),
-        (4.0, {}, 16 + 76),  # 10 s a batch: of 76 that wait the last begins after 48 s
+        (4.0, {}, 16 + 64),  # 10 s a batch: of 64 that wait the last begins after 40 s
         (4.0, {"max_queue": 8}, 16 + 8),
-        (100.0, {}, 16 + 3),
+        (100.0, {}, 16 + 2),
         (0.1, {"max_slowdown": 2.0}, 11),
         (100.0, {"max_slowdown": 3.0}, 16 + 1),  # the next would take three times as long as alone
     ],

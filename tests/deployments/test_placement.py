@@ -200,10 +200,10 @@ def test_a_slow_replica_gets_less_than_a_fast_one() -> None:
 def test_who_has_refused_comes_last_and_the_next_has_it() -> None:
     chosen = placement(r0=holding(device=["a"]), r1=holding(), r2=holding())
     assert chosen.rank([("a", 1.0)], idle(), 1.0)[0] == "r0"
-    again = chosen.rank([("a", 1.0)], idle(), 1.0, refused=["r0"])
+    again = chosen.rank([("a", 1.0)], idle(), 1.0, avoid=["r0"])
     assert again[0] != "r0"
-    assert chosen.rank([("a", 1.0)], idle(), 1.0, refused=["r0", again[0]])[0] not in ("r0", again[0])
-    assert chosen.rank([("a", 1.0)], idle(), 1.0, refused=NAMES)[0] in NAMES, "then somebody has to say it"
+    assert chosen.rank([("a", 1.0)], idle(), 1.0, avoid=["r0", again[0]])[0] not in ("r0", again[0])
+    assert chosen.rank([("a", 1.0)], idle(), 1.0, avoid=NAMES)[0] in NAMES, "then somebody has to say it"
     assert chosen.rank([("a", 1.0)], idle(), 2.0 + SENT_S)[0] == "r0", "another request is another matter"
 
 
@@ -220,6 +220,38 @@ def test_a_refusal_is_remembered_of_its_replica_alone_and_for_a_while() -> None:
     assert chosen.all_refuse(7.9)
     assert not chosen.all_refuse(8.0)
     assert not Placement(batch=BATCH).all_refuse(0.0), "who is not there refuses nobody"
+
+
+def test_who_waits_goes_to_a_replica_that_has_a_row_to_spare() -> None:
+    chosen = placement()
+    chosen.look = lambda: queues
+    chosen.took(1, "r0")
+    queues = {"r0": BATCH + 3, "r1": BATCH, "r2": BATCH - 1}
+    assert set(chosen.elsewhere(1, 1.0)) == {"r0", "r1"}, "who has no row to spare is avoided"
+    queues = {"r0": BATCH, "r1": 0, "r2": 0}
+    assert chosen.elsewhere(1, 1.0) == (), "it has a row, and is at work"
+    queues = {"r0": BATCH + 3, "r1": BATCH, "r2": BATCH}
+    assert chosen.elsewhere(1, 1.0) == (), "nobody has one"
+    queues = {"r0": BATCH + 3, "r1": BATCH, "r2": 0}
+    assert chosen.elsewhere(1, 1.0, avoid=["r2"]) == (), "it has been there"
+    chosen.refused("r2", 5.0)
+    assert chosen.elsewhere(1, 1.0) == (), "who has just refused a call has none"
+    assert chosen.elsewhere(2, 6.0) == (), "nobody has it yet"
+    chosen.left(1)
+    assert chosen.elsewhere(1, 6.0) == ()
+
+
+def test_who_has_waited_for_long_tries_one_other_replica() -> None:
+    chosen = placement()
+    chosen.look = lambda: dict.fromkeys(names, 2)
+    chosen.took(1, "r0")
+    names = NAMES
+    assert chosen.elsewhere(1, 1.0) == ()
+    assert chosen.elsewhere(1, 1.0, long=True) == ("r0",)
+    chosen.took(1, "r1")
+    assert chosen.elsewhere(1, 1.0, avoid=["r0"], long=True) == ()
+    names = ["r1"]
+    assert chosen.elsewhere(1, 1.0, long=True) == ()
 
 
 @pytest.mark.parametrize("replicas", [3, 20, 100])

@@ -51,9 +51,9 @@ class FakeCache:
         self.told.append(keys)
 
 
-def pending(*adapters: str, refused: tuple[str, ...] = ()) -> PendingRequest:
+def pending(*adapters: str, avoid: tuple[str, ...] = (), number: int = 0) -> PendingRequest:
     mixture = tuple(AdapterWeight(name, "1", 1.0) for name in adapters)
-    call = GenerateCall(Prompt(text="x"), mixture, SamplingParams(), refused=refused)
+    call = GenerateCall(Prompt(text="x"), mixture, SamplingParams(), number=number, avoid=avoid)
     return PendingRequest([call], {}, RequestMetadata("request", "internal"))
 
 
@@ -128,11 +128,28 @@ def test_a_refused_call_goes_to_the_next_and_others_hear_of_it(route: Callable[.
 
     async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
         assert (await router.choose_replicas(replicas, pending("a")))[0] == [replicas[0]]
-        assert (await router.choose_replicas(replicas, pending("a", refused=("r0",))))[0] == [replicas[1]]
+        assert (await router.choose_replicas(replicas, pending("a", avoid=("r0",))))[0] == [replicas[1]]
         placement = placement_of(str(DEPLOYMENT))
         assert placement is not None
         placement.refused("r0", time.monotonic() + 60)
         assert (await router.choose_replicas(replicas, pending("a")))[0] == [replicas[1]]
+
+    route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1"))
+
+
+def test_who_waits_while_another_has_a_row_to_spare_is_told(route: Callable[..., None]) -> None:
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        placement = placement_of(str(DEPLOYMENT))
+        assert placement is not None
+        for number in range(1, 11):
+            request = pending("a", number=number)
+            router.on_send_request(replicas[0].replica_id)
+            router.on_request_routed(request, replicas[0].replica_id, None)
+        assert placement.elsewhere(10, time.monotonic()) == ("r0",)
+        for _ in range(2):
+            router.on_request_completed(replicas[0].replica_id, "internal")
+        router.replica_queue_len_cache.update(replicas[0].replica_id, 8)
+        assert placement.elsewhere(10, time.monotonic()) == ()
 
     route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1"))
 

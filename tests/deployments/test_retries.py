@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,13 +99,13 @@ def listen(
     replicas: Replicas,
     call: GenerateCall = CALL,
     timeout_s: float = 5,
-    goes_on: Callable[[Overloaded], bool] = lambda _: False,
+    others: Room | None = None,
 ) -> list[Any]:
     """All that comes, and the error that ends it."""
     heard: list[Any] = []
 
     async def run() -> None:
-        async for item in generated(replicas.send, call, timeout_s=timeout_s, goes_on=goes_on):
+        async for item in generated(replicas.send, call, timeout_s=timeout_s, others=others):
             heard.append(item)  # noqa: PERF401 (what came before an error counts)
 
     try:
@@ -133,15 +133,25 @@ def test_what_a_replica_has_said_is_not_asked_again(error: Exception) -> None:
 
 
 class Room:
-    """Who has refused so far, in a service of some replicas."""
+    """Who has refused so far, in a service of some replicas, and who had better not be waited for after a while."""
 
-    def __init__(self, replicas: int) -> None:
+    def __init__(self, replicas: int, *, waits: Sequence[tuple[str, ...]] = ()) -> None:
         self._replicas = replicas
+        self._waits = list(waits)
         self.refused: list[str | None] = []
+        self.calls: set[int] = set()
 
     def goes_on(self, refusal: Overloaded) -> bool:
         self.refused.append(refusal.replica)
         return len(set(self.refused)) < self._replicas
+
+    def elsewhere(self, call: GenerateCall, waited: float) -> tuple[str, ...]:
+        assert 0 < waited < 1
+        self.calls.add(call.number)
+        return self._waits.pop(0) if self._waits else ()
+
+    def ended(self, call: int) -> None:
+        self.calls.discard(call)
 
 
 def no_room(replica: str, how: str = "said") -> Exception | Said:
@@ -155,25 +165,39 @@ def no_room(replica: str, how: str = "said") -> Exception | Said:
 def test_a_refusal_goes_on_to_the_next_replica(how: str) -> None:
     room = Room(3)
     replicas = Replicas([(0, no_room("r0", how)), (0, no_room("r1", how)), None])
-    assert listen(replicas, goes_on=room.goes_on) == [Admitted(3), *ANSWER]
-    assert [sent.refused for sent in replicas.calls] == [(), ("r0",), ("r0", "r1")]
+    assert listen(replicas, others=room) == [Admitted(3), *ANSWER]
+    assert [tuple(sorted(sent.avoid)) for sent in replicas.calls] == [(), ("r0",), ("r0", "r1")]
     assert room.refused == ["r0", "r1"]
 
 
 def test_a_refusal_is_told_once_all_have_refused() -> None:
     replicas = Replicas([(0, no_room(f"r{i}")) for i in range(9)])
-    heard = listen(replicas, goes_on=Room(4).goes_on)
+    heard = listen(replicas, others=Room(4))
     assert [type(error) for error in heard] == [Overloaded]
     assert len(replicas.calls) == 4
     again = Replicas([(0, no_room("r0"))] * 9)
-    heard = listen(again, goes_on=Room(4).goes_on)
+    heard = listen(again, others=Room(4))
     assert [type(error) for error in heard] == [Overloaded]
     assert len(again.calls) == 2, "who has refused and is asked again has nobody to go on to"
 
 
+def test_who_waits_in_vain_goes_elsewhere_and_cancels_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployments.retries, "_LOOK_S", 0.01)
+    room = Room(3, waits=[(), (), ("r0", "r1"), (), ("r2",)])
+    replicas = Replicas([(0, HANG), (0, HANG), None])
+    assert listen(replicas, others=room) == [Admitted(3), *ANSWER]
+    assert [set(sent.avoid) for sent in replicas.calls] == [set(), {"r0", "r1"}, {"r0", "r1", "r2"}]
+    assert replicas.cancelled == 2
+    assert len({sent.number for sent in replicas.calls}) == 1
+    assert not room.calls, "nothing is kept of a call that has ended"
+    replicas = Replicas([(0, HANG), (0, HANG), None])
+    *_, error = listen(replicas, others=Room(3, waits=[("r0",)]), timeout_s=0.1)
+    assert isinstance(error, ServiceUnavailable), "all replicas together have no more time than one"
+
+
 def test_refusals_and_deaths_on_the_way_lose_nothing() -> None:
     replicas = Replicas([(0, no_room("r0")), (2, GONE[0]), (0, no_room("r1")), (4, GONE[0]), None])
-    assert listen(replicas, goes_on=Room(3).goes_on) == [Admitted(3), *ANSWER]
+    assert listen(replicas, others=Room(3)) == [Admitted(3), *ANSWER]
     assert [len(sent.generated) for sent in replicas.calls] == [0, 0, 2, 2, 4]
 
 

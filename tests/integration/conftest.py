@@ -138,7 +138,6 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
                 "engine": {
                     "max_batch": 8,
                     "max_model_len": 1024,
-                    "max_queue": 16,
                     "max_rank": 32,
                 },
                 "cache": {"directory": str(work / "disk")},

@@ -1,0 +1,81 @@
+"""What the ingress asks of the policy, and what it says where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import deployments.placement
+from deployments.admission import Admission
+from deployments.calls import GenerateCall, Prompt
+from deployments.placement import Placement, report, share
+from lorauter.engine.types import SamplingParams
+from lorauter.errors import Overloaded
+
+NAMES = ["r0", "r1"]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Admission, Placement]]:
+    def make() -> tuple[Admission, Placement]:
+        monkeypatch.setattr(deployments.placement, "_shared", {})
+        placement = Placement(batch=4, seed=0)
+        placement.update({name: report([], [], [], 0.0) for name in NAMES}, time.monotonic())
+        share(placement, "LoraModel of app")
+        handle: Any = SimpleNamespace(deployment_id="LoraModel of app")
+        return Admission(handle), placement
+
+    return make
+
+
+def refusal(replica: str | None, retry_after_s: float = 60.0) -> Overloaded:
+    return Overloaded(f"{replica} is full", retry_after_s=retry_after_s, replica=replica)
+
+
+def test_nothing_is_routed_only_while_every_replica_has_just_refused(known: Any) -> None:
+    admission, _ = known()
+    admission.check()
+    assert admission.goes_on(refusal("r0"))
+    admission.check()
+    assert not admission.goes_on(refusal("r1"))
+    with pytest.raises(Overloaded, match="r1 is full") as caught:
+        admission.check()
+    assert caught.value.retry_after_s == 60.0
+
+
+def test_a_refusal_is_remembered_for_a_part_of_the_time_that_it_tells(known: Any) -> None:
+    admission, placement = known()
+    for name in NAMES:
+        admission.goes_on(refusal(name, 0.5))
+    assert placement.all_refuse(time.monotonic())
+    time.sleep(0.05)
+    admission.check()
+
+
+def test_with_serves_own_router_a_refusal_is_the_last_word(known: Any) -> None:
+    other: Any = SimpleNamespace(deployment_id="another")
+    admission = Admission(other)
+    assert not admission.goes_on(refusal("r0"))
+    admission.check()
+    call = GenerateCall(Prompt(text="x"), (), SamplingParams(), number=1)
+    assert admission.elsewhere(call, 0.9) == ()
+    admission.ended(1)
+    known_admission, _ = known()
+    assert not known_admission.goes_on(refusal(None)), "nobody says whose it is"
+
+
+def test_a_call_that_waits_is_sent_where_a_row_is_free(known: Any) -> None:
+    admission, placement = known()
+    call = GenerateCall(Prompt(text="x"), (), SamplingParams(), number=7)
+    placement.took(7, "r0")
+    placement.look = lambda: {"r0": 9, "r1": 0}
+    assert admission.elsewhere(call, 0.1) == ("r0",)
+    placement.look = lambda: {"r0": 2, "r1": 2}
+    assert admission.elsewhere(call, 0.4) == ()
+    assert admission.elsewhere(call, 0.6) == ("r0",)
+    admission.ended(7)
+    assert admission.elsewhere(call, 0.6) == ()
