@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from ray import serve
 
@@ -62,7 +62,7 @@ class LiveListing:
             self.look()
 
 
-@serve.deployment(name="TaskRetriever", max_ongoing_requests=256, max_queued_requests=256, health_check_period_s=5)
+@serve.deployment(name="TaskRetriever", max_ongoing_requests=256, max_queued_requests=1000, health_check_period_s=5)
 @tells_why
 class AdapterListing:
     """What the ingress asks of a catalog, as far as there is an answer without one.
@@ -83,9 +83,9 @@ class AdapterListing:
         versions = self._live.versions
         return {name: versions[name] for name in names if name in versions}
 
-    async def decide(self, *_: Any) -> NoReturn:
-        """Raises InvalidRequest: there are no tasks."""
-        raise InvalidRequest(
+    async def decide(self, *_: Any) -> InvalidRequest:
+        """There are no tasks. It is said and not raised, as Serve logs what is raised as a failure."""
+        return InvalidRequest(
             "nothing can be routed, as no catalog is configured; name an adapter as the model, see GET /v1/models",
             param="model",
         )

@@ -74,7 +74,6 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
         LoraModel,
         # The engine refuses what is too much, and lets in what has begun elsewhere: it has to be asked for that.
         max_ongoing_requests=2 * (config.engine.max_batch + config.engine.max_queue),
-        max_queued_requests=config.engine.max_queue,
         request_router_config=residency_routing(
             CacheSpec(config.adapters, config.cache), batch=config.engine.max_batch
         ),

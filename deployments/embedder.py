@@ -33,7 +33,7 @@ def threads(cores: int) -> int:
 
 @serve.deployment(
     max_ongoing_requests=256,
-    max_queued_requests=256,
+    max_queued_requests=1000,
     ray_actor_options={"num_cpus": 0.3},
     health_check_period_s=5,
     graceful_shutdown_timeout_s=10,

@@ -46,6 +46,7 @@ whose adapters must leave for it."""
 _BITS = 8192  # of a filter: one adapter in a thousand is seen where it is not, once REPORTED are told
 _HASHES = 6
 _SAMPLED = 2
+_CALLS = 1 << 14
 _PACES = 4.0  # a replica counts as so many times as slow, or as fast, as others at most
 _STEPS = 4  # in which a pace doubles: smaller changes are no news
 _TIE, _NO_ROOM, _AVOIDED = 1e-9, 1e6, 1e9  # what a score gets on top
@@ -148,6 +149,8 @@ class Placement:
     def took(self, call: int, replica: str) -> None:
         """A replica has a call now, which `elsewhere` may be asked of until it has `left`."""
         self._at[call] = replica
+        if len(self._at) > _CALLS:  # one that left while it was on its way is never told to have left
+            self._at.pop(next(iter(self._at)), None)
 
     def left(self, call: int) -> None:
         """A call is with no replica any more. Any thread may tell."""

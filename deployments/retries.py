@@ -69,7 +69,7 @@ async def answered(send: Callable[[], Any], *passed_on: Callable[[Any], Any], ti
                 for then in passed_on:
                     responses.append(then(responses[-1]))
                 try:
-                    return await _last(responses)
+                    return _said(await _last(responses))
                 except (Exception, asyncio.CancelledError) as error:
                     if _cancelled(error):
                         for response in responses:

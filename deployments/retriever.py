@@ -33,7 +33,7 @@ _PROBE_S = 600.0  # an encoder may have to be downloaded first
 
 
 @serve.deployment(
-    max_ongoing_requests=256, max_queued_requests=256, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=5
+    max_ongoing_requests=256, max_queued_requests=1000, ray_actor_options={"num_cpus": 0.1}, health_check_period_s=5
 )
 @tells_why
 class TaskRetriever:

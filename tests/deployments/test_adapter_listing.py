@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deployments.adapter_listing import LiveListing
+from deployments.adapter_listing import AdapterListing, LiveListing
 from deployments.app import assemble
 from deployments.config import AppConfig
 from lorauter.adapters import AdapterRepository, MemoryStore
-from lorauter.errors import StoreUnavailable
+from lorauter.errors import InvalidRequest, StoreUnavailable
 
 
 def test_the_newest_versions_are_served_and_those_known_while_the_store_is_down(
@@ -66,3 +68,10 @@ def test_without_a_catalog_the_app_has_the_listing_in_its_place_and_nothing_to_e
     assert retriever._bound_deployment.num_replicas == 3
     assert retriever._bound_deployment.init_args == (str(tmp_path), config.catalog_refresh_s)
     assert editor is None
+
+
+def test_who_wants_to_be_routed_is_told_and_it_is_no_failure() -> None:
+    part: Any = object.__new__(AdapterListing.func_or_class)
+    said = asyncio.run(part.decide(None, ["x"], [None]))
+    assert isinstance(said, InvalidRequest)
+    assert "no catalog is configured" in str(said)

@@ -59,7 +59,9 @@ def test_an_editor_goes_with_stores_of_ones_own_alone(tmp_path: Path, monkeypatc
 def test_queues_follow_the_engines_settings_unless_overridden() -> None:
     config = CONFIG.model_copy(update={"engine": replace(CONFIG.engine, max_batch=3, max_queue=5)})
     derived = parts(assemble(config, {}))["LoraModel"]
-    assert (derived.max_ongoing_requests, derived.max_queued_requests) == (16, 5)
+    assert (derived.max_ongoing_requests, derived.max_queued_requests) == (16, -1), (
+        "the engine says when it is too much"
+    )
     overrides = {"LoraModel": {"max_queued_requests": 9, "num_replicas": 2}, "Router": {"num_replicas": 3}}
     found = parts(assemble(config, overrides))
     model = found["LoraModel"]

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import lorauter.adapters.s3
-from deployments.adapter_listing import LiveListing
+from deployments.adapter_listing import AdapterListing, LiveListing
 from deployments.host_adapters import HostAdapters
 from deployments.live_catalog import LiveCatalog
+from deployments.retriever import TaskRetriever
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
 from lorauter.catalog import Catalog, build_catalog, with_adapters
 from lorauter.catalog.catalog import PROBE_TEXT
@@ -120,6 +121,28 @@ def test_without_a_catalog_a_minute_takes_as_many_listings(publish: Any, request
         assert len(listing.versions) == n
         minutes.append(dict(requests))
     assert minutes == [{"ListObjectsV2": LOOKS}] * 2
+
+
+def test_what_models_there_are_is_told_without_asking_the_store(
+    publish: Any, requests: Counter[str], tmp_path: Path
+) -> None:
+    """`GET /v1/models`, `/v1/models/{model}` and `/v1/tasks`, however many ask, with a catalog and without one."""
+    uri = publish(3)
+    catalogued: Any = object.__new__(TaskRetriever.func_or_class)
+    catalogued._live = live_catalog(uri, tmp_path / "keep")
+    listed: Any = object.__new__(AdapterListing.func_or_class)
+    listed._live = LiveListing(AdapterRepository(open_store(f"{uri}/adapters")), refresh_s=2)
+    requests.clear()
+
+    async def ask(part: Any) -> list[str]:
+        for _ in range(10):
+            described = await part.describe()
+            assert set(await part.versions(["a0", "a7"])) == {"a0"}
+        return list(described.adapters)
+
+    for part in (catalogued, listed):
+        assert asyncio.run(ask(part)) == ["a0", "a1", "a2"]
+    assert not requests
 
 
 def test_a_replaced_adapter_is_served_once_the_catalog_says_so_and_never_before(
