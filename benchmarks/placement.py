@@ -5,9 +5,9 @@
 `deployments.placement` as it is, its reports and its memory of refusals, drives simulated replicas: rows that slow
 each other down, a bounded queue that refuses, tiers of adapters that push each other out and take their time to load.
 Several ingress replicas each know what they have sent themselves, the queues that replicas told them last, and reports
-that are up to a second old. Serve's own choice (the less busy of two at random) sees the same requests. More tables are
-of three replicas that refuse what would take more than twice its time alone. Time is simulated: one core does. The last
-lines are one figure each, `NAME VALUE`.
+that are a second old at most. Serve's own choice (the less busy of two at random) sees the same requests. More tables
+are of three replicas that refuse what would take more than twice its time alone, one adapter a request and loaded at
+once. Time is simulated: one core does. The last lines are one figure each, `NAME VALUE`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REPORT_S = 1.0
 QUEUE_LAPSES_S = 10.0  # Serve's count of what another replica runs
 RETRY_AFTER_S, SPARED = 1.0, 1 / 16  # as in `deployments.admission`
 TIERS = ("device", "host", "disk")
-LOAD_S = {"device": 0.0, "host": 0.01, "disk": 0.1, "store": 0.5}
+LOAD_S = {"host": 0.01, "disk": 0.1, "store": 0.5}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Shape:
     tokens: int
     step_s: Callable[[int], float]
     room: dict[str, int]  # adapters in each tier
+    load_s: dict[str, float]  # to bring one to the device from elsewhere
+    mix: float  # share of requests under three adapters
 
     def rate(self) -> float:
         """Requests a second that all replicas sustain."""
@@ -82,7 +84,7 @@ class Replica:
         for adapter in adapters:
             found = next((tier for tier in TIERS if adapter in self.tiers[tier]), "store")
             loads[found] += 1
-            seconds = max(seconds, LOAD_S[found])
+            seconds = max(seconds, self.shape.load_s.get(found, 0.0))
             for tier in TIERS[: TIERS.index(found) + 1 if found in TIERS else 3]:
                 self.tiers[tier][adapter] = None
                 self.tiers[tier].move_to_end(adapter)
@@ -109,7 +111,7 @@ class Policy:
     def __init__(self, shape: Shape, seed: int) -> None:
         self._random = random.Random(seed)
 
-    def update(self, reports: dict[str, dict[str, Any]], now: float) -> None:
+    def update(self, reports: dict[str, dict[str, Any]], ingress: Ingress, now: float) -> None:
         pass
 
     def turned_away(self, now: float) -> bool:
@@ -132,8 +134,9 @@ class Ours(Policy):
         self.seconds = 0.0
         self.ranks = 0
 
-    def update(self, reports: dict[str, dict[str, Any]], now: float) -> None:
-        self._placement.update(reports, now)
+    def update(self, reports: dict[str, dict[str, Any]], ingress: Ingress, now: float) -> None:
+        for name in self._placement.update(reports, now):
+            ingress.told[name] = reports[name]["queue"], now
 
     def turned_away(self, now: float) -> bool:
         return self._placement.all_refuse(now)
@@ -183,7 +186,7 @@ class Seen:
         }
 
 
-def simulate(shape: Shape, kind: type[Policy], load: float, seconds: float, mix: float, seed: int) -> Seen:
+def simulate(shape: Shape, kind: type[Policy], load: float, seconds: float, seed: int) -> Seen:
     """Requests at random moments, under adapters of Zipf's law; the first quarter, which fills tiers, counts not."""
     draw = random.Random(seed)
     names = [f"r{i}" for i in range(shape.replicas)]
@@ -222,9 +225,10 @@ def simulate(shape: Shape, kind: type[Policy], load: float, seconds: float, mix:
                 at(now + REPORT_S, "report", "", what)
                 if what == 0:
                     reports = {
-                        other: report(*replica.tiers.values(), now, shape.limit) for other, replica in replicas.items()
+                        other: report(*replica.tiers.values(), now, shape.limit, queue=replica.here)
+                        for other, replica in replicas.items()
                     }
-                policies[what].update(reports, now)
+                policies[what].update(reports, ingresses[what], now)
             if counted and what == 0 and now < seconds:
                 queues = [replica.here for replica in replicas.values()]
                 seen.busiest.append(max(queues) / max(mean(queues), 1e-9))
@@ -249,7 +253,7 @@ def simulate(shape: Shape, kind: type[Policy], load: float, seconds: float, mix:
             number += 1
             own = draw.choices(range(shape.adapters), cum_weights=weights)[0]
             mixture = [(f"adapter-{own:05d}@{own:08x}", 1.0)]
-            if draw.random() < mix:
+            if draw.random() < shape.mix:
                 first = own - own % 3
                 mixture = [(f"adapter-{i:05d}@{i:08x}", 0.6 if i == own else 0.2) for i in range(first, first + 3)]
             who = draw.randrange(INGRESSES)
@@ -318,19 +322,19 @@ def main() -> None:
 
     large = Shape(
         args.replicas, args.adapters, rows=16, limit=24, tokens=64, step_s=lambda n: 0.008 + 0.0002 * n,
-        room={"device": 256, "host": 1024, "disk": 4096},
+        room={"device": 256, "host": 1024, "disk": 4096}, load_s=LOAD_S, mix=args.mix,
     )  # fmt: skip
     small = Shape(
         3, 200, rows=16, limit=6, tokens=64, step_s=lambda n: 0.02 * (1 + n / 4),
-        room={"device": 40, "host": 80, "disk": 200},
+        room={"device": 40, "host": 80, "disk": 200}, load_s={}, mix=0.0,
     )  # fmt: skip
     found: dict[str, dict[str, float]] = {}
     cases = [("large", large, load, args.seconds) for load in args.load]
-    cases += [("three", small, load, 60 * args.seconds) for load in (0.4, 0.6, 0.8)]
+    cases += [("three", small, load, 240 * args.seconds) for load in (0.4, 0.6, 0.8)]
     for title, shape, load, seconds in cases:
         arms = {}
         for arm, kind in (("Serve's own", Policy), ("this one", Ours)):
-            seen = simulate(shape, kind, load, seconds, args.mix, seed=0)
+            seen = simulate(shape, kind, load, seconds, seed=0)
             arms[arm] = found[f"{title} {load:g} {arm}"] = seen.figures()
         print(f"\n{shape.replicas} replicas, {shape.adapters} adapters, {load:.0%} of {shape.rate():.0f} requests/s")
         print(f"{'':42}{'Serve’s own':>14}{'this one':>14}")

@@ -194,6 +194,7 @@ class LoraModel:
             time.monotonic(),
             self._limit(),
             self._engine.pace.seconds(self._engine.config.max_batch),
+            sum(self._engine.load),
         )
 
     def _check_wait(self) -> None:

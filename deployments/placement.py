@@ -49,7 +49,7 @@ _SAMPLED = 2
 _CALLS = 1 << 14
 _PACES = 4.0  # a replica counts as so many times as slow, or as fast, as others at most
 _STEPS = 4  # in which a pace doubles: smaller changes are no news
-_TIE, _NO_ROOM, _AVOIDED = 1e-9, 1e6, 1e9  # what a score gets on top
+_TIE, _NO_ROOM, _UNWILLING, _AVOIDED = 1e-9, 1e6, 1e7, 1e9  # what a score gets on top
 _BY_BITS = np.array([COSTS[3], *(COSTS[min(t for t in range(3) if bits & 1 << t)] for bits in range(1, 8))])
 Filters = NDArray[np.uint8]
 
@@ -77,6 +77,7 @@ def report(
     now: float,
     limit: int | None = None,
     seconds: float = 0.0,
+    queue: int | None = None,
 ) -> dict[str, Any]:
     """What a replica tells the routers. It is of one size, and changes only if there is news.
 
@@ -85,13 +86,14 @@ def report(
         now: seconds on any steady clock; makes the report of an idle replica change every BEAT_S seconds.
         limit: requests that the replica takes at once before it refuses more, as far as it knows.
         seconds: what a request takes there when the batch is full; 0 while that is not known.
+        queue: requests that it has, whoever sent them.
     """
     tiers = {
         tier: names if isinstance(names, bytes) else holdings(names)
         for tier, names in zip(TIERS, (device, host, disk), strict=True)
     }
     pace = round(_STEPS * math.log2(seconds)) if seconds > 0 else None
-    return {"beat": int(now // BEAT_S), "limit": limit, "pace": pace, **tiers}
+    return {"beat": int(now // BEAT_S), "limit": limit, "pace": pace, "queue": queue, **tiers}
 
 
 @dataclass
@@ -124,9 +126,9 @@ class Placement:
         self._sendings: deque[tuple[float, str, str]] = deque()
         self._arrange()
 
-    def update(self, reports: Mapping[str, Mapping[str, Any]], now: float) -> None:
-        """Take in which replicas there are, with the last report of each (empty: none yet)."""
-        first = not self._replicas
+    def update(self, reports: Mapping[str, Mapping[str, Any]], now: float) -> set[str]:
+        """Take in which replicas there are, with the last report of each (empty: none yet); returns whose are new."""
+        first, news = not self._replicas, set()
         known = self._replicas
         self._replicas = {name: known.get(name) or _Replica(now - RAMP_S if first else now) for name in reports}
         self._arrange()
@@ -135,7 +137,9 @@ class Placement:
             if raw and raw != replica.raw:
                 replica.raw, replica.heard = raw, now
                 self._held[:, self._rows[name]] = _tiers(raw)
+                news.add(name)
         self._arrange()
+        return news
 
     def refused(self, replica: str, until: float) -> None:
         """A replica has refused a request, and would refuse others until then. Any thread may tell."""
@@ -202,10 +206,11 @@ class Placement:
         names = list(self._rows)
         queue = np.array([queues.get(name, -1) for name in names], np.float64)
         here = queue >= 0
-        room = here & (queue < self._limits)
+        willing = here.copy()
         for name in (*avoid, *self._refusing(now)):
             if name in self._rows:
-                room[self._rows[name]] = False
+                willing[self._rows[name]] = False
+        room = willing & (queue < self._limits)
         if now < self._grown:
             queue = np.maximum(queue, self._slow_start(queue, now))
         share = queue / self._full
@@ -219,11 +224,13 @@ class Placement:
             score += load
             chosen |= near
         # Those that have or should have something, and two others: not all routers see the idlest replica at once. But
-        # where none of them has room, it is anybody who has.
-        if not (chosen & room).any():
-            chosen |= room
+        # where none of them has room, it is anybody who has, or who at least has not refused: it may have some by now.
+        for others in (room, willing):
+            if not (chosen & room).any():
+                chosen |= others
         score += self._jitter.random(len(names)) * _TIE
         score[~room] += _NO_ROOM
+        score[~willing] += _UNWILLING
         for name in avoid:
             if name in self._rows:
                 score[self._rows[name]] += _AVOIDED

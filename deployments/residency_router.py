@@ -77,9 +77,13 @@ class ResidencyRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's hook: the replicas there are now, and their reports."""
         reports = {replica.replica_id.unique_id: replica.routing_stats or {} for replica in replicas}
-        self._placement.update(reports, time.monotonic())
+        news = self._placement.update(reports, time.monotonic())
         self._own = {name: count for name, count in self._own.items() if name in reports}
         super().update_replicas(replicas)
+        for replica in replicas:  # what others send there is known by its reports, else by its answers alone
+            name = replica.replica_id.unique_id
+            if name in news and (queue := reports[name].get("queue")) is not None:
+                self.on_new_queue_len_info(replica.replica_id, queue)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Serve's hook: a request leaves for a replica."""

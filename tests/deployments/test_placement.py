@@ -266,6 +266,19 @@ def test_nobody_is_sent_to_a_full_replica_while_one_has_room(replicas: int) -> N
         assert chosen.rank([], {**dict.fromkeys(names, 6), free: 5}, 1.0)[0] == free
 
 
+def test_where_all_seem_full_everybody_is_asked_before_a_request_is_refused() -> None:
+    """What is known of queues may be old: a replica that has not refused may have room by now."""
+    names = [f"r{i}" for i in range(30)]
+    chosen = Placement(batch=BATCH, seed=0)
+    chosen.update({name: report(["a"], [], [], 0.0, 6) for name in names}, 0.0)
+    asked: list[str] = []
+    for _ in names:
+        asked.append(chosen.rank([("a", 1.0)], dict.fromkeys(names, 6), 1.0, avoid=asked)[0])
+        chosen.refused(asked[-1], 2.0)
+    assert sorted(asked) == sorted(names)
+    assert chosen.all_refuse(1.5)
+
+
 def test_a_rank_costs_at_most_a_fifth_of_a_millisecond() -> None:
     """At 100 replicas, 10,000 adapters and 16 of them mixed, in this process's own time; the least of some."""
     draw = random.Random(0)

@@ -154,6 +154,21 @@ def test_who_waits_while_another_has_a_row_to_spare_is_told(route: Callable[...,
     route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1"))
 
 
+def test_queues_that_others_fill_are_known_by_the_reports(route: Callable[..., None]) -> None:
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        placement = placement_of(str(DEPLOYMENT))
+        assert placement is not None
+        for queue in (30, 0):
+            replicas[0].routing_stats = report(["a@1"], (), (), 0.0, queue=queue)
+            router.update_replicas(replicas)
+            assert placement.look() == {"r0": queue, "r1": 0}
+        router.on_new_queue_len_info(replicas[0].replica_id, 30)
+        router.update_replicas(replicas)
+        assert placement.look() == {"r0": 30, "r1": 0}, "an old report is no news"
+
+    route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1"))
+
+
 def test_other_calls_and_calls_without_adapters_go_to_any_two(route: Callable[..., None]) -> None:
     async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
         for request in (None, PendingRequest([], {}, RequestMetadata("request", "internal")), pending()):
