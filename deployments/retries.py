@@ -179,7 +179,7 @@ async def _first(stream: Any, call: GenerateCall, until: float, timeout_s: float
         if not first.done():
             stream.cancel()
             first.cancel()
-            await asyncio.wait([first])
+            await asyncio.gather(first, return_exceptions=True)
 
 
 def _cancelled(error: BaseException) -> bool:
