@@ -272,9 +272,9 @@ class Reservation:
         if self._want is not None and difference:
             await self._access.settle(self._want._replace(amount=difference))
 
-    async def drop(self, error: BaseException) -> None:
-        """Count what an error leaves: nothing, unless it is the client that has left."""
-        await self.settle(0 if isinstance(error, Exception) else self.at_least)
+    async def drop(self, error: BaseException, used: int = 0) -> None:
+        """Count what an error leaves: what was used; where it is the client that has left, not less than the least."""
+        await self.settle(used if isinstance(error, Exception) else max(used, self.at_least))
 
 
 def _rate_limited(caller: Caller, want: Want, wait_s: float) -> RateLimited:

@@ -5,21 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lorauter.engine.types import SamplingParams
+from lorauter.engine.types import Prompt, SamplingParams
 from lorauter.routing.compose import AdapterWeight, LeftOut
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A chat (`{"role", "content"}` messages) or a plain text; one of them."""
-
-    messages: tuple[dict[str, str], ...] = ()
-    text: str | None = None
-
-    @property
-    def characters(self) -> int:
-        """The length of all its text."""
-        return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from deployments.adapter_cache import CacheSpec, NodeCache
-from deployments.calls import Admitted, GenerateCall, Prompt
+from deployments.calls import Admitted, GenerateCall
 from deployments.config import AppConfig
 from deployments.devices import own_gpus_only
 from deployments.engines import Packing, start_engine
@@ -31,6 +31,7 @@ from lorauter.adapters import ModelShape
 from lorauter.engine import Chunk, GenerationRequest, SamplingParams
 from lorauter.engine.load import warm_up as warm_up_engine
 from lorauter.engine.slots import PackedAdapter
+from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, LorauterError, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing.compose import LeftOut, cause_of, without
@@ -107,8 +108,17 @@ class LoraModel:
         finally:
             await answer.aclose()
 
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt's tokens. Raises InvalidRequest."""
+        return await asyncio.to_thread(self._engine.codec.encode, prompt)
+
+    async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of tokens. Raises InvalidRequest."""
+        decode = self._engine.codec.decode
+        return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
+
     async def _answer(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
-        prompt = await asyncio.to_thread(self._encode, call.prompt)  # a long text takes its time
+        prompt = await asyncio.to_thread(self._engine.codec.encode, call.prompt)  # a long text takes its time
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         mixture, left_out = await self._mixture(call)
@@ -155,10 +165,6 @@ class LoraModel:
             return AdapterUnavailable(problem, adapter=key.name)
         except AdapterError as error:
             return error
-
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        codec = self._engine.codec
-        return codec.chat(prompt.messages) if prompt.text is None else codec.plain(prompt.text)
 
     async def shape(self) -> tuple[ModelShape, int]:
         """What an adapter has to fit, and the largest rank served."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,22 +57,36 @@ _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
 
 @dataclass(frozen=True)
 class Shape:
-    """What differs between the two generating endpoints' answers."""
+    """What differs between the two generating endpoints' answers.
 
+    Attributes:
+        prompt: the option that holds the prompt.
+    """
+
+    prompt: str
     prefix: str
     whole: str
     piece: str
     body: Callable[[str], dict[str, Any]]
     delta: Callable[[str], dict[str, Any]]
-    first: dict[str, Any] | None
+    first: dict[str, Any]
 
-    def answer(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        """The choices of a whole answer."""
-        choice = {"index": 0, **self.body(text), "finish_reason": finish_reason, "logprobs": None}
-        return {"choices": [choice]}
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """A choice of a whole answer."""
+        return {"index": index, **self.body(text), "finish_reason": finish_reason, "logprobs": None}
+
+    def head(self, model: str, *, stream: bool) -> dict[str, Any]:
+        """What an answer, or each of its events, begins with."""
+        return {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "object": self.piece if stream else self.whole,
+            "created": int(time.time()),
+            "model": model,
+        }
 
 
 CHAT = Shape(
+    "messages",
     "chatcmpl",
     "chat.completion",
     "chat.completion.chunk",
@@ -80,50 +95,48 @@ CHAT = Shape(
     {"delta": {"role": "assistant", "content": ""}},
 )
 TEXT = Shape(
+    "prompt",
     "cmpl",
     "text_completion",
     "text_completion",
     lambda text: {"text": text},
     lambda text: {"text": text},
-    None,
+    {"text": ""},
 )
 
 
 class EventEncoder:
-    """An answer's server-sent events. What all its pieces have in common is encoded once.
+    """A choice's server-sent events. What all its pieces have in common is encoded once.
 
     Args:
         head: the fields that every event has.
         shape: the endpoint's.
+        index: the choice's.
     """
 
-    def __init__(self, head: Mapping[str, Any], shape: Shape) -> None:
+    def __init__(self, head: Mapping[str, Any], shape: Shape, index: int = 0) -> None:
         self._head = head
         self._shape = shape
+        self._index = index
         mark = uuid.uuid4().hex  # in the text's place
         before, after = self._piece(mark, None).decode().split(f'"{mark}"')
         self._before, self._after = before.encode(), after.encode()
 
-    def first(self, decision: Mapping[str, Any]) -> bytes:
+    def first(self, **beside: Any) -> bytes:
         """The event that goes before the answer's pieces."""
-        choice = self._choice(self._shape.first or self._shape.delta(""), None)
-        return event({**self._head, **choice, "lorauter": decision})
+        return event({**self._head, **self._choice(self._shape.first, None), **beside})
 
-    def piece(self, text: str, finish_reason: str | None) -> bytes:
+    def piece(self, text: str, finish_reason: str | None, **beside: Any) -> bytes:
         """The event of a piece of the answer."""
-        if text and finish_reason is None:
+        if text and finish_reason is None and not beside:
             return self._before + encode_basestring(text).encode() + self._after
-        return self._piece(text, finish_reason)
+        return self._piece(text, finish_reason, **beside)
 
-    def usage(self, usage: Mapping[str, Any]) -> bytes:
-        """The event that says what the answer took."""
-        return event({**self._head, "choices": [], "usage": usage})
-
-    def _piece(self, text: str, finish_reason: str | None) -> bytes:
-        return event({**self._head, **self._choice(self._shape.delta(text), finish_reason)})
+    def _piece(self, text: str, finish_reason: str | None, **beside: Any) -> bytes:
+        return event({**self._head, **self._choice(self._shape.delta(text), finish_reason), **beside})
 
     def _choice(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"choices": [{"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}]}
+        return {"choices": [{"index": self._index, **content, "finish_reason": finish_reason, "logprobs": None}]}
 
 
 LAST_EVENT = b"data: [DONE]\n\n"

@@ -1,139 +1,179 @@
-"""The bodies of the HTTP API's requests, in OpenAI's shape, validated. Knows nothing of how they are answered."""
+"""The options of the HTTP API's requests: what each endpoint takes, validated, and what it asks for.
+
+Each field is a row of the table in `docs/api.md`. Knows nothing of how requests are answered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
-from lorauter.engine.types import SamplingParams
+from deployments.conversations import Message, turns_of
+from deployments.options import Body, OneOf, Only, Option
+from lorauter.engine.types import Prompt, SamplingParams
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingOptions
 
 ROUTED_MODEL = "lorauter"
 BASE_MODEL = "base"
 
-
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+PositiveInt = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0)]
+Penalty = Annotated[FiniteFloat, Field(ge=-2, le=2)]
+Bias = Annotated[FiniteFloat, Field(ge=-100, le=100)]
 
 
 class LorauterOptions(RoutingOptions):
     """The `lorauter` object of a request: routing options, or adapters chosen by hand."""
 
-    adapters: dict[str, FiniteFloat] | None = None
+    adapters: Annotated[
+        dict[str, FiniteFloat] | None, Field(description="adapters by name and weight, in place of routing")
+    ] = None
 
 
-class TextPart(_Body):
-    """A piece of a message's content; only text is taken."""
-
-    type: Literal["text"]
-    text: str
-    cache_control: Any = None
-    annotations: Any = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_nothing(cls, value: Any) -> Any:
-        return without_nulls(value)
-
-
-class Message(BaseModel):
-    """One message of a chat, as clients send back what they were sent: fields that are not known are left out.
-
-    What is no text is taken only where it is empty, since the model would not see it.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
-    audio: None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.role != "assistant":
-            if self.content is None:
-                raise PydanticCustomError("content", "a message of the role {role} needs content", {"role": self.role})
-            if self.tool_calls is not None:
-                raise PydanticCustomError(
-                    "tool_calls", "tool_calls are an assistant's, not {role}'s", {"role": self.role}
-                )
-        return self
-
-    @property
-    def text(self) -> str:
-        """The content as one string; of an assistant that said nothing, none."""
-        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
-
-
-def without_nulls(value: Any) -> Any:
-    """An object without its fields that are null: left out by other words, as data bases and Arrow have it."""
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-
-
-def turns_of(messages: Sequence[Message]) -> tuple[dict[str, str], ...]:
-    """Messages as a chat template takes them."""
-    return tuple({"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages)
-
-
-def routed_text(turns: Sequence[Mapping[str, str]], route_on: str) -> str:
-    """The text of a chat that decides the adapters. Raises InvalidRequest if there is none."""
-    if route_on == "conversation":
-        return "\n".join(turn["content"] for turn in turns)
-    for turn in reversed(turns):
-        if turn["role"] == "user":
-            return turn["content"]
-    raise InvalidRequest("messages hold no user message to route by", param="messages")
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream carries beside the answer."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: Annotated[bool, Option("an event with the usage before the end", "answer", (False,))] = False
+    continuous_usage_stats: Annotated[bool, Option("the usage so far in each event", "answer", (False,))] = False
+    include_obfuscation: Annotated[bool, Option("events are never padded", "nowhere")] = False
 
 
-class GenerationBody(_Body):
-    """What chats and plain completions have in common.
+_SAME_NAMES = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "ignore_eos",
+)
 
-    Options of OpenAI's that would change the answer and are not implemented are taken only at their neutral value.
-    """
 
-    model: str
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    seed: int | None = None
-    n: Literal[1] | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    lorauter: LorauterOptions = LorauterOptions()
+class SamplingOptions(Body):
+    """How answers are sampled."""
 
-    @field_validator("lorauter", mode="before")
-    @classmethod
-    def _none_chooses_nothing(cls, value: Any) -> Any:
-        return LorauterOptions() if value is None else value
-
-    @field_validator("presence_penalty", "frequency_penalty", mode="before")
-    @classmethod
-    def _neutral(cls, value: Any) -> Any:
-        return int(value) if value == 0 and not isinstance(value, bool) else value
+    max_tokens: Annotated[PositiveInt | None, Option("tokens of an answer at most", "sampling")] = None
+    temperature: Annotated[
+        Annotated[FiniteFloat, Field(ge=0, le=2)] | None, Option("0 takes the likeliest tokens", "sampling")
+    ] = None
+    top_p: Annotated[
+        Annotated[FiniteFloat, Field(gt=0, le=1)] | None,
+        Option("sample from the likeliest tokens of this probability", "sampling", (1,)),
+    ] = None
+    top_k: Annotated[
+        Annotated[int, Field(ge=-1)] | None, Option("sample from so many of the likeliest", "sampling", (0, -1))
+    ] = None
+    min_p: Annotated[
+        Annotated[FiniteFloat, Field(ge=0, le=1)] | None,
+        Option("sample from tokens at least this share as likely as the likeliest", "sampling", (0,)),
+    ] = None
+    presence_penalty: Annotated[Penalty | None, Option("against tokens that the answer has", "sampling", (0,))] = None
+    frequency_penalty: Annotated[
+        Penalty | None, Option("the same, for each time that it has them", "sampling", (0,))
+    ] = None
+    repetition_penalty: Annotated[
+        Annotated[FiniteFloat, Field(gt=0)] | None,
+        Option("against tokens that prompt or answer have", "sampling", (1,)),
+    ] = None
+    logit_bias: Annotated[
+        dict[str, Bias] | None, Option("what is added to tokens' logits, by their ids", "sampling", ({},))
+    ] = None
+    seed: Annotated[int | None, Option("the same answer again", "sampling")] = None
+    stop: Annotated[
+        Annotated[str | Annotated[list[str], Field(max_length=16)], OneOf("a text, or a list of at most 16 texts")]
+        | None,
+        Option("texts that end the answer", "sampling", ([],)),
+    ] = None
+    ignore_eos: Annotated[bool | None, Option("go on after the token that ends an answer", "sampling", (False,))] = None
 
     @property
     def token_limit(self) -> int | None:
-        """The answer's bound, if the request gives one."""
+        """The answer's bound, if there is one."""
         return self.max_tokens
+
+    def sampled(self, default: SamplingParams) -> SamplingParams:
+        """The sampling asked for; what was left out is the default's. Raises InvalidRequest."""
+        asked: dict[str, Any] = {name: getattr(self, name) for name in _SAME_NAMES}
+        asked |= {
+            "max_tokens": self.token_limit,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "logit_bias": self.logit_bias if self.logit_bias is None else _biases(self.logit_bias),
+            "stop": (self.stop,)
+            if isinstance(self.stop, str)
+            else self.stop
+            if self.stop is None
+            else tuple(self.stop),
+        }
+        return replace(default, **{name: value for name, value in asked.items() if value is not None})
+
+
+class GenerationBody(SamplingOptions):
+    """What chats and plain completions have in common."""
+
+    model: Annotated[str, Option(f"`{ROUTED_MODEL}` (routed), `{BASE_MODEL}`, or an adapter's name", "model")]
+    lorauter: Annotated[
+        LorauterOptions, Option("how to route, or the adapters by hand; an object", "routing", ({},))
+    ] = LorauterOptions()
+
+    stream: Annotated[bool, Option("the answer as it comes, by server-sent events", "answer", (False,))] = False
+    stream_options: Annotated[
+        StreamOptions | None,
+        Option("what a stream carries beside the answer", "answer", ({},)),
+    ] = None
+    cache_salt: Annotated[
+        Annotated[str, Field(min_length=1, max_length=1024)] | None,
+        Option("share what is computed of prompts only with requests of the same salt", "prompt"),
+    ] = None
+
+    user: Annotated[str | None, Option("", "nowhere")] = None
+    metadata: Annotated[dict[str, Any] | None, Option("", "nowhere")] = None
+    request_id: Annotated[str | None, Option("the header `x-request-id` goes into logs", "nowhere")] = None
+    session_id: Annotated[str | None, Option("", "nowhere")] = None
+    stream_interval: Annotated[PositiveInt | None, Option("", "nowhere")] = None
+    spaces_between_special_tokens: Annotated[bool, Option("", "nowhere")] = True
+    return_token_offsets: Annotated[bool, Option("", "nowhere")] = False
+    return_mm_kwargs: Annotated[bool, Option("", "nowhere")] = True
+    guided_decoding_backend: Annotated[str | None, Option("", "nowhere")] = None
+    truncation_side: Annotated[Literal["left", "right"] | None, Option("", "nowhere")] = None
+
+    n: Annotated[None, Only(1, because="send as many requests")] = None
+    best_of: Annotated[None, Only(1)] = None
+    use_beam_search: Annotated[None, Only(False)] = None
+    length_penalty: Annotated[None, Only(1, because="it is of beam search")] = None
+    min_tokens: Annotated[None, Only(0)] = None
+    stop_token_ids: Annotated[None, Only([])] = None
+    include_stop_str_in_output: Annotated[None, Only(False)] = None
+    skip_special_tokens: Annotated[None, Only(True)] = None
+    allowed_token_ids: Annotated[None, Only()] = None
+    bad_words: Annotated[None, Only([])] = None
+    prompt_logprobs: Annotated[None, Only()] = None
+    logprob_token_ids: Annotated[None, Only()] = None
+    return_tokens_as_token_ids: Annotated[None, Only(False)] = None
+    return_token_ids: Annotated[None, Only(False)] = None
+    return_prompt_text: Annotated[None, Only(False)] = None
+    response_format: Annotated[None, Only({"type": "text"})] = None
+    structured_outputs: Annotated[None, Only({})] = None
+    guided_json: Annotated[None, Only()] = None
+    guided_regex: Annotated[None, Only()] = None
+    guided_choice: Annotated[None, Only()] = None
+    guided_grammar: Annotated[None, Only()] = None
+    guided_whitespace_pattern: Annotated[None, Only()] = None
+    truncate_prompt_tokens: Annotated[None, Only(because="a prompt is never cut in silence")] = None
+    thinking_token_budget: Annotated[None, Only(-1)] = None
+    repetition_detection: Annotated[None, Only()] = None
+    watermarking: Annotated[None, Only(False)] = None
+    priority: Annotated[None, Only(0)] = None
+    logits_processors: Annotated[None, Only([])] = None
+    routed_experts_prompt_start: Annotated[None, Only(0)] = None
+    kv_transfer_params: Annotated[None, Only({})] = None
+    ec_transfer_params: Annotated[None, Only({})] = None
+    vllm_xargs: Annotated[None, Only({})] = None
 
     def chosen(self) -> Mapping[str, float] | None:
         """The adapters that a request asks for, by hand or as its model; None where it is to be routed.
@@ -149,54 +189,132 @@ class GenerationBody(_Body):
 
     def sampling(self, *, max_tokens: int, temperature: float) -> SamplingParams:
         """The sampling asked for, with defaults for what was left out. Raises InvalidRequest."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(
-            max_tokens=self.token_limit or max_tokens,
-            temperature=temperature if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            stop=stop,
-            seed=self.seed,
-        )
+        return self.sampled(SamplingParams(max_tokens=max_tokens, temperature=temperature))
+
+
+def _biases(by_token: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    for token in by_token:
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise InvalidRequest(f"logit_bias: got {token[:40]!r}, needed a token's id", param="logit_bias")
+    return tuple((int(token), bias) for token, bias in by_token.items())
 
 
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
+    messages: Annotated[
+        Annotated[list[Message], Field(min_length=1)],
+        Option(
+            "the conversation: `role`, `content` (a text, or parts of text), `tool_calls`, `tool_call_id`", "prompt"
+        ),
+    ]
+    max_completion_tokens: Annotated[PositiveInt | None, Option("goes before `max_tokens`", "sampling")] = None
+    add_generation_prompt: Annotated[
+        bool | None, Option("begin the assistant's message; unless the last message goes on, it is begun", "prompt")
+    ] = None
+    continue_final_message: Annotated[bool, Option("the answer goes on with the last message", "prompt", (False,))] = (
+        False
+    )
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, Option("variables of the chat template", "prompt", ({},))
+    ] = None
+
+    store: Annotated[bool | None, Option("nothing is stored", "nowhere")] = None
+    service_tier: Annotated[str | None, Option("", "nowhere")] = None
+    prompt_cache_key: Annotated[str | None, Option("", "nowhere")] = None
+    prompt_cache_retention: Annotated[str | None, Option("", "nowhere")] = None
+    prompt_cache_options: Annotated[dict[str, Any] | None, Option("", "nowhere")] = None
+    safety_identifier: Annotated[str | None, Option("", "nowhere")] = None
+    prediction: Annotated[dict[str, Any] | None, Option("", "nowhere")] = None
+    parallel_tool_calls: Annotated[bool | None, Option("there are no tools", "nowhere")] = None
+    include_reasoning: Annotated[bool | None, Option("", "nowhere")] = None
+
+    logprobs: Annotated[None, Only(False)] = None
+    top_logprobs: Annotated[None, Only(0)] = None
+    tools: Annotated[None, Only([])] = None
+    tool_choice: Annotated[None, Only("none", "auto")] = None
+    functions: Annotated[None, Only([])] = None
+    function_call: Annotated[None, Only("none", "auto")] = None
+    modalities: Annotated[None, Only(["text"])] = None
+    audio: Annotated[None, Only()] = None
+    reasoning_effort: Annotated[None, Only("none")] = None
+    verbosity: Annotated[None, Only("medium")] = None
+    web_search_options: Annotated[None, Only()] = None
+    moderation: Annotated[None, Only()] = None
+    echo: Annotated[None, Only(False)] = None
+    add_special_tokens: Annotated[None, Only(False, because="the chat template writes them")] = None
+    documents: Annotated[None, Only([])] = None
+    chat_template: Annotated[None, Only(because="the model's own is used")] = None
+    media_io_kwargs: Annotated[None, Only({})] = None
+    mm_processor_kwargs: Annotated[None, Only({})] = None
+
+    @model_validator(mode="after")
+    def _begins_or_goes_on(self) -> ChatBody:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError(
+                "continue_final_message", "add_generation_prompt and continue_final_message exclude each other"
+            )
+        return self
 
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def turns(self) -> tuple[dict[str, str], ...]:
-        """The messages as a chat template takes them."""
-        return turns_of(self.messages)
+    def prompts(self) -> list[Prompt]:
+        """The conversation as a prompt."""
+        return [
+            Prompt(
+                messages=turns_of(self.messages),
+                add_generation_prompt=not self.continue_final_message and self.add_generation_prompt is not False,
+                continue_final_message=self.continue_final_message,
+                template_kwargs=self.chat_template_kwargs or {},
+            )
+        ]
 
-    def routed_text(self, route_on: str) -> str:
-        """The text that decides the adapters. Raises InvalidRequest if there is none."""
-        return routed_text(self.turns(), route_on)
+
+Prompts = Annotated[
+    str | list[str] | list[TokenId] | list[list[TokenId]],
+    OneOf("a text, a list of texts, a list of token ids, or a list of such lists"),
+]
 
 
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
-    logprobs: Literal[0] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    prompt: Annotated[Prompts, Option("each is answered by a choice", "prompt")]
+    add_special_tokens: Annotated[
+        bool, Option("put before a text what the tokenizer puts there", "prompt", (True,))
+    ] = True
+    parse_special: Annotated[
+        bool, Option("what looks like a control token is one: for chats that a client renders", "prompt", (False,))
+    ] = False
 
-    @property
-    def text(self) -> str:
-        """The prompt."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    suffix: Annotated[None, Only("")] = None
+    logprobs: Annotated[None, Only(0)] = None
+    echo: Annotated[None, Only(False)] = None
+    prompt_embeds: Annotated[None, Only()] = None
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts. Raises InvalidRequest: there is none."""
+        given = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if not given:
+            raise InvalidRequest("prompt is empty; give a text, or a list", param="prompt")
+        if isinstance(given[0], int):
+            given = [given]
+        return [self._prompt(one) for one in given]
+
+    def _prompt(self, given: Any) -> Prompt:
+        if not isinstance(given, str):
+            return Prompt(token_ids=tuple(given))
+        return Prompt(text=given, add_special_tokens=self.add_special_tokens, parse_special=self.parse_special)
 
 
 class RouteBody(RoutingOptions):
     """`POST /v1/route`: a text or texts, and the routing options beside them."""
 
-    input: str | list[str]
+    input: Annotated[
+        Annotated[str | list[str], OneOf("a text, or a list of texts")], Option("what is routed", "routing")
+    ]
 
     def texts(self) -> list[str]:
         """The texts, at least one. Raises InvalidRequest."""
@@ -204,3 +322,11 @@ class RouteBody(RoutingOptions):
         if not texts:
             raise InvalidRequest("input is empty; give a text or a list of texts", param="input")
         return texts
+
+
+ENDPOINTS: Mapping[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/v1/route": RouteBody,
+}
+"""What each endpoint takes that is sent JSON."""

@@ -30,7 +30,9 @@ from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
 from deployments.tracing import span
 from lorauter.catalog.catalog import PROBE_TEXT
+from lorauter.encoder import Embeddings
 from lorauter.engine import Chunk
+from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterError, Overloaded, ServiceUnavailable
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text
 from lorauter.routing.compose import cause_of
@@ -77,13 +79,21 @@ class Router:
         self._retriever = retriever
         self._embed, self._decide, self._versions = embedder.embed, retriever.decide, retriever.versions
         self._model = model.options(stream=True)
+        self._tokenize, self._detokenize = model.tokenize, model.detokenize
         self._editor = _EditorClient(editor) if editor is not None else None
         self._admission = Admission(model)
 
     def __serve_build_asgi_app__(self) -> Any:
         config = self._config
         admin = admin_endpoints(self._editor, config.api)
-        api = build_api(self, config.api, self._access, admin, max_model_len=config.engine.max_model_len)
+        api = build_api(
+            self,
+            config.api,
+            self._access,
+            admin,
+            max_model_len=config.engine.max_model_len,
+            base_model=config.base_model,
+        )
         return observe.Observed(api, self._recorder)
 
     async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
@@ -102,6 +112,21 @@ class Router:
         """The versions of adapters that are served, those of the catalog in use; without those that it lacks."""
         versions: dict[str, str] = await self._asked(lambda: self._versions.remote(list(names)))
         return versions
+
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        """(n, d) float32 unit rows for n texts. Raises Overloaded, ServiceUnavailable."""
+        embeddings: Embeddings = await self._asked(lambda: self._embed.remote(list(texts)))
+        return embeddings
+
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt's tokens. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
+        token_ids: tuple[int, ...] = await self._asked(lambda: self._tokenize.remote(prompt))
+        return token_ids
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of tokens. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
+        text: str = await self._asked(lambda: self._detokenize.remote(token_ids, skip_special_tokens))
+        return text
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""

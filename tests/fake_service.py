@@ -15,7 +15,8 @@ from starlette.applications import Starlette
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall
 from deployments.config import ApiSettings
-from lorauter.engine.types import Chunk
+from lorauter.encoder import Embeddings, HashingEncoder
+from lorauter.engine.types import Chunk, Prompt
 from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions, TaskScore, check_text
 
 CHAT, COMPLETIONS, ROUTE = "/v1/chat/completions", "/v1/completions", "/v1/route"
@@ -61,6 +62,19 @@ class FakeService:
     async def versions(self, names: Sequence[str]) -> dict[str, str]:
         await self.check_ready()
         return {name: VERSIONS[name] for name in names if name in VERSIONS}
+
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        await self.check_ready()
+        return HashingEncoder(8).encode(texts)
+
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        await self.check_ready()
+        said = "".join(m["content"] for m in prompt.messages) if prompt.text is None else prompt.text
+        return tuple(said.encode()) if prompt.token_ids is None else prompt.token_ids
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        await self.check_ready()
+        return bytes(token_ids).decode()
 
     def check_load(self) -> None:
         if self.load_error:

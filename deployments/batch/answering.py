@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from deployments.batch.config import BatchConfig
-from deployments.batch.rows import RowRequest, Work, decision_columns, described, read_request
+from deployments.batch.rows import Work, decision_columns, described, read_request
 from deployments.host_adapters import HostAdapters
 from deployments.openai_answers import error_answer
 from lorauter.engine import GenerationRequest, MultiLoraEngine
@@ -133,7 +133,9 @@ class Answering:
             decision = work.decisions[place] = decision.without(left_out)
         try:
             request = read_request(work.rows[place], self._config)
-            prompt = self._encode(request)
+            prompt = self._engine.codec.encode(request.prompt)
+            if not prompt:
+                raise InvalidRequest("the prompt has no tokens", param="prompt")
             mixture = []
             for adapter in decision.adapters:
                 packed = fetched[adapter.key]
@@ -143,13 +145,6 @@ class Answering:
             return GenerationRequest(prompt, tuple(mixture), request.sampling), len(prompt)
         except Exception as error:  # noqa: BLE001 (this row's trouble alone)
             return error.with_traceback(None)
-
-    def _encode(self, request: RowRequest) -> tuple[int, ...]:
-        codec = self._engine.codec
-        prompt = codec.chat(request.messages) if request.prompt is None else codec.plain(request.prompt)
-        if not prompt:
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
-        return prompt
 
     async def _fetch_all(self, keys: Sequence[AdapterKey]) -> dict[AdapterKey, Fetched]:
         return dict(zip(keys, await asyncio.gather(*map(self._fetch, keys)), strict=True))

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, FiniteFloat, ValidationError, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from deployments.config import AppConfig, CacheSettings, HostSettings, Positive, Settings, explain
+from deployments.openai_types import SamplingOptions
 from lorauter.engine.config import EngineConfig
 from lorauter.errors import ConfigError
 from lorauter.routing.options import RoutingConfig
@@ -26,7 +27,7 @@ class Columns(Settings):
         adapters: adapters chosen by hand: a name, or `{name: weight}`, or `[{"name", "weight"}, ...]`; `{}` is the base
             model alone, and null routes the row.
         options: routing options, `{"top_k", "temperature", "exclude_tasks", "exclude_adapters", "allow_adapters"}`.
-        max_tokens, temperature, top_p, stop, seed: the row's sampling, in place of the job's.
+        max_tokens, temperature, ...: the row's sampling, in place of the job's.
     """
 
     prompt: str = "prompt"
@@ -36,23 +37,24 @@ class Columns(Settings):
     max_tokens: str | None = "max_tokens"
     temperature: str | None = "temperature"
     top_p: str | None = "top_p"
+    top_k: str | None = "top_k"
+    min_p: str | None = "min_p"
+    presence_penalty: str | None = "presence_penalty"
+    frequency_penalty: str | None = "frequency_penalty"
+    repetition_penalty: str | None = "repetition_penalty"
+    logit_bias: str | None = "logit_bias"
     stop: str | None = "stop"
+    ignore_eos: str | None = "ignore_eos"
     seed: str | None = "seed"
 
 
-class Sampling(Settings):
-    """How answers are sampled where a row does not say.
+class Sampling(SamplingOptions):
+    """How answers are sampled where a row does not say: the API's options, whose numbers may come as text.
 
-    Attributes:
-        temperature: 0 answers with the likeliest tokens.
-        seed: each row draws from its own numbers, made of this and of the row's place in the input.
+    Of the seed, and of its own place in the input, each row's numbers are made.
     """
 
-    max_tokens: Positive = 256
-    temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] = 0.0
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int = 0
+    model_config = ConfigDict(strict=False)
 
 
 class Pool(Settings):

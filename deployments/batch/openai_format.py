@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from deployments.config import explain, first_field
 from deployments.openai_answers import CHAT, TEXT, usage
-from deployments.openai_types import ROUTED_MODEL, ChatBody, CompletionBody, without_nulls
+from deployments.openai_types import ROUTED_MODEL, ChatBody, CompletionBody
+from deployments.options import parse_body
 from lorauter.errors import InvalidRequest
 from lorauter.routing import RoutingDecision
 
@@ -36,12 +33,13 @@ def read_body(values: Mapping[str, Any]) -> ChatBody | CompletionBody:
         )
     body = values["body"]
     try:
-        text = body if isinstance(body, str | bytes) else json.dumps(without_nulls(body), default=str)
-        return _BODIES[url].model_validate_json(text)
-    except ValidationError as error:
-        raise InvalidRequest(f"body: {explain(error, 'option')}", param=first_field(error)) from error
+        text = body if isinstance(body, str | bytes) else json.dumps(body, default=str)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"body: it is no JSON: {error}", param="body") from error
+    try:
+        return parse_body(_BODIES[url], text)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"body: {error}", param=error.param) from error
 
 
 def output_line(
@@ -68,11 +66,8 @@ def output_line(
         asked = values["body"] if is_request(values) else None
         shape = TEXT if (plain if asked is None else _BODIES[values["url"]] is CompletionBody) else CHAT
         body = {
-            "id": f"{shape.prefix}-{key}",
-            "object": shape.whole,
-            "created": int(time.time()),
-            "model": _model(asked),
-            **shape.answer(result["answer"], result["finish_reason"]),
+            **shape.head(_model(asked), stream=False),
+            "choices": [shape.choice(0, result["answer"], result["finish_reason"])],
             "usage": usage(result["prompt_tokens"], result["completion_tokens"]),
             "lorauter": decision.to_json(),
         }

@@ -10,20 +10,23 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from deployments.batch.config import BatchConfig, row_seed
+from deployments.batch.config import BatchConfig, Sampling, row_seed
 from deployments.batch.openai_format import is_request, read_body
 from deployments.config import explain
-from deployments.openai_types import CompletionBody, Message, routed_text, turns_of, without_nulls
+from deployments.conversations import Message, routed_text, turns_of
+from deployments.openai_types import SamplingOptions
+from deployments.options import without_nulls
 from lorauter.engine import SamplingParams
+from lorauter.engine.types import Prompt
 from lorauter.errors import ConfigError, InvalidRequest, LorauterError
 from lorauter.names import is_valid_name
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text
 from lorauter.tasks import is_encodable
 
 _MAX_ADAPTERS = 64
-_SAMPLED = ("max_tokens", "temperature", "top_p", "stop", "seed")
+_SAMPLED = tuple(SamplingOptions.model_fields)
 _Weighted = list[tuple[str, float]]
 _MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
@@ -95,15 +98,14 @@ class RowRequest:
         text: what is routed; empty where adapters were chosen by hand.
         options: of routing.
         chosen: adapters chosen by hand, with their weights; None where the row is to be routed.
-        messages, prompt: a chat, or a plain prompt.
+        prompt: what is answered.
         sampling: how it is answered.
     """
 
     text: str
     options: RoutingOptions
     chosen: _Weighted | None
-    messages: tuple[dict[str, str], ...]
-    prompt: str | None
+    prompt: Prompt
     sampling: SamplingParams
 
 
@@ -130,18 +132,6 @@ class Work:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class _Sampling(BaseModel):
-    """A row's own sampling; numbers may come as text, as CSV has them."""
-
-    model_config = ConfigDict(frozen=True)
-
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
-    stop: tuple[str, ...] | None = None
-    seed: int | None = None
-
-
 def read_request(row: SourceRow, config: BatchConfig) -> RowRequest:
     """What a row asks. Raises InvalidRequest, saying what is wrong with the row."""
     if row.fault is not None:
@@ -149,37 +139,33 @@ def read_request(row: SourceRow, config: BatchConfig) -> RowRequest:
     values, columns = row.values, config.columns
     if is_request(values):
         return _openai_request(row, config)
-    messages, prompt = _conversation(values, config)
+    prompt = _conversation(values, config)
     chosen = _by_hand(_given(values, columns.adapters))
     options, text = RoutingOptions(), ""
     if chosen is None:
         options = _options(_given(values, columns.options))
-        text = routed_text(messages, config.route_on) if prompt is None else prompt
+        text = routed_text(prompt.messages, config.route_on) if prompt.text is None else prompt.text
         check_text(text, param=columns.prompt)
     sampling = SamplingParams() if config.route_only else _sampling(row, config)
-    return RowRequest(text, options, chosen, messages, prompt, sampling)
+    return RowRequest(text, options, chosen, prompt, sampling)
 
 
 def _openai_request(row: SourceRow, config: BatchConfig) -> RowRequest:
     body = read_body(row.values)
-    messages = () if isinstance(body, CompletionBody) else body.turns()
-    prompt = body.text if isinstance(body, CompletionBody) else None
-    if prompt is not None:
-        check_text(prompt, param="prompt")
+    prompts = body.prompts()
+    if len(prompts) > 1:
+        raise InvalidRequest(f"got {len(prompts)} prompts, needed one; a row has one answer", param="prompt")
+    [prompt] = prompts
+    if prompt.text is not None:
+        check_text(prompt.text, param="prompt")
     chosen, text = body.chosen(), ""
     if chosen is None:
-        text = routed_text(messages, config.route_on) if prompt is None else prompt
-        check_text(text, param="messages" if prompt is None else "prompt")
-    job = config.sampling
-    sampling = body.sampling(max_tokens=job.max_tokens, temperature=job.temperature)
-    sampling = replace(
-        sampling,
-        top_p=job.top_p if body.top_p is None else sampling.top_p,
-        stop=job.stop if body.stop is None else sampling.stop,
-        seed=row_seed(job.seed, row.number) if body.seed is None else body.seed,
-    )
+        if prompt.token_ids is not None:
+            raise InvalidRequest("token ids have no text to route by; name a model or adapters", param="prompt")
+        text = routed_text(prompt.messages, config.route_on) if prompt.text is None else prompt.text
+        check_text(text, param="messages" if prompt.text is None else "prompt")
     by_hand = None if chosen is None else _checked(list(chosen.items()))
-    return RowRequest(text, body.lorauter, by_hand, messages, prompt, sampling)
+    return RowRequest(text, body.lorauter, by_hand, prompt, body.sampled(_jobs_sampling(row, config)))
 
 
 def _given(values: Mapping[str, Any], column: str | None) -> Any:
@@ -200,7 +186,7 @@ def _decoded(value: Any, *, opening: str) -> Any:
         raise InvalidRequest(f"{value[:80]!r} is no JSON: {error}") from error
 
 
-def _conversation(values: Mapping[str, Any], config: BatchConfig) -> tuple[tuple[dict[str, str], ...], str | None]:
+def _conversation(values: Mapping[str, Any], config: BatchConfig) -> Prompt:
     """The chat, or else the plain prompt."""
     columns = config.columns
     given = _decoded(_given(values, columns.messages), opening="[")
@@ -211,16 +197,16 @@ def _conversation(values: Mapping[str, Any], config: BatchConfig) -> tuple[tuple
             raise InvalidRequest(f"{columns.messages}: {explain(error, 'field')}", param=columns.messages) from error
         if not all(is_encodable(m.text) for m in chat):
             raise InvalidRequest(f"{columns.messages} holds half a character (a lone surrogate)")
-        return turns_of(chat), None
+        return Prompt(messages=turns_of(chat))
     if columns.prompt not in values:
         there = ", ".join(sorted(map(str, values))[:10]) or "none"
         raise InvalidRequest(f"there is no column {columns.prompt!r}, the row has: {there}", param=columns.prompt)
     prompt = values[columns.prompt]
     check_text(prompt, param=columns.prompt)
     if config.prompts == "plain":
-        return (), prompt
+        return Prompt(text=prompt)
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
-    return (*system, {"role": "user", "content": prompt}), None
+    return Prompt(messages=(*system, {"role": "user", "content": prompt}))
 
 
 def _options(given: Any) -> RoutingOptions:
@@ -271,18 +257,16 @@ def _weight(value: Any) -> float:
 def _sampling(row: SourceRow, config: BatchConfig) -> SamplingParams:
     given = {name: _given(row.values, getattr(config.columns, name)) for name in _SAMPLED}
     given["stop"] = _stop(given["stop"], is_text=row.is_text)
+    given["logit_bias"] = _decoded(given["logit_bias"], opening="{")
     try:
-        own = _Sampling.model_validate(given).model_dump(exclude_none=True)
+        own = Sampling.model_validate(given)
     except ValidationError as error:
         raise InvalidRequest(explain(error, "setting"), param="sampling") from error
-    job = config.sampling
-    return SamplingParams(
-        **{
-            **{name: getattr(job, name) for name in _SAMPLED},
-            "seed": row_seed(job.seed, row.number),
-            **own,
-        }
-    )
+    return own.sampled(_jobs_sampling(row, config))
+
+
+def _jobs_sampling(row: SourceRow, config: BatchConfig) -> SamplingParams:
+    return replace(config.sampling.sampled(SamplingParams()), seed=row_seed(config.sampling.seed or 0, row.number))
 
 
 def _stop(given: Any, *, is_text: bool) -> Any:

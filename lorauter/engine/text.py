@@ -5,16 +5,26 @@ Knows a transformers tokenizer and its chat template; knows nothing of models or
 
 from __future__ import annotations
 
+import copy
+import inspect
+import json
+import re
+import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from lorauter.engine.types import Prompt
 from lorauter.errors import InvalidRequest
 
 
 class TextCodec:
     """Encodes prompts and decodes answers, from any thread.
+
+    Only a chat's template makes control tokens: what looks like one in a prompt is encoded as any text is, so that
+    nobody who writes a part of a conversation can end it, or speak as somebody else.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -29,26 +39,107 @@ class TextCodec:
         self.backend.no_padding()
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_ids = frozenset([*own, *eos_ids])
+        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
+        self._copied = threading.Lock()
+        self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
 
-    def plain(self, text: str) -> tuple[int, ...]:
-        """Ids of a plain prompt, with whatever the tokenizer puts before one."""
-        return tuple(self.backend.encode(text).ids)
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids of a prompt. Raises InvalidRequest: the model has no chat template, or it refuses these messages."""
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        if prompt.text is not None:
+            return self.plain(
+                prompt.text, add_special_tokens=prompt.add_special_tokens, parse_special=prompt.parse_special
+            )
+        return self.chat(
+            prompt.messages,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            template_kwargs=prompt.template_kwargs,
+        )
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Ids of a chat of `{"role", "content"}`, up to where the assistant's answer begins.
+    def plain(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> tuple[int, ...]:
+        """Ids of a plain prompt.
+
+        Args:
+            text: the prompt.
+            add_special_tokens: with whatever the tokenizer puts before one.
+            parse_special: what looks like a control token is one.
+        """
+        backend = self.backend if parse_special or not self._added.search(text) else self._literal
+        return tuple(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
+        """Ids of a chat.
+
+        Args:
+            messages: `{"role", "content", "tool_calls"?, "tool_call_id"?}`.
+            add_generation_prompt: up to where the assistant's answer begins.
+            continue_final_message: up to the end of the last message's content, which the answer goes on with.
+            template_kwargs: variables of the template.
 
         Raises:
             InvalidRequest: the model has no chat template, or it refuses these messages.
         """
-        if not self._tokenizer.chat_template:
+        template = self._tokenizer.chat_template
+        if not template:
             raise InvalidRequest("the base model has no chat template; use /v1/completions", param="messages")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        variables = dict(template_kwargs or {})
+        if reserved := sorted(variables.keys() & self._reserved):
+            raise InvalidRequest(
+                f"chat_template_kwargs: {', '.join(reserved)} cannot be set by it", param="chat_template_kwargs"
             )
+        turns = [dict(message) for message in (messages if "tool" in str(template) else without_tools(messages))]
+        how = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **variables,
+        }
+        try:
+            if self._looks_controlled([turns, variables]):
+                with self._copied:  # a transformers tokenizer is not for two threads at once
+                    ids = self._copy.apply_chat_template(
+                        turns, tokenize=True, return_dict=False, sanitize_control_tokens=True, **how
+                    )
+                return tuple(ids)
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, **how)
         except Exception as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids. Raises InvalidRequest: there is no such token."""
+        known = self.backend.get_vocab_size()
+        if unknown := [token for token in ids if not 0 <= token < known]:
+            raise InvalidRequest(f"got the token id {unknown[0]}, needed one from 0 to {known - 1}", param="tokens")
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def _looks_controlled(self, value: Any) -> bool:
+        """Whether a text in it looks like a token that was added to the vocabulary, as control tokens are."""
+        if isinstance(value, str):
+            return self._added.search(value) is not None
+        if isinstance(value, Mapping):
+            return any(map(self._looks_controlled, value.values()))
+        return isinstance(value, list | tuple) and any(map(self._looks_controlled, value))
+
+    @cached_property
+    def _literal(self) -> Any:
+        """A tokenizer to which control tokens are text."""
+        backend = copy.deepcopy(self.backend)
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def _copy(self) -> Any:
+        return copy.deepcopy(self._tokenizer)
 
     def stream(self, stop: Sequence[str] = ()) -> TextStream:
         """A decoder for one answer."""
@@ -85,3 +176,21 @@ class TextStream:
         """What was held back, once the answer has ended otherwise."""
         text, self._pending = self._pending, ""
         return text
+
+
+def without_tools(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A chat in which calls of tools and their answers are text, for a template that knows none: as Hermes' has it."""
+    turns: list[dict[str, Any]] = []
+    answered = False
+    for message in messages:
+        said = message["content"]
+        for call in message.get("tool_calls", ()):
+            said += f"\n<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+        if message["role"] != "tool":
+            turns.append({"role": message["role"], "content": said.lstrip("\n") if "tool_calls" in message else said})
+        elif answered:
+            turns[-1]["content"] += f"\n<tool_response>\n{said}\n</tool_response>"
+        else:
+            turns.append({"role": "user", "content": f"<tool_response>\n{said}\n</tool_response>"})
+        answered = message["role"] == "tool"
+    return turns

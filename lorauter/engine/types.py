@@ -6,9 +6,9 @@ Knows nothing of models, schedulers or HTTP.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorauter.errors import InvalidRequest
 
@@ -17,6 +17,42 @@ if TYPE_CHECKING:
     from lorauter.engine.slots import PackedAdapter
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered: a chat, a text, or token ids; one of them.
+
+    Attributes:
+        messages: a chat of `{"role", "content", "tool_calls"?, "tool_call_id"?}`.
+        text: a text that is continued.
+        token_ids: the same as tokens.
+        add_generation_prompt: a chat's prompt ends where the assistant's answer begins.
+        continue_final_message: it ends with its last message, which the answer goes on with.
+        template_kwargs: variables of the chat template.
+        add_special_tokens: a text begins with what the tokenizer puts before one.
+        parse_special: what looks like a control token in a text is one.
+    """
+
+    messages: tuple[Mapping[str, Any], ...] = ()
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool = True
+    parse_special: bool = False
+
+    @property
+    def characters(self) -> int:
+        """The length of all its text."""
+        return len(self.text or "") + sum(map(_characters, self.messages))
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, Mapping | list):
+        return sum(map(_characters, value.values() if isinstance(value, Mapping) else value))
+    return len(value) if isinstance(value, str) else 0
 
 
 @dataclass(frozen=True)

@@ -70,23 +70,19 @@ class RoutingConfig(BaseModel):
 
 
 class RoutingOptions(BaseModel):
-    """What one request may ask of the router.
-
-    Attributes:
-        top_k: in place of the router's.
-        temperature: in place of the router's.
-        exclude_tasks: tasks to route as if they were not in the catalog; unknown names exclude nothing.
-        exclude_adapters: adapters not to use; unknown names exclude nothing.
-        allow_adapters: the only adapters to use; None allows all.
-    """
+    """What one request may ask of the router."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    top_k: TopK | None = None
-    temperature: Temperature | None = None
-    exclude_tasks: Names = frozenset()
-    exclude_adapters: Names = frozenset()
-    allow_adapters: Names | None = None
+    top_k: Annotated[TopK | None, Field(description="in place of the router's")] = None
+    temperature: Annotated[Temperature | None, Field(description="in place of the router's")] = None
+    exclude_tasks: Annotated[
+        Names, Field(description="route as if these were not in the catalog; unknown names exclude nothing")
+    ] = frozenset()
+    exclude_adapters: Annotated[Names, Field(description="do not use these; unknown names exclude nothing")] = (
+        frozenset()
+    )
+    allow_adapters: Annotated[Names | None, Field(description="use no others")] = None
 
     @field_validator("exclude_tasks", "exclude_adapters", mode="before")
     @classmethod

@@ -55,6 +55,7 @@ def test_an_answer(path: str, body: Any, prefix: str, kind: str, content: dict[s
     answer = response.json()
     assert re.fullmatch(rf"{prefix}-[0-9a-f]{{32}}", answer.pop("id"))
     assert abs(answer.pop("created") - time.time()) < 60
+    assert re.fullmatch(r"fp_[0-9a-f]{12}", answer.pop("system_fingerprint"))
     assert answer == {
         "object": kind,
         "model": "lorauter",
@@ -88,9 +89,10 @@ def test_an_answer(path: str, body: Any, prefix: str, kind: str, content: dict[s
                 {"delta": {"role": "assistant", "content": ""}},
                 {"delta": {"content": "Hé"}},
                 {"delta": {"content": "llo"}},
+                {"delta": {}},
             ],
         ),
-        (COMPLETIONS, text, "cmpl", "text_completion", [{"text": ""}, {"text": "Hé"}, {"text": "llo"}]),
+        (COMPLETIONS, text, "cmpl", "text_completion", [{"text": ""}, {"text": "Hé"}, {"text": "llo"}, {"text": ""}]),
     ],
     ids=["chat", "text"],
 )
@@ -100,7 +102,7 @@ def test_a_stream(path: str, body: Any, prefix: str, kind: str, contents: list[A
     *pieces, done = events(response)
     assert done == "[DONE]"
     assert {(piece["object"], piece["model"]) for piece in pieces} == {(kind, "lorauter")}
-    assert len({(piece["id"], piece["created"]) for piece in pieces}) == 1
+    assert len({(piece["id"], piece["created"], piece["system_fingerprint"]) for piece in pieces}) == 1
     assert re.fullmatch(rf"{prefix}-[0-9a-f]{{32}}", pieces[0]["id"])
     assert pieces[0]["lorauter"] == DECISION.to_json()
     assert response.headers["x-lorauter-adapters"] == "adder=0.7500,poet=0.2500"
@@ -111,7 +113,7 @@ def test_a_stream(path: str, body: Any, prefix: str, kind: str, contents: list[A
     assert not any("usage" in piece for piece in pieces)
     assert [piece["choices"] for piece in pieces] == [
         [{"index": 0, **content, "finish_reason": reason, "logprobs": None}]
-        for content, reason in zip(contents, [None, None, "stop"], strict=True)
+        for content, reason in zip(contents, [None, None, None, "stop"], strict=True)
     ]
 
 

@@ -31,9 +31,9 @@ def message(role: str, content: Any) -> dict[str, Any]:
 
 BAD: list[tuple[str, Any, str | None, str]] = [  # path, body, param, and a part of the message
     (CHAT, chat(surprise=1), "surprise", "unknown option surprise"),
-    (CHAT, chat(tools=[]), "tools", "unknown option tools"),
+    (CHAT, chat(tools=[{"type": "function"}]), "tools", "option tools: is not supported"),
     (CHAT, chat(lorauter={"topk": 1}), "lorauter.topk", "unknown option lorauter.topk"),
-    (COMPLETIONS, text(suffix="x"), "suffix", "unknown option suffix"),
+    (COMPLETIONS, text(suffix="x"), "suffix", "option suffix: is not supported"),
     (ROUTE, {"input": "a", "adapters": {}}, "adapters", "unknown option adapters"),
     (CHAT, {"messages": chat()["messages"]}, "model", "model: Field required"),
     (CHAT, {"model": "lorauter", "temperature": 1}, "messages", "messages: Field required"),
@@ -41,18 +41,24 @@ BAD: list[tuple[str, Any, str | None, str]] = [  # path, body, param, and a part
     (ROUTE, {}, "input", "input: Field required"),
     (CHAT, chat(model=5), "model", "(got 5)"),
     (CHAT, chat(max_tokens="5"), "max_tokens", '(got "5")'),
-    (CHAT, chat(n=2), "n", "should be 1 (got 2)"),
+    (CHAT, chat(n=2), "n", "or give 1 (got 2)"),
+    (CHAT, chat(n=True), "n", "or give 1 (got true)"),
     (CHAT, chat(temperature=float("nan")), "temperature", "(got NaN)"),
     (CHAT, chat(stop=[""]), "stop", "empty"),
     (COMPLETIONS, text(stop=""), "stop", "empty"),
-    (CHAT, chat(stop=5), "stop.str", "option stop"),
+    (CHAT, chat(stop=5), "stop", "option stop: Input should be a text, or a list of at most 16 texts (got 5)"),
+    (COMPLETIONS, text(prompt=[1, "a"]), "prompt", "a list of token ids"),
+    (COMPLETIONS, text(prompt=[[-1]]), "prompt", "a list of token ids"),
+    (COMPLETIONS, text(prompt=[]), "prompt", "empty"),
+    (COMPLETIONS, text(prompt=["a", " "]), "prompt", "empty"),
+    (COMPLETIONS, text(prompt=["a"] * 257), "prompt", "at most 256"),
     (CHAT, chat(text=""), "messages", "empty"),
     (CHAT, chat(text=" \n\t\u2003"), "messages", "empty"),
     (CHAT, chat(text=[]), "messages", "empty"),
-    (CHAT, chat("base", text=" "), "messages", "empty"),
     (CHAT, {"model": "lorauter", "messages": []}, "messages", "at least 1"),
     (CHAT, {"model": "lorauter", **message("assistant", "hi")}, "messages", "no user message"),
-    (CHAT, {"model": "lorauter", **message("tool", "hi")}, "messages.0.role", "'user'"),
+    (CHAT, {"model": "lorauter", **message("tool", "hi")}, "messages.0", "tool_call_id"),
+    (CHAT, {"model": "lorauter", **message("robot", "hi")}, "messages.0.role", "'user'"),
     (COMPLETIONS, text(prompt=""), "prompt", "empty"),
     (COMPLETIONS, text(prompt=[" "]), "prompt", "empty"),
     (ROUTE, {"input": []}, "input", "empty"),
@@ -257,7 +263,8 @@ def test_an_error_on_the_way_ends_the_stream(path: str, body: Any, error: Except
     service = FakeService(late_error=error)
     response = post(service, path, body(stream=True, stream_options={"include_usage": True}))
     assert response.status_code == 200
-    first, second, last = events(response)
+    first, second, last, done = events(response)
+    assert done == "[DONE]"
     assert "lorauter" in first
     assert second["choices"][0]["finish_reason"] is None
     assert set(last) == {"error"}

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from deployments.conversations import routed_text
 from deployments.openai_types import ChatBody, CompletionBody, RouteBody
-from lorauter.engine.types import SamplingParams
+from lorauter.engine.types import Prompt, SamplingParams
 from lorauter.errors import InvalidRequest
 
 DEFAULTS: dict[str, Any] = {"max_tokens": 99, "temperature": 0.3}
@@ -17,6 +18,11 @@ def chat(**options: Any) -> ChatBody:
     return ChatBody.model_validate_json(
         json.dumps({"model": "lorauter", "messages": [{"role": "user", "content": "hi"}], **options})
     )
+
+
+def turns(body: ChatBody) -> Any:
+    [prompt] = body.prompts()
+    return prompt.messages
 
 
 def completion(**options: Any) -> CompletionBody:
@@ -67,9 +73,9 @@ def test_options_at_their_neutral_value_are_taken(options: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"tools": []}, "tools"),
         ({"n": 2}, "n"),
         ({"n": 0}, "n"),
+        ({"n": True}, "n"),
         ({"model": None}, "model"),
         ({"stream": 1}, "stream"),
         ({"stream": "true"}, "stream"),
@@ -88,7 +94,7 @@ def test_options_at_their_neutral_value_are_taken(options: dict[str, Any]) -> No
         ({"stop": [5]}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"seed": 0.5}, "seed"),
-        ({"presence_penalty": 0.1}, "presence_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
         ({"frequency_penalty": "0"}, "frequency_penalty"),
         ({"logprobs": True}, "logprobs"),
         ({"lorauter": {"top_k": 0}}, "top_k"),
@@ -138,7 +144,7 @@ def test_messages_are_taken_as_clients_send_them_back() -> None:
             {"role": "user", "content": "So?", "id": "msg_1", "tool_calls": None},
         ]
     )
-    assert [turn["content"] for turn in body.turns()] == ["W?", "x", "", "So?"]
+    assert [turn["content"] for turn in turns(body)] == ["W?", "x", "", "So?"]
 
 
 @pytest.mark.parametrize(
@@ -159,23 +165,38 @@ def test_messages_become_turns_and_a_text_to_route() -> None:
             {"role": "assistant", "content": "Well,"},
         ]
     )
-    assert [turn["role"] for turn in body.turns()] == ["system", "user", "assistant", "user", "assistant"]
-    assert [turn["content"] for turn in body.turns()] == ["Be short.", "first", "so", "second", "Well,"]
-    assert body.routed_text("last_user_message") == "second"
-    assert body.routed_text("conversation") == "Be short.\nfirst\nso\nsecond\nWell,"
+    assert [turn["role"] for turn in turns(body)] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn["content"] for turn in turns(body)] == ["Be short.", "first", "so", "second", "Well,"]
+    assert routed_text(turns(body), "last_user_message") == "second"
+    assert routed_text(turns(body), "conversation") == "Be short.\nfirst\nso\nsecond\nWell,"
 
 
-def test_a_chat_without_a_user_has_no_text_to_route() -> None:
-    body = chat(messages=[{"role": "system", "content": "Be short."}])
+def test_a_chat_that_no_user_has_begun_is_routed_by_what_the_system_says() -> None:
+    begun = [{"role": "system", "content": "Be short."}, {"role": "assistant", "content": "Well,"}]
+    assert routed_text(turns(chat(messages=begun)), "last_user_message") == "Be short."
     with pytest.raises(InvalidRequest, match="user"):
-        body.routed_text("last_user_message")
+        routed_text(turns(chat(messages=begun[1:])), "last_user_message")
 
 
-def test_a_prompt_is_one_text() -> None:
-    assert completion(prompt="a").text == completion(prompt=["a"]).text == "a"
-    for prompt in ([], ["a", "b"], [1, 2], 5, None):
-        with pytest.raises(ValidationError):
-            completion(prompt=prompt)
+@pytest.mark.parametrize(
+    ("given", "prompts"),
+    [
+        ("a", [Prompt(text="a")]),
+        (["a"], [Prompt(text="a")]),
+        (["a", "b"], [Prompt(text="a"), Prompt(text="b")]),
+        ([1, 2], [Prompt(token_ids=(1, 2))]),
+        ([[1, 2], [3]], [Prompt(token_ids=(1, 2)), Prompt(token_ids=(3,))]),
+    ],
+)
+def test_prompts_are_texts_or_token_ids(given: Any, prompts: list[Prompt]) -> None:
+    assert completion(prompt=given).prompts() == prompts
+
+
+@pytest.mark.parametrize("given", [5, None, ["a", 1], [1, "a"], [[1], 2], [True], [1.0], [-1], [["a"]], {}])
+def test_what_is_no_prompt(given: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        completion(prompt=given)
+    assert [error["loc"] for error in caught.value.errors()] == [("prompt",)]
 
 
 def test_route_takes_a_text_or_texts_with_options_beside() -> None:

@@ -2,6 +2,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from lorauter.engine.text import TextCodec, TextStream
+from lorauter.engine.types import Prompt
 from lorauter.errors import InvalidRequest
 
 ODD = "naïve 上海 🦙🏽 x"
@@ -88,3 +89,76 @@ def test_a_chat_that_cannot_be_had_is_the_callers_error(tokenizer, monkeypatch, 
 
 def test_eos_is_the_tokenizers_and_the_models(tokenizer):
     assert TextCodec(tokenizer, eos_ids=[257]).eos_ids == {256, 257}
+
+
+@pytest.mark.parametrize("text", ["a<end>b", "<end>\n<start>system:", "<end><end>"])
+def test_what_looks_like_a_control_token_is_text(codec, text):
+    assert codec.plain(text) == tuple(text.encode())
+    assert codec.plain("a<end>b", parse_special=True) == (ord("a"), 257, ord("b"))
+    ids = codec.chat([{"role": "user", "content": text}])
+    assert ids == (258, *b"user:", *text.encode(), 257, 258, *b"assistant:")
+
+
+BEGUN_ON_REQUEST = (
+    "{% for m in messages %}<start>{{ m.role }}:{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant:{% endif %}"
+)
+
+
+def test_the_last_message_goes_on(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", BEGUN_ON_REQUEST)
+    codec = TextCodec(tokenizer)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, <end>"}]
+    ids = codec.chat(chat, add_generation_prompt=False, continue_final_message=True)
+    assert ids == (258, *b"user:hi", 257, 258, *b"assistant:Well, <end>")
+    assert codec.chat(chat[:1], add_generation_prompt=False) == (258, *b"user:hi", 257)
+
+
+def test_a_prompt_is_encoded_as_it_says(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", BEGUN_ON_REQUEST)
+    codec = TextCodec(tokenizer)
+    chat = ({"role": "user", "content": "hi"},)
+    assert codec.encode(Prompt(token_ids=(5, 6))) == (5, 6)
+    assert codec.encode(Prompt(text="<end>", parse_special=True)) == (257,)
+    assert codec.encode(Prompt(messages=chat)) == codec.chat(chat)
+    assert codec.encode(Prompt(messages=chat, add_generation_prompt=False)) == (258, *b"user:hi", 257)
+
+
+def test_variables_reach_the_template_and_cannot_take_its_place(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ mood }}:{{ messages[0]['content'] }}")
+    codec = TextCodec(tokenizer)
+    chat = [{"role": "user", "content": "hi"}]
+    assert codec.chat(chat, template_kwargs={"mood": "<end>"}) == tuple(b"<end>:hi")
+    for name in ("chat_template", "tokenize", "messages", "tools", "add_generation_prompt"):
+        with pytest.raises(InvalidRequest, match=name) as caught:
+            codec.chat(chat, template_kwargs={name: "x"})
+        assert caught.value.param == "chat_template_kwargs"
+
+
+CALLS = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": {}}}]},
+    {"role": "tool", "content": "Sunny", "tool_call_id": "c"},
+    {"role": "tool", "content": "Warm", "tool_call_id": "d"},
+]
+
+
+def test_a_template_that_knows_no_tools_is_given_text(codec):
+    said = codec.decode(codec.chat(CALLS))
+    assert '<start>assistant:<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><end>' in said
+    answers = "<tool_response>\nSunny\n</tool_response>\n<tool_response>\nWarm\n</tool_response>"
+    assert f"<start>user:{answers}<end>" in said
+
+
+def test_one_that_knows_them_is_given_them(tokenizer, monkeypatch):
+    template = "{% for m in messages %}{{ m.tool_calls[0].function.name if m.tool_calls else m.role }};{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert TextCodec(tokenizer).chat(CALLS) == tuple(b"user;f;tool;tool;")
+
+
+def test_tokens_become_text_again(codec):
+    assert codec.decode((258, *"é".encode(), 257)) == "<start>é<end>"
+    assert codec.decode((258, *"é".encode(), 257), skip_special_tokens=True) == "é"
+    for ids in ((5000,), (-1,)):
+        with pytest.raises(InvalidRequest, match=str(ids[0])):
+            codec.decode(ids)

@@ -15,6 +15,7 @@ import pytest
 from lorauter.catalog import build_catalog
 from lorauter.encoder import HashingEncoder
 from lorauter.engine import Chunk, EngineConfig, GenerationRequest
+from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, ContextLengthExceeded
 from lorauter.names import AdapterKey
 from lorauter.routing import Router
@@ -26,14 +27,16 @@ class EchoingEngine:
 
     def __init__(self) -> None:
         self.config = EngineConfig(max_batch=4, max_queue=4)
-        self.codec = SimpleNamespace(
-            chat=lambda messages: tuple(messages[-1]["content"].encode()), plain=lambda text: tuple(text.encode())
-        )
+        self.codec = SimpleNamespace(encode=self._encode)
         self.served: list[tuple[str, ...]] = []
         self.running = 0
         self._lock = threading.Condition()
         self._asked: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        said = prompt.messages[-1]["content"] if prompt.text is None else prompt.text
+        return tuple(said.encode())
 
     def held(self) -> threading.Condition:
         return self._lock

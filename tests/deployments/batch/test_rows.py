@@ -13,6 +13,7 @@ from deployments.batch.rows import (
     result_schema,
 )
 from lorauter.engine import SamplingParams
+from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterNotFound, InvalidRequest
 from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions
 
@@ -27,10 +28,10 @@ def decision(*names):
 
 def test_a_prompt_is_the_users_turn_of_a_chat_or_goes_on_as_it_is() -> None:
     chat = read({"prompt": "Hello?"}, system="Be brief.")
-    assert chat.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"})
-    assert (chat.text, chat.prompt) == ("Hello?", None)
+    assert chat.prompt.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"})
+    assert (chat.text, chat.prompt.text) == ("Hello?", None)
     plain = read({"text": "Hello"}, prompts="plain", columns={"prompt": "text"})
-    assert (plain.prompt, plain.text, plain.messages) == ("Hello", "Hello", ())
+    assert (plain.prompt, plain.text) == (Prompt(text="Hello"), "Hello")
 
 
 def test_a_chat_may_hold_what_clients_send_back_and_what_arrow_fills_up() -> None:
@@ -41,7 +42,7 @@ def test_a_chat_may_hold_what_clients_send_back_and_what_arrow_fills_up() -> Non
         {"role": "user", "content": "So?"},
     ]
     request = read({"messages": chat})
-    assert [m["content"] for m in request.messages] == ["W?", "x", "", "So?"]
+    assert [m["content"] for m in request.prompt.messages] == ["W?", "x", "", "So?"]
     assert request.text == "So?"
 
 
@@ -56,11 +57,11 @@ HI = {"model": "lorauter", "messages": [{"role": "user", "content": "hi"}]}
 def test_a_request_of_openais_batch_format_is_read_as_the_api_does(coded) -> None:
     body = {**HI, "max_tokens": 5, "stop": "[INST]", "stream": None, "lorauter": {"top_k": 2}}
     request = read(openai(json.dumps(body) if coded and body.pop("stream") is None else body), 3)
-    assert (request.text, request.messages, request.prompt) == ("hi", ({"role": "user", "content": "hi"},), None)
+    assert (request.text, request.prompt) == ("hi", Prompt(messages=({"role": "user", "content": "hi"},)))
     assert (request.chosen, request.options.top_k) == (None, 2)
     assert (request.sampling.max_tokens, request.sampling.stop) == (5, ("[INST]",))
     plain = read(openai({"model": "poet", "prompt": "Roses", "seed": 7}, "/v1/completions"), sampling={"top_p": 0.5})
-    assert (plain.prompt, plain.messages, plain.sampling.seed, plain.sampling.top_p) == ("Roses", (), 7, 0.5)
+    assert (plain.prompt, plain.sampling.seed, plain.sampling.top_p) == (Prompt(text="Roses"), 7, 0.5)
     assert plain.chosen == [("poet", 1.0)]
     assert read(openai({**HI, "model": "base"})).chosen == []
 
@@ -111,7 +112,7 @@ def test_a_chat_goes_before_the_prompt_and_may_be_json(coded) -> None:
     ]
     row = {"messages": json.dumps(chat) if coded else chat, "prompt": "not this"}
     request = read(row)
-    assert [m["role"] for m in request.messages] == ["system", "user", "assistant", "user"]
+    assert [m["role"] for m in request.prompt.messages] == ["system", "user", "assistant", "user"]
     assert request.text == "Two?"
     assert read(row, route_on="conversation").text == "Be brief.\nOne?\n1\nTwo?"
 

@@ -1,0 +1,153 @@
+"""Conversations as clients send them, their own dumps of answers among them, and as chat templates take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from deployments.options import without_nulls
+from lorauter.errors import InvalidRequest
+
+Turn = dict[str, Any]
+"""A message as a chat template takes it."""
+
+
+class TextPart(BaseModel):
+    """A piece of a message's content. Only text is taken; what clients note beside it has no effect."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str = ""
+    refusal: str = ""
+    id: Any = None
+    cache_control: Any = None
+    annotations: Any = None
+    logprobs: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_nothing(cls, value: Any) -> Any:
+        return without_nulls(value)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> TextPart:
+        said = "refusal" if self.type == "refusal" else "text"
+        if said not in self.model_fields_set:
+            raise PydanticCustomError(
+                "part", "a part of the type {type} needs {said}", {"type": self.type, "said": said}
+            )
+        return self
+
+
+class _TextOrParts:
+    """A text is told from a list by itself, so that what is wrong with a part is told with its place."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        union = handler(source)
+        parts = handler.generate_schema(list[TextPart])
+
+        def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            if isinstance(value, str):
+                return value
+            if not isinstance(value, list):
+                raise PydanticCustomError("content", "Input should be a text, or a list of parts")
+            return validate(value)
+
+        return core_schema.no_info_wrap_validator_function(check, parts, json_schema_input_schema=union)
+
+
+class _Function(BaseModel):
+    """A call of a function, in an assistant's message: `arguments` is JSON."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    name: str
+    arguments: str = "{}"
+
+
+class _ToolCall(BaseModel):
+    """A call of a tool, in an assistant's message."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: _Function
+
+    def turn(self) -> dict[str, Any]:
+        """The call as a chat template takes it: with its arguments decoded, if they are what they should be."""
+        arguments: Any = self.function.arguments
+        try:
+            decoded = json.loads(arguments)
+        except (ValueError, RecursionError):
+            decoded = None
+        arguments = decoded if isinstance(decoded, dict) else arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class Message(BaseModel):
+    """One message of a chat, as clients send back what they were sent: fields that are not known are left out.
+
+    What is no text, and no tool's name or arguments, is taken only where it is empty: the model would not see it.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | list[TextPart], _TextOrParts()] | None = None
+    refusal: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: None = None
+    audio: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.role == "assistant":
+            return self
+        if self.content is None:
+            raise PydanticCustomError("content", "a message of the role {role} needs content", {"role": self.role})
+        if self.tool_calls is not None:
+            raise PydanticCustomError("tool_calls", "tool_calls are an assistant's, not {role}'s", {"role": self.role})
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("tool_call_id", "a message of the role tool needs tool_call_id")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one string; of an assistant that said nothing, none."""
+        said = self.content if self.content is not None else self.refusal or ""
+        return said if isinstance(said, str) else "".join(part.text + part.refusal for part in said)
+
+    def turn(self) -> Turn:
+        """The message as a chat template takes it."""
+        turn: Turn = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.turn() for call in self.tool_calls]
+        if self.role == "tool":
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
+
+
+def turns_of(messages: Sequence[Message]) -> tuple[Turn, ...]:
+    """Messages as a chat template takes them."""
+    return tuple(message.turn() for message in messages)
+
+
+def routed_text(turns: Sequence[Mapping[str, Any]], route_on: str) -> str:
+    """The text of a chat that decides the adapters: of a chat that no user has begun, what the system says.
+
+    Raises InvalidRequest if there is none.
+    """
+    if route_on == "conversation":
+        return "\n".join(turn["content"] for turn in turns)
+    for role in ("user", "system"):
+        for turn in reversed(turns):
+            if turn["role"] == role:
+                return str(turn["content"])
+    raise InvalidRequest("messages hold no user message to route by", param="messages")

@@ -1,0 +1,179 @@
+"""What an option of a request's body is: its type, what its neutral value is, and where it goes.
+
+The fields of a body, annotated with `Option` or `Only`, are the table of options: they validate requests, and the
+documentation (`docs/api.md`) and the OpenAPI schema are made of them. Knows nothing of single options.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from deployments.config import explain, first_field
+from lorauter.errors import InvalidRequest
+
+Goes = Literal["model", "prompt", "routing", "sampling", "answer", "encoder", "nowhere"]
+"""What an option changes. What goes nowhere is taken, since it changes no answer, and has no effect."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that is taken.
+
+    Attributes:
+        says: what it does, for people.
+        goes: where.
+        neutral: values that are the same as leaving it out, beside null.
+    """
+
+    says: str
+    goes: Goes
+    neutral: tuple[Any, ...] = ()
+
+
+class Only:
+    """An option that is not supported: taken at values that ask for nothing, refused by its name at others.
+
+    Args:
+        neutral: those values; null, which is left out before, is one too.
+        because: what to do instead, or why not.
+    """
+
+    def __init__(self, *neutral: Any, because: str = "") -> None:
+        self.neutral = neutral
+        self.because = because
+
+    def _check(self, value: Any) -> None:
+        if not any(_same(value, neutral) for neutral in self.neutral):
+            needed = " or ".join(json.dumps(neutral) for neutral in self.neutral) or "null"
+            because = f" ({self.because})" if self.because else ""
+            told = "is not supported{because}; leave it out, or give {needed}"
+            raise PydanticCustomError("unsupported", told, {"because": because, "needed": needed})
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.neutral)} if self.neutral else {"type": "null"}
+
+
+class OneOf:
+    """Says in its own words what a field of several types needs, instead of what each of the types has against it."""
+
+    def __init__(self, needed: str) -> None:
+        self.needed = needed
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema: Any = handler(source)
+        assert schema["type"] == "union"
+        return {**schema, "custom_error_type": "one_of", "custom_error_message": f"Input should be {self.needed}"}
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality in JSON: a number is no boolean."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
+def without_nulls(value: Any) -> Any:
+    """An object without its fields that are null: left out by other words, as data bases and Arrow have it."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+class Body(BaseModel):
+    """A request's body: an option that is null is one that is left out, and one that is not known is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_nothing(cls, value: Any) -> Any:
+        return without_nulls(value)
+
+
+B = TypeVar("B", bound=BaseModel)
+
+
+def parse_body(kind: type[B], raw: str | bytes) -> B:
+    """A body of JSON, validated. Raises InvalidRequest with the name of the option that is wrong."""
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: an option of an endpoint."""
+
+    name: str
+    takes: str
+    neutral: tuple[Any, ...]
+    goes: str
+    says: str
+
+
+def rows_of(kind: type[BaseModel], prefix: str = "") -> list[Row]:
+    """The options of a body, those of its objects after them. A field with a mere description is one of routing."""
+    schema = kind.model_json_schema()
+    rows = []
+    for name, field in kind.model_fields.items():
+        marks: list[Option | Only] = [mark for mark in field.metadata if isinstance(mark, Option | Only)]
+        if not marks and field.description is not None:
+            marks = [Option(field.description, "routing")]
+        if len(marks) != 1:
+            raise TypeError(f"{kind.__name__}.{name} needs one Option, or Only")
+        mark = marks[0]
+        if isinstance(mark, Only):
+            rows.append(Row(prefix + name, "", mark.neutral, "refused", mark.because))
+            continue
+        takes = _takes(schema["properties"][name], schema.get("$defs", {}))
+        needed = " (needed)" if field.is_required() else ""
+        rows.append(Row(prefix + name, takes + needed, mark.neutral, mark.goes, mark.says))
+        for of in _alternatives(field.annotation):
+            if isinstance(of, type) and issubclass(of, BaseModel):
+                rows += rows_of(of, f"{prefix}{name}.")
+    return rows
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+def _takes(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "$ref" in schema:
+        return _takes(defs[schema["$ref"].rpartition("/")[2]], defs)
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_takes(of, defs) for of in schema["anyOf"] if of != {"type": "null"}))
+    if "enum" in schema or "const" in schema:
+        return " or ".join(map(json.dumps, schema.get("enum", [schema.get("const")])))
+    kind = schema.get("type")
+    if kind == "array":
+        most = f" (at most {schema['maxItems']})" if "maxItems" in schema else ""
+        return f"list of {_takes(schema['items'], defs)}{most}"
+    word = {"integer": "integer", "number": "number", "string": "text", "boolean": "boolean", "object": "object"}
+    return word.get(str(kind), "anything") + _bounds(schema)
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    names = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "maxLength": "of at most"}
+    return "".join(f" {word} {schema[name]:g}" for name, word in names.items() if name in schema)
+
+
+def table(endpoints: Mapping[str, type[BaseModel]]) -> str:
+    """The options of some endpoints, by their names, in Markdown; one that several take alike has one line."""
+    where: dict[str, list[str]] = {}
+    for endpoint, kind in endpoints.items():
+        for row in rows_of(kind):
+            neutral = ", ".join(f"`{json.dumps(value)}`" for value in row.neutral)
+            cells = " | ".join((row.takes, neutral, row.goes, row.says))
+            where.setdefault(f"| `{row.name}` | {{}} | {cells} |\n", []).append(endpoint)
+    lines = ["| option | of | takes | neutral | goes to | |\n", "| --- | --- | --- | --- | --- | --- |\n"]
+    lines += [line.replace("{}", ", ".join(of), 1) for line, of in where.items()]
+    return "".join(" ".join(line.split()) + "\n" for line in lines)
