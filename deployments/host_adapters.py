@@ -1,6 +1,6 @@
 """A replica's host-memory tier: adapters parsed and checked, least recently used out first.
 
-Asks the node's cache for files and turns them into weights; knows nothing of stores or devices. Everything is kept by
+Asks the node's cache for files and has the engine read them; knows nothing of stores or devices. Everything is kept by
 name and version, and nobody asks which version is current: that is the caller's to know.
 """
 
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from lorauter.adapters import LocalAdapter, LoraWeights
+from lorauter.adapters import LocalAdapter
 from lorauter.adapters.counters import TierCounters
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 from lorauter.names import AdapterKey
@@ -54,13 +54,13 @@ class HostAdapters(Generic[P]):
 
     Args:
         files: the node's cache.
-        pack: makes an adapter ready for the engine; raises AdapterRejected for one that it cannot serve.
+        read: makes an adapter ready for the engine, in a thread; raises AdapterRejected for one that it cannot serve.
         budget_bytes: bytes of weights to keep at most; what requests hold counts no longer once it is dropped.
     """
 
-    def __init__(self, files: AdapterFiles, pack: Callable[[LoraWeights], P], *, budget_bytes: int) -> None:
+    def __init__(self, files: AdapterFiles, read: Callable[[LocalAdapter], P], *, budget_bytes: int) -> None:
         self._files = files
-        self._pack = pack
+        self._read_local = read
         self._budget = budget_bytes
         self._loaded: OrderedDict[AdapterKey, P] = OrderedDict()
         self._refused: dict[AdapterKey, AdapterRejected] = {}
@@ -134,13 +134,10 @@ class HostAdapters(Generic[P]):
 
     async def _read(self, local: LocalAdapter) -> P:
         started = time.monotonic()
-        packed = await asyncio.to_thread(self._read_and_pack, local)
+        packed = await asyncio.to_thread(self._read_local, local)
         self.counters.misses += 1
         self.counters.load_seconds += time.monotonic() - started
         return packed
-
-    def _read_and_pack(self, local: LocalAdapter) -> P:
-        return self._pack(LoraWeights.load(local.path, name=local.key.name, version=local.key.version))
 
 
 def _fault(local: LocalAdapter, error: Exception) -> Exception | None:

@@ -18,7 +18,7 @@ from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, GenerateCall
 from deployments.config import AppConfig
 from deployments.devices import own_gpus_only
-from deployments.engines import Packing, start_engine
+from deployments.engines import Reading, start_engine
 from deployments.host_adapters import HostAdapters
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
@@ -30,7 +30,7 @@ from deployments.warmup import most_wanted, warm_up
 from lorauter.adapters import ModelShape
 from lorauter.engine import Chunk, GenerationRequest, SamplingParams
 from lorauter.engine.load import warm_up as warm_up_engine
-from lorauter.engine.slots import PackedAdapter
+from lorauter.engine.messages import Adapter
 from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, LorauterError, Overloaded
 from lorauter.names import AdapterKey
@@ -41,7 +41,7 @@ logger = logging.getLogger("lorauter.model")
 _ASK_S = 0.5
 _PATIENT = 2 / 3  # of the time that a request waits for its first token: what the pace says is about right
 
-Mixture = tuple[tuple[PackedAdapter, float], ...]
+Mixture = tuple[tuple[Adapter, float], ...]
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 1}, health_check_period_s=5, graceful_shutdown_timeout_s=600)
@@ -60,7 +60,9 @@ class LoraModel:
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         join_serve_logs()
         own_gpus_only()
-        self._engine = start_engine(config.base_model, config.base_model_aliases, config.engine)
+        self._engine = await asyncio.to_thread(
+            start_engine, config.base_model, config.base_model_aliases, config.engine
+        )
         await asyncio.to_thread(warm_up_engine, self._engine)
         spec = CacheSpec(config.adapters, config.cache)
         self._node_cache = NodeCache(spec)
@@ -69,7 +71,7 @@ class LoraModel:
         self._first_token_s = config.api.first_token_s
         self._adapters = HostAdapters(
             self._node_cache,
-            Packing(self._engine),
+            Reading(self._engine),
             budget_bytes=config.host.adapter_bytes,
         )
         self._sampling = Sampling(model_sampler(self._engine, self._adapters, RayRecorder()))
@@ -78,13 +80,13 @@ class LoraModel:
                 await most_wanted(spec),
                 self._adapters.get,
                 self._place,
-                room_bytes=min(self._engine.slots.budget_bytes, config.host.adapter_bytes),
+                room_bytes=min(self._engine.facts.adapter_bytes, config.host.adapter_bytes),
                 at_once=min(config.engine.max_batch, config.cache.downloads),
             )
         except Exception:  # a cold replica is better than none
             logger.exception("the replica starts without the adapters in demand")
 
-    async def _place(self, packed: PackedAdapter) -> None:
+    async def _place(self, packed: Adapter) -> None:
         """Bring an adapter to the device as any request does: by a token under it."""
         request = GenerationRequest((0,), ((packed, 1.0),), SamplingParams(max_tokens=1))
         async for _ in self._engine.stream(request):
@@ -156,7 +158,7 @@ class LoraModel:
         left_out = tuple(LeftOut(*key, cause_of(error)) for key, error in failed.items())
         return tuple((here[adapter.key], adapter.weight) for adapter in kept), left_out
 
-    async def _get(self, key: AdapterKey, *, patient: bool) -> PackedAdapter | AdapterError:
+    async def _get(self, key: AdapterKey, *, patient: bool) -> Adapter | AdapterError:
         try:
             async with asyncio.timeout(self._adapter_wait_s):
                 return await self._adapters.get(key, patient=patient)
@@ -168,21 +170,22 @@ class LoraModel:
 
     async def shape(self) -> tuple[ModelShape, int]:
         """What an adapter has to fit, and the largest rank served."""
-        return self._engine.slots.shape, self._engine.config.max_rank
+        return self._engine.facts.shape, self._engine.config.max_rank
 
     async def stats(self) -> dict[str, Any]:
         """Who this is, what runs and waits, what a request takes beside how many, and hits, misses and load times of
         the replica's tiers of adapters."""
         running, waiting = self._engine.load
+        counters = self._engine.counters
         return {
             "replica": serve.get_replica_context().replica_id.unique_id,
             "node": ray.get_runtime_context().get_node_id(),
             "running": running,
             "waiting": waiting,
             "seconds": [round(self._engine.pace.seconds(n), 3) for n in range(1, self._engine.config.max_batch + 1)],
-            "resident": self._engine.slots.resident,
-            "resident_bytes": self._engine.slots.used_bytes,
-            "device": asdict(self._engine.slots.counters),
+            "resident": counters.resident,
+            "resident_bytes": counters.resident_bytes,
+            "device": asdict(counters.adapters),
             "host": asdict(self._adapters.counters),
         }
 
@@ -194,7 +197,7 @@ class LoraModel:
         except (RayError, TimeoutError):
             pass  # the node's cache is down or busy: what it had will mostly be there
         return report(
-            [str(AdapterKey(*key)) for key in self._engine.slots.resident],
+            [str(AdapterKey(*key)) for key in self._engine.counters.resident],
             [str(key) for key in self._adapters.resident],
             self._on_disk,
             time.monotonic(),

@@ -17,7 +17,7 @@ from lorauter.adapters import AdapterDiskCache
 from lorauter.adapters.counters import TierCounters
 
 if TYPE_CHECKING:
-    from lorauter.engine.engine import MultiLoraEngine
+    from lorauter.engine.engine import Engine
 
 logger = logging.getLogger("lorauter.metrics")
 
@@ -52,7 +52,7 @@ class _Totals:
 P = TypeVar("P", bound=Packed)
 
 
-def model_sampler(engine: MultiLoraEngine, host: HostAdapters[P], recorder: Recorder) -> Callable[[], None]:
+def model_sampler(engine: Engine, host: HostAdapters[P], recorder: Recorder) -> Callable[[], None]:
     """What samples a replica: its queue, and its adapters on the device and in host memory."""
     totals = _Totals(recorder)
 
@@ -68,11 +68,11 @@ def model_sampler(engine: MultiLoraEngine, host: HostAdapters[P], recorder: Reco
         running, waiting = engine.load
         recorder.set(metrics.RUNNING, running)
         recorder.set(metrics.WAITING, waiting)
-        recorder.set(metrics.CACHE_USED, engine.cache_used)
-        totals.tell(metrics.REUSED_TOKENS, engine.scheduler.reused)
-        totals.tell(metrics.PREEMPTIONS, engine.scheduler.preemptions)
-        slots = engine.slots
-        tier("device", slots.counters, len(slots.resident), slots.used_bytes)
+        counters = engine.counters
+        recorder.set(metrics.CACHE_USED, counters.cache_used)
+        totals.tell(metrics.REUSED_TOKENS, counters.reused)
+        totals.tell(metrics.PREEMPTIONS, counters.preemptions)
+        tier("device", counters.adapters, len(counters.resident), counters.resident_bytes)
         tier("host", host.counters, *host.held)
 
     return sample

@@ -13,9 +13,10 @@ from deployments.batch.config import BatchConfig
 from deployments.batch.rows import Work, decision_columns, described, read_request
 from deployments.host_adapters import HostAdapters
 from deployments.openai_answers import error_answer
-from lorauter.engine import GenerationRequest, MultiLoraEngine
+from lorauter.engine import GenerationRequest
+from lorauter.engine.engine import Engine
 from lorauter.engine.feed import Outcome, feed
-from lorauter.engine.slots import PackedAdapter
+from lorauter.engine.messages import Adapter
 from lorauter.errors import AdapterRejected, AdapterUnavailable, InvalidRequest, LorauterError
 from lorauter.names import AdapterKey
 from lorauter.routing import LeftOut, RoutingDecision
@@ -28,7 +29,7 @@ _ANSWERED = ("left_out", "answer", "finish_reason", "prompt_tokens", "completion
 
 T = TypeVar("T")
 Ready = tuple[GenerationRequest, int] | Exception
-Fetched = PackedAdapter | Exception
+Fetched = Adapter | Exception
 
 
 class Answering:
@@ -45,8 +46,8 @@ class Answering:
 
     def __init__(
         self,
-        engine: MultiLoraEngine,
-        adapters: HostAdapters[PackedAdapter],
+        engine: Engine,
+        adapters: HostAdapters[Adapter],
         config: BatchConfig,
     ) -> None:
         self._engine = engine

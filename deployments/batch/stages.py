@@ -27,7 +27,7 @@ from deployments.batch.routing import route_rows
 from deployments.batch.rows import Work, decision_columns, order_by_adapters
 from deployments.batch.tally import Tally
 from deployments.devices import own_gpus_only
-from deployments.engines import Packing, start_engine
+from deployments.engines import Reading, start_engine
 from deployments.host_adapters import HostAdapters
 from lorauter.catalog import Catalog
 from lorauter.defaults import load_encoder
@@ -123,10 +123,10 @@ class AnswerStage:
         engine = start_engine(config.base_model, config.base_model_aliases, fed)
         self._answering = Answering(
             engine,
-            HostAdapters(cache, Packing(engine), budget_bytes=config.host.adapter_bytes),
+            HostAdapters(cache, Reading(engine), budget_bytes=config.host.adapter_bytes),
             config,
         )
-        self._slots = engine.slots
+        self._engine = engine
         self._files, self._reports = files, reports
         self._ready = time.time()
 
@@ -139,7 +139,7 @@ class AnswerStage:
             "node": os.uname().nodename,
             "ready": self._ready,
             "loads": self._answering.loads,
-            "slot_loads": self._slots.counters.misses,
+            "slot_loads": self._engine.counters.adapters.misses,
         }
         return _ended(work, self._files)
 

@@ -1,86 +1,99 @@
 """The engine: continuous batching of requests that each carry their own mixture of adapters.
 
-It joins three rooms. The scheduler decides what a step processes, the runner computes it, the front makes text of its
-tokens. One thread plans and launches; on a GPU it plans a step while the one before it is computed. Knows nothing of
-HTTP, Ray, or where adapters come from.
+Its callers' side: it checks requests, refuses what is too much, and has the front make text of the tokens that the
+device's side reports. That one, the core, is in this process or in one of its own (`lorauter.engine.process`). Knows
+nothing of HTTP, Ray, or where adapters come from.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import random
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, ParamSpec
-from weakref import WeakMethod, WeakValueDictionary
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakValueDictionary
 
 from lorauter.adapters.weights import LoraWeights
-from lorauter.engine.blocks import BlockPool, blocks_of
 from lorauter.engine.config import EngineConfig
+from lorauter.engine.core import EngineCore, weakly
 from lorauter.engine.front import Front, LoopSink, Sink
+from lorauter.engine.messages import Adapter, Begin, Counters, Drop, Facts, Handled, Lockstep, Order, Report
 from lorauter.engine.model import Decoder
 from lorauter.engine.pace import Pace
-from lorauter.engine.runner import Flight, Runner
-from lorauter.engine.scheduler import NOT_FINITE, ActiveSequence, AdapterKey, Event, Scheduler, StepPlan
-from lorauter.engine.slots import AdapterSlots, PackedAdapter, default_budget
+from lorauter.engine.scheduler import AdapterKey, Scheduler
+from lorauter.engine.slots import AdapterSlots, PackedAdapter
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Completion, GenerationRequest
 from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
 
-P = ParamSpec("P")
 _RETRY_AFTER_S = 1.0
 _FAILURES = 5  # steps that fail one after another: the device is beyond use, and not one request at fault
-_CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
+
+Told = Callable[[Report | Exception], None]
 
 
-class MultiLoraEngine:
+class Core(Protocol):
+    """The device's side; see `lorauter.engine.core.EngineCore`."""
+
+    facts: Facts
+
+    def take(self, orders: Sequence[Order]) -> None: ...
+
+    def read(self, path: Path, *, name: str, version: str) -> tuple[Adapter, tuple[str, ...]]: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def check_health(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Engine:
     """Serves one base model with any mixture of adapters for every request.
 
     Args:
-        model: the base model.
-        codec: its tokenizer.
+        start: starts the core, given what it reports to.
+        codec: the base model's tokenizer.
         config: settings.
 
     Attributes:
-        decoder: the base model. Whoever else runs on it does so while nothing is to be answered here.
-        slots: the adapters on the device.
-        scheduler: for its counters.
+        facts: what does not change of the core: what adapters have to fit, sizes.
+        pace: how fast it is.
     """
 
-    def __init__(self, model: Decoder, codec: TextCodec, config: EngineConfig | None = None) -> None:
-        self.config = config or EngineConfig()
-        self.codec = codec
-        self.max_model_len = min(self.config.max_model_len, model.max_positions)
-        self.decoder = model
-        self.slots, self._runner = _make_runner(model, self.config, self.max_model_len)
-        self.pace = Pace(self.config.max_batch, self.config.max_slowdown)
-        self.scheduler = Scheduler(
-            self.config.max_batch,
-            BlockPool(self._runner.memory.cache.blocks),
-            self.slots,
-            self._runner.budget,
-            reuse=self.config.prefix_reuse,
-            failed=_weakly(self._fail),
-        )
-        self._front = Front(_weakly(self._cancel))
-        self._packed: WeakValueDictionary[AdapterKey, PackedAdapter] = WeakValueDictionary()
-        self._flights: deque[tuple[StepPlan, Flight, float]] = deque()  # when each was launched
-        self._taken = 0.0  # when the last one's tokens were taken
-        self._inbox: deque[tuple[Literal["begin", "drop"], ActiveSequence]] = deque()
-        self._unfinished = 0
-        self._wake = threading.Condition()
-        self._lockstep = False
-        self._busy_since: float | None = None
+    def __init__(self, start: Callable[[Told], tuple[Core, TextCodec]], config: EngineConfig) -> None:
+        self.config = config
+        self.pace = Pace(config.max_batch, config.max_slowdown)
+        self._front = Front(weakly(self._cancel))
+        self._ids = itertools.count()
+        self._unfinished: set[int] = set()
+        self._room = threading.Condition()
+        self._sending = threading.RLock()
+        self._held = 0
+        self._outbox: list[Order] = []
+        self._heard = time.monotonic()  # when the core said something last, or got something to do
         self._failures = 0  # steps that have failed since the last one that did not
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="lorauter-engine", daemon=True)
-        self._thread.start()
+        try:
+            self._core, self.codec = start(weakly(self._told))
+        except BaseException:
+            self._front.close(LorauterError("the engine has not started"))
+            raise
+        self.facts = self._core.facts
 
-    # --- the callers' side
+    # --- requests
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk]:
         """The answer as it comes; chunks that are ready together come as one. Closing the iterator cancels the request.
@@ -92,7 +105,7 @@ class MultiLoraEngine:
             LorauterError: no token has come for `token_timeout_s`.
         """
         sink = LoopSink(asyncio.get_running_loop())
-        sequence = self.submit(request, sink)
+        id = self.submit(request, sink)
         begun = False
         try:
             while True:
@@ -113,7 +126,7 @@ class MultiLoraEngine:
                     if isinstance(item, BaseException):
                         raise item
         finally:
-            self._cancel(sequence)
+            self._cancel(id)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """All answers, in the order of the requests; waits for a place in the queue.
@@ -122,7 +135,7 @@ class MultiLoraEngine:
         """
         ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         chunks: list[list[Chunk]] = [[] for _ in requests]
-        sequences: list[ActiveSequence] = []
+        ids: list[int] = []
         unfinished = 0
         remaining = deque(zip(requests, chunks, strict=True))
 
@@ -137,46 +150,105 @@ class MultiLoraEngine:
 
         try:
             while remaining or unfinished:
-                with self._wake:  # one step for all that come together, not one for each
-                    while remaining and unfinished < self.config.max_batch + self.config.max_queue:
+                if not unfinished:
+                    with self._room:
+                        self._room.wait_for(lambda: self._closed or not self._full)
+                with self.held():  # one step for all that come together, not one for each
+                    while remaining and not (self._full and unfinished):
                         request, pieces = remaining.popleft()
-                        sequences.append(self.submit(request, sink_to(pieces), wait=True))
+                        ids.append(self.submit(request, sink_to(pieces), refuse=False))
                         unfinished += 1
                 error = ended.get()
                 if error is not None:
                     raise error
                 unfinished -= 1
         finally:
-            for sequence in sequences:
-                self._cancel(sequence)
+            for id in ids:
+                self._cancel(id)
         return [Completion.of(pieces) for pieces in chunks]
 
-    def pack(self, weights: LoraWeights) -> PackedAdapter:
-        """Make an adapter ready to be used, once for many requests. Raises AdapterRejected."""
-        packed = self._packed.get(weights.key)
-        if packed is None:
-            packed = self._packed[weights.key] = self.slots.pack(weights)
-        return packed
+    def submit(self, request: GenerationRequest, sink: Sink, *, refuse: bool = True) -> int:
+        """Take a request; `sink` is told each chunk, or the error that ended it, by the engine's front.
 
-    @property
-    def cache_blocks(self) -> int:
-        """Blocks of the key-value cache."""
-        return self._runner.memory.cache.blocks
+        Args:
+            refuse: whether it is refused where there are too many.
 
-    @property
-    def cache_used(self) -> float:
-        """Share of the blocks that running requests hold."""
-        return self.scheduler.cache_used
+        Returns:
+            Its number.
+        """
+        prompt, sampling = len(request.prompt), request.sampling
+        known = prompt + len(request.generated)
+        if known >= self.max_model_len:
+            raise ContextLengthExceeded(known, self.max_model_len)
+        biased = [token for token, _ in sampling.logit_bias]
+        given = (("prompt", request.prompt), ("generated", request.generated), ("logit_bias", biased))
+        for what, tokens in given:
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self.facts.vocabulary:
+                raise InvalidRequest(
+                    f"the token ids of {what} are from {min(tokens)} to {max(tokens)}, but the model's are from 0 to "
+                    f"{self.facts.vocabulary - 1}",
+                    param=what,
+                )
+        order = Begin(
+            next(self._ids),
+            array("i", [*request.prompt, *request.generated]),
+            prompt,
+            limit=min(self.max_model_len, prompt + sampling.max_tokens),
+            adapters=tuple((self._ready(adapter), weight) for adapter, weight in request.adapters),
+            sampling=sampling,
+            seed=random.getrandbits(64) if sampling.seed is None else sampling.seed,
+            tenant=request.tenant,
+            ends=() if sampling.ignore_eos else self.codec.eos_ids,
+        )
+        text = self.codec.stream(sampling.stop)
+        for token in request.generated:  # their text is known
+            text.push(token)
+        with self._room:
+            if self._closed:
+                raise LorauterError("the engine is closed")
+            if refuse and not request.generated:  # what has begun elsewhere is to end
+                if self._full:
+                    running, waiting = self.load
+                    raise Overloaded(
+                        f"{running} requests run and {waiting} wait, and no more may; try again later",
+                        retry_after_s=_RETRY_AFTER_S,
+                    )
+                self.pace.check(len(self._unfinished) + 1)
+            if not self._unfinished:
+                self._heard = time.monotonic()
+            self._front.expect(order.id, sink, text)
+            self._unfinished.add(order.id)
+        self._order(order)
+        return order.id
 
-    @property
-    def load(self) -> tuple[int, int]:
-        """How many requests run, and how many wait."""
-        running = len(self.scheduler.running)
-        return running, max(0, self._unfinished - running)
+    def _ready(self, adapter: LoraWeights | Adapter) -> Adapter:
+        if isinstance(adapter, LoraWeights):
+            raise InvalidRequest(f"adapter {adapter.name!r} is not read by this engine", param="adapters")
+        return adapter
 
-    def held(self) -> threading.Condition:
-        """While this is entered no step begins that would admit a request: those submitted meanwhile begin together."""
-        return self._wake
+    def read(self, path: Path, *, name: str, version: str) -> tuple[Adapter, tuple[str, ...]]:
+        """Make the adapter of a folder ready to be used, once for many requests; it stays in memory while it is held.
+
+        Returns:
+            It, and what of it has no effect or is not there.
+
+        Raises:
+            AdapterRejected: it can never be served.
+        """
+        return self._core.read(path, name=name, version=version)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While this is entered no request reaches the core: those submitted meanwhile begin together."""
+        with self._sending:
+            self._held += 1
+            try:
+                yield
+            finally:
+                self._held -= 1
+                if not self._held and self._outbox:
+                    orders, self._outbox = self._outbox, []
+                    self._core.take(orders)
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
@@ -186,204 +258,127 @@ class MultiLoraEngine:
         It is entered while nothing is asked, and begins with no prefix computed and no adapter resident: what was asked
         before is of no effect either.
         """
-        with self._wake:
-            self.scheduler.forget()
-            self.slots.forget()
-            self._lockstep = True
+        self._order(Lockstep(True))
         try:
             yield
         finally:
-            self._lockstep = False
+            self._order(Lockstep(False))
+
+    # --- what it is like
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions of a sequence, prompt and answer together."""
+        return self.facts.max_model_len
+
+    @property
+    def counters(self) -> Counters:
+        """What the device's side counts; of one in a process of its own, as of at most a moment ago."""
+        return self._core.counters
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        running = self._core.running
+        return running, max(0, len(self._unfinished) - running)
 
     def check_health(self) -> None:
-        """Raise RuntimeError if one of the engine's threads is gone, or in one step for too long, or if steps fail."""
-        if self._closed or not self._thread.is_alive() or not self._front.alive:
+        """Raise RuntimeError if a part of the engine is gone, or in one step for too long, or if steps fail."""
+        self._core.check_health()
+        if self._closed or not self._front.alive:
             raise RuntimeError("the engine's thread has ended")
         if self._failures >= _FAILURES:
             raise RuntimeError(f"the engine's last {self._failures} steps have all failed")
-        since = self._busy_since
-        if since is not None and (seconds := time.monotonic() - since) > self.config.step_timeout_s:
+        seconds = time.monotonic() - self._heard
+        if self._unfinished and seconds > self.config.step_timeout_s:
             raise RuntimeError(f"a step of the engine has taken {seconds:.0f} s, and has not ended")
 
     def close(self) -> None:
         """Stop after the current step; what still runs or waits fails."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify_all()
-        self._thread.join()
+        self._core.close()
 
-    def submit(self, request: GenerationRequest, sink: Sink, *, wait: bool = False) -> ActiveSequence:
-        """Take a request; `sink` is told each chunk, or the error that ended it, by the engine's front."""
-        prompt, sampling = len(request.prompt), request.sampling
-        known = prompt + len(request.generated)
-        if known >= self.max_model_len:
-            raise ContextLengthExceeded(known, self.max_model_len)
-        biased = [token for token, _ in sampling.logit_bias]
-        given = (("prompt", request.prompt), ("generated", request.generated), ("logit_bias", biased))
-        for what, tokens in given:
-            if tokens and not 0 <= min(tokens) <= max(tokens) < self.decoder.vocabulary:
-                raise InvalidRequest(
-                    f"the token ids of {what} are from {min(tokens)} to {max(tokens)}, but the model's are from 0 to "
-                    f"{self.decoder.vocabulary - 1}",
-                    param=what,
-                )
-        mixture = [(w if isinstance(w, PackedAdapter) else self.pack(w), weight) for w, weight in request.adapters]
-        self.slots.check([packed for packed, _ in mixture])
-        sequence = ActiveSequence(
-            [*request.prompt, *request.generated],
-            prompt,
-            limit=min(self.max_model_len, prompt + sampling.max_tokens),
-            mixture=tuple(sorted((packed.key, weight) for packed, weight in mixture)),
-            sampling=sampling,
-            seed=random.getrandbits(64) if sampling.seed is None else sampling.seed,
-            adapters=[packed for packed, _ in mixture],
-            tenant=request.tenant,
-            ends=() if sampling.ignore_eos else self.codec.eos_ids,
-        )
-        text = self.codec.stream(sampling.stop)
-        for token in request.generated:  # their text is known
-            text.push(token)
-        with self._wake:
-            if wait:
-                self._wake.wait_for(lambda: self._closed or not self._full)
-            if self._closed:
-                raise LorauterError("the engine is closed")
-            if not request.generated:  # what has begun elsewhere is to end
-                if self._full:
-                    running, waiting = self.load
-                    raise Overloaded(
-                        f"{running} requests run and {waiting} wait, and no more may; try again later",
-                        retry_after_s=_RETRY_AFTER_S,
-                    )
-                if not wait:
-                    self.pace.check(self._unfinished + 1)
-            self._front.expect(sequence, sink, text)
-            self._unfinished += 1
-            self._inbox.append(("begin", sequence))
-            self._wake.notify_all()
-        return sequence
+    # --- to and from the core
 
     @property
     def _full(self) -> bool:
         """Whether as many requests are here as may run and wait together."""
-        return self._unfinished >= self.config.max_batch + self.config.max_queue
+        return len(self._unfinished) >= self.config.max_batch + self.config.max_queue
 
-    def _cancel(self, sequence: ActiveSequence) -> None:
+    def _cancel(self, id: int) -> None:
         """Let a sequence go at the next step; of no effect on one that has ended."""
-        self._front.forget(sequence)
-        if not sequence.ended:
-            with self._wake:
-                self._inbox.append(("drop", sequence))
-                self._wake.notify_all()
+        self._front.forget(id)
+        if id in self._unfinished:
+            self._order(Drop(id))
 
-    # --- the thread's side
+    def _order(self, order: Order) -> None:
+        with self.held():
+            self._outbox.append(order)
 
-    def _run(self) -> None:
-        try:
-            while self._wait():
-                self._busy_since = time.monotonic()
-                try:
-                    if self._turn():
-                        self._failures = 0
-                except Exception as error:  # noqa: BLE001 (one bad step must not end the service)
-                    self._failures += 1
-                    self._flights.clear()
-                    self._end([(sequence, error) for sequence in self.scheduler.abandon()])
-                self._busy_since = None
-        finally:  # also when the device is beyond use: nobody may be left waiting
-            with self._wake:
+    def _told(self, report: Report | Exception) -> None:
+        """What the core says, on its thread; once it has ended, why that is."""
+        if isinstance(report, Exception):
+            with self._room:
                 self._closed = True
-                self._wake.notify_all()
-            self._front.close(LorauterError("the engine was closed"))
-            self._runner.close()
+                self._room.notify_all()
+            self._front.close(report)
+            return
+        self._heard = time.monotonic()
+        self._failures = report.failures
+        if report.step is not None:
+            self.pace.step(*report.step)
+        for prompt_tokens, answer_tokens in report.answered:
+            self.pace.answered(prompt_tokens, answer_tokens)
+        if ended := report.ended:
+            with self._room:
+                self._unfinished.difference_update(ended)
+                self._room.notify_all()
+        if report.outcomes:
+            self._front.put(report, self._in_step() if report.awaited else None)
 
-    def _wait(self) -> bool:
-        """Wait for work, and take it in; False once the engine is closed."""
-        if self._lockstep:
-            self._front.drain()
-        with self._wake:
-            self._wake.wait_for(
-                lambda: self._closed or self._inbox or self._flights or self.scheduler.running or self.scheduler.waiting
-            )
-            while self._inbox:
-                what, sequence = self._inbox.popleft()
-                if what == "begin":
-                    self.scheduler.waiting.append(sequence)
-                elif not sequence.ended:
-                    self.scheduler.drop(sequence)
-                    self._finished([sequence])
-            return not self._closed
-
-    def _turn(self) -> bool:
-        """Launch the next step if there is one, and take the tokens of the one before it, or of this one, if it is time
-        to. Returns whether it has."""
-        self.slots.begin_step()
-        plan = self.scheduler.plan()
-        if plan is not None:
-            self._flights.append((plan, self._runner.launch(plan), time.perf_counter()))
-        if self._flights and (plan is None or len(self._flights) > self._runner.overlaps):
-            done, flight, launched = self._flights.popleft()
-            tokens = flight.wait()
-            events = self.scheduler.take(tokens)
-            now = time.perf_counter()
-            prompt_tokens = sum(piece.count for piece in done.prompts)
-            self.pace.step(len(done.decoding), prompt_tokens, now - max(launched, self._taken))
-            self._taken = now
-            self._end([event if event.token != NOT_FINITE else _not_finite(event.sequence) for event in events])
-            return True
-        return False
-
-    def _fail(self, sequence: ActiveSequence, error: Exception) -> None:
-        self._end([(sequence, error)])
-
-    def _end(self, events: Sequence[Event | tuple[ActiveSequence, Exception]]) -> None:
-        """Hand out what a step brought, and count who has ended by it."""
-        if events:
-            self._front.put(events)
-        self._finished([s for s in (e.sequence if isinstance(e, Event) else e[0] for e in events) if s.ended])
-
-    def _finished(self, sequences: Sequence[ActiveSequence]) -> None:
-        if sequences:
-            for sequence in sequences:
-                if len(sequence.tokens) > sequence.prompt:  # else nothing of it was answered
-                    self.pace.answered(sequence.prompt - sequence.reused, len(sequence.tokens) - sequence.prompt)
-            with self._wake:
-                self._unfinished -= len(sequences)
-                self._wake.notify_all()
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """What is ordered while this is entered reaches the core before its next step, which waits for it."""
+        with self.held():
+            try:
+                yield
+            finally:
+                self._order(Handled())
 
 
-def _weakly(method: Callable[P, None]) -> Callable[P, None]:
-    """A method that keeps its object no longer: a closed engine's memory is free once nobody has the engine."""
-    reference = WeakMethod(method)
+class MultiLoraEngine(Engine):
+    """An engine in this process.
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*args, **kwargs)
+    Args:
+        model: the base model.
+        codec: its tokenizer.
+        config: settings.
 
-    return call
+    Attributes:
+        decoder: the base model. Whoever else runs on it does so while nothing is to be answered here.
+        slots: the adapters on the device.
+        scheduler: for its counters.
+    """
 
+    def __init__(self, model: Decoder, codec: TextCodec, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        core: list[EngineCore] = []
 
-def _not_finite(sequence: ActiveSequence) -> tuple[ActiveSequence, LorauterError]:
-    names = [name for (name, _), _ in sequence.mixture]
-    if names:
-        problem = f"the model's output is not finite under the adapters {names} with these weights"
-        return sequence, InvalidRequest(problem, param="adapters")
-    return sequence, LorauterError("the base model's output is not finite, without any adapter")
+        def start(told: Told) -> tuple[Core, TextCodec]:
+            core.append(EngineCore(model, config, told))
+            return core[0], codec
 
+        super().__init__(start, config)
+        self.decoder = model
+        self.slots: AdapterSlots = core[0].slots
+        self.scheduler: Scheduler = core[0].scheduler
+        self._packed: WeakValueDictionary[AdapterKey, PackedAdapter] = WeakValueDictionary()
 
-def _make_runner(model: Decoder, config: EngineConfig, length: int) -> tuple[AdapterSlots, Runner]:
-    """The adapters' place on the device, and what runs steps there."""
-    budget = config.adapter_bytes or default_budget(model.device)
-    if model.device.type == "cuda":
-        from lorauter.engine.cuda_runner import make_cuda_runner
+    def pack(self, weights: LoraWeights) -> PackedAdapter:
+        """Make an adapter ready to be used, once for many requests. Raises AdapterRejected."""
+        packed = self._packed.get(weights.key)
+        if packed is None:
+            packed = self._packed[weights.key] = self.slots.pack(weights)
+        return packed
 
-        return make_cuda_runner(model, config, length, budget)
-    slots = AdapterSlots(
-        model.shape, budget_bytes=budget, max_rank=config.max_rank, dtype=model.dtype, device=model.device
-    )
-    wanted = config.max_batch * blocks_of(length)
-    blocks = min(wanted, (config.cache_bytes or _CPU_CACHE_BYTES) // model.block_bytes())
-    model.check_blocks(blocks, length)
-    runner = Runner(model, slots, rows=config.max_batch, blocks=blocks, length=length, step_tokens=config.step_tokens)
-    return slots, runner
+    def _ready(self, adapter: LoraWeights | Adapter) -> Adapter:
+        return self.pack(adapter) if isinstance(adapter, LoraWeights) else adapter

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from lorauter.engine.engine import MultiLoraEngine
+from lorauter.engine.engine import Engine
 from lorauter.engine.types import Chunk, Completion, GenerationRequest
 from lorauter.errors import LorauterError
 
@@ -27,7 +27,7 @@ class Outcome:
 
 @dataclass
 class _Feed:
-    engine: MultiLoraEngine
+    engine: Engine
     requests: Iterator[GenerationRequest | Exception]
     ended: Callable[[Outcome], None]
     outcomes: dict[int, Outcome] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class _Feed:
 
 
 def feed(
-    engine: MultiLoraEngine,
+    engine: Engine,
     requests: Iterable[GenerationRequest | Exception],
     ended: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:

@@ -10,9 +10,10 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from lorauter.engine.scheduler import ActiveSequence, Event
+from lorauter.engine.messages import Report
 from lorauter.engine.text import TextStream
 from lorauter.engine.types import Chunk, FinishReason
 
@@ -48,7 +49,6 @@ def deliver(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[LoopSink, Ite
 class _Answer:
     sink: Sink
     text: TextStream
-    begun: bool = False
 
 
 class Front:
@@ -58,12 +58,10 @@ class Front:
         cancel: lets a sequence go: a stop string has ended it, or nobody is there any more.
     """
 
-    def __init__(self, cancel: Callable[[ActiveSequence], None]) -> None:
+    def __init__(self, cancel: Callable[[int], None]) -> None:
         self._cancel = cancel
-        self._answers: dict[ActiveSequence, _Answer] = {}
-        self._queue: queue.SimpleQueue[Sequence[Event | tuple[ActiveSequence, Exception]] | None] = queue.SimpleQueue()
-        self._pending = 0
-        self._idle = threading.Condition()
+        self._answers: dict[int, _Answer] = {}
+        self._queue: queue.SimpleQueue[tuple[Report, AbstractContextManager[object]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="lorauter-front", daemon=True)
         self._thread.start()
 
@@ -72,90 +70,90 @@ class Front:
         """Whether tokens are handed out."""
         return self._thread.is_alive()
 
-    def expect(self, sequence: ActiveSequence, sink: Sink, text: TextStream) -> None:
+    def expect(self, id: int, sink: Sink, text: TextStream) -> None:
         """From now on tokens of this sequence may come."""
-        self._answers[sequence] = _Answer(sink, text)
+        self._answers[id] = _Answer(sink, text)
 
-    def forget(self, sequence: ActiveSequence) -> None:
+    def forget(self, id: int) -> None:
         """Nobody waits for this sequence any more."""
-        self._answers.pop(sequence, None)
+        self._answers.pop(id, None)
 
-    def put(self, events: Sequence[Event | tuple[ActiveSequence, Exception]]) -> None:
-        """Tokens of one step, or errors that have ended sequences. Returns at once."""
-        with self._idle:
-            self._pending += 1
-        self._queue.put(events)
+    def put(self, report: Report, while_handled: AbstractContextManager[object] | None = None) -> None:
+        """What a step brought; returns at once.
 
-    def drain(self) -> None:
-        """Wait until all that was put is handed out."""
-        with self._idle:
-            self._idle.wait_for(lambda: not self._pending or not self._thread.is_alive())
+        Args:
+            while_handled: what is entered while all of it is handed out.
+        """
+        self._queue.put((report, while_handled or nullcontext()))
 
     def close(self, error: Exception) -> None:
         """Hand out what is there, and tell everybody else this error."""
         self._queue.put(None)
         self._thread.join()
-        self._handle([(sequence, error) for sequence in list(self._answers)])
+        self._handle(Report(failed=[(id, error) for id in list(self._answers)]))
 
     def _run(self) -> None:
-        while (events := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
+            report, while_handled = item
             try:
-                self._handle(events)
+                with while_handled:
+                    self._handle(report)
             except BaseException:
                 logger.exception("what a step brought could not be handed out")
-            with self._idle:
-                self._pending -= 1
-                self._idle.notify_all()
 
-    def _handle(self, events: Sequence[Event | tuple[ActiveSequence, Exception]]) -> None:
+    def _handle(self, report: Report) -> None:
         loops: dict[asyncio.AbstractEventLoop, list[tuple[LoopSink, Item]]] = {}
-        senders: dict[asyncio.AbstractEventLoop, list[ActiveSequence]] = {}
-        for event in events:
-            item: Item
-            sequence = event.sequence if isinstance(event, Event) else event[0]
-            answer = self._answers.get(sequence)
-            if answer is None:
-                continue
-            try:
-                item = self._chunk(answer, event) if isinstance(event, Event) else event[1]
-            except Exception as error:  # this answer's trouble alone
-                logger.exception("an answer's text could not be made")
-                item = error
-            if not isinstance(item, Chunk) or item.finish_reason is not None:
-                self.forget(sequence)
-                if not sequence.ended:
-                    self._cancel(sequence)
+        senders: dict[asyncio.AbstractEventLoop, list[int]] = {}
+
+        def hand_out(id: int, answer: _Answer, item: Item) -> None:
             if isinstance(answer.sink, LoopSink):
                 loops.setdefault(answer.sink.loop, []).append((answer.sink, item))
-                senders.setdefault(answer.sink.loop, []).append(sequence)
-                continue
+                senders.setdefault(answer.sink.loop, []).append(id)
+                return
             try:
                 answer.sink(item)
             except Exception:
                 logger.exception("an answer could not be handed out")
-                self._abandon(sequence)
+                self._abandon(id)
+
+        for id, token, reason in report.events:
+            answer = self._answers.get(id)
+            if answer is None:
+                continue
+            item: Item
+            try:
+                item = _chunk(answer.text, token, reason, report.reused.get(id, 0))
+            except Exception as error:  # this answer's trouble alone
+                logger.exception("an answer's text could not be made")
+                item = error
+            if not isinstance(item, Chunk) or item.finish_reason is not None:
+                self.forget(id)
+                if reason is None:  # else it has ended of itself
+                    self._cancel(id)
+            hand_out(id, answer, item)
+        for id, failure in report.failed:
+            answer = self._answers.pop(id, None)
+            if answer is not None:
+                hand_out(id, answer, failure)
         for loop, items in loops.items():
             try:
                 deliver(loop, items)
             except RuntimeError:  # the loop is gone, and who waited in it
-                for sequence in senders[loop]:
-                    self._abandon(sequence)
+                for id in senders[loop]:
+                    self._abandon(id)
 
-    def _abandon(self, sequence: ActiveSequence) -> None:
-        self.forget(sequence)
-        self._cancel(sequence)
+    def _abandon(self, id: int) -> None:
+        self.forget(id)
+        self._cancel(id)
 
-    @staticmethod
-    def _chunk(answer: _Answer, event: Event) -> Chunk:
-        """What a token adds to the answer, with the reason if it ends it."""
-        reason: FinishReason | None = event.reason
-        text = ""
-        if reason != "stop":  # else it is the token that says so
-            text, stopped = answer.text.push(event.token)
-            if stopped:
-                reason = "stop"
-        if reason is not None:
-            text += answer.text.flush()
-        reused = 0 if answer.begun else event.sequence.reused
-        answer.begun = True
-        return Chunk(text, (event.token,), reason, reused)
+
+def _chunk(stream: TextStream, token: int, reason: FinishReason | None, reused: int) -> Chunk:
+    """What a token adds to the answer, with the reason if it ends it."""
+    text = ""
+    if reason != "stop":  # else it is the token that says so
+        text, stopped = stream.push(token)
+        if stopped:
+            reason = "stop"
+    if reason is not None:
+        text += stream.flush()
+    return Chunk(text, (token,), reason, reused)

@@ -105,6 +105,7 @@ class ActiveSequence:
         ends: tokens that end it.
         reused: positions of the prompt that were found computed.
         ended: whether its last token is known, or nobody waits for it any more.
+        id: what others know it by.
     """
 
     tokens: list[int]
@@ -118,6 +119,7 @@ class ActiveSequence:
     ends: Collection[int] = ()
     reused: int = 0
     ended: bool = False
+    id: int = 0
     row: int | None = None
     begun: bool = False
     computed: int = 0

@@ -14,7 +14,7 @@ from lorauter.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from lorauter.adapters.weights import LoraWeights
-    from lorauter.engine.slots import PackedAdapter
+    from lorauter.engine.messages import Adapter
 
 FinishReason = Literal["stop", "length"]
 
@@ -130,7 +130,7 @@ class GenerationRequest:
         prompt: token ids.
         adapters: adapters with their weights w_k; empty means the base model. The weights are used as they are:
             every adapted layer computes `y = W x + sum_k w_k s_k B_k A_k x`. An adapter that serves many requests is
-            best packed once (`MultiLoraEngine.pack`).
+            best packed once (`MultiLoraEngine.pack`, `Engine.read`).
         sampling: how tokens are chosen.
         generated: the answer's first tokens, which another engine has made: what comes is what would have come after
             them. Repeatable sampling needs a seed.
@@ -138,7 +138,7 @@ class GenerationRequest:
     """
 
     prompt: tuple[int, ...]
-    adapters: tuple[tuple[LoraWeights | PackedAdapter, float], ...] = ()
+    adapters: tuple[tuple[LoraWeights | Adapter, float], ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     generated: tuple[int, ...] = ()
     tenant: str | None = None

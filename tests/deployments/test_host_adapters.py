@@ -90,7 +90,8 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployments.host_adapters, "_PAUSE_S", 0)
 
 
-def serve_rank_2(weights: LoraWeights) -> LoraWeights:
+def serve_rank_2(local: LocalAdapter) -> LoraWeights:
+    weights = LoraWeights.load(local.path, name=local.key.name, version=local.key.version)
     if weights.rank > 2:
         raise AdapterRejected(f"has rank {weights.rank}", adapter=weights.name)
     return weights
@@ -178,13 +179,13 @@ def test_a_slow_load_of_an_old_version_takes_no_new_ones_place(files: FakeFiles)
     async def scenario() -> None:
         adapters = host(files)
         new = files.add("a", V2)
-        read = adapters._read_and_pack
+        read = adapters._read_local
 
         def slowly(local: LocalAdapter) -> LoraWeights:
             time.sleep(0.2 if local.key == A else 0)
             return read(local)
 
-        adapters._read_and_pack = slowly  # type: ignore[method-assign]
+        adapters._read_local = slowly
         old = asyncio.create_task(adapters.get(A))
         await asyncio.sleep(0.02)
         assert (await adapters.get(new)).key == new

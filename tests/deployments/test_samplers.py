@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from deployments.samplers import Sampling, disk_sampler, model_sampler
 from lorauter.adapters import AdapterDiskCache, AdapterRepository
 from lorauter.adapters.counters import TierCounters
 from lorauter.adapters.store import MemoryStore
+from lorauter.engine.messages import Counters
 
 
 class Recorder:
@@ -41,9 +43,8 @@ class Recorder:
 
 
 def test_a_replicas_tiers_and_queue() -> None:
-    slots = SimpleNamespace(counters=TierCounters(5, 2, 1, 0.25), resident=[("a", "1")], used_bytes=10)
-    scheduler = SimpleNamespace(reused=48, preemptions=2)
-    engine: Any = SimpleNamespace(load=(3, 4), slots=slots, scheduler=scheduler, cache_used=0.25)
+    counters = Counters(0.25, 2, 48, TierCounters(5, 2, 1, 0.25), [("a", "1")], 10)
+    engine: Any = SimpleNamespace(load=(3, 4), counters=counters)
     host: Any = SimpleNamespace(counters=TierCounters(7, 3, 0, 1.5), held=(2, 20))
     recorder = Recorder()
     sample = model_sampler(engine, host, recorder)
@@ -60,7 +61,8 @@ def test_a_replicas_tiers_and_queue() -> None:
         assert [recorder.of(metrics.LOADS, tier) for tier in ("device", "host")] == [2, 3]
         assert [recorder.of(metrics.LOAD_SECONDS, tier) for tier in ("device", "host")] == [0.25, 1.5]
         assert [recorder.of(metrics.EVICTIONS, tier) for tier in ("device", "host")] == [1, None]
-    slots.counters.hits, slots.resident, engine.load = 9, [], (0, 0)
+    engine.counters = replace(counters, adapters=replace(counters.adapters, hits=9), resident=[])
+    engine.load = (0, 0)
     sample()
     assert recorder.of(metrics.HITS, "device") == 9
     assert recorder.of(metrics.RESIDENT, "device") == recorder.of(metrics.RUNNING) == 0

@@ -15,7 +15,7 @@ from deployments.adapter_listing import AdapterListing, LiveListing
 from deployments.host_adapters import HostAdapters
 from deployments.live_catalog import LiveCatalog
 from deployments.retriever import TaskRetriever
-from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
+from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, LoraWeights, open_store
 from lorauter.catalog import Catalog, build_catalog, with_adapters
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.encoder import HashingEncoder
@@ -84,7 +84,11 @@ def live_catalog(uri: str, keep: Path) -> LiveCatalog:
 
 def tiers(uri: str, disk: Path) -> tuple[AdapterDiskCache, HostAdapters[Any]]:
     cache = AdapterDiskCache(AdapterRepository(open_store(f"{uri}/adapters")), disk, budget_bytes=1 << 30)
-    return cache, HostAdapters(NodeFiles(cache), lambda weights: weights, budget_bytes=5000)  # room for some
+    return cache, HostAdapters(NodeFiles(cache), read, budget_bytes=5000)  # room for some
+
+
+def read(local: LocalAdapter) -> LoraWeights:
+    return LoraWeights.load(local.path, name=local.key.name, version=local.key.version)
 
 
 def test_a_minute_takes_as_many_requests_whatever_the_number_of_adapters_in_use(

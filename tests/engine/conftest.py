@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from counting import VOCABULARY, CountingDecoder, byte_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine import EngineConfig, MultiLoraEngine, SamplingParams
@@ -28,10 +27,6 @@ from lorauter.engine.scheduler import ActiveSequence, Piece, RowStart, StepPlan
 from lorauter.engine.slots import AdapterSlots
 from lorauter.engine.step import Step, StepBatch
 from lorauter.engine.text import TextCodec
-
-SPECIAL = ("<eos>", "<end>", "<start>")  # ids 256, 257 and 258, after one id for each byte
-VOCABULARY = 256 + len(SPECIAL)
-CHAT = "{% for m in messages %}<start>{{ m.role }}:{{ m.content }}<end>{% endfor %}<start>assistant:"
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -95,15 +90,7 @@ def _time_limit() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a byte, the byte's value its id; then the special tokens."""
-    backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=SPECIAL[0],
-        additional_special_tokens=list(SPECIAL[1:]),
-        chat_template=CHAT,
-    )
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -299,42 +286,6 @@ def run_forced():
 
 
 # --- engines
-
-
-class CountingDecoder(Decoder):
-    """The fake decoder: after token t comes t + 1, and "a" after "z", so that "x" is continued as "yzabc...".
-
-    After "!" the logits are NaN, "?" makes the step raise, and "~" ends the engine's thread.
-    """
-
-    def __init__(self) -> None:
-        self.shape = ModelShape(("tiny",), 1, {"q_proj": (4, 4)})
-        self.heads = self.kv_heads = self.head_dim = 1
-        self.max_positions = 1 << 20
-        self._embedding = torch.zeros(VOCABULARY, 1)
-        self.steps: list[tuple[int, int]] = []  # decoding rows and prompt tokens
-
-    def rotary_table(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(length, 1), torch.zeros(length, 1)
-
-    def forward(self, step: Step, batch: StepBatch) -> torch.Tensor:
-        self.steps.append((batch.decoding, sum(span.length for span in batch.spans)))
-        table, keys = step._memory.table, step._memory.cache.keys[0, :, 0, :, 0]
-        for row, position, token in zip(
-            *(t.tolist() for t in (batch.rows, batch.positions, batch.tokens)), strict=True
-        ):
-            known = keys[table[row, : position // BLOCK + 1].long()].flatten()
-            assert known[:position].all(), "a position was skipped"
-            keys[table[row, position // BLOCK], position % BLOCK] = token
-        last = batch.tokens[batch.outputs]
-        if (last == ord("?")).any():
-            raise RuntimeError("forward failed")
-        if (last == ord("~")).any():
-            raise SystemExit
-        logits = torch.zeros(len(last), VOCABULARY)
-        logits[torch.arange(len(last)), torch.where(last == ord("z"), ord("a"), last + 1)] = 9
-        logits[last == ord("!")] = torch.nan
-        return logits
 
 
 class PacedDecoder:

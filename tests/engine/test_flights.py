@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from lorauter.engine import GenerationRequest, SamplingParams
-from lorauter.engine import engine as engine_module
+from lorauter.engine import core as core_module
 from lorauter.engine.runner import Runner
 from lorauter.engine.slots import AdapterSlots
 
@@ -34,8 +34,8 @@ def plain(pool, start):
 
 @pytest.fixture
 def ahead(plain, monkeypatch):
-    monkeypatch.setattr(engine_module, "Runner", AheadRunner)
-    monkeypatch.setattr(engine_module, "AdapterSlots", partial(AdapterSlots, ahead=True))
+    monkeypatch.setattr(core_module, "Runner", AheadRunner)
+    monkeypatch.setattr(core_module, "AdapterSlots", partial(AdapterSlots, ahead=True))
 
 
 def request(draw, pool, beginnings):

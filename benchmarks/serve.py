@@ -1,0 +1,367 @@
+"""The whole service, from HTTP to HTTP, against its own engine alone on the same prompts in the same run.
+
+    python benchmarks/serve.py [--quick] [--clients N] [--requests N]
+    python benchmarks/serve.py --shape 8B                     # on a GPU: random weights of that shape
+    python benchmarks/serve.py --vllm-url http://HOST:PORT    # vLLM's server too, on the same load
+
+Starts `lorauter serve` with the shipped configuration (a batch of --clients rows) and asks it real prompts of the
+example tasks, each once, by clients that ask one after the other: routed and of the base model, streamed and whole. The
+engine alone, in a process of its own with the niceness of Ray's workers, answers the same prompts under the mixtures
+that the library chooses for them, all at once; it runs before and after, and its mean counts. Then the time to the
+first token of a lone request and beside 31 others. The last lines are one figure each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp  # comes with Ray Serve
+import torch
+import yaml
+from engine_common import ATTENTION, ROOT, SHAPES, random_model
+
+from lorauter.tasks import read_tasks
+
+WORKER_NICENESS = 15  # Ray's own setting for its workers
+MAX_TOKENS = 64
+AT_ONCE = 32
+LONE = 12
+MODELS = {"routed": "lorauter", "base": "base"}
+CHAT = "/v1/chat/completions"
+
+
+@dataclass
+class Cell:
+    """What became of one load.
+
+    Attributes:
+        seconds: from the first request to the last answer.
+        firsts: seconds to each streamed answer's first token.
+        errors: what went wrong.
+        texts: whole answers, by the prompt's number.
+    """
+
+    seconds: float = 0.0
+    firsts: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    texts: dict[int, str] = field(default_factory=dict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer requests: under four minutes on two CPU cores")
+    parser.add_argument("--clients", type=int, help="clients, and rows of the batch (16; on a GPU 128)")
+    parser.add_argument("--requests", type=int, help="of each load (192; on a GPU 1024)")
+    parser.add_argument("--repeats", type=int, default=1, help="of each load; the median counts")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights, in place of the default model")
+    parser.add_argument("--vllm-url", help="a running server of vLLM: with the base model as its first one")
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        alone(json.loads(args.alone.read_text()))
+        return
+    on_gpu = torch.cuda.is_available()
+    clients = args.clients or (128 if on_gpu else 16)
+    count = args.requests or (1024 if on_gpu else 192) // (2 if args.quick else 1)
+    with tempfile.TemporaryDirectory(prefix="serve-") as folder:
+        run(args, Path(folder), clients, count, on_gpu)
+
+
+def run(args: argparse.Namespace, folder: Path, clients: int, count: int, on_gpu: bool) -> None:
+    settings = random_pool(args.shape, folder) if args.shape else {}
+    loads = {f"{model}_{way}": texts(i, count) for model in MODELS for i, way in enumerate(("streamed", "whole"))}
+    port = free_port()
+    config = folder / "serve.yaml"
+    config.write_text(yaml.safe_dump(configuration(port, clients, on_gpu, settings)))
+    task = {"clients": clients, "settings": settings, "loads": loads}
+    (folder / "task.json").write_text(json.dumps(task))
+    print(
+        f"{count} requests a load, {clients} at once, {torch.cuda.get_device_name() if on_gpu else 'CPU'}", flush=True
+    )
+    before = measure_alone(folder / "task.json")
+    with Service(config, port, folder):
+        url = f"http://127.0.0.1:{port}"
+        asyncio.run(ask_all(url, "lorauter", texts(2, 2 * clients), clients, streamed=True))  # all adapters come
+        cells: dict[str, list[Cell]] = {}
+        for _ in range(args.repeats):
+            for name, load in loads.items():
+                model, way = name.split("_")
+                cell = asyncio.run(ask_all(url, MODELS[model], load, clients, streamed=way == "streamed"))
+                cells.setdefault(name, []).append(cell)
+                loads[name] = [f"{text} " for text in load]  # what was computed of the last ones is no help
+        lone = asyncio.run(ask_all(url, "base", texts(3, LONE), 1, streamed=True))
+        crowd = asyncio.run(ask_all(url, "base", texts(4, 3 * AT_ONCE), AT_ONCE, streamed=True))
+    after = measure_alone(folder / "task.json")
+    vllm = {}
+    if args.vllm_url:
+        for way in ("streamed", "whole"):
+            cell = asyncio.run(ask_all(args.vllm_url, None, loads[f"base_{way}"], clients, streamed=way == "streamed"))
+            vllm[way] = count / cell.seconds
+    report(cells, (before, after), count, lone, crowd, vllm)
+
+
+def report(
+    cells: dict[str, list[Cell]],
+    runs: tuple[dict[str, Any], dict[str, Any]],
+    count: int,
+    lone: Cell,
+    crowd: Cell,
+    vllm: dict[str, float],
+) -> None:
+    """Print all, the figures last."""
+    figures: dict[str, float] = {}
+    errors: Counter[str] = sum((cell.errors for row in cells.values() for cell in row), lone.errors + crowd.errors)
+    print(f"{'':18} {'service':>12} {'engine alone':>22}   requests/s")
+    for name, row in cells.items():
+        served = count / statistics.median(cell.seconds for cell in row)
+        own = [count / found[name]["seconds"] for found in runs]
+        figures[name] = served / statistics.fmean(own)
+        tokens = runs[0][name]["tokens"] / count
+        same = sum(text == runs[0][name]["texts"][i] for i, text in row[0].texts.items())
+        told = f", {same} of {len(row[0].texts)} answers the same" if row[0].texts else ""
+        print(f"{name:18} {served:12.2f} {own[0]:12.2f} {own[1]:9.2f}   {tokens:.1f} tokens each{told}")
+    for way, rate in vllm.items():
+        figures[f"base_{way}_of_vllm"] = count / statistics.median(c.seconds for c in cells[f"base_{way}"]) / rate
+    alone_s, median_s = statistics.median(lone.firsts), statistics.median(crowd.firsts)
+    p99_s = sorted(crowd.firsts)[int(0.99 * (len(crowd.firsts) - 1))]
+    figures["first_token_alone_ms"] = 1000 * alone_s
+    figures[f"first_token_{AT_ONCE}_ms"] = 1000 * median_s
+    figures[f"first_token_{AT_ONCE}_p99_ms"] = 1000 * p99_s
+    figures[f"first_token_{AT_ONCE}_of_alone"] = median_s / alone_s
+    figures[f"first_token_{AT_ONCE}_p99_of_median"] = p99_s / median_s
+    for error, times in errors.most_common(5):
+        print(f"{times} x {error}")
+    for name, value in figures.items():
+        print(f"{name} {value:.3f}")
+    print(f"errors {sum(errors.values())}")
+
+
+def texts(part: int, count: int) -> list[str]:
+    """Prompts of the example tasks, the tasks taking turns; others for each part, so that no prompt was seen before."""
+    tasks = read_tasks(ROOT / "examples" / "tasks")
+    rows = [[example.input for example in (*task.test, *task.validation)] for task in tasks]
+    every = [row[i] for i in range(max(map(len, rows))) for row in rows if i < len(row)]
+    start = part * count
+    return [f"{every[i % len(every)]}{' ' * (i // len(every))}" for i in range(start, start + count)]
+
+
+# --- the service
+
+
+def configuration(port: int, clients: int, on_gpu: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """The shipped one, on another port, with a batch of as many rows as there are clients."""
+    shipped: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    shipped["http_options"]["port"] = port
+    [application] = shipped["applications"]
+    application["args"] |= settings
+    application["args"]["engine"]["max_batch"] = clients
+    if on_gpu:
+        [model] = [row for row in application["deployments"] if row["name"] == "LoraModel"]
+        model["ray_actor_options"]["num_gpus"] = 1
+    return shipped
+
+
+class Service:
+    """`lorauter serve` from here to the block's end; what it prints is told if it does not start."""
+
+    def __init__(self, config: Path, port: int, folder: Path) -> None:
+        self._port, self._log = port, folder / "serve.log"
+        command = [str(Path(sys.executable).parent / "lorauter"), "serve", "--config", str(config)]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def __enter__(self) -> Service:
+        while True:
+            try:
+                asyncio.run(_get(f"http://127.0.0.1:{self._port}/healthz"))
+                return self
+            except (aiohttp.ClientError, OSError):
+                if self._process.poll() is not None:
+                    sys.exit(self._log.read_text())
+                time.sleep(0.5)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# --- the load
+
+
+async def _get(url: str) -> Any:
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        response.raise_for_status()
+        return await response.json()
+
+
+async def ask_all(url: str, model: str | None, prompts: list[str], clients: int, *, streamed: bool) -> Cell:
+    """Ask each prompt once, so many at a time; `model` None is a server's first one."""
+    cell = Cell()
+    waiting = iter(enumerate(prompts))
+    if model is None:
+        model = (await _get(f"{url}/v1/models"))["data"][0]["id"]
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=300)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+
+        async def client() -> None:
+            for i, prompt in waiting:
+                body = {
+                    "model": model,
+                    "messages": [{"role": "user", "content": prompt}],
+                    "max_tokens": MAX_TOKENS,
+                    "temperature": 0,
+                    "stream": streamed,
+                }
+                try:
+                    await ask(session, f"{url}{CHAT}", body, i, cell)
+                except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                    cell.errors[repr(error)[:200]] += 1
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        cell.seconds = time.perf_counter() - began
+    return cell
+
+
+async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], i: int, cell: Cell) -> None:
+    """Ask once, and note what comes."""
+    began = time.perf_counter()
+    async with session.post(url, json=body) as response:
+        if response.status != 200:
+            cell.errors[f"{response.status} {(await response.text())[:200]}"] += 1
+        elif not body["stream"]:
+            cell.texts[i] = (await response.json())["choices"][0]["message"]["content"]
+        else:
+            first, end = None, b""
+            async for piece in response.content.iter_any():
+                first = first or time.perf_counter() - began
+                end = (end + piece)[-400:]
+            if not end.endswith(b"data: [DONE]\n\n"):
+                cell.errors[f"a stream ended with {end.decode(errors='replace')[-200:]}"] += 1
+            elif first is not None:
+                cell.firsts.append(first)
+
+
+# --- the engine alone
+
+
+def measure_alone(task: Path) -> dict[str, Any]:
+    """Seconds, tokens and answers of each load, by the engine in a process of its own."""
+    command = [sys.executable, __file__, "--alone", str(task)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def alone(task: dict[str, Any]) -> None:
+    """What `measure_alone` starts."""
+    from lorauter import Router
+    from lorauter.adapters import LoraWeights
+    from lorauter.defaults import base_model_aliases, resolve_adapters, resolve_catalog, resolve_model
+    from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams, load_engine
+    from lorauter.engine.load import warm_up
+    from lorauter.engine.slots import PackedAdapter
+
+    os.nice(WORKER_NICENESS - os.nice(0))
+    torch.set_num_threads(1)  # the encoder's threads would be beside the engine's for good
+    router = Router.load(resolve_catalog(task["settings"].get("catalog", "default")))
+    routed = {load: router.route(prompts) for load, prompts in task["loads"].items() if "routed" in load}
+    name = task["settings"].get("base_model", "default")
+    pool = Path(resolve_adapters(task["settings"].get("adapters", "default")))
+    engine = load_engine(resolve_model(name), EngineConfig(max_batch=task["clients"]), aliases=base_model_aliases(name))
+    packed: dict[str, PackedAdapter] = {}
+    loads = {}
+    for load, prompts in task["loads"].items():
+        mixtures: list[list[tuple[PackedAdapter, float]]] = [[] for _ in prompts]
+        for mixture, decision in zip(mixtures, routed.get(load, ()), strict=False):
+            for one in decision.adapters:
+                if one.name not in packed:
+                    packed[one.name] = engine.pack(LoraWeights.load(pool / one.name, name=one.name, version="1"))
+                mixture.append((packed[one.name], one.weight))
+        loads[load] = [
+            GenerationRequest(
+                engine.codec.chat([{"role": "user", "content": prompt}]),
+                tuple(mixture),
+                SamplingParams(max_tokens=MAX_TOKENS),
+            )
+            for prompt, mixture in zip(prompts, mixtures, strict=True)
+        ]
+    warm_up(engine)
+    found = {}
+    for load, requests in loads.items():
+        began = time.perf_counter()
+        answers = engine.generate(requests)
+        seconds = time.perf_counter() - began
+        found[load] = {
+            "seconds": seconds,
+            "tokens": sum(len(answer.token_ids) for answer in answers),
+            "texts": [answer.text for answer in answers],
+        }
+    engine.close()
+    print(json.dumps(found))
+
+
+# --- random weights
+
+
+def random_pool(shape: str, folder: Path) -> dict[str, Any]:
+    """A model of a shape, an adapter of random numbers for each example task, and their catalog: settings for these."""
+    import safetensors.torch
+    from transformers import AutoTokenizer
+
+    from lorauter.defaults import resolve_model
+
+    model, adapters, catalog = folder / "model", folder / "adapters", folder / "catalog"
+    random_model(shape, "cuda" if torch.cuda.is_available() else "cpu").save_pretrained(model)
+    AutoTokenizer.from_pretrained(resolve_model("default")).save_pretrained(model)
+    sizes = SHAPES[shape]
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    narrow = hidden // heads * sizes["num_key_value_heads"]
+    outputs = {"q_proj": hidden, "k_proj": narrow, "v_proj": narrow, "o_proj": hidden}
+    for task in read_tasks(ROOT / "examples" / "tasks"):
+        one = adapters / task.name
+        one.mkdir(parents=True)
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 16,
+            "target_modules": list(ATTENTION), "base_model_name_or_path": str(model),
+        }  # fmt: skip
+        (one / "adapter_config.json").write_text(json.dumps(config))
+        tensors = {}
+        for layer in range(sizes["num_hidden_layers"]):
+            for target, width in outputs.items():
+                stem = f"base_model.model.model.layers.{layer}.self_attn.{target}"
+                tensors[f"{stem}.lora_A.weight"] = torch.randn(16, hidden) / hidden**0.5
+                tensors[f"{stem}.lora_B.weight"] = torch.randn(width, 16) / 64
+        safetensors.torch.save_file(tensors, one / "adapter_model.safetensors")
+    command = [str(Path(sys.executable).parent / "lorauter"), "catalog", "build"]
+    command += ["--tasks", str(ROOT / "examples" / "tasks"), "--adapters", str(adapters), "--out", str(catalog)]
+    subprocess.run(command, check=True)
+    return {"base_model": str(model), "adapters": str(adapters), "catalog": str(catalog)}
+
+
+if __name__ == "__main__":
+    main()

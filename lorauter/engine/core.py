@@ -1,0 +1,293 @@
+"""The device's side of an engine: takes orders, plans and launches steps, and reports what each of them brought.
+
+It joins two rooms. The scheduler decides what a step processes, the runner computes it. One thread plans and launches;
+on a GPU it plans a step while the one before it is computed. Knows nothing of text or of who asks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ParamSpec
+from weakref import WeakMethod
+
+from lorauter.adapters.weights import LoraWeights
+from lorauter.engine.blocks import BlockPool, blocks_of
+from lorauter.engine.config import EngineConfig
+from lorauter.engine.messages import Begin, Counters, Drop, Facts, Handled, Lockstep, Order, Report
+from lorauter.engine.model import Decoder
+from lorauter.engine.runner import Flight, Runner
+from lorauter.engine.scheduler import NOT_FINITE, ActiveSequence, Scheduler, StepPlan
+from lorauter.engine.slots import AdapterSlots, PackedAdapter, default_budget
+from lorauter.errors import InvalidRequest, LorauterError
+
+P = ParamSpec("P")
+_CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
+_TELL_S = 0.25  # between two reports with counters, while steps go on
+
+
+class EngineCore:
+    """Computes sequences.
+
+    Args:
+        model: the base model.
+        config: settings.
+        told: is given each report, by the core's thread; an error once it has ended.
+
+    Attributes:
+        facts: what does not change of it.
+        slots: the adapters on the device.
+        scheduler: for its counters.
+    """
+
+    def __init__(self, model: Decoder, config: EngineConfig, told: Callable[[Report | Exception], None]) -> None:
+        length = min(config.max_model_len, model.max_positions)
+        self.slots, self._runner = _make_runner(model, config, length)
+        blocks = self._runner.memory.cache.blocks
+        self.facts = Facts(model.shape, model.vocabulary, length, self.slots.budget_bytes, blocks)
+        self.scheduler = Scheduler(
+            config.max_batch,
+            BlockPool(blocks),
+            self.slots,
+            self._runner.budget,
+            reuse=config.prefix_reuse,
+            failed=weakly(self._fail),
+        )
+        self._max_rank = config.max_rank
+        self._told = told
+        self._report = Report()
+        self._counted = (0.0, -1)  # when the counters were told last, and whether anything has happened since
+        self._sequences: dict[int, ActiveSequence] = {}
+        self._silent: set[int] = set()  # those that have no token yet
+        self._flights: deque[tuple[StepPlan, Flight, float]] = deque()  # when each was launched
+        self._taken = 0.0  # when the last one's tokens were taken
+        self._inbox: deque[Begin | Drop | Lockstep] = deque()
+        self._wake = threading.Condition()
+        self._lockstep = False
+        self._awaited = 0  # reports that are not handled yet
+        self._failures = 0
+        self._closed = False
+        self._turns = 0
+        self._thread = threading.Thread(target=self._run, name="lorauter-engine", daemon=True)
+        self._thread.start()
+
+    # --- the callers' side
+
+    def take(self, orders: Sequence[Order]) -> None:
+        """Take orders; what is to begin or to end does so together, before the next step is planned."""
+        with self._wake:
+            for order in orders:
+                if isinstance(order, Handled):
+                    self._awaited -= 1
+                else:
+                    self._inbox.append(order)
+            self._wake.notify_all()
+
+    def read(self, path: Path, *, name: str, version: str) -> tuple[PackedAdapter, tuple[str, ...]]:
+        """An adapter of a folder, ready for use, and what of it has no effect or is not there; see `Engine.read`."""
+        weights = LoraWeights.load(path, name=name, version=version)
+        missing = weights.check_fits(self.facts.shape, max_rank=self._max_rank)
+        return self.slots.pack(weights), (*weights.warnings, *missing)
+
+    @property
+    def running(self) -> int:
+        """How many sequences run."""
+        return len(self.scheduler.running)
+
+    @property
+    def counters(self) -> Counters:
+        """What has been counted; may be asked for by any thread."""
+        scheduler, slots = self.scheduler, self.slots
+        return Counters(
+            scheduler.cache_used,
+            scheduler.preemptions,
+            scheduler.reused,
+            replace(slots.counters),
+            slots.resident,
+            slots.used_bytes,
+        )
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if the thread is gone."""
+        if self._closed or not self._thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
+
+    def close(self) -> None:
+        """Stop after the current step."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._thread.join()
+
+    # --- the thread's side
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                try:
+                    if self._turn():
+                        self._failures = 0
+                except Exception as error:  # noqa: BLE001 (one bad step must not end the service)
+                    self._failures += 1
+                    self._flights.clear()
+                    self._end([(sequence, error) for sequence in self.scheduler.abandon()])
+                self._turns += 1
+                self._tell()
+        finally:  # also when the device is beyond use: nobody may be left waiting
+            with self._wake:
+                self._closed = True
+            self._told(LorauterError("the engine was closed"))
+            self._runner.close()
+
+    def _busy(self) -> bool:
+        return bool(self._flights or self.scheduler.running or self.scheduler.waiting)
+
+    def _wait(self) -> bool:
+        """Wait for work, and take it in; False once the engine is closed."""
+        if not self._busy():
+            self._tell(idle=True)
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or (self._awaited <= 0 and (self._inbox or self._busy())))
+            orders, self._inbox = self._inbox, deque()
+            closed = self._closed
+        for order in orders:
+            if isinstance(order, Begin):
+                self._begin(order)
+            elif isinstance(order, Lockstep):
+                self._lockstep = order.on
+                if order.on:
+                    self.scheduler.forget()
+                    self.slots.forget()
+            elif (sequence := self._sequences.get(order.id)) is not None:
+                self.scheduler.drop(sequence)
+                self._report.let_go.append(order.id)
+                self._forget(sequence)
+        return not closed
+
+    def _begin(self, order: Begin) -> None:
+        packed = [adapter for adapter, _ in order.adapters if isinstance(adapter, PackedAdapter)]
+        try:
+            self.slots.check(packed)
+        except LorauterError as error:
+            self._report.failed.append((order.id, error))
+            return
+        sequence = ActiveSequence(
+            list(order.tokens),
+            order.prompt,
+            limit=order.limit,
+            mixture=tuple(sorted((adapter.key, weight) for adapter, weight in order.adapters)),
+            sampling=order.sampling,
+            seed=order.seed,
+            adapters=packed,
+            tenant=order.tenant,
+            ends=order.ends,
+            id=order.id,
+        )
+        self._sequences[order.id] = sequence
+        self._silent.add(order.id)
+        self.scheduler.waiting.append(sequence)
+
+    def _turn(self) -> bool:
+        """Launch the next step if there is one, and take the tokens of the one before it, or of this one, if it is time
+        to. Returns whether it has."""
+        self.slots.begin_step()
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self._flights.append((plan, self._runner.launch(plan), time.perf_counter()))
+        if not self._flights or (plan is not None and len(self._flights) <= self._runner.overlaps):
+            return False
+        done, flight, launched = self._flights.popleft()
+        tokens = flight.wait()
+        events = self.scheduler.take(tokens)
+        now = time.perf_counter()
+        prompt_tokens = sum(piece.count for piece in done.prompts)
+        report = self._report
+        report.step = len(done.decoding), prompt_tokens, now - max(launched, self._taken)
+        self._taken = now
+        for event in events:
+            sequence = event.sequence
+            if event.token == NOT_FINITE:
+                self._end([(sequence, _not_finite(sequence))])
+                continue
+            report.add(sequence.id, event.token, event.reason)
+            if sequence.id in self._silent:
+                self._silent.discard(sequence.id)
+                report.reused[sequence.id] = sequence.reused
+            if sequence.ended:
+                self._forget(sequence)
+        return True
+
+    def _fail(self, sequence: ActiveSequence, error: Exception) -> None:
+        self._end([(sequence, error)])
+        self._tell()  # the step that is about to begin may take its time
+
+    def _end(self, failed: Sequence[tuple[ActiveSequence, Exception]]) -> None:
+        for sequence, error in failed:
+            self._report.failed.append((sequence.id, error))
+            self._forget(sequence)
+
+    def _forget(self, sequence: ActiveSequence) -> None:
+        """A sequence has ended."""
+        del self._sequences[sequence.id]
+        self._silent.discard(sequence.id)
+        if len(sequence.tokens) > sequence.prompt:  # else nothing of it was answered
+            computed, answer = sequence.prompt - sequence.reused, len(sequence.tokens) - sequence.prompt
+            self._report.answered.append((computed, answer))
+
+    def _tell(self, *, idle: bool = False) -> None:
+        """Report what there is to say; counters now and then, and before there is nothing to do."""
+        report, now = self._report, time.monotonic()
+        since, turns = self._counted
+        if turns != self._turns and (idle or now - since > _TELL_S):
+            report.counters = self.counters
+            self._counted = now, self._turns
+        if not (report.outcomes or report.step or report.counters):
+            return
+        self._report = Report()
+        report.running, report.failures = self.running, self._failures
+        if self._lockstep and report.outcomes:
+            report.awaited = True
+            with self._wake:
+                self._awaited += 1
+        self._told(report)
+
+
+def weakly(method: Callable[P, None]) -> Callable[P, None]:
+    """A method that keeps its object no longer: a closed engine's memory is free once nobody has the engine."""
+    reference = WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*args, **kwargs)
+
+    return call
+
+
+def _not_finite(sequence: ActiveSequence) -> LorauterError:
+    names = [name for (name, _), _ in sequence.mixture]
+    if names:
+        problem = f"the model's output is not finite under the adapters {names} with these weights"
+        return InvalidRequest(problem, param="adapters")
+    return LorauterError("the base model's output is not finite, without any adapter")
+
+
+def _make_runner(model: Decoder, config: EngineConfig, length: int) -> tuple[AdapterSlots, Runner]:
+    """The adapters' place on the device, and what runs steps there."""
+    budget = config.adapter_bytes or default_budget(model.device)
+    if model.device.type == "cuda":
+        from lorauter.engine.cuda_runner import make_cuda_runner
+
+        return make_cuda_runner(model, config, length, budget)
+    slots = AdapterSlots(
+        model.shape, budget_bytes=budget, max_rank=config.max_rank, dtype=model.dtype, device=model.device
+    )
+    wanted = config.max_batch * blocks_of(length)
+    blocks = min(wanted, (config.cache_bytes or _CPU_CACHE_BYTES) // model.block_bytes())
+    model.check_blocks(blocks, length)
+    runner = Runner(model, slots, rows=config.max_batch, blocks=blocks, length=length, step_tokens=config.step_tokens)
+    return slots, runner
