@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lorauter.engine.types import Prompt, SamplingParams
+from lorauter.engine.types import Chunk, Prompt, SamplingParams
 from lorauter.routing.compose import AdapterWeight, LeftOut
 
 
@@ -20,6 +20,7 @@ class GenerateCall:
             what others ask.
         number: tells it from the other calls of its ingress replica.
         avoid: replicas that are asked last: they have refused it, or kept it waiting.
+        whole: nobody reads the answer before its end.
     """
 
     prompt: Prompt
@@ -30,11 +31,12 @@ class GenerateCall:
     tenant: str | None = None
     number: int = 0
     avoid: tuple[str, ...] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """The first thing a replica says: the request is valid, its adapters are here, and this is its prompt's size.
+    """First known of an answer: the request is valid, its adapters are here, and this is its prompt's size.
 
     `left_out` are those of the call's adapters that the answer goes on without, `cached_tokens` the prompt's tokens
     that were found computed.
@@ -43,6 +45,14 @@ class Admitted:
     prompt_tokens: int
     left_out: tuple[LeftOut, ...] = ()
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The first thing a replica says, in one message: the answer is admitted, and begins so."""
+
+    admitted: Admitted
+    chunk: Chunk
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,14 @@ class Generation:
 
         def begin(place: int) -> Coroutine[Any, Any, _Begun]:
             def ask(decision: RoutingDecision) -> Answer:
-                call = GenerateCall(prompts[place], decision.adapters, sampling, routed=decision.routed, tenant=tenant)
+                call = GenerateCall(
+                    prompts[place],
+                    decision.adapters,
+                    sampling,
+                    routed=decision.routed,
+                    tenant=tenant,
+                    whole=not body.stream,
+                )
                 return meter.metered(self._service.generate(call), sizes[place])
 
             return self._admit(body, texts[place : place + 1], caller, decisions[place], ask)

@@ -15,7 +15,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from deployments.adapter_cache import CacheSpec, NodeCache
-from deployments.calls import Admitted, GenerateCall
+from deployments.calls import Admitted, Begun, GenerateCall
 from deployments.config import AppConfig
 from deployments.devices import own_gpus_only
 from deployments.engines import Reading, start_engine
@@ -40,6 +40,8 @@ logger = logging.getLogger("lorauter.model")
 
 _ASK_S = 0.5
 _PATIENT = 2 / 3  # of the time that a request waits for its first token: what the pace says is about right
+_ITEMS_S = 200.0  # items of streams a second, about: each takes a millisecond here, and as much on its way
+_WHOLE_S = 30.0
 
 Mixture = tuple[tuple[Adapter, float], ...]
 
@@ -69,6 +71,7 @@ class LoraModel:
         self._on_disk = await self._node_cache.holdings()  # raises why the cache cannot start, if it cannot
         self._adapter_wait_s = config.host.wait_s
         self._first_token_s = config.api.first_token_s
+        self._streams = 0  # that are read as they come
         self._adapters = HostAdapters(
             self._node_cache,
             Reading(self._engine),
@@ -92,8 +95,11 @@ class LoraModel:
         async for _ in self._engine.stream(request):
             pass
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk | LorauterError]:
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk | LorauterError]:
         """Answer a call; closing the stream cancels it.
+
+        Each item costs Python's time here and wherever it passes: the first token leaves at once, and the end, and what
+        comes between them together, the more the more answers there are.
 
         An error of ours ends it as its last item, and is not raised, as Serve logs what is raised as a failure, with a
         traceback: InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable or Overloaded before anything
@@ -119,30 +125,42 @@ class LoraModel:
         decode = self._engine.codec.decode
         return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
 
-    async def _answer(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+    async def _answer(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk]:
         prompt = await asyncio.to_thread(self._engine.codec.encode, call.prompt)  # a long text takes its time
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         mixture, left_out = await self._mixture(call)
         if not call.generated:  # what has begun elsewhere is to end
             self._check_wait()
-        stream = self._engine.stream(GenerationRequest(prompt, mixture, call.sampling, call.generated, call.tenant))
+        request = GenerationRequest(prompt, mixture, call.sampling, call.generated, call.tenant)
+        stream = self._engine.stream(request, gap=self._whole_gap if call.whole else self._gap)
         tokens = 0
         with span("generate", current=False) as traced:
             try:
-                admitted = False
+                begun = False
+                self._streams += not call.whole
                 async for chunk in stream:
-                    if not admitted:
-                        admitted = True
-                        yield Admitted(len(prompt), left_out, chunk.cached_tokens)
                     tokens += len(chunk.token_ids)
-                    yield chunk
+                    if begun:
+                        yield chunk
+                    else:
+                        begun = True
+                        yield Begun(Admitted(len(prompt), left_out, chunk.cached_tokens), chunk)
             finally:
+                self._streams -= not call.whole
                 if traced is not None:
                     traced.set_attributes(
                         {"prompt_tokens": len(prompt), "completion_tokens": tokens, "adapters": len(mixture)}
                     )
                 await stream.aclose()
+
+    def _gap(self) -> float:
+        """Seconds between two items of a stream: none where it is alone."""
+        return (self._streams - 1) / _ITEMS_S
+
+    def _whole_gap(self) -> float:
+        """The same where nobody reads them: now and then, so that it is known to go on."""
+        return min(_WHOLE_S, self._engine.config.token_timeout_s / 2)
 
     async def _mixture(self, call: GenerateCall) -> tuple[Mixture, tuple[LeftOut, ...]]:
         """A call's adapters with their weights, and those left out. Raises AdapterError."""

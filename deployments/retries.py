@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayError, RayTaskError
 
-from deployments.calls import Admitted, GenerateCall
+from deployments.calls import Admitted, Begun, GenerateCall
 from lorauter.engine.types import Chunk
 from lorauter.errors import LorauterError, Overloaded, ServiceUnavailable
 from lorauter.routing.compose import without
@@ -125,12 +125,15 @@ async def generated(
     while True:
         stream = send(replace(call, generated=tuple(tokens)) if tokens else call)
         try:
-            first = _said(await _first(stream, call, until, timeout_s, others))
+            begun: Begun = _said(await _first(stream, call, until, timeout_s, others))
+            tokens += begun.chunk.token_ids
+            ended = begun.chunk.finish_reason is not None
             if admitted is None:
-                admitted = first
+                admitted = begun.admitted
                 kept = without(call.adapters, {adapter.key for adapter in admitted.left_out})
                 call = replace(call, adapters=kept, routed=False)  # what another replica can have is another mixture
                 yield admitted
+            yield begun.chunk
             async for item in stream:
                 chunk = _said(item)
                 tokens += chunk.token_ids

@@ -95,8 +95,13 @@ class Engine:
 
     # --- requests
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk]:
+    async def stream(
+        self, request: GenerationRequest, *, gap: Callable[[], float] = lambda: 0.0
+    ) -> AsyncGenerator[Chunk]:
         """The answer as it comes; chunks that are ready together come as one. Closing the iterator cancels the request.
+
+        Args:
+            gap: seconds between two chunks at least, but for the first and the last one.
 
         Raises (on the first step):
             Overloaded: the queue is full, or too long for `max_slowdown`.
@@ -104,19 +109,17 @@ class Engine:
             AdapterRejected, AdapterUnavailable: an adapter does not fit the model or the memory.
             LorauterError: no token has come for `token_timeout_s`.
         """
-        sink = LoopSink(asyncio.get_running_loop())
+        sink = LoopSink(asyncio.get_running_loop(), gap)
         id = self.submit(request, sink)
         begun = False
         try:
             while True:
                 try:
                     async with asyncio.timeout(self.config.token_timeout_s if begun else None):
-                        items = [await sink.ready.get()]
+                        items = await sink.take()
                 except TimeoutError as error:
                     raise LorauterError(f"no token for {self.config.token_timeout_s:g} s") from error
                 begun = True
-                while not sink.ready.empty():
-                    items.append(sink.ready.get_nowait())
                 chunks = [item for item in items if isinstance(item, Chunk)]
                 if chunks:
                     yield Chunk.joined(chunks)

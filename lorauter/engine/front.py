@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -22,27 +23,66 @@ logger = logging.getLogger("lorauter.engine")
 Item = Chunk | BaseException
 Sink = Callable[[Item], object]
 """Who is told what becomes of a request: each chunk, or the error that ended it. A `LoopSink` is told by its loop."""
+_SOON_S = 0.0005  # timers may be early by the clock's resolution
 
 
 class LoopSink:
-    """Puts what comes into a queue of an event loop; what a step brings to all queues of a loop wakes it once."""
+    """Gathers what comes for somebody in an event loop: the first at once, and what ends it; the rest at leisure.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Args:
+        gap: seconds from one time that things are taken to the next, as of when it is asked.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, gap: Callable[[], float]) -> None:
         self.loop = loop
-        self.ready: asyncio.Queue[Item] = asyncio.Queue()
+        self._gap = gap
+        self._items: list[Item] = []
+        self._due = 0.0
+        self._waiter: asyncio.Future[None] | None = None
 
     def __call__(self, item: Item) -> None:
         deliver(self.loop, [(self, item)])
 
+    def add(self, item: Item) -> None:
+        """Something has come; called in the loop."""
+        self._items.append(item)
+        self._wake()
+
+    async def take(self) -> list[Item]:
+        """What has come, once something has and it is time to."""
+        if not self._is_due():
+            self._waiter = self.loop.create_future()
+            left = self._due - self.loop.time()
+            timer = self.loop.call_later(left, self._wake) if 0 < left < math.inf else None
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+        items, self._items = self._items, []
+        self._due = self.loop.time() + self._gap()
+        return items
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done() and self._is_due():
+            self._waiter.set_result(None)
+
+    def _is_due(self) -> bool:
+        if not self._items:
+            return False
+        last = self._items[-1]
+        return not isinstance(last, Chunk) or last.finish_reason is not None or self.loop.time() >= self._due - _SOON_S
+
 
 def deliver(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[LoopSink, Item]]) -> None:
-    """Put items into their queues. Raises RuntimeError if the loop is gone."""
+    """Hand items out in their loop, which is woken once. Raises RuntimeError if it is gone."""
 
-    def put() -> None:
+    def add() -> None:
         for sink, item in items:
-            sink.ready.put_nowait(item)
+            sink.add(item)
 
-    loop.call_soon_threadsafe(put)
+    loop.call_soon_threadsafe(add)
 
 
 @dataclass

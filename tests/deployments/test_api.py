@@ -117,6 +117,33 @@ def test_a_stream(path: str, body: Any, prefix: str, kind: str, contents: list[A
     ]
 
 
+def test_a_stream_says_together_what_is_known_at_the_same_time() -> None:
+    sent: list[str] = []
+
+    async def run() -> None:
+        app = build_api(FakeService(), ApiSettings())
+        body = json.dumps(chat(stream=True, stream_options={"include_usage": True})).encode()
+
+        left = [{"type": "http.request", "body": body}]
+
+        async def receive() -> Any:
+            if not left:
+                await asyncio.sleep(60)  # the client stays
+            return left.pop()
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                sent.append(message["body"].decode())
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "headers": [
+            (b"content-type", b"application/json"), (b"host", b"localhost"),
+        ]}  # fmt: skip
+        await app(scope, receive, send)
+
+    asyncio.run(run())
+    assert [piece.count("data: ") for piece in sent] == [2, 3], sent  # role and first token; end, usage and [DONE]
+
+
 def test_a_chat_piece_without_text_has_an_empty_delta() -> None:
     class Silent(FakeService):
         async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
@@ -169,6 +196,7 @@ def test_what_is_routed_goes_to_the_engine_under_the_decision() -> None:
             DECISION.adapters,
             SamplingParams(max_tokens=5, temperature=0, top_p=0.5, stop=("x",), seed=3),
             routed=True,
+            whole=True,
         )
     ]
 

@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 import deployments.retries
-from deployments.calls import Admitted, GenerateCall, Prompt
+from deployments.calls import Admitted, Begun, GenerateCall, Prompt
 from deployments.retries import answered, generated
 from lorauter.engine import Chunk, SamplingParams
 from lorauter.errors import LorauterError, Overloaded, ServiceUnavailable
@@ -69,10 +69,8 @@ class Response:
 
     async def _say(self, outcome: Any, call: GenerateCall) -> AsyncGenerator[Any]:
         chunks, error = outcome if isinstance(outcome, tuple) else (5, outcome)
-        if chunks:
-            yield Admitted(3, self._replicas.left_out)
-        for chunk in ANSWER[len(call.generated) : chunks]:
-            yield chunk
+        for i, chunk in enumerate(ANSWER[len(call.generated) : chunks]):
+            yield chunk if i else Begun(Admitted(3, self._replicas.left_out), chunk)
         if error == HANG:
             await asyncio.sleep(60)
         if isinstance(error, Said):

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import time
 import weakref
 from dataclasses import replace
@@ -241,6 +242,38 @@ def test_a_stream_whose_event_loop_is_gone_frees_its_row(start, counting):
     loop.run_until_complete(anext(stream))
     loop.close()
     assert together(engine, ask("c", max_tokens=2))[0].text == "de"
+
+
+def test_a_stream_begins_at_once_and_gathers_what_comes_within_its_gap(start, counting):
+    engine = start(counting, max_model_len=1 << 20)
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        began, times, chunks = loop.time(), [], []
+        async for chunk in engine.stream(ask("a", max_tokens=3000, ignore_eos=True), gap=lambda: 0.05):
+            times.append(loop.time() - began)
+            chunks.append(chunk)
+        return times, chunks
+
+    times, chunks = asyncio.run(run())
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 3000
+    assert chunks[-1].finish_reason == "length"
+    assert times[0] < 0.05
+    assert len(chunks) <= times[-1] / 0.05 + 2
+    gaps = [later - sooner for sooner, later in itertools.pairwise(times)]
+    assert all(gap >= 0.049 for gap in gaps[:-1])
+
+
+def test_the_end_waits_for_no_gap(start, counting):
+    engine = start(counting)
+
+    async def run():
+        return [chunk async for chunk in engine.stream(ask("a", max_tokens=6), gap=lambda: 60.0)]
+
+    first, rest = asyncio.run(run())
+    assert (first.text + rest.text, rest.finish_reason) == ("bcdefg", "length")
+    (error,) = together(engine, ask("q!", max_tokens=9))
+    assert isinstance(error, LorauterError)
 
 
 # --- trouble
