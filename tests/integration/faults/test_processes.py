@@ -19,13 +19,16 @@ async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         await asyncio.sleep(0.02)
 
 
-def test_a_replica_killed_while_streaming(cluster: Any, clients: Any, stories: Any) -> None:
-    """What it was saying goes on, exactly, on the other one."""
+def test_a_replica_whose_engine_is_killed_while_streaming(cluster: Any, clients: Any, stories: Any) -> None:
+    """It ends with its engine's process; what it was saying goes on, exactly, on the other one."""
 
     async def run() -> Any:
         async with clients.asking(stories, 4) as count:
             await until(lambda: count.right >= 4 and count.under_way >= 3)
-            cluster.replicas("LoraModel")[0].kill()
+            replica = cluster.replicas("LoraModel")[0]
+            [engine] = [child for child in replica.children() if "lorauter.engine.child" in child.cmdline()]
+            engine.kill()
+            await until(lambda: not replica.is_running())
             right = count.right
             await until(lambda: count.right >= right + 6)
         return count
@@ -34,7 +37,7 @@ def test_a_replica_killed_while_streaming(cluster: Any, clients: Any, stories: A
 
 
 def test_a_replica_killed_before_the_first_token(cluster: Any, clients: Any, unseen: Any) -> None:
-    """Requests that wait for their adapters there are sent to the other one."""
+    """Requests that wait for their adapters there are sent to the other one; its engine's process ends with it."""
     questions = unseen(4)
 
     async def run() -> Any:
@@ -43,7 +46,11 @@ def test_a_replica_killed_before_the_first_token(cluster: Any, clients: Any, uns
             asking = asyncio.create_task(clients.ask_all(questions))
             await asyncio.sleep(0.7)
             assert not asking.done()
-            cluster.replicas("LoraModel")[0].kill()
+            replica = cluster.replicas("LoraModel")[0]
+            children = replica.children()
+            assert any("lorauter.engine.child" in child.cmdline() for child in children)
+            replica.kill()
+            await until(lambda: not any(child.is_running() for child in children), 5)
             return await asking
 
     asyncio.run(run()).assert_all_right(at_least=4)
