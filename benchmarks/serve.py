@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp  # comes with Ray Serve
+import psutil
 import torch
 import yaml
 from engine_common import ATTENTION, ROOT, SHAPES, random_model
@@ -40,6 +41,14 @@ WORKER_NICENESS = 15  # Ray's own setting for its workers
 MAX_TOKENS = 64
 AT_ONCE = 32
 LONE = 12
+PARTS = {
+    "engine": "lorauter.engine.child",
+    "its replica": "ServeReplica:lorauter:LoraModel",
+    "Router": "ServeReplica:lorauter:Router",
+    "proxy": "ProxyActor",
+    "QueryEmbedder": "ServeReplica:lorauter:QueryEmbedder",
+    "TaskRetriever": "ServeReplica:lorauter:TaskRetriever",
+}
 MODELS = {"routed": "lorauter", "base": "base"}
 CHAT = "/v1/chat/completions"
 
@@ -53,12 +62,14 @@ class Cell:
         firsts: seconds to each streamed answer's first token.
         errors: what went wrong.
         texts: whole answers, by the prompt's number.
+        cpu: seconds of CPU time by process of the service.
     """
 
     seconds: float = 0.0
     firsts: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     texts: dict[int, str] = field(default_factory=dict)
+    cpu: Counter[str] = field(default_factory=Counter)
 
 
 def main() -> None:
@@ -93,14 +104,16 @@ def run(args: argparse.Namespace, folder: Path, clients: int, count: int, on_gpu
         f"{count} requests a load, {clients} at once, {torch.cuda.get_device_name() if on_gpu else 'CPU'}", flush=True
     )
     before = measure_alone(folder / "task.json")
-    with Service(config, port, folder):
+    with Service(config, port, folder) as service:
         url = f"http://127.0.0.1:{port}"
         asyncio.run(ask_all(url, "lorauter", texts(2, 2 * clients), clients, streamed=True))  # all adapters come
         cells: dict[str, list[Cell]] = {}
         for _ in range(args.repeats):
             for name, load in loads.items():
                 model, way = name.split("_")
+                before_cpu = service.cpu()
                 cell = asyncio.run(ask_all(url, MODELS[model], load, clients, streamed=way == "streamed"))
+                cell.cpu = service.cpu() - before_cpu
                 cells.setdefault(name, []).append(cell)
                 loads[name] = [f"{text} " for text in load]  # what was computed of the last ones is no help
         lone = asyncio.run(ask_all(url, "base", texts(3, LONE), 1, streamed=True))
@@ -134,6 +147,11 @@ def report(
         same = sum(text == runs[0][name]["texts"][i] for i, text in row[0].texts.items())
         told = f", {same} of {len(row[0].texts)} answers the same" if row[0].texts else ""
         print(f"{name:18} {served:12.2f} {own[0]:12.2f} {own[1]:9.2f}   {tokens:.1f} tokens each{told}")
+    parts = [*PARTS, "all else"]
+    print(f"CPU ms a request   {' '.join(f'{part:>13}' for part in parts)}")
+    for name, row in cells.items():
+        each = [1000 * statistics.fmean(cell.cpu[part] for cell in row) / count for part in parts]
+        print(f"{name:18} {' '.join(f'{ms:13.1f}' for ms in each)}   alone {1000 * cpu_alone(runs, name) / count:.1f}")
     for way, rate in vllm.items():
         figures[f"base_{way}_of_vllm"] = count / statistics.median(c.seconds for c in cells[f"base_{way}"]) / rate
     alone_s, median_s = statistics.median(lone.firsts), statistics.median(crowd.firsts)
@@ -148,6 +166,11 @@ def report(
     for name, value in figures.items():
         print(f"{name} {value:.3f}")
     print(f"errors {sum(errors.values())}")
+
+
+def cpu_alone(runs: tuple[dict[str, Any], dict[str, Any]], name: str) -> float:
+    """Seconds of CPU time that the engine alone has taken for a load."""
+    return statistics.fmean(found[name]["cpu"] for found in runs)
 
 
 def texts(part: int, count: int) -> list[str]:
@@ -193,6 +216,18 @@ class Service:
                 if self._process.poll() is not None:
                     sys.exit(self._log.read_text())
                 time.sleep(0.5)
+
+    def cpu(self) -> Counter[str]:
+        """Seconds of CPU time so far, by process."""
+        seconds: Counter[str] = Counter()
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            try:
+                command, times = " ".join(process.cmdline()), process.cpu_times()
+            except psutil.Error:  # it has ended
+                continue
+            part = next((name for name, title in PARTS.items() if title in command), "all else")
+            seconds[part] += times.user + times.system
+        return seconds
 
     def __exit__(self, *_: object) -> None:
         self._process.send_signal(signal.SIGINT)
@@ -313,11 +348,11 @@ def alone(task: dict[str, Any]) -> None:
     warm_up(engine)
     found = {}
     for load, requests in loads.items():
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         answers = engine.generate(requests)
-        seconds = time.perf_counter() - began
         found[load] = {
-            "seconds": seconds,
+            "seconds": time.perf_counter() - began,
+            "cpu": time.process_time() - cpu,
             "tokens": sum(len(answer.token_ids) for answer in answers),
             "texts": [answer.text for answer in answers],
         }
