@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import counting
 import pytest
 
 import deployments.model
-from deployments.calls import Admitted, GenerateCall, Prompt
+from deployments.calls import Admitted, Begun, GenerateCall, Prompt
 from deployments.model import LoraModel
-from lorauter.engine import EngineConfig, SamplingParams
+from lorauter.engine import Chunk, EngineConfig, MultiLoraEngine, SamplingParams
 from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing import AdapterWeight, LeftOut
@@ -167,3 +168,44 @@ def test_who_names_adapters_gets_the_error() -> None:
         mix(replace(CALL, routed=False), adapters)
     assert adapters.patient == {True}
     assert mix(replace(CALL, adapters=()), Adapters()) == ({}, ())
+
+
+@pytest.fixture
+def replica() -> Iterator[Any]:
+    """One whose model counts."""
+    made: Any = object.__new__(LoraModel.func_or_class)
+    config = EngineConfig(max_batch=16, max_model_len=1 << 12, adapter_bytes=1 << 12, device="cpu")
+    made._engine = MultiLoraEngine(*counting.load(), config)
+    made._adapters, made._adapter_wait_s, made._first_token_s, made._streams = Adapters(), 1.0, 60.0, 0
+    yield made
+    made._engine.close()
+
+
+def said(replica: Any, calls: int, *, whole: bool) -> list[list[Any]]:
+    """What a replica says to as many calls at once of 200 tokens each."""
+    sampling = SamplingParams(max_tokens=200, ignore_eos=True)
+    call = GenerateCall(Prompt(text="a"), (), sampling, whole=whole)
+
+    async def one() -> list[Any]:
+        return [item async for item in replica.generate(call)]
+
+    async def run() -> list[list[Any]]:
+        return await asyncio.gather(*(one() for _ in range(calls)))
+
+    return asyncio.run(run())
+
+
+def test_a_whole_answer_is_two_messages_and_a_streams_are_fewer_the_more_there_are(replica: Any) -> None:
+    (begun, rest), *_ = wholes = said(replica, 3, whole=True)
+    assert [len(items) for items in wholes] == [2] * 3
+    assert (begun.admitted, begun.chunk.text, rest.finish_reason) == (Admitted(1), "b", "length")
+    [alone] = said(replica, 1, whole=False)
+    many = said(replica, 16, whole=False)
+    for items in (alone, *many):
+        assert isinstance(items[0], Begun)
+        chunks = [items[0].chunk, *items[1:]]
+        assert sum(len(chunk.token_ids) for chunk in chunks) == 200
+        assert Chunk.joined(chunks).text == begun.chunk.text + rest.text
+    assert len(alone) > 40
+    assert sum(map(len, many)) < 16 * 20
+    assert replica._streams == 0
