@@ -141,7 +141,7 @@ def test_a_stream_says_together_what_is_known_at_the_same_time() -> None:
         await app(scope, receive, send)
 
     asyncio.run(run())
-    assert [piece.count("data: ") for piece in sent] == [2, 4], sent  # role and first token; the last one, end, usage and [DONE]
+    assert [piece.count("data: ") for piece in sent] == [2, 4], sent  # role, first token; last, end, usage, [DONE]
 
 
 def test_a_chat_piece_without_text_has_an_empty_delta() -> None:

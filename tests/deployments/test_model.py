@@ -200,12 +200,15 @@ def test_a_whole_answer_is_two_messages_and_a_streams_are_fewer_the_more_there_a
     assert [len(items) for items in wholes] == [2] * 3
     assert (begun.admitted, begun.chunk.text, rest.finish_reason) == (Admitted(1), "b", "length")
     [alone] = said(replica, 1, whole=False)
+    assert replica._streams == 0
     many = said(replica, 16, whole=False)
     for items in (alone, *many):
         assert isinstance(items[0], Begun)
         chunks = [items[0].chunk, *items[1:]]
         assert sum(len(chunk.token_ids) for chunk in chunks) == 200
         assert Chunk.joined(chunks).text == begun.chunk.text + rest.text
-    assert len(alone) > 40
-    assert sum(map(len, many)) < 16 * 20
-    assert replica._streams == 0
+    assert sum(map(len, many)) < 16 * 200 / 2
+    gaps = []
+    for replica._streams in (1, 2, 16):
+        gaps.append(replica._gap())
+    assert gaps[0] == 0 < gaps[1] < gaps[2]
