@@ -101,15 +101,15 @@ def main() -> None:
     try:
         decoder, codec = start.load()
         core = EngineCore(decoder, start.config, told)
+        del decoder
+        gc.collect()
+        gc.freeze()  # what is here stays: no collection of cycles is to go through it while a step waits
+        channel.send(Ready(core.facts, codec))
     except BaseException as error:  # noqa: BLE001 (the parent's to raise)
         if not isinstance(error, LorauterError):
             error.add_note(f"in the engine's process:\n{traceback.format_exc()}")
         channel.send(Errors.of(error))
         return
-    del decoder
-    gc.collect()
-    gc.freeze()  # what is here stays: no collection of cycles is to go through it while a step waits
-    channel.send(Ready(core.facts, codec))
     child = Child(channel, core)
     try:
         while child.obey(channel.receive()):

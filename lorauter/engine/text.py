@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -43,6 +43,10 @@ class TextCodec:
         self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self._copied = threading.Lock()
         self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels as what it is made of."""
+        return partial(TextCodec, eos_ids=tuple(self.eos_ids)), (self._tokenizer,)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of a prompt. Raises InvalidRequest: the model has no chat template, or it refuses these messages."""
