@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from deployments import observe
 from deployments.browsers import check_no_other_site
-from deployments.calls import Refused, Want
+from deployments.calls import Refused, Taken, Want
 from deployments.config import AccessSettings
 from deployments.scope import Permitted, permits
 from deployments.told import Audience
@@ -72,8 +72,8 @@ class Caller:
 class Limits(Protocol):
     """The counters behind the keys' limits."""
 
-    async def take(self, wants: Sequence[Want]) -> Refused | None:
-        """Take amounts, one after the other; which of them is not there, and until when."""
+    async def take(self, wants: Sequence[Want]) -> Taken | Refused:
+        """Take amounts, one after the other: what is left, or which of them is not there, and until when."""
 
     async def settle(self, want: Want) -> None:
         """Take more, or, with a negative amount, give back."""
@@ -86,12 +86,16 @@ class Access:
         settings: where the keys are.
         limits: the counters; a service without keys needs none.
 
+    Attributes:
+        cors_origins: whose pages may use the service.
+
     Raises:
         ConfigError: the keys cannot be read.
     """
 
     def __init__(self, settings: AccessSettings, limits: Limits | None = None) -> None:
         self._closed = settings.closed
+        self.cors_origins = settings.cors_origins
         self._hosts = frozenset(map(str.lower, settings.trusted_hosts))
         self._limits = limits
         self._file = Path(settings.keys_file) if settings.keys_file is not None else None
@@ -119,7 +123,7 @@ class Access:
             logger.warning("no API keys are configured: everybody who reaches the service may use it")
 
     def require(self, request: Request, *roles: Role) -> Visit:
-        """A request of somebody whose key has one of these roles.
+        """A request of somebody whose key has one of these roles; it is the request's `state.visit` from then on.
 
         Raises:
             Unauthenticated, PermissionDenied; RateLimited, where the limits' word from before still holds.
@@ -127,15 +131,17 @@ class Access:
         caller = self.identify(request.headers.get("authorization"))
         observe.current().key_name = caller.name
         if caller.key is None:
-            check_no_other_site(request, self._hosts)
+            check_no_other_site(request, self._hosts, self.cors_origins)
             if "inference" not in roles:
                 raise PermissionDenied("this needs an API key with the role 'admin', and no keys are configured")
         elif caller.key.roles.isdisjoint(roles):
             raise PermissionDenied(f"the key {caller.name!r} has not the role that this needs: {' or '.join(roles)}")
+        visit = request.state.visit = Visit(caller, self)
         # Each request takes one and none is given back: until there is one again, no other can find one.
         if (want := caller.want("requests", 1)) is not None and (wait_s := self._still_refused(want)):
+            visit.note(want, 0.0)
             raise _rate_limited(caller, want, wait_s)
-        return Visit(caller, self)
+        return visit
 
     def identify(self, authorization: str | None) -> Caller:
         """Whose key an `Authorization` header carries. Raises Unauthenticated."""
@@ -151,8 +157,8 @@ class Access:
             raise Unauthenticated("the API key is not valid")
         return caller
 
-    async def take(self, caller: Caller, wants: Sequence[Want | None]) -> None:
-        """Count amounts against a key's limits, those of them that it has, in one go.
+    async def take(self, visit: Visit, wants: Sequence[Want | None]) -> None:
+        """Count amounts against the limits of a visit's key, those of them that it has, in one go.
 
         Raises:
             RateLimited, ServiceUnavailable.
@@ -161,11 +167,14 @@ class Access:
         if not limited:
             return
         assert self._limits is not None
-        refused = await self._limits.take(limited)
-        if refused is not None:
-            want = limited[refused.want]
-            self._refused[want.name] = time.monotonic() + refused.wait_s, want.per_minute
-            raise _rate_limited(caller, want, refused.wait_s)
+        took = await self._limits.take(limited)
+        if isinstance(took, Refused):
+            want = limited[took.want]
+            self._refused[want.name] = time.monotonic() + took.wait_s, want.per_minute
+            visit.note(want, 0.0)
+            raise _rate_limited(visit.caller, want, took.wait_s)
+        for want, left in zip(limited, took.left, strict=True):
+            visit.note(want, left)
 
     async def settle(self, want: Want) -> None:
         """Count more, or, with a negative amount, give back."""
@@ -214,10 +223,25 @@ class Visit:
         self.caller = caller
         self._access = access
         self._counted = False
+        self._left: dict[str, tuple[int, float]] = {}  # by kind: the limit, and what is left of it
+
+    def note(self, want: Want, left: float) -> None:
+        """Note what is left of a limit."""
+        self._left[_kind(want)] = want.per_minute, max(left, 0.0)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What is left of the key's limits, in OpenAI's words: until `reset` all of it is there again."""
+        headers = {}
+        for kind, (limit, left) in self._left.items():
+            headers[f"x-ratelimit-limit-{kind}"] = str(limit)
+            headers[f"x-ratelimit-remaining-{kind}"] = str(int(left))
+            headers[f"x-ratelimit-reset-{kind}"] = f"{(limit - left) * 60 / limit:.3f}s"
+        return headers
 
     async def count(self) -> None:
         """Count the request, unless it is. Raises RateLimited, ServiceUnavailable."""
-        await self._access.take(self.caller, [self._uncounted()])
+        await self._access.take(self, [self._uncounted()])
 
     async def reserve(
         self, tokens: int, meanwhile: Callable[[], Awaitable[T]], *, at_least: int
@@ -239,7 +263,7 @@ class Visit:
             begun = asyncio.ensure_future(meanwhile())
             begun.add_done_callback(lambda done: done.cancelled() or done.exception())  # a refusal goes before it
         try:
-            await self._access.take(self.caller, wants)
+            await self._access.take(self, wants)
         except BaseException:
             if begun is not None:
                 begun.cancel()
@@ -278,8 +302,12 @@ class Reservation:
 
 
 def _rate_limited(caller: Caller, want: Want, wait_s: float) -> RateLimited:
-    kind = want.name.rpartition(" ")[2]
-    return RateLimited(f"the key {caller.name!r} may use {want.per_minute} {kind} a minute", retry_after_s=wait_s)
+    problem = f"the key {caller.name!r} may use {want.per_minute} {_kind(want)} a minute"
+    return RateLimited(problem, retry_after_s=wait_s)
+
+
+def _kind(want: Want) -> str:
+    return want.name.rpartition(" ")[2]
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

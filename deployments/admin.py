@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -26,8 +26,10 @@ from starlette.requests import Request
 from deployments import changes
 from deployments.access import Caller
 from deployments.bodies import FORM, JSON, content_type, limited, read_json
-from deployments.config import ApiSettings, explain, first_field
+from deployments.config import ApiSettings
+from deployments.options import parse_body
 from deployments.rights import Change
+from deployments.text_types import LoadAdapterBody, UnloadAdapterBody
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.errors import InvalidRequest, Overloaded, ServiceUnavailable, TaskNotFound
 from lorauter.names import RESERVED, RULE, is_valid_name
@@ -74,6 +76,8 @@ def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[
         ("POST", "/v1/adapters", admin.put_adapter),
         ("DELETE", "/v1/adapters/{name}", admin.remove_adapter),
         ("POST", "/v1/catalog/changes", admin.change),
+        ("POST", "/v1/load_lora_adapter", admin.load_adapter),
+        ("POST", "/v1/unload_lora_adapter", admin.unload_adapter),
     ]
 
 
@@ -118,10 +122,7 @@ class _Admin:
                     yield Change(lambda caller: editor.put_adapter(caller, name, files), adapters=(name,))
         elif kind == JSON:
             raw = await read_json(request, self._settings.max_body_bytes)
-            try:
-                known = _name(_AdapterBody.model_validate_json(raw).name)
-            except ValidationError as error:
-                raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
+            known = _name(parse_body(_AdapterBody, raw).name)
             yield Change(lambda caller: editor.put_adapter(caller, known, None), adapters=(known,))
         else:
             raise HTTPException(
@@ -131,6 +132,26 @@ class _Admin:
     @asynccontextmanager
     async def remove_adapter(self, request: Request) -> AsyncIterator[Change]:
         editor, name = self._open(), _name(request.path_params["name"])
+        yield Change(lambda caller: editor.remove_adapter(caller, name), adapters=(name,))
+
+    @asynccontextmanager
+    async def load_adapter(self, request: Request) -> AsyncIterator[Change]:
+        editor = self._open()
+        body = parse_body(LoadAdapterBody, await read_json(request, self._settings.max_body_bytes))
+        name = _name(body.lora_name, "lora_name")
+        if body.lora_path not in (None, body.lora_name):
+            raise InvalidRequest(
+                f"lora_path is not {body.lora_name!r}: adapters come from the service's own store, by their names; "
+                "push it there, or upload it to /v1/adapters",
+                param="lora_path",
+            )
+        yield Change(lambda caller: editor.put_adapter(caller, name, None), adapters=(name,))
+
+    @asynccontextmanager
+    async def unload_adapter(self, request: Request) -> AsyncIterator[Change]:
+        editor = self._open()
+        body = parse_body(UnloadAdapterBody, await read_json(request, self._settings.max_body_bytes))
+        name = _name(body.lora_name, "lora_name")
         yield Change(lambda caller: editor.remove_adapter(caller, name), adapters=(name,))
 
     @asynccontextmanager
@@ -221,8 +242,8 @@ def _task(data: Any) -> Task:
     return task
 
 
-def _name(name: str) -> str:
+def _name(name: str, param: str = "name") -> str:
     """A name that an adapter may have. Raises InvalidRequest."""
     if not is_valid_name(name) or name.lower() in RESERVED:
-        raise InvalidRequest(f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}", param="name")
+        raise InvalidRequest(f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}", param=param)
     return name

@@ -6,6 +6,7 @@ Knows HTTP and JSON; knows nothing of Ray. `Service` is what `deployments.router
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
@@ -13,22 +14,28 @@ from typing import Any, Protocol, TypeVar
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+import lorauter
 from deployments import observe
-from deployments.access import Access, Caller
+from deployments.access import Access, Caller, Visit
 from deployments.admin import ReadChange
 from deployments.bodies import read_json
 from deployments.calls import CatalogDescription
 from deployments.config import AccessSettings, ApiSettings
-from deployments.generation import Generating, Generation, check_length, scoped, short, tokens_of
+from deployments.generation import Generating, Generation, short
 from deployments.openai_answers import CHAT, TEXT, error_answer
-from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody, RouteBody
+from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody
+from deployments.openapi import document, page
 from deployments.options import parse_body
-from deployments.rights import ROLES, check_change
+from deployments.rights import HEALTH, ROLES, check_change
 from deployments.scope import visible, visible_tasks
+from deployments.texts import Texts, TextService
 from deployments.told import without_places
 from lorauter.defaults import DEFAULT
 from lorauter.engine.config import EngineConfig
@@ -41,7 +48,7 @@ from lorauter.errors import (
 )
 
 
-class Service(Generating, Protocol):
+class Service(Generating, TextService, Protocol):
     """What the API needs behind it. Every method raises LorauterError."""
 
     async def describe(self) -> CatalogDescription:
@@ -52,6 +59,8 @@ class Service(Generating, Protocol):
 
 
 Body = TypeVar("Body", bound=BaseModel)
+_PAGE = 10_000  # rows of a list
+_WORTH_GZIP, _GZIP_LEVEL = 1024, 4  # bytes of an answer; streams are never compressed
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -76,6 +85,7 @@ def build_api(
     """
     access = access or Access(AccessSettings())
     api = _Api(service, settings, max_model_len, base_model)
+    texts = Texts(service, settings, max_model_len)
 
     def route(method: str, path: str, endpoint: Endpoint, *, reserves: bool = False) -> Route:
         """A route for callers with one of the endpoint's roles; an endpoint that reserves tokens counts its requests
@@ -86,15 +96,17 @@ def build_api(
             observe.current().endpoint = path
             if not roles:
                 return await endpoint(request)
-            visit = request.state.visit = access.require(request, *roles)
+            visit = access.require(request, *roles)
             request.state.caller = visit.caller
             if not reserves:
                 await visit.count()
             try:
-                return await endpoint(request)
+                response = await endpoint(request)
             except Exception:
                 await visit.count()
                 raise
+            response.headers.update(visit.headers)
+            return response
 
         return Route(path, guarded, methods=[method])
 
@@ -118,16 +130,39 @@ def build_api(
         routes=[
             route("POST", "/v1/chat/completions", api.chat, reserves=True),
             route("POST", "/v1/completions", api.completion, reserves=True),
-            route("POST", "/v1/route", api.route, reserves=True),
+            route("POST", "/v1/route", texts.route, reserves=True),
+            route("POST", "/v1/embeddings", texts.embeddings, reserves=True),
+            route("POST", "/tokenize", texts.tokenize),
+            route("POST", "/detokenize", texts.detokenize),
             route("GET", "/v1/models", api.models),
             route("GET", "/v1/models/{model}", api.model),
             route("GET", "/v1/tasks", api.tasks),
-            route("GET", "/healthz", api.health),
+            *[route(method, path, api.health) for method, path in HEALTH],
+            route("GET", "/version", api.version),
+            route("GET", "/load", api.load),
+            route("GET", "/openapi.json", api.openapi),
+            route("GET", "/docs", api.docs),
             *[change(method, path, read) for method, path, read in admin],
         ],
         exception_handlers=handlers,
+        middleware=[Middleware(GZipMiddleware, minimum_size=_WORTH_GZIP, compresslevel=_GZIP_LEVEL), *_cors(access)],
         lifespan=lifespan,
     )
+
+
+def _cors(access: Access) -> list[Middleware]:
+    """What lets pages of other sites use the service, if some may."""
+    if not access.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(access.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    ]
 
 
 class _Api:
@@ -135,6 +170,8 @@ class _Api:
         self._service = service
         self._settings = settings
         self._context = context
+        self._base_model = base_model.rstrip("/").rsplit("/", 1)[-1]  # a folder's place is nobody's business
+        self._started = int(time.time())
         self._generation = Generation(service, settings, context, base_model)
 
     async def chat(self, request: Request) -> Response:
@@ -143,26 +180,11 @@ class _Api:
     async def completion(self, request: Request) -> Response:
         return await self._generation.answer(request, await self._body(request, CompletionBody), TEXT)
 
-    async def route(self, request: Request) -> Response:
-        body = await self._body(request, RouteBody)
-        texts = body.texts()
-        if len(texts) > self._settings.max_inputs:
-            raise InvalidRequest(
-                f"got {len(texts)} texts; at most {self._settings.max_inputs} are routed at once", param="input"
-            )
-        check_length(max(map(len, texts)), self._settings, "input")
-        visit, tokens = request.state.visit, sum(min(tokens_of(len(text)), self._context) for text in texts)
-        options = scoped(body, visit.caller)
-        _, decisions = await visit.reserve(tokens, lambda: self._service.route(texts, options), at_least=tokens)
-        permitted = visit.caller.permitted
-        data = [{"index": i, **visible(decision.to_json(), permitted)} for i, decision in enumerate(decisions)]
-        return JSONResponse({"object": "list", "data": data})
-
     async def models(self, request: Request) -> Response:
         catalog = await self._service.describe()
         permitted = filter(request.state.caller.permits, catalog.adapters)
-        rows = [_model_row(name) for name in (ROUTED_MODEL, BASE_MODEL, *permitted)]
-        return JSONResponse({"object": "list", "data": rows})
+        rows = [self._model_row(name) for name in (ROUTED_MODEL, BASE_MODEL, *permitted)]
+        return JSONResponse(_page(rows, request))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
@@ -170,7 +192,20 @@ class _Api:
             request.state.caller.permits(name) and await self._service.versions([name])
         ):
             raise AdapterNotFound("no such model; see GET /v1/models", adapter=short(name))
-        return JSONResponse(_model_row(name))
+        return JSONResponse(self._model_row(name))
+
+    def _model_row(self, name: str) -> dict[str, Any]:
+        served = {ROUTED_MODEL: (BASE_MODEL, None), BASE_MODEL: (self._base_model, None)}
+        root, parent = served.get(name, (name, BASE_MODEL))
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "lorauter",
+            "root": root,
+            "parent": parent,
+            "max_model_len": self._context,
+        }
 
     async def tasks(self, request: Request) -> Response:
         catalog, caller = await self._service.describe(), request.state.caller
@@ -186,20 +221,44 @@ class _Api:
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
+    async def version(self, _: Request) -> Response:
+        return JSONResponse({"version": lorauter.__version__})
+
+    async def load(self, _: Request) -> Response:
+        return JSONResponse({"server_load": self._generation.running})
+
+    async def openapi(self, _: Request) -> Response:
+        return JSONResponse(document())
+
+    async def docs(self, _: Request) -> Response:
+        return HTMLResponse(page())
+
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         """The request's body, validated."""
         return parse_body(kind, await read_json(request, self._settings.max_body_bytes))
 
 
-def _model_row(name: str) -> dict[str, Any]:
-    row = {"id": name, "object": "model", "created": 0, "owned_by": "lorauter"}
-    return row if name in (ROUTED_MODEL, BASE_MODEL) else {**row, "parent": BASE_MODEL}
+def _page(rows: list[dict[str, Any]], request: Request) -> dict[str, Any]:
+    """Rows as a list, or the part of it that `limit` and `after` (an id) ask for. Raises InvalidRequest."""
+    given, after = request.query_params.get("limit"), request.query_params.get("after")
+    if given is not None and not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= _PAGE):
+        raise InvalidRequest(f"got the limit {given[:40]!r}, needed a number from 1 to {_PAGE}", param="limit")
+    start = 0
+    if after is not None:
+        start = 1 + next((place for place, row in enumerate(rows) if row["id"] == after), len(rows))
+        if start > len(rows):
+            raise InvalidRequest("after is no id of this list", param="after")
+    end = len(rows) if given is None else min(start + int(given), len(rows))
+    data = rows[start:end]
+    ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": data, **ids, "has_more": end < len(rows)}
 
 
 async def _known(request: Request, error: Exception) -> Response:
     caller: Caller = getattr(request.state, "caller", Caller())
     status, body = error_answer(error, caller.audience)
-    headers = {}
+    visit: Visit | None = getattr(request.state, "visit", None)
+    headers = dict(visit.headers) if visit is not None else {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Overloaded):

@@ -6,11 +6,14 @@ takes a leave that the service does not give.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import AsyncGenerator
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+_CODINGS = ("gzip", "deflate")
+_EITHER = 32 + zlib.MAX_WBITS  # zlib tells the two apart
 JSON, FORM = "application/json", "multipart/form-data"
 
 
@@ -20,13 +23,40 @@ def content_type(request: Request) -> str:
 
 
 async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body's parts. Raises HTTPException beyond the limit."""
+    """The body's parts, decompressed. Raises HTTPException beyond the limit, however small it came."""
     size = 0
-    async for part in request.stream():
+    async for part in _decoded(request, limit):
         size += len(part)
         if size > limit:
             raise HTTPException(413, f"the body is larger than {limit} bytes; send a smaller one")
         yield part
+
+
+async def _decoded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding == "identity":
+        async for part in request.stream():
+            yield part
+        return
+    if coding not in _CODINGS:
+        raise HTTPException(
+            415,
+            f"got the content encoding {coding[:100]!r}, needed one of {', '.join(_CODINGS)}, or none",
+            {"Accept-Encoding": ", ".join(_CODINGS)},
+        )
+    decoder = zlib.decompressobj(_EITHER)
+    try:
+        async for part in request.stream():
+            while part:
+                if decoder.eof:  # a file of several, one after the other
+                    decoder = zlib.decompressobj(_EITHER)
+                yield decoder.decompress(part, limit + 1)
+                part = decoder.unconsumed_tail or decoder.unused_data
+        yield decoder.flush()
+    except zlib.error as error:
+        raise HTTPException(400, f"the body is not {coding}: {error}") from error
+    if not decoder.eof:
+        raise HTTPException(400, f"the body ends before its {coding} does; send all of it")
 
 
 async def read_json(request: Request, limit: int) -> bytes:

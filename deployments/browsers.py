@@ -18,11 +18,12 @@ from starlette.requests import Request
 from lorauter.errors import PermissionDenied
 
 
-def check_no_other_site(request: Request, trusted: Container[str]) -> None:
+def check_no_other_site(request: Request, trusted: Container[str], origins: Container[str] = ()) -> None:
     """Raise PermissionDenied for what a page of another site makes a browser send.
 
     Args:
         trusted: further hosts, in lower case, that the service may be asked for by, and whose pages may ask.
+        origins: origins whose pages may ask, too.
     """
     named = request.headers.get("host")
     host = _hostname(f"//{named}")
@@ -34,6 +35,8 @@ def check_no_other_site(request: Request, trusted: Container[str]) -> None:
         )
     for origin in request.headers.getlist("origin"):
         site = _hostname(origin)
+        if origin in origins:
+            continue
         if site != host and not (is_local(site) and is_local(host)) and site not in trusted:
             raise PermissionDenied(
                 f"got a request from a page of {origin[:100]!r}, and the service asks for no keys; configure keys, or "

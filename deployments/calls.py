@@ -81,3 +81,9 @@ class Refused(NamedTuple):
 
     want: int
     wait_s: float
+
+
+class Taken(NamedTuple):
+    """All of some wants were there; what is left of each."""
+
+    left: tuple[float, ...]

@@ -90,11 +90,20 @@ class AccessSettings(Settings):
         keys_env: the environment variable that holds the same; read once.
         trusted_hosts: where no keys are configured, names of this machine, beside "localhost", that requests over the
             loopback may be sent to (a proxy's, say), and hosts whose web pages may use the service.
+        cors_origins: origins (`https://app.example`) whose pages browsers let use the service, and read its answers;
+            "*", which needs keys, is all. Without any, no CORS header is sent.
     """
 
     keys_file: str | None = None
     keys_env: str | None = None
     trusted_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _all_pages_need_keys(self) -> "AccessSettings":
+        if "*" in self.cors_origins and not self.closed:
+            raise ValueError("cors_origins '*' needs keys: any page would use the service; list origins instead")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> "AccessSettings":

@@ -29,7 +29,7 @@ from deployments.openai_types import ChatBody, CompletionBody
 from deployments.scope import ScopedOptions, visible
 from deployments.streams import EventStream, Merged
 from lorauter.engine.types import Chunk, Prompt
-from lorauter.errors import AdapterError, AdapterNotFound, InvalidRequest, LorauterError
+from lorauter.errors import AdapterError, AdapterNotFound, ContextLengthExceeded, InvalidRequest, LorauterError
 from lorauter.names import RULE, is_valid_name
 from lorauter.routing.compose import AdapterWeight, LeftOut, RoutingDecision, cause_of
 from lorauter.routing.options import RoutingOptions
@@ -89,9 +89,19 @@ class Generation:
         self._settings = settings
         self._context = context
         self._base_model = base_model
+        self.running = 0  # choices that are being made
 
     async def answer(self, request: Request, body: GeneratingBody, shape: Shape) -> Response:
-        """The answer to a request. Raises LorauterError."""
+        """The answer to a request. Raises LorauterError, whose `param` is the client's own word for the prompt."""
+        try:
+            return await self._answer(request, body, shape)
+        except InvalidRequest as error:
+            below = error.param or ("prompt" if isinstance(error, ContextLengthExceeded) else "")
+            if below in ("prompt", "tokens") or below.startswith("input"):
+                error.param = shape.prompt
+            raise
+
+    async def _answer(self, request: Request, body: GeneratingBody, shape: Shape) -> Response:
         settings, caller = self._settings, request.state.caller
         prompts = body.prompts()
         if len(prompts) > settings.max_inputs:
@@ -122,7 +132,7 @@ class Generation:
                     tenant=tenant,
                     whole=not body.stream,
                 )
-                return meter.metered(self._service.generate(call), sizes[place])
+                return meter.metered(self._counted(call), sizes[place])
 
             return self._admit(body, texts[place : place + 1], caller, decisions[place], ask)
 
@@ -130,10 +140,18 @@ class Generation:
             begun = await _all([begin(place) for place in range(len(prompts))])
         except BaseException as error:
             await meter.drop(error)
-            if isinstance(error, InvalidRequest) and error.param in (None, "prompt"):
-                error.param = shape.prompt  # as the client calls it
             raise
         return await self._told(body, shape, begun, caller)
+
+    async def _counted(self, call: GenerateCall) -> Answer:
+        self.running += 1
+        stream = self._service.generate(call)
+        try:
+            async for item in stream:
+                yield item
+        finally:
+            self.running -= 1
+            await stream.aclose()
 
     async def _told(self, body: GeneratingBody, shape: Shape, begun: Sequence[_Begun], caller: Caller) -> Response:
         """What is said of choices that are under way."""

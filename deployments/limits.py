@@ -17,7 +17,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import DeploymentActorConfig
 
-from deployments.calls import Refused, Want
+from deployments.calls import Refused, Taken, Want
 from deployments.together import Together
 from lorauter.errors import ServiceUnavailable
 
@@ -38,18 +38,20 @@ class TokenBuckets:
         self._clock = clock
         self._levels: dict[str, tuple[float, float]] = {}  # what is left, and when that was so
 
-    def take(self, wants: Sequence[Want]) -> Refused | None:
-        """Take amounts, one after the other, as far as they are there: None if all are.
+    def take(self, wants: Sequence[Want]) -> Taken | Refused:
+        """Take amounts, one after the other, as far as they are there.
 
         What is more than a whole bucket is taken from a full one, which then owes the rest.
         """
+        left = []
         for i, (name, amount, per_minute) in enumerate(wants):
             level = self._level(name, per_minute)
             needed = min(amount, float(per_minute))
             if level < needed:
                 return Refused(i, max((needed - level) * _MINUTE_S / per_minute, 1e-3))
             self._levels[name] = level - amount, self._clock()
-        return None
+            left.append(level - amount)
+        return Taken(tuple(left))
 
     def settle(self, want: Want) -> None:
         """Take what an answer took beyond what was taken for it; a negative amount gives back. May leave a debt."""
@@ -67,9 +69,9 @@ class LimitsActor:
     def __init__(self) -> None:
         self._buckets = TokenBuckets()
 
-    async def count(self, operations: Sequence[Sequence[Want] | Want]) -> list[Refused | None]:
+    async def count(self, operations: Sequence[Sequence[Want] | Want]) -> list[Taken | Refused | None]:
         """Take what is a sequence, settle what is a single want, in their order."""
-        answers: list[Refused | None] = []
+        answers: list[Taken | Refused | None] = []
         for operation in operations:
             if isinstance(operation, Want):
                 self._buckets.settle(operation)
@@ -93,22 +95,24 @@ class SharedLimits:
 
     def __init__(self) -> None:
         self._actor: Any = None
-        self._asked: Together[Sequence[Want] | Want, Refused | None] = Together(self._count)
+        self._asked: Together[Sequence[Want] | Want, Taken | Refused | None] = Together(self._count)
 
-    async def take(self, wants: Sequence[Want]) -> Refused | None:
+    async def take(self, wants: Sequence[Want]) -> Taken | Refused:
         """See `TokenBuckets.take`. Raises ServiceUnavailable."""
-        return await self._asked.ask(wants)
+        answer = await self._asked.ask(wants)
+        assert answer is not None
+        return answer
 
     async def settle(self, want: Want) -> None:
         """See `TokenBuckets.settle`; nobody waits for it, and it is lost with the actor."""
         self._asked.tell(want)
 
-    async def _count(self, operations: list[Sequence[Want] | Want]) -> list[Refused | None]:
+    async def _count(self, operations: list[Sequence[Want] | Want]) -> list[Taken | Refused | None]:
         for attempt in range(_ATTEMPTS):
             try:
                 if self._actor is None:
                     self._actor = await asyncio.to_thread(serve.get_deployment_actor, ACTOR_NAME)
-                answers: list[Refused | None] = await self._actor.count.remote(operations)
+                answers: list[Taken | Refused | None] = await self._actor.count.remote(operations)
                 return answers
             except (RayError, ValueError):  # it has died; Serve starts another
                 self._actor = None

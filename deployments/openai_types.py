@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.conversations import Message, turns_of
@@ -199,6 +199,41 @@ def _biases(by_token: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), bias) for token, bias in by_token.items())
 
 
+AddGenerationPrompt = Annotated[
+    bool | None,
+    Option("begin the assistant's message; unless the last message goes on, it is begun", "prompt", (True,)),
+]
+ContinueFinalMessage = Annotated[bool, Option("the answer goes on with the last message", "prompt", (False,))]
+TemplateKwargs = Annotated[dict[str, Any] | None, Option("variables of the chat template", "prompt", ({},))]
+AddSpecialTokens = Annotated[bool, Option("put before a text what the tokenizer puts there", "prompt", (True,))]
+ParseSpecial = Annotated[
+    bool, Option("what looks like a control token is one: for chats that a client renders", "prompt", (False,))
+]
+
+
+def check_end(add_generation_prompt: bool | None, continue_final_message: bool) -> None:
+    """Raise what pydantic takes for an error where a chat is to end in two ways."""
+    if continue_final_message and add_generation_prompt:
+        raise PydanticCustomError(
+            "continue_final_message", "add_generation_prompt and continue_final_message exclude each other"
+        )
+
+
+def chat_prompt(
+    messages: list[Message],
+    add_generation_prompt: bool | None,
+    continue_final_message: bool,
+    template_kwargs: dict[str, Any] | None,
+) -> Prompt:
+    """A conversation as a prompt."""
+    return Prompt(
+        messages=turns_of(messages),
+        add_generation_prompt=not continue_final_message and add_generation_prompt is not False,
+        continue_final_message=continue_final_message,
+        template_kwargs=template_kwargs or {},
+    )
+
+
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
@@ -209,15 +244,9 @@ class ChatBody(GenerationBody):
         ),
     ]
     max_completion_tokens: Annotated[PositiveInt | None, Option("goes before `max_tokens`", "sampling")] = None
-    add_generation_prompt: Annotated[
-        bool | None, Option("begin the assistant's message; unless the last message goes on, it is begun", "prompt")
-    ] = None
-    continue_final_message: Annotated[bool, Option("the answer goes on with the last message", "prompt", (False,))] = (
-        False
-    )
-    chat_template_kwargs: Annotated[
-        dict[str, Any] | None, Option("variables of the chat template", "prompt", ({},))
-    ] = None
+    add_generation_prompt: AddGenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = False
+    chat_template_kwargs: TemplateKwargs = None
 
     store: Annotated[bool | None, Option("nothing is stored", "nowhere")] = None
     service_tier: Annotated[str | None, Option("", "nowhere")] = None
@@ -249,11 +278,8 @@ class ChatBody(GenerationBody):
     mm_processor_kwargs: Annotated[None, Only({})] = None
 
     @model_validator(mode="after")
-    def _begins_or_goes_on(self) -> ChatBody:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise PydanticCustomError(
-                "continue_final_message", "add_generation_prompt and continue_final_message exclude each other"
-            )
+    def _ends_in_one_way(self) -> ChatBody:
+        check_end(self.add_generation_prompt, self.continue_final_message)
         return self
 
     @property
@@ -262,14 +288,8 @@ class ChatBody(GenerationBody):
 
     def prompts(self) -> list[Prompt]:
         """The conversation as a prompt."""
-        return [
-            Prompt(
-                messages=turns_of(self.messages),
-                add_generation_prompt=not self.continue_final_message and self.add_generation_prompt is not False,
-                continue_final_message=self.continue_final_message,
-                template_kwargs=self.chat_template_kwargs or {},
-            )
-        ]
+        end = self.add_generation_prompt, self.continue_final_message
+        return [chat_prompt(self.messages, *end, self.chat_template_kwargs)]
 
 
 Prompts = Annotated[
@@ -282,12 +302,8 @@ class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
     prompt: Annotated[Prompts, Option("each is answered by a choice", "prompt")]
-    add_special_tokens: Annotated[
-        bool, Option("put before a text what the tokenizer puts there", "prompt", (True,))
-    ] = True
-    parse_special: Annotated[
-        bool, Option("what looks like a control token is one: for chats that a client renders", "prompt", (False,))
-    ] = False
+    add_special_tokens: AddSpecialTokens = True
+    parse_special: ParseSpecial = False
 
     suffix: Annotated[None, Only("")] = None
     logprobs: Annotated[None, Only(0)] = None
@@ -307,26 +323,3 @@ class CompletionBody(GenerationBody):
         if not isinstance(given, str):
             return Prompt(token_ids=tuple(given))
         return Prompt(text=given, add_special_tokens=self.add_special_tokens, parse_special=self.parse_special)
-
-
-class RouteBody(RoutingOptions):
-    """`POST /v1/route`: a text or texts, and the routing options beside them."""
-
-    input: Annotated[
-        Annotated[str | list[str], OneOf("a text, or a list of texts")], Option("what is routed", "routing")
-    ]
-
-    def texts(self) -> list[str]:
-        """The texts, at least one. Raises InvalidRequest."""
-        texts = [self.input] if isinstance(self.input, str) else self.input
-        if not texts:
-            raise InvalidRequest("input is empty; give a text or a list of texts", param="input")
-        return texts
-
-
-ENDPOINTS: Mapping[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatBody,
-    "/v1/completions": CompletionBody,
-    "/v1/route": RouteBody,
-}
-"""What each endpoint takes that is sent JSON."""

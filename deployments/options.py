@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from deployments.config import explain, first_field
 from lorauter.errors import InvalidRequest
 
-Goes = Literal["model", "prompt", "routing", "sampling", "answer", "encoder", "nowhere"]
+Goes = Literal["model", "prompt", "routing", "sampling", "answer", "encoder", "catalog", "nowhere"]
 """What an option changes. What goes nowhere is taken, since it changes no answer, and has no effect."""
 
 

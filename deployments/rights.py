@@ -17,19 +17,30 @@ from deployments.calls import CatalogDescription
 from lorauter.errors import PermissionDenied
 from lorauter.keys import Role
 
+HEALTH: Sequence[tuple[str, str]] = (("GET", "/healthz"), ("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
+
 ROLES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("POST", "/v1/chat/completions"): ("inference",),
     ("POST", "/v1/completions"): ("inference",),
     ("POST", "/v1/route"): ("inference",),
+    ("POST", "/v1/embeddings"): ("inference",),
+    ("POST", "/tokenize"): ("inference",),
+    ("POST", "/detokenize"): ("inference",),
     ("GET", "/v1/models"): ("inference", "admin"),
     ("GET", "/v1/models/{model}"): ("inference", "admin"),
     ("GET", "/v1/tasks"): ("inference", "admin"),
-    ("GET", "/healthz"): (),
+    ("GET", "/version"): ("inference", "admin"),
+    ("GET", "/load"): ("inference", "admin"),
+    ("GET", "/openapi.json"): (),
+    ("GET", "/docs"): (),
+    **dict.fromkeys(HEALTH, ()),
     ("POST", "/v1/adapters"): ("admin",),
     ("DELETE", "/v1/adapters/{name}"): ("admin",),
     ("POST", "/v1/tasks"): ("admin",),
     ("DELETE", "/v1/tasks/{name}"): ("admin",),
     ("POST", "/v1/catalog/changes"): ("admin",),
+    ("POST", "/v1/load_lora_adapter"): ("admin",),
+    ("POST", "/v1/unload_lora_adapter"): ("admin",),
 }
 """The roles of which an endpoint takes one; none where it needs no key."""
 

@@ -6,11 +6,14 @@ Holds no model and no catalog; it talks to the other deployments through their h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.context import _set_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -39,6 +42,7 @@ from lorauter.routing.compose import cause_of
 from lorauter.tasks import Task
 
 _RETRY_AFTER_S = 1.0
+_TOGETHER = 64  # texts to be embedded that go together
 
 
 @serve.deployment(
@@ -79,6 +83,7 @@ class Router:
         self._retriever = retriever
         self._embed, self._decide, self._versions = embedder.embed, retriever.decide, retriever.versions
         self._model = model.options(stream=True)
+        self._encoder: str | None = None
         self._tokenize, self._detokenize = model.tokenize, model.detokenize
         self._editor = _EditorClient(editor) if editor is not None else None
         self._admission = Admission(model)
@@ -94,7 +99,7 @@ class Router:
             max_model_len=config.engine.max_model_len,
             base_model=config.base_model,
         )
-        return observe.Observed(api, self._recorder)
+        return observe.Observed(api, self._recorder, _take_id)
 
     async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
@@ -115,8 +120,17 @@ class Router:
 
     async def embed(self, texts: Sequence[str]) -> Embeddings:
         """(n, d) float32 unit rows for n texts. Raises Overloaded, ServiceUnavailable."""
-        embeddings: Embeddings = await self._asked(lambda: self._embed.remote(list(texts)))
-        return embeddings
+        parts = [
+            await self._asked(functools.partial(self._embed.remote, list(texts[start : start + _TOGETHER])))
+            for start in range(0, len(texts), _TOGETHER)  # one after the other: what is urgent comes in between
+        ]
+        return np.concatenate(parts)
+
+    async def encoder(self) -> str:
+        """What embeds is called. Raises ServiceUnavailable."""
+        if self._encoder is None:
+            self._encoder = await self._asked(self._embedder.name.remote)
+        return self._encoder
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's tokens. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
@@ -168,6 +182,11 @@ class Router:
         """Raise unless the encoder in use is the catalog's own."""
         embeddings = await self._embedder.embed.remote([PROBE_TEXT])
         await self._retriever.check_probe.remote(embeddings[0], await self._embedder.name.remote())
+
+
+def _take_id(request_id: str) -> None:
+    """Have Serve log a request, here and in all deployments below, by this id."""
+    _set_request_context(request_id=request_id)
 
 
 class _EditorClient:

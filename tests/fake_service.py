@@ -67,6 +67,9 @@ class FakeService:
         await self.check_ready()
         return HashingEncoder(8).encode(texts)
 
+    async def encoder(self) -> str:
+        return "hashing-8"
+
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         await self.check_ready()
         said = "".join(m["content"] for m in prompt.messages) if prompt.text is None else prompt.text

@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from deployments import access as access_module
 from deployments.access import Access, Caller, Reservation, Visit
-from deployments.calls import Refused, Want
+from deployments.calls import Refused, Taken, Want
 from deployments.config import AccessSettings
 from deployments.limits import TokenBuckets
 from lorauter.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
@@ -37,7 +37,7 @@ class Limits:
         self.asked: list[list[str]] = []
         self._buckets = TokenBuckets(lambda: self.now)
 
-    async def take(self, wants: Sequence[Want]) -> Refused | None:
+    async def take(self, wants: Sequence[Want]) -> Taken | Refused:
         self.asked.append([want.name for want in wants])
         await asyncio.sleep(0)
         return self._buckets.take(wants)
@@ -261,8 +261,8 @@ def test_work_that_fails_gives_its_tokens_back_and_who_leaves_pays_the_least(lim
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        assert await limits.take([Want("both tokens", 61, 100)]) is not None
-        assert await limits.take([Want("both tokens", 60, 100)]) is None
+        assert await limits.take([Want("both tokens", 61, 100)]) == Refused(0, pytest.approx(0.6))
+        assert await limits.take([Want("both tokens", 60, 100)]) == Taken((0.0,))
 
     asyncio.run(run())
 

@@ -260,11 +260,17 @@ def test_models_tasks_and_health() -> None:
         assert response.status_code == 200
         return response.json()
 
-    row = {"object": "model", "created": 0, "owned_by": "lorauter"}
-    own = [{"id": name, **row} for name in ("lorauter", "base")]
-    adapters = [{"id": name, **row, "parent": "base"} for name in ("adder", "poet")]
-    assert get("/v1/models") == {"object": "list", "data": own + adapters}
-    assert [get(f"/v1/models/{model['id']}") for model in own + adapters] == own + adapters
+    listed = get("/v1/models")
+    assert [(row["id"], row["parent"], row["root"]) for row in listed["data"]] == [
+        ("lorauter", None, "base"),
+        ("base", None, "default"),
+        ("adder", "base", "adder"),
+        ("poet", "base", "poet"),
+    ]
+    for row in listed["data"]:
+        assert (row["object"], row["owned_by"], row["max_model_len"]) == ("model", "lorauter", 2048)
+        assert abs(row["created"] - time.time()) < 60
+        assert {**get(f"/v1/models/{row['id']}"), "created": 0} == {**row, "created": 0}
     assert get("/v1/tasks") == {"object": "list", "catalog_version": "v1", "data": [{"id": "sums", "object": "task"}]}
     assert get("/healthz") == {"status": "ok"}
 

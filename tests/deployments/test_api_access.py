@@ -14,7 +14,7 @@ from fake_service import BOTH, CHAT, COMPLETIONS, DECISION, ROUTE, FakeService, 
 
 from deployments.access import Access
 from deployments.api import build_api
-from deployments.calls import Admitted, GenerateCall, Refused, Want
+from deployments.calls import Admitted, GenerateCall, Refused, Taken, Want
 from deployments.config import AccessSettings, ApiSettings
 from deployments.limits import TokenBuckets
 from lorauter.engine.types import Chunk
@@ -39,7 +39,7 @@ class Limits:
     def __init__(self) -> None:
         self._buckets = TokenBuckets()
 
-    async def take(self, wants: Sequence[Want]) -> Refused | None:
+    async def take(self, wants: Sequence[Want]) -> Taken | Refused:
         await asyncio.sleep(0)
         return self._buckets.take(wants)
 
@@ -245,7 +245,7 @@ def test_no_more_is_reserved_than_the_context_holds(secured: Any) -> None:
 
 def test_a_request_that_is_routed_anew_keeps_its_reservation(secured: Any) -> None:
     """While one is routed anew, another of the same key cannot take the tokens that it reserved."""
-    others: list[Refused | None] = []
+    others: list[Taken | Refused] = []
 
     class Anew(FakeService):
         async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
@@ -261,8 +261,8 @@ def test_a_request_that_is_routed_anew_keeps_its_reservation(secured: Any) -> No
 
     limits = secured.limits
     assert secured(Anew(), "POST", CHAT, "lr-poets", chat(max_tokens=300)).status_code == 200
-    assert others[0] is not None
-    assert asyncio.run(limits.take([Want("poets tokens", 385, 400)])) is None  # it was settled in the end
+    assert isinstance(others[0], Refused)
+    assert isinstance(asyncio.run(limits.take([Want("poets tokens", 385, 400)])), Taken)  # it was settled in the end
 
 
 def test_routing_alone_is_charged(secured: Any) -> None:
@@ -278,3 +278,21 @@ def test_routing_alone_is_charged(secured: Any) -> None:
     assert secured(FakeService(), "POST", ROUTE, "lr-poets", {"input": texts}).status_code == 200
     refused(secured(FakeService(), "POST", ROUTE, "lr-poets", {"input": texts}), 429, "rate_limit_exceeded")
     assert secured(FakeService(), "POST", ROUTE, "lr-few", {"input": ["x" * 1000] * 256}).status_code == 200
+
+
+def test_what_is_left_of_a_keys_limits_is_told(secured: Any) -> None:
+    answered = secured(FakeService(), "POST", CHAT, "lr-poets", chat("poet", max_tokens=100)).headers
+    assert answered["x-ratelimit-limit-tokens"] == "400"
+    assert 295 <= int(answered["x-ratelimit-remaining-tokens"]) <= 300
+    assert 14 < float(answered["x-ratelimit-reset-tokens"].removesuffix("s")) < 16
+    assert "x-ratelimit-limit-requests" not in answered
+    first, *refused_ones = [secured(FakeService(), "GET", "/v1/models", "lr-few") for _ in range(3)]
+    assert (first.headers["x-ratelimit-limit-requests"], first.headers["x-ratelimit-remaining-requests"]) == ("1", "0")
+    for response in refused_ones:
+        assert response.status_code == 429
+        assert response.headers["x-ratelimit-remaining-requests"] == "0"
+        assert "retry-after" in response.headers
+    failed = secured(FakeService(), "POST", CHAT, "lr-poets", chat("nowhere", max_tokens=100))
+    assert (failed.status_code, failed.headers["x-ratelimit-limit-tokens"]) == (404, "400")
+    unlimited = secured(FakeService(), "GET", "/v1/models", "lr-operator").headers
+    assert not any(name.startswith("x-ratelimit") for name in unlimited)

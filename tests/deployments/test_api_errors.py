@@ -146,7 +146,7 @@ def test_the_bodys_limit() -> None:
     [
         ("GET", "/", 404),
         ("GET", "/v1/nothing", 404),
-        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/images/generations", 404),
         ("GET", CHAT, 405),
         ("GET", ROUTE, 405),
         ("POST", "/v1/models", 405),

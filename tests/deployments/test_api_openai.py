@@ -94,7 +94,8 @@ def test_openai_models() -> None:
         models = [model async for model in client.models.list()]
         assert [model.id for model in models] == ["lorauter", "base", "adder", "poet"]
         adapter = await client.models.retrieve("adder")
-        assert (adapter.id, adapter.model_extra) == ("adder", {"parent": "base"})
+        assert adapter.model_extra is not None
+        assert (adapter.id, adapter.model_extra["parent"], adapter.model_extra["root"]) == ("adder", "base", "adder")
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve("nowhere")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
-from deployments.calls import Refused, Want
+from deployments.calls import Refused, Taken, Want
 from deployments.limits import LimitsActor, SharedLimits, TokenBuckets
 from lorauter.errors import ServiceUnavailable
 
@@ -30,8 +30,8 @@ class Buckets(TokenBuckets):
     """One at a time."""
 
     def one(self, name: str, amount: float, per_minute: int) -> float:
-        refused = self.take([Want(name, amount, per_minute)])
-        return 0.0 if refused is None else refused.wait_s
+        took = self.take([Want(name, amount, per_minute)])
+        return took.wait_s if isinstance(took, Refused) else 0.0
 
 
 def test_a_minutes_worth_and_no_more(clock: Clock) -> None:
@@ -85,7 +85,7 @@ def test_a_lower_limit_counts_at_once(clock: Clock) -> None:
 def test_what_is_wanted_together_is_taken_up_to_what_is_not_there(clock: Clock) -> None:
     buckets = Buckets(clock)
     wants = [Want("a requests", 1, 2), Want("a tokens", 60, 100)]
-    assert buckets.take(wants) is None
+    assert buckets.take(wants) == Taken((1, 40))
     assert buckets.take(wants) == Refused(1, pytest.approx(12))
     assert buckets.take(wants) == Refused(0, pytest.approx(30)), "a request that was refused its tokens is one too"
     assert buckets.one("a tokens", 40, 100) == 0
@@ -127,13 +127,13 @@ def test_what_comes_together_is_one_call_in_its_order(monkeypatch: pytest.Monkey
         await shared.settle(Want("b", 1, 2))
         return [*answers, await shared.take([Want("b", 1, 2)])]
 
-    assert [answer is None for answer in asyncio.run(ask())] == [True, True, True, False]
+    assert [isinstance(answer, Taken) for answer in asyncio.run(ask())] == [True, True, True, False]
     assert [len(call) for call in actor.calls] == [3, 2]
 
 
 def test_an_actor_that_has_died_is_asked_anew_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     actor = Actor(ActorDiedError(), ActorDiedError())
-    assert asyncio.run(limits(monkeypatch, actor).take([Want("a", 1, 3)])) is None
+    assert asyncio.run(limits(monkeypatch, actor).take([Want("a", 1, 3)])) == Taken((2.0,))
     assert len(actor.calls) == 3
     with pytest.raises(ServiceUnavailable, match="try again"):
         asyncio.run(limits(monkeypatch, Actor(*[ActorDiedError()] * 6)).take([Want("a", 1, 3)]))

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.conversations import routed_text
-from deployments.openai_types import ChatBody, CompletionBody, RouteBody
+from deployments.openai_types import ChatBody, CompletionBody
+from deployments.text_types import RouteBody
 from lorauter.engine.types import Prompt, SamplingParams
 from lorauter.errors import InvalidRequest
 

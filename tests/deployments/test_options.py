@@ -9,8 +9,8 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
 
-from deployments.openai_types import ENDPOINTS, ChatBody, CompletionBody, GenerationBody
-from deployments.openapi import DOCS, with_table
+from deployments.openai_types import ChatBody, CompletionBody, GenerationBody
+from deployments.openapi import DOCS, ENDPOINTS, with_table
 from deployments.options import Row, parse_body, rows_of
 from lorauter.errors import InvalidRequest
 

@@ -115,13 +115,16 @@ FILES = {"config": b"{}", "weights": b"0" * 2_000_000}
 
 # What the README's rows ask for: requests about what is a limited key's own, and about what is not.
 ROWS: dict[str, tuple[list[Any], list[Any]]] = {
-    "ask, route": (
+    "ask, route, embed, tokenize": (
         [
             ("POST", CHAT, {"json": chat("team-a-one")}),
             ("POST", COMPLETIONS, {"json": text("team-a-one")}),
             ("POST", CHAT, {"json": chat("base")}),
             ("POST", CHAT, {"json": chat(lorauter={"adapters": {"team-a-one": 1}})}),
             ("POST", ROUTE, {"json": {"input": "hi"}}),
+            ("POST", "/v1/embeddings", {"json": {"model": "lorauter", "input": "hi"}}),
+            ("POST", "/tokenize", {"json": {"prompt": "hi"}}),
+            ("POST", "/detokenize", {"json": {"tokens": [104]}}),
         ],
         [
             ("POST", CHAT, {"json": chat("team-b-one")}),
@@ -129,8 +132,10 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("POST", CHAT, {"json": chat(lorauter={"adapters": {"team-a-one": 1, "team-b-one": 0}})}),
         ],
     ),
-    "see models, tasks": (
-        [("GET", "/v1/models", {}), ("GET", "/v1/models/team-a-one", {}), ("GET", "/v1/tasks", {})],
+    "see models, tasks, version, load": (
+        [
+            *[("GET", path, {}) for path in ("/v1/models", "/v1/models/team-a-one", "/v1/tasks", "/version", "/load")],
+        ],
         [("GET", "/v1/models/team-b-one", {})],
     ),
     "change adapters": (
@@ -138,6 +143,8 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("POST", "/v1/adapters", {"json": {"name": "team-a-new"}}),
             ("POST", "/v1/adapters", {"data": {"name": "team-a-one"}, "files": FILES}),
             ("DELETE", "/v1/adapters/team-a-one", {}),
+            ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "team-a-new", "lora_path": "team-a-new"}}),
+            ("POST", "/v1/unload_lora_adapter", {"json": {"lora_name": "team-a-one"}}),
             ("POST", CHANGES, {"json": changes({"put_adapter": "team-a-new"}, {"remove_adapter": "team-a-one"})}),
         ],
         [
@@ -147,6 +154,8 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("POST", "/v1/adapters", {"data": {"name": "team-b-one"}, "files": FILES}),
             ("POST", "/v1/adapters", {"json": {"name": "team-b-new"}}),
             ("DELETE", "/v1/adapters/team-b-one", {}),
+            ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "team-b-new"}}),
+            ("POST", "/v1/unload_lora_adapter", {"json": {"lora_name": "team-b-one"}}),
         ],
     ),
     "change tasks": (
@@ -170,7 +179,13 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
         ],
     ),
     "read causes": ([("GET", "/v1/tasks", {})], [("GET", "/v1/tasks", {})]),
-    "/healthz": ([("GET", "/healthz", {})], []),
+    "/health, /openapi.json, /docs": (
+        [
+            *[("GET", path, {}) for path in ("/healthz", "/health", "/ping", "/openapi.json", "/docs")],
+            ("POST", "/ping", {}),
+        ],
+        [],
+    ),
 }
 COLUMNS = {"no keys": None, "no key": "", **{f"`{name}`": name for name in KEYS if name != "both"}}
 COLUMNS = {name.replace(", limited`", "` with `adapters`"): key for name, key in COLUMNS.items()}
