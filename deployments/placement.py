@@ -339,10 +339,12 @@ def placement_of(deployment: str) -> Placement | None:
 
 
 def _tiers(raw: Mapping[str, Any]) -> Filters:
-    """Of each place, as bits, the tiers whose filter has it."""
+    """Of each place, as bits, the tiers whose filter has it. What a replica of another lorauter reports is not read."""
     found = np.zeros(_BITS, np.uint8)
     for number, tier in enumerate(TIERS):
-        found |= np.unpackbits(np.frombuffer(raw[tier], np.uint8)) << number
+        held = raw.get(tier)
+        if isinstance(held, bytes) and 8 * len(held) == _BITS:
+            found |= np.unpackbits(np.frombuffer(held, np.uint8)) << number
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.serve._private.common import RequestMetadata
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -101,6 +102,14 @@ class ResidencyRouter(RequestRouter):
         call = pending_request.args[0] if pending_request.args else None
         if isinstance(call, GenerateCall) and call.number:
             self._placement.took(call.number, replica_id.unique_id)
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        """Serve's own: whom a chosen replica is for. Serve looks by the id of the ingress's request, which its calls
+        share: of several at once (choices of one answer) all but one would never be sent."""
+        waiting = self._pending_requests_to_fulfill
+        return next((one for one in waiting if one.metadata is request_metadata and not one.future.done()), None)
 
     def _queues(self, replicas: list[RunningReplica]) -> dict[str, int]:
         """Requests in progress: what Serve has heard of, and what was sent from here."""

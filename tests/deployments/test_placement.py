@@ -187,6 +187,13 @@ def test_of_many_adapters_the_most_recently_used_are_told_and_hardly_any_that_ar
     assert found([f"elsewhere-{i}" for i in range(2000)]) < 0.005
 
 
+def test_what_another_lorauter_reports_does_no_harm() -> None:
+    """While a new one replaces it, replica by replica."""
+    old = {"beat": 1, "limit": None, "device": ["a"], "host": [], "disk": b"short"}
+    chosen = placement(r0=old, r1=holding(device=["a"]))
+    assert chosen.rank([("a", 1.0)], idle("r0", "r1"), 1.0)[0] == "r1"
+
+
 def test_a_slow_replica_gets_less_than_a_fast_one() -> None:
     chosen = placement(slow=report([], [], [], 0.0, None, 4.0), fast=report([], [], [], 0.0, None, 1.0))
     queues = idle("slow", "fast")

@@ -154,6 +154,18 @@ def test_who_waits_while_another_has_a_row_to_spare_is_told(route: Callable[...,
     route(scenario, FakeReplica("r0", device=("a",)), FakeReplica("r1"))
 
 
+def test_calls_of_one_request_are_sent_each_to_its_own_replica(route: Callable[..., None]) -> None:
+    """Choices of one answer are asked for at once, and have their ingress request's id in common."""
+
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        calls = [pending(name) for name in ("a", "b", "c", "a", "b", "c")]
+        assert len({call.metadata.internal_request_id for call in calls}) == 1
+        sent = await asyncio.wait_for(asyncio.gather(*map(router._choose_replica_for_request, calls)), 5)
+        assert sent == [*replicas, *replicas]
+
+    route(scenario, *[FakeReplica(f"r{i}", device=(name,)) for i, name in enumerate("abc")])
+
+
 def test_queues_that_others_fill_are_known_by_the_reports(route: Callable[..., None]) -> None:
     async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
         placement = placement_of(str(DEPLOYMENT))
