@@ -44,6 +44,7 @@ from lorauter.errors import (
     InvalidRequest,
     LorauterError,
     Overloaded,
+    PermissionDenied,
     Unauthenticated,
 )
 
@@ -54,11 +55,15 @@ class Service(Generating, TextService, Protocol):
     async def describe(self) -> CatalogDescription:
         """The tasks and adapters there are."""
 
+    async def metrics(self) -> str:
+        """Metrics, as Prometheus reads them."""
+
     async def check_ready(self) -> None:
         """Raise if the parts of the service do not fit together."""
 
 
 Body = TypeVar("Body", bound=BaseModel)
+_PROMETHEUS = "text/plain; version=0.0.4"
 _PAGE = 10_000  # rows of a list
 _WORTH_GZIP, _GZIP_LEVEL = 1024, 4  # bytes of an answer; streams are never compressed
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -140,6 +145,7 @@ def build_api(
             *[route(method, path, api.health) for method, path in HEALTH],
             route("GET", "/version", api.version),
             route("GET", "/load", api.load),
+            route("GET", "/metrics", api.metrics),
             route("GET", "/openapi.json", api.openapi),
             route("GET", "/docs", api.docs),
             *[change(method, path, read) for method, path, read in admin],
@@ -226,6 +232,14 @@ class _Api:
 
     async def load(self, _: Request) -> Response:
         return JSONResponse({"server_load": self._generation.running})
+
+    async def metrics(self, request: Request) -> Response:
+        caller: Caller = request.state.caller
+        if caller.key is not None and caller.audience != "operator":
+            raise PermissionDenied(
+                f"the key {caller.name!r} has not the role 'admin' over all adapters, of which this tells"
+            )
+        return Response(await self._service.metrics(), media_type=_PROMETHEUS)
 
     async def openapi(self, _: Request) -> Response:
         return JSONResponse(document())

@@ -66,6 +66,7 @@ class ApiSettings(Settings):
         max_inputs: texts that one request may have routed at most.
         ping_s: seconds of silence in a streamed answer after which a comment is sent (`: ping`), so that nobody on the
             way takes the connection for dead; null sends none.
+        metrics_of: whose metrics `GET /metrics` has: those of the ingress's node, or of all nodes of the cluster.
         first_token_s: seconds until an answer begins, or a part of the service answers, at most, the wait for a
             replica in a dead one's place included; then the request is answered with 503.
     """
@@ -79,6 +80,7 @@ class ApiSettings(Settings):
     max_adapters: Annotated[int, Field(ge=1, le=1024)] = 64
     max_inputs: Positive = 256
     ping_s: Annotated[float, Field(gt=0, le=86400)] | None = 15.0
+    metrics_of: Literal["node", "cluster"] = "node"
     first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 

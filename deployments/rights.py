@@ -31,6 +31,7 @@ ROLES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("GET", "/v1/tasks"): ("inference", "admin"),
     ("GET", "/version"): ("inference", "admin"),
     ("GET", "/load"): ("inference", "admin"),
+    ("GET", "/metrics"): ("inference", "admin"),  # the endpoint asks for more of a key
     ("GET", "/openapi.json"): (),
     ("GET", "/docs"): (),
     **dict.fromkeys(HEALTH, ()),

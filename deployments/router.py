@@ -28,6 +28,7 @@ from deployments.config import AppConfig
 from deployments.limits import SharedLimits
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
+from deployments.node_metrics import read_metrics
 from deployments.retries import answered, generated
 from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
@@ -150,7 +151,7 @@ class Router:
         try:
             async for item in stream:
                 if isinstance(item, Admitted):
-                    record.prompt_tokens = item.prompt_tokens
+                    record.prompt_tokens += item.prompt_tokens
                     self._metrics.left_out(adapter.cause for adapter in item.left_out)
                 else:
                     record.token_arrived(len(item.token_ids))
@@ -171,6 +172,10 @@ class Router:
         """The catalog."""
         catalog: CatalogDescription = await self._asked(self._retriever.describe.remote)
         return catalog
+
+    async def metrics(self) -> str:
+        """This node's metrics, or all nodes'."""
+        return await read_metrics(all_nodes=self._config.api.metrics_of == "cluster")
 
     async def _asked(self, send: Callable[[], Any], *passed_on: Callable[[Any], Any]) -> Any:
         try:

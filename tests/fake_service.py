@@ -100,6 +100,9 @@ class FakeService:
         finally:
             self.running -= 1
 
+    async def metrics(self) -> str:
+        return "ray_lorauter_requests_total 1.0\n"
+
     async def describe(self) -> CatalogDescription:
         await self.check_ready()
         return CatalogDescription("v1", [{"id": "sums", "object": "task"}], list(VERSIONS))

@@ -178,6 +178,7 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("DELETE", "/v1/tasks/team-b-plans", {}),
         ],
     ),
+    "read metrics": ([("GET", "/metrics", {})], [("GET", "/metrics", {})]),
     "read causes": ([("GET", "/v1/tasks", {})], [("GET", "/v1/tasks", {})]),
     "/health, /openapi.json, /docs": (
         [

@@ -125,6 +125,11 @@ def test_a_chat_goes_before_the_prompt_and_may_be_json(coded) -> None:
         ({"max_tokens": "3", "temperature": "0", "stop": ["a", "b"]}, {"max_tokens": 3, "stop": ("a", "b")}),
         ({"max_tokens": "", "temperature": float("nan"), "seed": None}, {"max_tokens": 9, "temperature": 0.5}),
         ({"seed": 7}, {"seed": 7}),
+        ({"top_k": "5", "min_p": "0.1", "ignore_eos": "true"}, {"top_k": 5, "min_p": 0.1, "ignore_eos": True}),
+        ({"top_k": -1, "repetition_penalty": 1.5}, {"top_k": 0, "repetition_penalty": 1.5}),
+        ({"presence_penalty": 1, "frequency_penalty": -1}, {"presence_penalty": 1, "frequency_penalty": -1}),
+        ({"logit_bias": {"7": 1.5}}, {"logit_bias": ((7, 1.5),)}),
+        ({"logit_bias": '{"7": -100}'}, {"logit_bias": ((7, -100),)}),
     ],
 )
 def test_a_rows_own_sampling_goes_before_the_jobs(given, sampling) -> None:
@@ -234,3 +239,20 @@ def test_an_error_says_its_kind_and_leaves_the_other_columns_empty() -> None:
 
 def test_route_only_reads_no_sampling() -> None:
     assert read({"prompt": "x", "temperature": "sunny"}, route_only=True).sampling == SamplingParams()
+
+
+def test_a_request_of_openais_format_takes_the_apis_options() -> None:
+    body = {**HI, "chat_template_kwargs": {"a": 1}, "continue_final_message": True, "top_k": 3, "tools": []}
+    request = read(openai(body), sampling={"min_p": 0.2, "top_k": 9})
+    assert request.prompt == Prompt(
+        messages=({"role": "user", "content": "hi"},),
+        add_generation_prompt=False,
+        continue_final_message=True,
+        template_kwargs={"a": 1},
+    )
+    assert (request.sampling.top_k, request.sampling.min_p) == (3, 0.2)
+    tokens = read(openai({"model": "base", "prompt": [1, 2]}, "/v1/completions"))
+    assert tokens.prompt == Prompt(token_ids=(1, 2))
+    for prompt, message in (([1, 2], "no text to route by"), (["a", "b"], "got 2 prompts")):
+        with pytest.raises(InvalidRequest, match=message):
+            read(openai({"model": "lorauter", "prompt": prompt}, "/v1/completions"))
