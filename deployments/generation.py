@@ -38,6 +38,9 @@ logger = logging.getLogger("lorauter.api")
 
 _HEADER_ITEMS = 16
 _DECISIONS = 3  # that are tried for a request whose adapters turn out to be gone or broken
+_AT_ONCE = (
+    32  # prompts of a request that wait to be answered at the same time: its others leave room for other requests
+)
 _CHARS_A_TOKEN = 4  # about; an answer's end settles what it was
 
 Answer = AsyncGenerator[Admitted | Chunk]
@@ -122,7 +125,9 @@ class Generation:
         meter = _Meter(reservation, len(prompts))
         tenant = caller.name if body.cache_salt is None else f"{caller.name}\n{body.cache_salt}"
 
-        def begin(place: int) -> Coroutine[Any, Any, _Begun]:
+        room = asyncio.Semaphore(_AT_ONCE)
+
+        async def begin(place: int) -> _Begun:
             def ask(decision: RoutingDecision) -> Answer:
                 call = GenerateCall(
                     prompts[place],
@@ -134,7 +139,8 @@ class Generation:
                 )
                 return meter.metered(self._counted(call), sizes[place])
 
-            return self._admit(body, texts[place : place + 1], caller, decisions[place], ask)
+            async with room:
+                return await self._admit(body, texts[place : place + 1], caller, decisions[place], ask)
 
         try:
             begun = await _all([begin(place) for place in range(len(prompts))])

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from fake_service import BOTH, CHAT, COMPLETIONS, DECISION, FakeService, chat, events, post, refused, text
 
+from deployments.api import build_api
 from deployments.calls import Admitted, GenerateCall
+from deployments.config import ApiSettings
 from lorauter.engine.types import Chunk, Prompt
 from lorauter.errors import AdapterRejected, ContextLengthExceeded, InvalidRequest
 
@@ -200,6 +202,53 @@ def test_an_error_names_the_prompt_as_the_client_does(path: str, body: Any) -> N
     for error in (ContextLengthExceeded(9, 5), InvalidRequest("no tokens", param="prompt")):
         told = post(FakeService(first_error=error), path, body()).json()["error"]
         assert told["param"] == ("prompt" if path == COMPLETIONS else "messages")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_prompts_do_not_fill_the_queue(stream: bool) -> None:
+    class Queue(FakeService):
+        waiting = most = 0
+
+        async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+            self.waiting += 1
+            self.most = max(self.most, self.waiting)
+            await asyncio.sleep(0)
+            self.waiting -= 1
+            async for item in super().generate(call):
+                yield item
+
+    service = Queue()
+    response = post(service, COMPLETIONS, text(prompt=["a"] * 100, stream=stream))
+    said = response.text.count('"finish_reason": "stop"') if stream else len(response.json()["choices"])
+    assert said == 100
+    assert 1 < service.most <= 32
+
+
+def test_a_client_that_leaves_ends_all_of_its_answers() -> None:
+    async def leave() -> int:
+        gone = asyncio.Event()
+        service = FakeService(pause=asyncio.Event().wait)
+        requests = [{"type": "http.request", "body": json.dumps(text(prompt=["a", "b", "c"], stream=True)).encode()}]
+
+        async def receive() -> Any:
+            if requests:
+                return requests.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def give(message: Any) -> None:
+            if b"H\xc3\xa9" in message.get("body", b""):
+                gone.set()
+
+        scope = {"type": "http", "asgi": {"spec_version": "2.0"}, "method": "POST", "path": COMPLETIONS}
+        headers = [(b"content-type", b"application/json")]
+        app: Any = build_api(service, ApiSettings())
+        async with asyncio.timeout(5):
+            await app({**scope, "headers": headers, "query_string": b""}, receive, give)
+        assert len(service.calls) == 3
+        return service.running
+
+    assert asyncio.run(leave()) == 0
 
 
 def test_token_ids_go_to_the_model_as_they_are_and_are_routed_by_their_text() -> None:
