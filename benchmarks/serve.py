@@ -87,7 +87,8 @@ def main() -> None:
         return
     on_gpu = torch.cuda.is_available()
     clients = args.clients or (128 if on_gpu else 16)
-    count = args.requests or (1024 if on_gpu else 192) // (2 if args.quick else 1)
+    count = args.requests or (1024 if on_gpu else 192) // (3 if args.quick else 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the service ends too
     with tempfile.TemporaryDirectory(prefix="serve-") as folder:
         run(args, Path(folder), clients, count, on_gpu)
 
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace, folder: Path, clients: int, count: int, on_gpu
     loads = {f"{model}_{way}": texts(i, count) for model in MODELS for i, way in enumerate(("streamed", "whole"))}
     port = free_port()
     config = folder / "serve.yaml"
-    config.write_text(yaml.safe_dump(configuration(port, clients, on_gpu, settings)))
+    config.write_text(yaml.safe_dump(configuration(port, clients, settings)))
     task = {"clients": clients, "settings": settings, "loads": loads}
     (folder / "task.json").write_text(json.dumps(task))
     print(
@@ -185,16 +186,13 @@ def texts(part: int, count: int) -> list[str]:
 # --- the service
 
 
-def configuration(port: int, clients: int, on_gpu: bool, settings: dict[str, Any]) -> dict[str, Any]:
+def configuration(port: int, clients: int, settings: dict[str, Any]) -> dict[str, Any]:
     """The shipped one, on another port, with a batch of as many rows as there are clients."""
     shipped: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     shipped["http_options"]["port"] = port
     [application] = shipped["applications"]
     application["args"] |= settings
     application["args"]["engine"]["max_batch"] = clients
-    if on_gpu:
-        [model] = [row for row in application["deployments"] if row["name"] == "LoraModel"]
-        model["ray_actor_options"]["num_gpus"] = 1
     return shipped
 
 
