@@ -38,9 +38,7 @@ logger = logging.getLogger("lorauter.api")
 
 _HEADER_ITEMS = 16
 _DECISIONS = 3  # that are tried for a request whose adapters turn out to be gone or broken
-_AT_ONCE = (
-    32  # prompts of a request that wait to be answered at the same time: its others leave room for other requests
-)
+_AT_ONCE = 32  # prompts of a request that wait for an answer at the same time: other requests have room too
 _CHARS_A_TOKEN = 4  # about; an answer's end settles what it was
 
 Answer = AsyncGenerator[Admitted | Chunk]
@@ -102,6 +100,10 @@ class Generation:
             below = error.param or ("prompt" if isinstance(error, ContextLengthExceeded) else "")
             if below in ("prompt", "tokens") or below.startswith("input"):
                 error.param = shape.prompt
+            raise
+        except AdapterNotFound as error:
+            if body.chosen() is not None:
+                error.param = "lorauter.adapters" if body.lorauter.adapters else "model"
             raise
 
     async def _answer(self, request: Request, body: GeneratingBody, shape: Shape) -> Response:

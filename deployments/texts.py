@@ -78,9 +78,11 @@ class Texts:
             check_text(text, param="input" if isinstance(body.input, str) else f"input[{place}]")
         encoder = await self._service.encoder()
         if body.model not in (ROUTED_MODEL, encoder):
-            raise AdapterNotFound(
+            error = AdapterNotFound(
                 f"it does not embed; the model that does is {encoder!r}, or {ROUTED_MODEL!r}", adapter=short(body.model)
             )
+            error.param = "model"
+            raise error
         tokens = self._tokens(texts)
         _, embeddings = await request.state.visit.reserve(tokens, lambda: self._service.embed(texts), at_least=tokens)
         if (wanted := body.dimensions) is not None:

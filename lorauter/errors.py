@@ -135,7 +135,9 @@ class AdapterError(LorauterError):
 
 
 class AdapterNotFound(AdapterError):
-    """No adapter of this name is in the store."""
+    """No adapter of this name is in the store; `param` is the option that named it, if one did."""
+
+    param: str | None = None
 
 
 class AdapterRejected(AdapterError):

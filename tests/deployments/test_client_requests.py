@@ -108,6 +108,9 @@ def test_prompts_are_taken_in_all_their_forms(prompt: list[Any], options: dict[s
 
 def test_a_model_that_is_not_there_is_told_without_a_place() -> None:
     error = refused(post(FakeService(), CHAT, chat("gpt-4o-mini")), 404, "model_not_found")
+    assert error["param"] == "model"
+    by_hand = post(FakeService(), CHAT, chat(lorauter={"adapters": {"nowhere": 1}}))
+    assert refused(by_hand, 404, "model_not_found")["param"] == "lorauter.adapters"
     assert "gpt-4o-mini" in error["message"]
     assert "/tmp" not in error["message"]
 

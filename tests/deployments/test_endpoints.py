@@ -77,8 +77,8 @@ def test_an_embedding_as_base64_is_of_little_endian_floats() -> None:
         ({"dimensions": 0}, 400, "dimensions"),
         ({"encoding_format": "int8"}, 400, "encoding_format"),
         ({"surprise": 1}, 400, "surprise"),
-        ({"model": "text-embedding-3-small"}, 404, None),
-        ({"model": "poet"}, 404, None),
+        ({"model": "text-embedding-3-small"}, 404, "model"),
+        ({"model": "poet"}, 404, "model"),
     ],
 )
 def test_what_is_not_embedded(options: dict[str, Any], status: int, param: str | None) -> None:
