@@ -27,7 +27,7 @@ from lorauter.errors import InvalidRequest, LorauterError
 
 P = ParamSpec("P")
 _CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
-_TELL_S = 0.25  # between two reports with counters, while steps go on
+_TELL_S = 0.5  # between two reports with counters, while steps go on
 
 
 class EngineCore:

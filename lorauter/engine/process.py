@@ -35,6 +35,8 @@ from lorauter.engine.scheduler import AdapterKey
 from lorauter.engine.text import TextCodec
 from lorauter.errors import AdapterUnavailable, LorauterError, ServiceUnavailable
 
+logger = logging.getLogger("lorauter.engine")
+
 _BUFFER = 1 << 20  # bytes on their way; the system may allow fewer
 _END_S = 20.0  # for the last step, before the process is killed
 
@@ -256,7 +258,11 @@ class EngineProcess:
         try:
             self._channel.send(start)
             while True:
-                self._obey(self._channel.receive(), ready)
+                message = self._channel.receive()
+                try:
+                    self._obey(message, ready)
+                except Exception:  # one message's trouble must not silence the process
+                    logger.exception("what the engine's process said could not be taken in")
         except (EOFError, OSError):
             pass
         code = self._process.wait()
