@@ -59,10 +59,15 @@ def together(engine, *requests):
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """The counting one."""
-    engine = start_process(counting.load, EngineConfig(**SETTINGS, max_queue=4))
+    """The counting one; closed, it leaves nothing behind, and nobody is told that it has died."""
+    told = []
+    engine = start_process(counting.load, EngineConfig(**SETTINGS, max_queue=4), ended=told.append)
+    child = _child(engine)
     yield engine
     engine.close()
+    assert (child.is_running(), told) == (False, [])
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.check_health()
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +196,10 @@ def test_what_is_fed_is_repeatable_and_as_in_this_process(pool, tiny, folder) ->
     assert tiny.load == (0, 0)
 
 
-def test_a_process_that_dies_ends_what_waits_for_it(capfd) -> None:
+def test_a_process_speaks_in_this_ones_log_and_ends_what_waits_for_it_when_it_dies(caplog) -> None:
     told = []
     engine = start_process(counting.load, EngineConfig(**SETTINGS), ended=told.append)
+    assert ("lorauter.engine", "it only counts") in [(r.name, r.getMessage()) for r in caplog.records]
 
     async def run():
         tasks = [asyncio.create_task(collect(engine, ask("a", **ENDLESS))) for _ in range(6)]
@@ -211,18 +217,6 @@ def test_a_process_that_dies_ends_what_waits_for_it(capfd) -> None:
     with pytest.raises(LorauterError, match="has ended"):
         engine.read("nowhere", name="a", version="1")
     engine.close()
-
-
-def test_it_is_closed_with_its_thread_gone_and_its_log_told_here(caplog) -> None:
-    told = []
-    engine = start_process(counting.load, EngineConfig(**SETTINGS), ended=told.append)
-    assert ("lorauter.engine", "it only counts") in [(r.name, r.getMessage()) for r in caplog.records]
-    child = _child(engine)
-    engine.close()
-    assert not child.is_running()
-    assert told == []
-    with pytest.raises(RuntimeError):
-        engine.check_health()
 
 
 def test_a_step_that_does_not_end_is_noticed_and_ends_with_the_starter(tmp_path) -> None:
