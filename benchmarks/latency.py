@@ -102,12 +102,12 @@ def app(config: AppConfig) -> serve.Application:
         return deployments.app.assemble(config, options)
 
 
-def ingress_process(app_name: str) -> psutil.Process:
-    """The process of an app's only ingress replica, which Ray names after it."""
+def process_of(replica: str) -> psutil.Process:
+    """The process of a deployment's only replica, which Ray names after it."""
     [found] = [
         process
         for process in psutil.Process().children(recursive=True)
-        if " ".join(process.cmdline()).startswith(f"ray::ServeReplica:{app_name}:Router")
+        if " ".join(process.cmdline()).startswith(f"ray::ServeReplica:{replica}")
     ]
     return found
 
@@ -158,9 +158,9 @@ def main() -> None:
                 times[name].append(route(path))
         encoding = {name: handle.take_seconds.remote().result() for name, handle in timed.items()}
 
-        def routes() -> int:
+        def routes(name: str) -> int:
             with ThreadPoolExecutor(8) as pool:
-                return len(list(pool.map(route, [paths["open"]] * requests)))
+                return len(list(pool.map(route, [paths[name]] * requests)))
 
         def streams(model: str, tokens: int) -> int:
             def stream(_: int) -> None:
@@ -172,11 +172,12 @@ def main() -> None:
             with ThreadPoolExecutor(8) as pool:
                 return len(list(pool.map(stream, range(STREAMS * (10 if tokens == 1 else 1)))))
 
-        process = ingress_process("open")
+        ingress = process_of("open:Router")
         streams("base", TOKENS)
-        routing = cpu_ms(process, routes)
-        short = cpu_ms(process, lambda: streams("base", 1))
-        long = cpu_ms(process, lambda: streams("base", TOKENS))
+        calls = cpu_ms(process_of("bare:BareIngress"), lambda: routes("bare"))
+        routing = cpu_ms(ingress, lambda: routes("open"))
+        short = cpu_ms(ingress, lambda: streams("base", 1))
+        long = cpu_ms(ingress, lambda: streams("base", TOKENS))
     ratios = {}
     waits = statistics.median(times["bare"])
     for name in ("open", "keyed"):
@@ -190,6 +191,7 @@ def main() -> None:
     print(f"bare two-hop app   {1000 * waits:7.2f} ms")
     print(f"ratio_keyed        {ratios['keyed']:7.2f}")
     print(f"ratio              {ratios['open']:7.2f}")
+    print(f"cpu_ms_bare        {calls:7.2f}")
     print(f"cpu_ms_route       {routing:7.2f}")
     print(f"cpu_ms_stream      {short:7.2f}")
     print(f"cpu_ms_token       {(long - short) / (TOKENS - 1):7.3f}")
