@@ -6,7 +6,7 @@ The app is the service's own, but for an engine that says as many words as it is
 an ingress that calls two deployments in turn, and does nothing else; requests alternate between the two. The time that
 the encoder itself takes is measured in its replica, request by request, and subtracted, since any embedding service has
 to pay it. Keyed requests go to a second ingress, whose keys have limits. CPU time is that of the ingress replica's
-process, Serve's own work in it included, by request and, with streamed answers, by token.
+process, Serve's own work in it included, by request and, with streamed answers, by chunk: here one for each word.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ray import serve
 from starlette.requests import Request
 
 import deployments.app
-from deployments.calls import Admitted, GenerateCall
+from deployments.calls import Admitted, Begun, GenerateCall
 from deployments.config import AppConfig
 from deployments.embedder import QueryEmbedder
 from lorauter.encoder import Embeddings, Encoder
@@ -37,7 +37,7 @@ from lorauter.keys import hash_key, new_key
 
 TEXT = "Short movie review: a joy to watch.\nDid the critic think positively or negatively of the movie?"
 CPUS = {"num_cpus": 0.1}
-TOKENS, STREAMS = 200, 20
+WORDS, STREAMS = 200, 20
 WARM = 30
 
 
@@ -72,10 +72,10 @@ class Talker:
     def __init__(self, config: AppConfig) -> None:
         pass
 
-    async def generate(self, call: GenerateCall) -> AsyncIterator[Admitted | Chunk]:
-        yield Admitted(20)
+    async def generate(self, call: GenerateCall) -> AsyncIterator[Begun | Chunk]:
         for i in range(1, call.sampling.max_tokens + 1):
-            yield Chunk(" word", (i,), "length" if i == call.sampling.max_tokens else None)
+            chunk = Chunk(" word", (i,), "length" if i == call.sampling.max_tokens else None)
+            yield chunk if i > 1 else Begun(Admitted(20), chunk)
 
 
 @serve.deployment(ray_actor_options=CPUS)
@@ -162,22 +162,22 @@ def main() -> None:
             with ThreadPoolExecutor(8) as pool:
                 return len(list(pool.map(route, [paths[name]] * requests)))
 
-        def streams(model: str, tokens: int) -> int:
+        def streams(model: str, words: int) -> int:
             def stream(_: int) -> None:
                 messages = [{"role": "user", "content": TEXT}]
-                body = {"model": model, "messages": messages, "stream": True, "max_tokens": tokens}
+                body = {"model": model, "messages": messages, "stream": True, "max_tokens": words}
                 text = client.post("/open/v1/chat/completions", json=body).raise_for_status().text
-                assert text.count(" word") == tokens
+                assert text.count(" word") == words
 
             with ThreadPoolExecutor(8) as pool:
-                return len(list(pool.map(stream, range(STREAMS * (10 if tokens == 1 else 1)))))
+                return len(list(pool.map(stream, range(STREAMS * (10 if words == 1 else 1)))))
 
         ingress = process_of("open:Router")
-        streams("base", TOKENS)
+        streams("base", WORDS)
         calls = cpu_ms(process_of("bare:BareIngress"), lambda: routes("bare"))
         routing = cpu_ms(ingress, lambda: routes("open"))
         short = cpu_ms(ingress, lambda: streams("base", 1))
-        long = cpu_ms(ingress, lambda: streams("base", TOKENS))
+        long = cpu_ms(ingress, lambda: streams("base", WORDS))
     ratios = {}
     waits = statistics.median(times["bare"])
     for name in ("open", "keyed"):
@@ -194,7 +194,7 @@ def main() -> None:
     print(f"cpu_ms_bare        {calls:7.2f}")
     print(f"cpu_ms_route       {routing:7.2f}")
     print(f"cpu_ms_stream      {short:7.2f}")
-    print(f"cpu_ms_token       {(long - short) / (TOKENS - 1):7.3f}")
+    print(f"cpu_ms_chunk       {(long - short) / (WORDS - 1):7.3f}")
     serve.shutdown()
     ray.shutdown()
 
