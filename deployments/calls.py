@@ -9,29 +9,44 @@ from lorauter.engine.types import Chunk, Prompt, SamplingParams
 from lorauter.routing.compose import AdapterWeight, LeftOut
 
 
+class Choice(NamedTuple):
+    """One of the answers to a prompt: which, and what another replica has answered of it before it died: it goes on
+    after these tokens."""
+
+    place: int
+    generated: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class GenerateCall:
     """What the ingress asks of a replica: a prompt to be answered under a mixture of adapters.
 
     Attributes:
         routed: nobody named the adapters: one that cannot be had is left out, as long as one is left.
-        generated: what another replica has answered before it died: the answer goes on after these tokens.
+        choices: the answers that are wanted.
         tenant: whose prompts alone this one may share computed beginnings with, so that nobody learns by time or count
             what others ask.
         number: tells it from the other calls of its ingress replica.
         avoid: replicas that are asked last: they have refused it, or kept it waiting.
         whole: nobody reads the answer before its end.
+        tells_prompt: the prompt's tokens are wanted too.
     """
 
     prompt: Prompt
     adapters: tuple[AdapterWeight, ...]
     sampling: SamplingParams
     routed: bool = False
-    generated: tuple[int, ...] = ()
+    choices: tuple[Choice, ...] = (Choice(0),)
     tenant: str | None = None
     number: int = 0
     avoid: tuple[str, ...] = ()
     whole: bool = False
+    tells_prompt: bool = False
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it has begun elsewhere."""
+        return any(choice.generated for choice in self.choices)
 
 
 @dataclass(frozen=True)
@@ -39,12 +54,13 @@ class Admitted:
     """First known of an answer: the request is valid, its adapters are here, and this is its prompt's size.
 
     `left_out` are those of the call's adapters that the answer goes on without, `cached_tokens` the prompt's tokens
-    that were found computed.
+    that were found computed, `prompt` their ids and texts, if they are wanted.
     """
 
     prompt_tokens: int
     left_out: tuple[LeftOut, ...] = ()
     cached_tokens: int = 0
+    prompt: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from deployments.adapter_cache import CacheSpec, NodeCache
 from deployments.calls import Admitted, Begun, GenerateCall
+from deployments.choices import side_by_side
 from deployments.config import AppConfig
 from deployments.devices import own_gpus_only
 from deployments.engines import Reading, start_engine
@@ -133,10 +134,20 @@ class LoraModel:
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         mixture, left_out = await self._mixture(call)
-        if not call.generated:  # what has begun elsewhere is to end
+        if not call.resumed:  # what has begun elsewhere is to end
             self._check_wait()
-        request = GenerationRequest(prompt, mixture, call.sampling, call.generated, call.tenant)
-        stream = self._engine.stream(request, gap=self._whole_gap if call.whole else self._gap)
+        most = self._engine.config.max_batch + self._engine.config.max_queue
+        if len(call.choices) > most:
+            raise InvalidRequest(f"got n = {len(call.choices)}; at most {most} answers are made at once", param="n")
+        gap = self._whole_gap if call.whole else self._gap
+        stream = side_by_side(
+            {
+                index: self._engine.stream(
+                    GenerationRequest(prompt, mixture, call.sampling.of_choice(index), generated, call.tenant), gap=gap
+                )
+                for index, generated in call.choices
+            }
+        )
         tokens = 0
         with span("generate", current=False) as traced:
             try:
@@ -148,7 +159,12 @@ class LoraModel:
                         yield chunk
                     else:
                         begun = True
-                        yield Begun(Admitted(len(prompt), left_out, chunk.cached_tokens), chunk)
+                        told = (
+                            tuple((token, self._engine.codec.bytes_of(token)) for token in prompt)
+                            if call.tells_prompt
+                            else ()
+                        )
+                        yield Begun(Admitted(len(prompt), left_out, chunk.cached_tokens, told), chunk)
             finally:
                 self._streams -= not call.whole
                 if traced is not None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayError, RayTaskError
 
-from deployments.calls import Admitted, Begun, GenerateCall
+from deployments.calls import Admitted, Begun, Choice, GenerateCall
 from lorauter.engine.types import Chunk
 from lorauter.errors import LorauterError, Overloaded, ServiceUnavailable
 from lorauter.routing.compose import without
@@ -116,18 +116,22 @@ async def generated(
     if call.sampling.temperature > 0 and call.sampling.seed is None:
         call = replace(call, sampling=replace(call.sampling, seed=random.getrandbits(63)))
     admitted: Admitted | None = None
-    tokens: list[int] = []
-    ended = False
+    left = {choice.place: list(choice.generated) for choice in call.choices}  # what is known of those not ended
+
+    def note(chunk: Chunk) -> None:
+        left[chunk.index] += chunk.token_ids
+        if chunk.finish_reason is not None:
+            del left[chunk.index]
+
     deaths = 0
     refused: set[str | None] = {None}
     call = replace(call, number=next(_numbers))
     until = time.monotonic() + timeout_s
     while True:
-        stream = send(replace(call, generated=tuple(tokens)) if tokens else call)
+        stream = send(replace(call, choices=tuple(Choice(index, tuple(tokens)) for index, tokens in left.items())))
         try:
             begun: Begun = _said(await _first(stream, call, until, timeout_s, others))
-            tokens += begun.chunk.token_ids
-            ended = begun.chunk.finish_reason is not None
+            note(begun.chunk)
             if admitted is None:
                 admitted = begun.admitted
                 kept = without(call.adapters, {adapter.key for adapter in admitted.left_out})
@@ -136,15 +140,14 @@ async def generated(
             yield begun.chunk
             async for item in stream:
                 chunk = _said(item)
-                tokens += chunk.token_ids
-                ended = chunk.finish_reason is not None
+                note(chunk)
                 yield chunk
             return
         except (Exception, asyncio.CancelledError, GeneratorExit) as error:
             if isinstance(error, GeneratorExit) or _cancelled(error):
                 stream.cancel()
                 raise
-            if ended:  # all of it was there
+            if not left:  # all of it was there
                 return
             if isinstance(error, _Waits):
                 call = replace(call, avoid=tuple({*call.avoid, *error.avoid}))

@@ -100,7 +100,7 @@ def main() -> None:
     closing = threading.Event()
     try:
         decoder, codec = start.load()
-        core = EngineCore(decoder, start.config, told)
+        core = EngineCore(decoder, codec, start.config, told)
         del decoder
         gc.collect()
         gc.freeze()  # what is here stays: no collection of cycles is to go through it while a step waits

@@ -11,18 +11,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec
 from weakref import WeakMethod
 
+from torch import Tensor
+
 from lorauter.adapters.weights import LoraWeights
 from lorauter.engine.blocks import BlockPool, blocks_of
 from lorauter.engine.config import EngineConfig
+from lorauter.engine.grammars import Grammars, Held
 from lorauter.engine.messages import Begin, Counters, Drop, Facts, Handled, Lockstep, Order, Report
 from lorauter.engine.model import Decoder
 from lorauter.engine.runner import Flight, Runner
 from lorauter.engine.scheduler import NOT_FINITE, ActiveSequence, Scheduler, StepPlan
 from lorauter.engine.slots import AdapterSlots, PackedAdapter, default_budget
+from lorauter.engine.text import TextCodec
 from lorauter.errors import InvalidRequest, LorauterError
 
 P = ParamSpec("P")
@@ -35,6 +40,7 @@ class EngineCore:
 
     Args:
         model: the base model.
+        codec: its tokenizer, for grammars.
         config: settings.
         told: is given each report, by the core's thread; an error once it has ended.
 
@@ -44,7 +50,9 @@ class EngineCore:
         scheduler: for its counters.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig, told: Callable[[Report | Exception], None]) -> None:
+    def __init__(
+        self, model: Decoder, codec: TextCodec, config: EngineConfig, told: Callable[[Report | Exception], None]
+    ) -> None:
         length = min(config.max_model_len, model.max_positions)
         self.slots, self._runner = _make_runner(model, config, length)
         blocks = self._runner.memory.cache.blocks
@@ -57,6 +65,8 @@ class EngineCore:
             reuse=config.prefix_reuse,
             failed=weakly(self._fail),
         )
+        self._grammars = Grammars(codec.backend, codec.eos_ids, model.vocabulary)
+        self._held: dict[int, Held] = {}  # answers that have to be of a grammar
         self._max_rank = config.max_rank
         self._told = told
         self._report = Report()
@@ -65,7 +75,7 @@ class EngineCore:
         self._silent: set[int] = set()  # those that have no token yet
         self._flights: deque[tuple[StepPlan, Flight, float]] = deque()  # when each was launched
         self._taken = 0.0  # when the last one's tokens were taken
-        self._inbox: deque[Begin | Drop | Lockstep] = deque()
+        self._inbox: deque[Begin | Drop | Lockstep | tuple[Begin, Held | Exception]] = deque()
         self._wake = threading.Condition()
         self._lockstep = False
         self._awaited = 0  # reports that are not handled yet
@@ -78,14 +88,24 @@ class EngineCore:
     # --- the callers' side
 
     def take(self, orders: Sequence[Order]) -> None:
-        """Take orders; what is to begin or to end does so together, before the next step is planned."""
+        """Take orders; what is to begin or to end does so together, before the next step is planned. Grammars are
+        compiled first."""
+        ready = [self._with_grammar(order) for order in orders]
         with self._wake:
-            for order in orders:
+            for order in ready:
                 if isinstance(order, Handled):
                     self._awaited -= 1
                 else:
                     self._inbox.append(order)
             self._wake.notify_all()
+
+    def _with_grammar(self, order: Order) -> Order | tuple[Begin, Held | Exception]:
+        if not isinstance(order, Begin) or order.sampling.grammar is None:
+            return order
+        try:
+            return order, self._grammars.begin(order.sampling.grammar, order.tokens[order.prompt :])
+        except Exception as error:  # noqa: BLE001 (this request's trouble alone)
+            return order, error
 
     def read(self, path: Path, *, name: str, version: str) -> tuple[PackedAdapter, tuple[str, ...]]:
         """An adapter of a folder, ready for use, and what of it has no effect or is not there; see `Engine.read`."""
@@ -141,6 +161,7 @@ class EngineCore:
             with self._wake:
                 self._closed = True
             self._told(LorauterError("the engine was closed"))
+            self._grammars.close()
             self._runner.close()
 
     def _busy(self) -> bool:
@@ -155,7 +176,14 @@ class EngineCore:
             orders, self._inbox = self._inbox, deque()
             closed = self._closed
         for order in orders:
-            if isinstance(order, Begin):
+            if isinstance(order, tuple):
+                begin, held = order
+                if isinstance(held, Exception):
+                    self._report.failed.append((begin.id, held))
+                else:
+                    self._held[begin.id] = held
+                    self._begin(begin)
+            elif isinstance(order, Begin):
                 self._begin(order)
             elif isinstance(order, Lockstep):
                 self._lockstep = order.on
@@ -174,6 +202,7 @@ class EngineCore:
             self.slots.check(packed)
         except LorauterError as error:
             self._report.failed.append((order.id, error))
+            self._held.pop(order.id, None)
             return
         sequence = ActiveSequence(
             list(order.tokens),
@@ -195,31 +224,75 @@ class EngineCore:
         """Launch the next step if there is one, and take the tokens of the one before it, or of this one, if it is time
         to. Returns whether it has."""
         self.slots.begin_step()
+        before = len(self._flights)
         plan = self.scheduler.plan()
         if plan is not None:
-            self._flights.append((plan, self._runner.launch(plan), time.perf_counter()))
+            held = [sequence for sequence in self.scheduler.planned() if sequence.id in self._held]
+            flight = self._runner.launch(plan, partial(self._masks, held) if held else None)
+            self._flights.append((plan, flight, time.perf_counter()))
         if not self._flights or (plan is not None and len(self._flights) <= self._runner.overlaps):
-            return False
+            return len(self._flights) <= before and before > 0
+        self._land()
+        return True
+
+    def _masks(self, sequences: Sequence[ActiveSequence]) -> dict[int, Tensor]:
+        """By row, what may come next in answers that are held to grammars. Steps on their way land first, as it follows
+        from their tokens; the device is busy with the step that is to choose it meanwhile."""
+        rows = {sequence.id: sequence.row for sequence in sequences}
+        while self._flights:
+            self._land()
+        masks = {}
+        for sequence in sequences:
+            row, held = rows[sequence.id], self._held.get(sequence.id)
+            if row is None or held is None:  # it has ended
+                continue
+            try:
+                masks[row] = held.mask()
+            except LorauterError as error:
+                self.scheduler.drop(sequence)
+                self._end([(sequence, error)])
+        return masks
+
+    def _land(self) -> None:
+        """Take the tokens of the oldest step on its way."""
         done, flight, launched = self._flights.popleft()
         tokens = flight.wait()
+        self._take_scores(flight)
         events = self.scheduler.take(tokens)
         now = time.perf_counter()
         prompt_tokens = sum(piece.count for piece in done.prompts)
         report = self._report
         report.step = len(done.decoding), prompt_tokens, now - max(launched, self._taken)
         self._taken = now
+        ranked = flight.ranks.of_tokens() if flight.ranks is not None else {}
+        held = []
         for event in events:
             sequence = event.sequence
             if event.token == NOT_FINITE:
                 self._end([(sequence, _not_finite(sequence))])
                 continue
             report.add(sequence.id, event.token, event.reason)
+            if event.place in ranked:
+                report.ranked[sequence.id] = ranked[event.place]
             if sequence.id in self._silent:
                 self._silent.discard(sequence.id)
                 report.reused[sequence.id] = sequence.reused
             if sequence.ended:
                 self._forget(sequence)
-        return True
+            elif sequence.id in self._held:
+                held.append((self._held[sequence.id], event.token))
+        if held:
+            self._grammars.advance(held)
+
+    def _take_scores(self, flight: Flight) -> None:
+        """Note what a step that has landed tells of prompts, but for what is known already."""
+        if flight.ranks is None:
+            return
+        for (sequence, start), scores in zip(self.scheduler.scored(), flight.ranks.of_prompts(), strict=True):
+            fresh = start + len(scores) - sequence.told
+            if fresh > 0 and not sequence.ended:
+                self._report.scored[sequence.id] = scores.after(len(scores) - fresh)
+                sequence.told += fresh
 
     def _fail(self, sequence: ActiveSequence, error: Exception) -> None:
         self._end([(sequence, error)])
@@ -233,6 +306,7 @@ class EngineCore:
     def _forget(self, sequence: ActiveSequence) -> None:
         """A sequence has ended."""
         del self._sequences[sequence.id]
+        self._held.pop(sequence.id, None)
         self._silent.discard(sequence.id)
         if len(sequence.tokens) > sequence.prompt:  # else nothing of it was answered
             computed, answer = sequence.prompt - sequence.reused, len(sequence.tokens) - sequence.prompt

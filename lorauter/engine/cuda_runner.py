@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from lorauter.engine.blocks import blocks_of
 from lorauter.engine.config import EngineConfig
 from lorauter.engine.cuda_mixtures import CudaMixtures
 from lorauter.engine.cuda_step import CudaStep, query_blocks
+from lorauter.engine.logprobs import StepRanks
 from lorauter.engine.model import Decoder
-from lorauter.engine.runner import Flight, Runner
+from lorauter.engine.runner import Flight, Masks, Runner
 from lorauter.engine.sampling import to_device
 from lorauter.engine.scheduler import StepPlan
 from lorauter.engine.slots import AdapterSlots
@@ -77,8 +78,9 @@ class _Graph:
 class CudaFlight:
     """A step on its way: `tokens` (n,) is on the host once `done` has happened."""
 
-    def __init__(self, tokens: Tensor, done: torch.cuda.Event) -> None:
+    def __init__(self, tokens: Tensor, ranks: StepRanks | None, done: torch.cuda.Event) -> None:
         self._tokens = tokens
+        self.ranks = ranks
         self._done = done
 
     def wait(self) -> list[int]:
@@ -150,6 +152,7 @@ class CudaRunner(Runner):
         device = decoder.device
         self._numbers = torch.zeros(max(size.numbers for size in sizes), dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self._last = [-1] * (rows + 1)  # the device alone knows them
         firsts = [group.first for group in slots.groups]
         attention = [first for first in firsts if first in ("q_proj", "o_proj")]
         self._kinds = [frozenset(), *dict.fromkeys((frozenset(attention), frozenset(firsts)))]
@@ -224,7 +227,7 @@ class CudaRunner(Runner):
         return min(self._most, max(self._beside, decoding + _LEAST_STEP_TOKENS)) if decoding else self._most
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Flight:
+    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Flight:
         """See `Runner.launch`."""
         stream = torch.cuda.current_stream()
         for start in plan.starts:
@@ -232,6 +235,30 @@ class CudaRunner(Runner):
                 if placed.copied is not None:
                     stream.wait_event(placed.copied)
         self._begin(plan)
+        logits, chosen = self._compute(plan) if plan.scored else self._replay(plan)
+        if special := self._sampler.sampled([piece.row for piece in plan.sampled]):
+            chosen = self._sample(logits, chosen, special, plan, masks() if masks is not None else None)
+        ranks = self._ranker.of_step(plan, logits, chosen)
+        if ranks is not None:
+            ranks = replace(ranks, table=_to_host(ranks.table))
+        host = _to_host(chosen)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        self._copies.launched = done
+        return CudaFlight(host, ranks, done)
+
+    def _compute(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """A step without a graph, which none has for the logits of whole prompts: logits and likeliest tokens."""
+        batch = self._batch([*plan.decoding, *plan.prompts], len(plan.decoding), None)
+        batch = replace(batch, tokens=kernels.take_tokens(batch.tokens, batch.rows, self._last_tokens))
+        logits = self.decoder.forward(self._step(self.memory, batch), batch)
+        rows = to_device(torch.tensor([piece.row for piece in plan.sampled], dtype=torch.int32), logits.device)
+        if not len(rows):
+            return logits, rows
+        return logits, kernels.greedy(logits[: len(rows)], rows, self._last_tokens)
+
+    def _replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """A step by its graph: logits of the pieces that sample, and their likeliest tokens."""
         pieces = [*plan.decoding, *plan.prompts]
         tokens: list[int] = []
         positions: list[int] = []
@@ -255,23 +282,22 @@ class CudaRunner(Runner):
         changed = mixtures.active if isinstance(mixtures, CudaMixtures) else frozenset()
         graph = self._graphs[size, next(kind for kind in self._kinds if changed <= kind)]
         graph.graph.replay()
-        chosen = graph.chosen[: len(outputs)]
-        if special := self._sampler.sampled(output_rows):
-            chosen = self._sample(graph, chosen, special, plan)
-        host = torch.empty(len(outputs), dtype=torch.int32, pin_memory=True)
-        host.copy_(chosen, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        self._copies.launched = done
-        return CudaFlight(host, done)
+        return graph.logits, graph.chosen[: len(outputs)]
 
-    def _sample(self, graph: _Graph, chosen: Tensor, special: Sequence[int], plan: StepPlan) -> Tensor:
+    def _sample(
+        self,
+        logits: Tensor,
+        chosen: Tensor,
+        special: Sequence[int],
+        plan: StepPlan,
+        masks: Mapping[int, Tensor] | None,
+    ) -> Tensor:
         """The step's tokens with those of rows that do not take the likeliest, which are their last tokens now too."""
         sampled = list(plan.sampled)
         rows = [sampled[place].row for place in special]
         positions = [sampled[place].start + sampled[place].count for place in special]
         where = to_device(torch.tensor(special), chosen.device)
-        tokens = self._sampler.choose(graph.logits[where], rows, positions)
+        tokens = self._sampler.choose(logits[where], rows, positions, masks)
         chosen = chosen.clone()
         chosen[where] = tokens
         self._last_tokens[to_device(torch.tensor(rows), chosen.device)] = tokens.clamp_min(0)
@@ -301,6 +327,13 @@ class CudaRunner(Runner):
         """See `Runner.close`."""
         torch.cuda.synchronize()
         self._graphs.clear()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory, which is there once what is launched so far is computed."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host
 
 
 def make_cuda_runner(

@@ -17,6 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -183,9 +184,13 @@ class Engine:
         known = prompt + len(request.generated)
         if known >= self.max_model_len:
             raise ContextLengthExceeded(known, self.max_model_len)
-        biased = [token for token, _ in sampling.logit_bias]
-        given = (("prompt", request.prompt), ("generated", request.generated), ("logit_bias", biased))
-        for what, tokens in given:
+        for what, tokens in (
+            ("prompt", request.prompt),
+            ("generated", request.generated),
+            ("logit_bias", [token for token, _ in sampling.logit_bias]),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("allowed_token_ids", sampling.allowed_token_ids),
+        ):
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.facts.vocabulary:
                 raise InvalidRequest(
                     f"the token ids of {what} are from {min(tokens)} to {max(tokens)}, but the model's are from 0 to "
@@ -198,12 +203,15 @@ class Engine:
             prompt,
             limit=min(self.max_model_len, prompt + sampling.max_tokens),
             adapters=tuple((self._ready(adapter), weight) for adapter, weight in request.adapters),
-            sampling=sampling,
+            sampling=replace(sampling, bad_words=self._tokens_of(sampling.bad_words))
+            if sampling.bad_words
+            else sampling,
             seed=random.getrandbits(64) if sampling.seed is None else sampling.seed,
             tenant=request.tenant,
-            ends=() if sampling.ignore_eos else self.codec.eos_ids,
+            ends=frozenset(sampling.stop_token_ids)
+            | (frozenset() if sampling.ignore_eos and sampling.grammar is None else self.codec.eos_ids),
         )
-        text = self.codec.stream(sampling.stop)
+        text = self.codec.stream(sampling)
         for token in request.generated:  # their text is known
             text.push(token)
         with self._room:
@@ -223,6 +231,14 @@ class Engine:
             self._unfinished.add(order.id)
         self._order(order)
         return order.id
+
+    def _tokens_of(self, words: Sequence[str | tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        """Every form of words that may not come. Raises InvalidRequest."""
+        forms = [form for word in words for form in ([word] if isinstance(word, tuple) else self.codec.forms(word))]
+        for form in forms:
+            if not 0 <= min(form) <= max(form) < self.facts.vocabulary:
+                raise InvalidRequest(f"bad_words holds token ids that the model has not: {form}", param="bad_words")
+        return tuple(forms)
 
     def _ready(self, adapter: LoraWeights | Adapter) -> Adapter:
         if isinstance(adapter, LoraWeights):
@@ -367,7 +383,7 @@ class MultiLoraEngine(Engine):
         core: list[EngineCore] = []
 
         def start(told: Told) -> tuple[Core, TextCodec]:
-            core.append(EngineCore(model, config, told))
+            core.append(EngineCore(model, codec, config, told))
             return core[0], codec
 
         super().__init__(start, config)

@@ -12,11 +12,11 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorauter.engine.messages import Report
 from lorauter.engine.text import TextStream
-from lorauter.engine.types import Chunk, FinishReason
+from lorauter.engine.types import Chunk, FinishReason, PromptLogprobs
 
 logger = logging.getLogger("lorauter.engine")
 
@@ -89,6 +89,7 @@ def deliver(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[LoopSink, Ite
 class _Answer:
     sink: Sink
     text: TextStream
+    prompt: PromptLogprobs  # as far as they are known
 
 
 class Front:
@@ -112,7 +113,7 @@ class Front:
 
     def expect(self, id: int, sink: Sink, text: TextStream) -> None:
         """From now on tokens of this sequence may come."""
-        self._answers[id] = _Answer(sink, text)
+        self._answers[id] = _Answer(sink, text, () if text.sampling.prompt_logprobs is None else (None,))
 
     def forget(self, id: int) -> None:
         """Nobody waits for this sequence any more."""
@@ -156,13 +157,21 @@ class Front:
                 logger.exception("an answer could not be handed out")
                 self._abandon(id)
 
+        for id, scores in report.scored.items():
+            answer = self._answers.get(id)
+            if answer is not None:
+                answer.prompt += tuple(answer.text.logprobs(scores))
         for id, token, reason in report.events:
             answer = self._answers.get(id)
             if answer is None:
                 continue
             item: Item
             try:
-                item = _chunk(answer.text, token, reason, report.reused.get(id, 0))
+                item = _chunk(answer.text, token, reason)
+                if id in report.ranked:
+                    item = replace(item, logprobs=tuple(answer.text.logprobs(report.ranked[id])))
+                if id in report.reused:  # it is the first
+                    item = replace(item, cached_tokens=report.reused[id], prompt_logprobs=answer.prompt)
             except Exception as error:  # this answer's trouble alone
                 logger.exception("an answer's text could not be made")
                 item = error
@@ -187,13 +196,15 @@ class Front:
         self._cancel(id)
 
 
-def _chunk(stream: TextStream, token: int, reason: FinishReason | None, reused: int) -> Chunk:
+def _chunk(stream: TextStream, token: int, reason: FinishReason | None) -> Chunk:
     """What a token adds to the answer, with the reason if it ends it."""
     text = ""
-    if reason != "stop":  # else it is the token that says so
+    if reason == "stop":  # it is the token that says so
+        text = stream.end(token)
+    else:
         text, stopped = stream.push(token)
         if stopped:
             reason = "stop"
     if reason is not None:
         text += stream.flush()
-    return Chunk(text, (token,), reason, reused)
+    return Chunk(text, (token,), reason)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from lorauter.adapters.counters import TierCounters
 from lorauter.adapters.weights import ModelShape
+from lorauter.engine.logprobs import Ranked
 from lorauter.engine.scheduler import AdapterKey
 from lorauter.engine.types import FinishReason, SamplingParams
 
@@ -128,6 +129,7 @@ class Report:
     Attributes:
         ids, tokens, reasons: who has got which token, and as an index of REASONS whether it is the last.
         reused: of sequences that get their first token here, how much of the prompt was found computed.
+        ranked, scored: of sequences that want them, the probabilities of the token, and of further ones of the prompt.
         failed: who has ended by an error.
         let_go: who was dropped.
         step: decoding rows, prompt tokens and seconds of a step.
@@ -142,6 +144,8 @@ class Report:
     tokens: array[int] = field(default_factory=lambda: array("i"))
     reasons: bytearray = field(default_factory=bytearray)
     reused: dict[int, int] = field(default_factory=dict)
+    ranked: dict[int, Ranked] = field(default_factory=dict)
+    scored: dict[int, Ranked] = field(default_factory=dict)
     failed: list[tuple[int, Exception]] = field(default_factory=list)
     let_go: list[int] = field(default_factory=list)
     step: tuple[int, int, float] | None = None
@@ -171,4 +175,4 @@ class Report:
     @property
     def outcomes(self) -> bool:
         """Whether it says anything of any sequence."""
-        return bool(self.ids or self.failed or self.let_go)
+        return bool(self.ids or self.scored or self.failed or self.let_go)

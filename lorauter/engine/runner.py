@@ -6,7 +6,7 @@ and is a step ahead of whoever takes the tokens. Knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorauter.engine.cpu_kernels import load_kernels
 from lorauter.engine.cpu_step import CpuStep
+from lorauter.engine.logprobs import Ranker, StepRanks
 from lorauter.engine.mixtures import Mixtures
 from lorauter.engine.model import Decoder
 from lorauter.engine.sampling import Sampler, to_device
@@ -24,9 +25,17 @@ from lorauter.engine.torch_step import TorchStep
 
 _STEP_TOKENS = 512
 
+Masks = Callable[[], Mapping[int, Tensor]]
+
 
 class Flight(Protocol):
-    """A step on its way."""
+    """A step on its way.
+
+    Attributes:
+        ranks: what it tells of probabilities, once it has been waited for; None if nobody asks.
+    """
+
+    ranks: StepRanks | None
 
     def wait(self) -> list[int]:
         """Its tokens, or NOT_FINITE, in the order of `StepPlan.sampled`."""
@@ -35,8 +44,9 @@ class Flight(Protocol):
 class Landed:
     """A step whose tokens are there."""
 
-    def __init__(self, tokens: Sequence[int]) -> None:
+    def __init__(self, tokens: Sequence[int], ranks: StepRanks | None = None) -> None:
         self._tokens = list(tokens)
+        self.ranks = ranks
 
     def wait(self) -> list[int]:
         """See `Flight.wait`."""
@@ -87,6 +97,7 @@ class Runner:
         self.memory = decoder.memory(blocks=blocks, rows=rows, length=length)
         self.mixtures = self._new_mixtures(rows)
         self._sampler = Sampler(rows + 1, decoder.vocabulary, decoder.device)
+        self._ranker = Ranker(rows + 1)
         self._step_tokens = step_tokens or _STEP_TOKENS
         self._last: list[int] = [0] * (rows + 1)  # the token that each row's last step has chosen
 
@@ -98,22 +109,29 @@ class Runner:
             return CudaMixtures(slots.groups, decoder.shape.layers, slots.arena, rows + 1)
         return Mixtures(slots.groups, decoder.shape.layers, slots.arena, rows + 1)
 
-    def launch(self, plan: StepPlan) -> Flight:
-        """Begin a step."""
+    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Flight:
+        """Begin a step.
+
+        Args:
+            masks: called once the step's forward pass has begun: tells, by row, the only tokens that may come.
+        """
         logits = self.logits(plan)
         sampled = list(plan.sampled)
         rows = [piece.row for piece in sampled]
-        tokens = greedy(logits)
+        tokens = greedy(logits[: len(rows)])
         if chosen := self._sampler.sampled(rows):
             positions = [sampled[place].start + sampled[place].count for place in chosen]
-            tokens[chosen] = self._sampler.choose(logits[chosen], [rows[place] for place in chosen], positions)
+            tokens[chosen] = self._sampler.choose(
+                logits[chosen], [rows[place] for place in chosen], positions, masks() if masks is not None else None
+            )
         result: list[int] = tokens.tolist()
         for row, token in zip(rows, result, strict=True):
             self._last[row] = token
-        return Landed(result)
+        return Landed(result, self._ranker.of_step(plan, logits, tokens))
 
     def logits(self, plan: StepPlan, outputs: Sequence[int] | None = None) -> Tensor:
-        """Compute a step, and return (m, vocabulary) logits: of the pieces that sample, or of the tokens `outputs`."""
+        """Compute a step, and return (m, vocabulary) logits: of the pieces that sample and then of those that have
+        targets, or of the tokens `outputs`."""
         self._begin(plan)
         batch = self._batch([*plan.decoding, *plan.prompts], len(plan.decoding), outputs)
         return self.decoder.forward(self._step(self.memory, batch), batch)
@@ -125,6 +143,7 @@ class Runner:
         for start in plan.starts:
             self.mixtures.assign(start.row, self._slots.placed(start.mixture))
             self._sampler.start(start)
+            self._ranker.start(start.row, start.sampling)
         if plan.blocks:
             rows, places, blocks = (
                 to_device(torch.tensor(values), self.decoder.device) for values in zip(*plan.blocks, strict=True)
@@ -137,13 +156,16 @@ class Runner:
         Args:
             pieces: those of one token first.
             decoding: how many of them have one token.
-            outputs: which tokens' logits are wanted; None takes the last of each piece that samples.
+            outputs: which tokens' logits are wanted; None takes the last of each piece that samples, then those before
+                targets.
         """
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
         wanted: list[int] = []
+        scored: list[int] = []
         for piece in pieces:
+            scored += range(len(tokens), len(tokens) + len(piece.targets))
             tokens += piece.tokens or [self._last[piece.row]]
             positions += range(piece.start, piece.start + piece.count)
             rows += [piece.row] * piece.count
@@ -161,7 +183,7 @@ class Runner:
             ids(positions),
             decoding,
             spans,
-            ids(wanted if outputs is None else outputs),
+            ids([*wanted, *scored] if outputs is None else outputs),
             self.mixtures.of_step({piece.row for piece in pieces}),
         )
 

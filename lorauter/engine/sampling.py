@@ -5,7 +5,7 @@ Knows nothing of where the logits came from. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from lorauter.engine.scheduler import NOT_FINITE, RowStart
 from lorauter.engine.types import SamplingParams
 
 _MASK = (1 << 64) - 1
+_FORBIDDEN = 1e6  # taken from a logit: more than any that a model makes, and the order among equals stays
+_ANY, _NONE = -1, -2  # in place of a token: one that any other is equal to, and none
 
 
 def uniform(seed: int, index: int) -> float:
@@ -45,6 +47,7 @@ class Sampler:
         self._vocabulary = vocabulary
         self._device = device
         self._starts: list[RowStart | None] = [None] * rows
+        self._forbidden: dict[int, _Forbidden] = {}
         # Made when a row first needs them: (rows, vocabulary).
         self._counts: Tensor | None = None  # how often an answer has each token
         self._seen: Tensor | None = None  # whether prompt or answer has it
@@ -54,7 +57,10 @@ class Sampler:
         """A row begins to be used."""
         sampling = start.sampling
         self._starts[start.row] = None if sampling.greedy else start
-        if sampling.changes_logits:
+        self._forbidden.pop(start.row, None)
+        if sampling.forbids:
+            self._forbidden[start.row] = _Forbidden(start, self._vocabulary, self._device)
+        if sampling.penalises:
             if self._counts is None or self._seen is None or self._bias is None:
                 shape = len(self._starts), self._vocabulary
                 self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
@@ -74,13 +80,16 @@ class Sampler:
         """Which of these rows, by their place, do not take the model's likeliest token."""
         return [place for place, row in enumerate(rows) if self._starts[row] is not None]
 
-    def choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def choose(
+        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
         """A token for each of these rows, or NOT_FINITE.
 
         Args:
             logits: (n, vocabulary).
             rows: n rows that are `sampled`.
             positions: n of them, where in their sequences the tokens will be.
+            masks: by row, the only tokens that may come, on the host, as `lorauter.engine.grammars` has them.
 
         Returns:
             (n,) int32.
@@ -89,18 +98,27 @@ class Sampler:
         logits = logits.float()
         finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()
         logits = logits.nan_to_num()
-        changed = [place for place, start in enumerate(starts) if start.sampling.changes_logits]
+        changed = [place for place, start in enumerate(starts) if start.sampling.penalises]
         own = self._ids([rows[place] for place in changed])
         if changed:
-            logits = logits.clone() if len(changed) < len(starts) else logits
             where = self._ids(changed)
             logits[where] = self._change(logits[where], own, [starts[place].sampling for place in changed])
+        held = [place for place, row in enumerate(rows) if masks and row in masks]
+        if masks and held:
+            where = self._ids(held)
+            allowed = _unpacked(to_device(torch.stack([masks[rows[place]] for place in held]), self._device))
+            logits[where] = logits[where].where(allowed[:, : self._vocabulary], -torch.inf)
+        forbidden = [(place, self._forbidden[row]) for place, row in enumerate(rows) if row in self._forbidden]
+        for place, tokens_of in forbidden:
+            tokens_of.forbid(logits[place], positions[place] - starts[place].prompt)
         numbers = [uniform(s.seed, position - s.prompt) for s, position in zip(starts, positions, strict=True)]
         tokens = sample(logits, [start.sampling for start in starts], numbers)
         if changed and self._counts is not None and self._seen is not None:
             chosen = tokens[self._ids(changed)]
             self._counts[own, chosen] += 1
             self._seen[own, chosen] = True
+        for place, tokens_of in forbidden:
+            tokens_of.came(tokens[place])
         return tokens.where(finite, NOT_FINITE).int()
 
     def _change(self, logits: Tensor, rows: Tensor, sampling: Sequence[SamplingParams]) -> Tensor:
@@ -123,6 +141,64 @@ class Sampler:
         return to_device(torch.tensor(values, dtype=torch.long), self._device)
 
 
+def _unpacked(masks: Tensor) -> Tensor:
+    """Bits of (n, words) int32 as (n, 32 * words) bool, the least of each word first."""
+    bits = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)
+    return (bits & 1).bool().flatten(1)
+
+
+class _Forbidden:
+    """The tokens that may not come next in a row's answer.
+
+    Args:
+        start: the row's, with `bad_words` as tokens.
+        vocabulary: how many tokens there are.
+        device: of the logits.
+    """
+
+    def __init__(self, start: RowStart, vocabulary: int, device: torch.device) -> None:
+        def ids(values: Sequence[object]) -> Tensor:
+            return to_device(torch.tensor(values, dtype=torch.long), device)
+
+        sampling = start.sampling
+        self._vocabulary = vocabulary
+        self._least = sampling.min_tokens
+        self._ends = ids(list(start.ends))
+        self._others: Tensor | None = None  # than those that are allowed
+        if sampling.allowed_token_ids:
+            self._others = torch.ones(vocabulary, dtype=torch.bool, device=device)
+            self._others[ids(sampling.allowed_token_ids)] = False
+        words = [word for word in sampling.bad_words if isinstance(word, tuple)]
+        self._lasts: Tensor | None = None  # (words,) the last token of each
+        if words:
+            most = max(map(len, words)) - 1
+            self._lasts = ids([word[-1] for word in words])
+            # (words, most): what has to be before it, as far as it is as long; and what is there.
+            self._before = ids([[_ANY] * (most + 1 - len(word)) + list(word[:-1]) for word in words])
+            answer = list(start.tokens[start.prompt :])
+            self._there = ids(([_NONE] * most + answer)[len(answer) :])
+
+    def forbid(self, logits: Tensor, index: int) -> None:
+        """Forbid them in the logits (vocabulary,) of the answer's token at this index.
+
+        Where all that something else has left is forbidden, these compete among themselves.
+        """
+        if self._others is not None:
+            logits.masked_fill_(self._others, -torch.inf)
+        if index < self._least:
+            logits[self._ends] -= _FORBIDDEN
+        if self._lasts is not None:
+            complete = ((self._before == self._there) | (self._before == _ANY)).all(dim=-1)
+            banned = torch.zeros(self._vocabulary + 1, device=logits.device)
+            banned[self._lasts.where(complete, self._vocabulary)] = _FORBIDDEN
+            logits -= banned[:-1]
+
+    def came(self, token: Tensor) -> None:
+        """The answer's next token, () int64."""
+        if self._lasts is not None:
+            self._there = torch.cat((self._there, token[None]))[1:]
+
+
 def sample(logits: Tensor, sampling: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """Choose one token a row.
 
@@ -132,7 +208,7 @@ def sample(logits: Tensor, sampling: Sequence[SamplingParams], uniforms: Sequenc
     alone, not on what else is in the batch.
 
     Args:
-        logits: (n, vocabulary) float32, finite.
+        logits: (n, vocabulary) float32, finite, or -inf for tokens that may not come, which some of each row are not.
         sampling: n of them.
         uniforms: n of them, in [0, 1).
 

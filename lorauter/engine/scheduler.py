@@ -22,6 +22,7 @@ Mixture = tuple[tuple[AdapterKey, float], ...]
 
 NOT_FINITE = -1
 """In place of a token, where the model's output is not finite."""
+_MOST_TARGETS = 256  # of a step: each takes a row of logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,14 @@ class Piece:
         start: the position of its first token.
         tokens: its tokens; empty for the one that the row's last step has chosen, which only the device may know yet.
         samples: whether the token after it is wanted.
+        targets: the tokens that follow its first ones, where their probabilities are wanted.
     """
 
     row: int
     start: int
     tokens: Sequence[int]
     samples: bool
+    targets: Sequence[int] = ()
 
     @property
     def count(self) -> int:
@@ -57,6 +60,7 @@ class RowStart:
         seed: of its own random numbers.
         prompt: how many of `tokens` the answer does not count.
         tokens: those that are known.
+        ends: tokens that end the answer.
     """
 
     row: int
@@ -65,6 +69,7 @@ class RowStart:
     seed: int
     prompt: int
     tokens: Sequence[int]
+    ends: Collection[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,11 @@ class StepPlan:
         """The pieces that a token is wanted of, in the order of a step's results."""
         return (piece for pieces in (self.decoding, self.prompts) for piece in pieces if piece.samples)
 
+    @property
+    def scored(self) -> list[Piece]:
+        """The pieces that have targets."""
+        return [piece for pieces in (self.decoding, self.prompts) for piece in pieces if piece.targets]
+
 
 @dataclass(eq=False)
 class ActiveSequence:
@@ -106,6 +116,7 @@ class ActiveSequence:
         reused: positions of the prompt that were found computed.
         ended: whether its last token is known, or nobody waits for it any more.
         id: what others know it by.
+        told: positions of the prompt whose next tokens' probabilities are known.
     """
 
     tokens: list[int]
@@ -120,6 +131,7 @@ class ActiveSequence:
     reused: int = 0
     ended: bool = False
     id: int = 0
+    told: int = 0
     row: int | None = None
     begun: bool = False
     computed: int = 0
@@ -132,11 +144,15 @@ class ActiveSequence:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A sequence has got a token, the one that ends it if there is a reason; NOT_FINITE has none, and ends it."""
+    """A sequence has got a token, the one that ends it if there is a reason; NOT_FINITE has none, and ends it.
+
+    `place` is the token's among those of its step.
+    """
 
     sequence: ActiveSequence
     token: int
     reason: FinishReason | None
+    place: int
 
 
 class AdapterRoom(Protocol):
@@ -196,7 +212,7 @@ class Scheduler:
         self._left_rows: list[int] = []  # since the last plan
         self.waiting: deque[ActiveSequence] = deque()
         self.running: list[ActiveSequence] = []
-        self._flights: deque[list[ActiveSequence]] = deque()  # who gets the tokens of each step that is on its way
+        self._flights: deque[_Flight] = deque()
         self.preemptions = 0
         self.reused = 0
 
@@ -209,7 +225,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if there is nothing to process before a token that is on its way has come."""
-        step = _Step([], [], [], [], [], [])
+        step = _Step()
         before = self.preemptions
         prompts = []
         for sequence in list(self.running):
@@ -224,16 +240,24 @@ class Scheduler:
                 budget -= self._process(sequence, budget, step)
         # Who was preempted may not come back at once: tokens of its own may be on their way.
         while budget > 0 and self.preemptions == before and (admitted := self._admit()) is not None:
-            row, tokens = admitted.row, tuple(admitted.tokens)
+            row = admitted.row
             assert row is not None
             step.starts.append(
-                RowStart(row, admitted.mixture, admitted.sampling, admitted.seed, admitted.prompt, tokens)
+                RowStart(
+                    row,
+                    admitted.mixture,
+                    admitted.sampling,
+                    admitted.seed,
+                    admitted.prompt,
+                    tuple(admitted.tokens),
+                    admitted.ends,
+                )
             )
             step.blocks += [(row, place, block) for place, block in enumerate(admitted.blocks)]
             budget -= self._process(admitted, budget, step)
         if not step.decoding and not step.prompts:
             return None
-        self._flights.append([*step.decided, *step.decided_prompts])
+        self._flights.append(_Flight([*step.decided, *step.decided_prompts], [*step.scored, *step.scored_prompts]))
         rows, self._left_rows = self._left_rows, []
         return StepPlan(rows, step.starts, step.blocks, step.decoding, step.prompts)
 
@@ -241,12 +265,21 @@ class Scheduler:
         """Let the step process the next tokens of a running sequence; returns how many."""
         count = min(most, _left(sequence))
         start, known = sequence.computed, len(sequence.tokens)
+        scores = _scores(sequence) and start + 1 < sequence.prompt
+        if scores:
+            count = min(count, step.targets)
+            if not count:
+                return 0
         end = start + count
         samples = end == known + sequence.coming
+        targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt)] if scores else ()
         assert sequence.row is not None
-        piece = Piece(sequence.row, start, sequence.tokens[start:end] if start < known else (), samples)
+        piece = Piece(sequence.row, start, sequence.tokens[start:end] if start < known else (), samples, targets)
         (step.decoding if count == 1 else step.prompts).append(piece)
         sequence.computed = end
+        if targets:
+            step.targets -= len(targets)
+            (step.scored if count == 1 else step.scored_prompts).append((sequence, start))
         if samples:
             (step.decided if count == 1 else step.decided_prompts).append(sequence)
             sequence.coming += 1
@@ -326,7 +359,8 @@ class Scheduler:
     def _take_blocks(self, sequence: ActiveSequence) -> bool:
         """Blocks for all tokens that are known: those found computed, but for the last token's, and free ones."""
         length, root = len(sequence.tokens), (sequence.tenant, sequence.mixture)
-        found, parent = self._pool.find(root, sequence.tokens, (length - 1) // BLOCK if self._reuse else 0)
+        most = (length - 1) // BLOCK if self._reuse and not _scores(sequence) else 0
+        found, parent = self._pool.find(root, sequence.tokens, most)
         fresh = self._pool.take(blocks_of(length) - len(found))
         if fresh is None:
             self._pool.release(found)
@@ -341,10 +375,20 @@ class Scheduler:
 
     # --- leaving
 
+    def planned(self) -> list[ActiveSequence]:
+        """Who gets the tokens of the step that was planned last, in the order of `StepPlan.sampled`."""
+        return self._flights[-1].decided
+
+    def scored(self) -> list[tuple[ActiveSequence, int]]:
+        """Whose prompts' tokens the oldest step on its way scores, and from which position on, in the order of
+        `StepPlan.scored`."""
+        return self._flights[0].scored
+
     def take(self, tokens: Sequence[int]) -> list[Event]:
         """The tokens of the oldest step on its way, in the order of its plan; what has ended is let go."""
         events = []
-        for sequence, token in zip(self._flights.popleft(), tokens, strict=True):
+        decided = self._flights.popleft().decided
+        for place, (sequence, token) in enumerate(zip(decided, tokens, strict=True)):
             if sequence.ended:  # by the step before
                 continue
             sequence.coming -= 1
@@ -360,7 +404,7 @@ class Scheduler:
                     reason = "length"
                 sequence.ended = reason is not None
                 self._publish(sequence)
-            events.append(Event(sequence, token, reason))
+            events.append(Event(sequence, token, reason, place))
             if sequence.ended:
                 self._let_go(sequence)
         return events
@@ -412,17 +456,33 @@ class Scheduler:
 
 @dataclass(slots=True)
 class _Step:
-    """A step in the making: what `StepPlan` has, and who gets the tokens of its pieces."""
+    """A step in the making: what `StepPlan` has, and who gets the tokens and scores of its pieces."""
 
-    starts: list[RowStart]
-    blocks: list[tuple[int, int, int]]
-    decoding: list[Piece]
-    prompts: list[Piece]
+    starts: list[RowStart] = field(default_factory=list)
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    decoding: list[Piece] = field(default_factory=list)
+    prompts: list[Piece] = field(default_factory=list)
+    decided: list[ActiveSequence] = field(default_factory=list)
+    decided_prompts: list[ActiveSequence] = field(default_factory=list)
+    scored: list[tuple[ActiveSequence, int]] = field(default_factory=list)
+    scored_prompts: list[tuple[ActiveSequence, int]] = field(default_factory=list)
+    targets: int = _MOST_TARGETS  # that there is room for
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that is on its way: who gets its tokens, and its scores."""
+
     decided: list[ActiveSequence]
-    decided_prompts: list[ActiveSequence]
+    scored: list[tuple[ActiveSequence, int]]
 
 
 def _left(sequence: ActiveSequence) -> int:
     """How many tokens are there to process, those on their way included; none of a sequence that will be full."""
     length = len(sequence.tokens) + sequence.coming
     return 0 if length >= sequence.limit else length - sequence.computed
+
+
+def _scores(sequence: ActiveSequence) -> bool:
+    """Whether probabilities of its prompt's tokens are wanted yet."""
+    return sequence.sampling.prompt_logprobs is not None and sequence.told + 1 < sequence.prompt

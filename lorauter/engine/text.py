@@ -10,13 +10,14 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorauter.engine.types import Prompt
+from lorauter.engine.types import Logprob, Prompt, SamplingParams, TokenLogprobs
 from lorauter.errors import InvalidRequest
 
 
@@ -39,6 +40,7 @@ class TextCodec:
         self.backend.no_padding()
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_ids = frozenset([*own, *eos_ids])
+        self.bytes_of = TokenBytes(self.backend)
         added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self._copied = threading.Lock()
@@ -119,6 +121,12 @@ class TextCodec:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
+    def forms(self, word: str) -> list[tuple[int, ...]]:
+        """The tokens of a word, alone and after a space."""
+        texts = (word, f" {word.lstrip()}")
+        forms = dict.fromkeys(tuple(self.backend.encode(text, add_special_tokens=False).ids) for text in texts)
+        return [form for form in forms if form]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids. Raises InvalidRequest: there is no such token."""
         known = self.backend.get_vocab_size()
@@ -145,36 +153,105 @@ class TextCodec:
     def _copy(self) -> Any:
         return copy.deepcopy(self._tokenizer)
 
-    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+    def stream(self, sampling: SamplingParams | None = None) -> TextStream:
         """A decoder for one answer."""
-        return TextStream(self.backend, stop)
+        return TextStream(self.backend, sampling or SamplingParams(), self.bytes_of)
+
+
+class TokenBytes:
+    """The text of single tokens, which need not be whole characters."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._special = {id for id, token in backend.get_added_tokens_decoder().items()}
+        self._by_character = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+        self._is_byte_level = "ByteLevel" in _kinds(json.loads(backend.to_str())["decoder"])
+        self._known: dict[int, bytes] = {}
+
+    def __call__(self, token: int) -> bytes:
+        """A token's text; of one that the tokenizer has not, none."""
+        if token not in self._known:
+            self._known[token] = self._made(token)
+        return self._known[token]
+
+    def _made(self, token: int) -> bytes:
+        text: str = self._backend.id_to_token(token) or ""
+        if token in self._special:
+            return text.encode()
+        if self._is_byte_level:
+            return bytes(self._by_character[character] for character in text)
+        if match := re.fullmatch("<0x([0-9A-F]{2})>", text):
+            return bytes.fromhex(match[1])
+        return text.replace("\u2581", " ").encode()  # SentencePiece's space
+
+
+def _kinds(decoder: Any) -> set[str]:
+    """The kinds of a tokenizer's decoders."""
+    if not decoder:
+        return set()
+    return {decoder["type"]}.union(*map(_kinds, decoder.get("decoders", ())))
 
 
 class TextStream:
-    """Turns one answer's tokens into text as they come, holding back what may yet become a stop string."""
+    """Turns one answer's tokens into text as they come, holding back what may yet become a stop string.
 
-    def __init__(self, backend: Any, stop: Sequence[str]) -> None:
+    Attributes:
+        sampling: what the answer ends with, and whether special tokens are part of it.
+    """
+
+    def __init__(self, backend: Any, sampling: SamplingParams, bytes_of: Callable[[int], bytes]) -> None:
         self._backend = backend
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._stop = tuple(stop)
+        self._bytes_of = bytes_of
+        self.sampling = sampling
+        self._decoder = self._new_decoder()
+        self._stop = sampling.stop
         self._hold = max((len(text) - 1 for text in self._stop), default=0)
         self._pending = ""
+        self._tokens = 0
+
+    def _new_decoder(self) -> DecodeStream:
+        return DecodeStream(skip_special_tokens=self.sampling.skip_special_tokens)
 
     def push(self, token: int) -> tuple[str, bool]:
         """The text that is now certain, and whether a stop string ended it."""
+        self._tokens += 1
         try:
             self._pending += self._decoder.step(self._backend, token) or ""
         except Exception:  # noqa: BLE001 (tokenizers raises no narrower one)
             # Invalid UTF-8 from a byte-fallback vocabulary can change text already given out: begin anew after it.
-            self._decoder = DecodeStream(skip_special_tokens=True)
+            self._decoder = self._new_decoder()
             self._pending += self._decoder.step(self._backend, token) or ""
-        cuts = [place for text in self._stop if (place := self._pending.find(text)) >= 0]
+        if self._tokens < self.sampling.min_tokens:
+            return self.flush(), False
+        cuts = [(place, len(text)) for text in self._stop if (place := self._pending.find(text)) >= 0]
         if cuts:
-            text, self._pending = self._pending[: min(cuts)], ""
+            place, length = min(cuts)
+            text = self._pending[: place + length if self.sampling.include_stop_str_in_output else place]
+            self._pending = ""
             return text, True
         keep = len(self._pending) - self._hold
         text, self._pending = (self._pending[:keep], self._pending[keep:]) if keep > 0 else ("", self._pending)
         return text, False
+
+    def logprobs(self, ranked: Iterable[tuple[Sequence[int], Sequence[float], int]]) -> list[TokenLogprobs]:
+        """Tokens' logarithms, as `lorauter.engine.logprobs.Ranked` has them, with their texts."""
+        return [
+            TokenLogprobs(
+                Logprob(ids[0], values[0], rank, self._bytes_of(ids[0])),
+                tuple(
+                    Logprob(id, value, place, self._bytes_of(id))
+                    for place, (id, value) in enumerate(zip(ids[1:], values[1:], strict=True), 1)
+                ),
+            )
+            for ids, values, rank in ranked
+        ]
+
+    def end(self, token: int) -> str:
+        """What a token that ends the answer of itself adds to its text."""
+        if not self.sampling.include_stop_str_in_output:
+            return ""
+        self._stop, self._hold = (), 0
+        return self.push(token)[0]
 
     def flush(self) -> str:
         """What was held back, once the answer has ended otherwise."""

@@ -5,9 +5,10 @@ Knows nothing of models, schedulers or HTTP.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorauter.errors import InvalidRequest
@@ -17,6 +18,26 @@ if TYPE_CHECKING:
     from lorauter.engine.messages import Adapter
 
 FinishReason = Literal["stop", "length"]
+GrammarKind = Literal["json", "regex", "choice", "grammar"]
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer has to be.
+
+    Attributes:
+        kind: what `text` is: a JSON schema, a regular expression, a JSON list of texts of which it is one, or a grammar
+            in Lark's or GBNF's language.
+        text: it.
+        param: what the request calls it, for errors.
+        whitespace: of a schema, a regular expression of what may be between JSON's tokens; None takes little.
+    """
+
+    kind: GrammarKind
+    text: str
+    param: str = field(default="grammar", compare=False)
+    whitespace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +84,9 @@ class SamplingParams:
         max_tokens: tokens to generate at most, at least 1; the room left in the context bounds it too.
         temperature: 0 takes the likeliest token; above, logits are divided by it before sampling.
         top_p: sample only from the likeliest tokens whose probabilities sum to this, in (0, 1].
-        stop: texts that end the answer; they are not part of it.
+        stop: texts that end the answer; they are not part of it, but for `include_stop_str_in_output`.
         seed: makes the sample repeatable, as far as the hardware's arithmetic is. None draws a fresh one.
-        ignore_eos: go on after an end-of-text token; for measuring.
+        ignore_eos: go on after an end-of-text token; `stop_token_ids` still end the answer.
         top_k: sample only from so many of the likeliest tokens; 0 from all.
         min_p: sample only from tokens at least this share as likely as the likeliest, in [0, 1].
         presence_penalty: taken from the logit of every token that the answer has already, in [-2, 2].
@@ -73,6 +94,17 @@ class SamplingParams:
         repetition_penalty: divides the logits above 0, and multiplies those below, of tokens that the prompt or the
             answer has (arXiv 1909.05858); above 0, and 1 changes nothing.
         logit_bias: (token, what is added to its logit).
+        min_tokens: nothing ends the answer before it has so many.
+        stop_token_ids: tokens that end the answer, beside the model's own.
+        include_stop_str_in_output: whether what ends the answer, stop string or token, is part of its text.
+        skip_special_tokens: whether the text is without the tokenizer's special tokens.
+        allowed_token_ids: the only tokens that may come; empty is all.
+        bad_words: texts that may not come, or the tokens of one; the engine takes a text as the tokens that the
+            tokenizer makes of it, alone and after a space.
+        logprobs: how many of the likeliest tokens are told with each token of the answer, beside itself, with the
+            logarithms of their probabilities by the model alone, whatever changes or forbids tokens; None tells none.
+        prompt_logprobs: the same for the tokens of the prompt, all of which are computed then.
+        grammar: what the answer has to be; it ends with an end-of-text token, also where these are ignored.
     """
 
     max_tokens: int = 256
@@ -87,6 +119,15 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -110,16 +151,41 @@ class SamplingParams:
             raise InvalidRequest(problem, param="repetition_penalty")
         if not all(math.isfinite(bias) for _, bias in self.logit_bias):
             raise InvalidRequest("logit_bias holds a number that is not finite", param="logit_bias")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            problem = (
+                f"min_tokens is {self.min_tokens}; it must be at least 0 and at most max_tokens, {self.max_tokens}"
+            )
+            raise InvalidRequest(problem, param="min_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            if not 0 <= (getattr(self, name) or 0) <= MOST_LOGPROBS:
+                problem = f"{name} is {getattr(self, name)}; it must be between 0 and {MOST_LOGPROBS}"
+                raise InvalidRequest(problem, param=name)
+        if not all(self.bad_words):
+            raise InvalidRequest("bad_words holds an empty string", param="bad_words")
 
     @property
-    def changes_logits(self) -> bool:
-        """Whether a token's chance depends on more than the model's logits."""
+    def penalises(self) -> bool:
+        """Whether a token's chance depends on what came before, or on a bias, beside the model's logits."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
+
+    @property
+    def forbids(self) -> bool:
+        """Whether there are tokens that may not come, now or at times."""
+        return bool(self.min_tokens or self.allowed_token_ids or self.bad_words or self.grammar)
 
     @property
     def greedy(self) -> bool:
         """Whether the model's likeliest token is taken, whatever it is."""
-        return self.temperature == 0 and not self.changes_logits
+        return self.temperature == 0 and not self.penalises and not self.forbids
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """The same for one of several answers to a prompt: each draws from its own numbers, the first as one alone.
+        Of the prompt the first one tells."""
+        if not index:
+            return self
+        digest = hashlib.blake2b(f"{self.seed} {index}".encode(), digest_size=8).digest()
+        seed = None if self.seed is None else int.from_bytes(digest) >> 1
+        return replace(self, seed=seed, prompt_logprobs=None)
 
 
 @dataclass(frozen=True)
@@ -152,6 +218,40 @@ class GenerationRequest:
             if not math.isfinite(weight):
                 raise InvalidRequest(f"the weight of adapter {weights.name!r} is {weight}", param="adapters")
 
+    def choices(self, n: int) -> list[GenerationRequest]:
+        """Requests for n answers, which differ where tokens are drawn. The prompt is computed once for those that are
+        submitted together."""
+        return [replace(self, sampling=self.sampling.of_choice(index)) for index in range(n)]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token and the natural logarithm of its probability.
+
+    Attributes:
+        token_id: which.
+        logprob: the logarithm.
+        rank: its place among all tokens, the likeliest being 1.
+        token: its text, which need not be whole characters.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token that is there, and the likeliest in its place, itself perhaps among them, the likeliest first."""
+
+    own: Logprob
+    top: tuple[Logprob, ...]
+
+
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
+"""Of each token of a prompt; the first has none."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -162,12 +262,18 @@ class Chunk:
         token_ids: of the tokens behind it.
         finish_reason: in the last one, why it ended.
         cached_tokens: in the first one, how many of the prompt's tokens were found computed.
+        index: of several answers to a prompt, which it belongs to.
+        logprobs: of the tokens, if they are wanted.
+        prompt_logprobs: in the first one, of the prompt's tokens, if they are wanted.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: PromptLogprobs = ()
 
     @classmethod
     def joined(cls, chunks: Sequence[Chunk]) -> Chunk:
@@ -177,20 +283,25 @@ class Chunk:
             tuple(token for chunk in chunks for token in chunk.token_ids),
             chunks[-1].finish_reason,
             chunks[0].cached_tokens,
+            chunks[0].index,
+            tuple(logprobs for chunk in chunks for logprobs in chunk.logprobs),
+            chunks[0].prompt_logprobs,
         )
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer."""
+    """A whole answer; see `Chunk`."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: PromptLogprobs = ()
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> Completion:
         """Join an answer's chunks, the last of which carries the finish reason."""
-        reason = chunks[-1].finish_reason
-        assert reason is not None
-        return cls("".join(c.text for c in chunks), tuple(t for c in chunks for t in c.token_ids), reason)
+        whole = Chunk.joined(chunks)
+        assert whole.finish_reason is not None
+        return cls(whole.text, whole.token_ids, whole.finish_reason, whole.logprobs, whole.prompt_logprobs)

@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 import deployments.retries
-from deployments.calls import Admitted, Begun, GenerateCall, Prompt
+from deployments.calls import Admitted, Begun, Choice, GenerateCall, Prompt
 from deployments.retries import answered, generated
 from lorauter.engine import Chunk, SamplingParams
 from lorauter.errors import LorauterError, Overloaded, ServiceUnavailable
@@ -69,7 +69,13 @@ class Response:
 
     async def _say(self, outcome: Any, call: GenerateCall) -> AsyncGenerator[Any]:
         chunks, error = outcome if isinstance(outcome, tuple) else (5, outcome)
-        for i, chunk in enumerate(ANSWER[len(call.generated) : chunks]):
+        said = [
+            replace(ANSWER[place], index=index)
+            for place in range(chunks)
+            for index, generated in call.choices
+            if place >= len(generated)
+        ]
+        for i, chunk in enumerate(said):
             yield chunk if i else Begun(Admitted(3, self._replicas.left_out), chunk)
         if error == HANG:
             await asyncio.sleep(60)
@@ -199,7 +205,7 @@ def test_who_waits_in_vain_goes_elsewhere_and_cancels_the_call(monkeypatch: pyte
 def test_refusals_and_deaths_on_the_way_lose_nothing() -> None:
     replicas = Replicas([(0, no_room("r0")), (2, GONE[0]), (0, no_room("r1")), (4, GONE[0]), None])
     assert listen(replicas, others=Room(3)) == [Admitted(3), *ANSWER]
-    assert [len(sent.generated) for sent in replicas.calls] == [0, 0, 2, 2, 4]
+    assert [len(sent.choices[0].generated) for sent in replicas.calls if sent.choices] == [0, 0, 2, 2, 4]
 
 
 def test_nobody_waits_longer_than_said() -> None:
@@ -261,7 +267,16 @@ def test_an_answer_goes_on_from_its_last_token(deaths: list[int], error: BaseExc
     replicas = Replicas([*((said, error) for said in deaths), None])
     assert listen(replicas) == [Admitted(3), *ANSWER]
     said = [0] + [death for death in deaths if death < 5]
-    assert [len(sent.generated) for sent in replicas.calls] == said
+    assert [len(sent.choices[0].generated) for sent in replicas.calls if sent.choices] == said
+
+
+@pytest.mark.parametrize("deaths", [[0], [2, 4], [3, 5], [5]])
+def test_each_of_several_answers_goes_on_from_its_own_last_token(deaths: list[int]) -> None:
+    replicas = Replicas([*((said, GONE[0]) for said in deaths), None])
+    heard = listen(replicas, replace(CALL, choices=(Choice(0), Choice(1, (0, 1)), Choice(2))))
+    assert heard[0] == Admitted(3)
+    for index, known in ((0, 0), (1, 2), (2, 0)):
+        assert [replace(chunk, index=0) for chunk in heard[1:] if chunk.index == index] == ANSWER[known:]
 
 
 def test_an_answer_survives_few_deaths_only() -> None:

@@ -142,6 +142,27 @@ def test_a_seeded_sample_is_the_same_in_any_company(pool, start):
         ("k", {"max_tokens": 9}, "lm", "lmn", "stop"),  # "n" is an end-of-text token here
         ("k", {"max_tokens": 9, "stop": ("zzzz",)}, "lm", "lmn", "stop"),
         ("k", {"max_tokens": 4, "ignore_eos": True}, "lmno", "lmno", "length"),
+        ("k", {"max_tokens": 9, "min_tokens": 2}, "lm", "lmn", "stop"),
+        (
+            "k",
+            {"max_tokens": 9, "min_tokens": 3, "allowed_token_ids": range(97, 123)},
+            "lmabcdefg",
+            "lmabcdefg",
+            "length",
+        ),
+        ("a", {"max_tokens": 9, "stop": ("bc", "fg"), "min_tokens": 4}, "bcde", "bcdefg", "stop"),
+        ("a", {"max_tokens": 9, "stop_token_ids": (102,)}, "bcde", "bcdef", "stop"),
+        ("k", {"max_tokens": 9, "stop_token_ids": (112,), "ignore_eos": True}, "lmno", "lmnop", "stop"),
+        ("a", {"max_tokens": 9, "stop": ("fg",), "include_stop_str_in_output": True}, "bcdefg", "bcdefg", "stop"),
+        ("k", {"max_tokens": 9, "include_stop_str_in_output": True}, "lmn", "lmn", "stop"),
+        ("a", {"max_tokens": 4, "bad_words": ("cd",), "allowed_token_ids": range(97, 123)}, "bcab", "bcab", "length"),
+        (
+            "a",
+            {"max_tokens": 4, "bad_words": ((99,),), "allowed_token_ids": (98, 99, 120, 121)},
+            "bbbb",
+            "bbbb",
+            "length",
+        ),
         ("a" * 28, {"max_tokens": 9}, "bcd", "bcd", "length"),  # 31 positions and one token after them
         ("a" * 31, {"max_tokens": 9}, "b", "b", "length"),
     ],
@@ -152,6 +173,24 @@ def test_where_an_answer_ends(start, counting, tokenizer, prompt, sampling, text
     expected = Completion(text, tuple(tokens.encode()), reason)
     assert engine.generate([ask(prompt, **sampling)]) == [expected]
     assert together(engine, ask(prompt, **sampling)) == [expected]
+
+
+@pytest.mark.parametrize("param", ["stop_token_ids", "allowed_token_ids", "bad_words"])
+def test_tokens_that_the_model_has_not_are_refused(start, counting, param):
+    value = ((5, 400),) if param == "bad_words" else (5, 400)
+    with pytest.raises(InvalidRequest, match=r"400") as caught:
+        start(counting).generate([ask("a", **{param: value})])
+    assert caught.value.param == param
+
+
+def test_the_choices_of_a_prompt_differ_and_share_its_blocks(pool, start):
+    engine = start(pool.decoder("llama"), max_batch=4)
+    prompt = tuple(range(65, 65 + 48))
+    several = GenerationRequest(prompt, sampling=SamplingParams(12, 1.0, seed=5, ignore_eos=True)).choices(4)
+    answers = engine.generate(several)
+    assert engine.scheduler.reused == 3 * 32  # of 48 tokens the last one's block is each one's own
+    assert len({answer.token_ids for answer in answers}) == 4
+    assert answers == [engine.generate([choice])[0] for choice in several]
 
 
 # --- requests beside each other

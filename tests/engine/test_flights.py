@@ -50,6 +50,10 @@ def request(draw, pool, beginnings):
         logit_bias=draw.choice([(), (), ((7, 2.0),)]),
         seed=draw.randrange(99),
         ignore_eos=True,
+        stop_token_ids=draw.choice([(), (), tuple(range(60, 70))]),
+        min_tokens=draw.choice([0, 1]),
+        bad_words=draw.choice([(), (), ("e", (101, 102))]),
+        allowed_token_ids=draw.choice([(), (), tuple(range(40, 200))]),
         stop=draw.choice([(), (), ("e",), ("qz",)]),
     )
     return GenerationRequest(prompt, pool.mix(draw.choice(MIXTURES)), sampling)

@@ -79,10 +79,10 @@ def test_the_numbers_of_a_seed_are_spread_and_depend_on_the_place_alone():
 # --- rows
 
 
-def rows_of(*sampling, tokens=(), prompt=0):
+def rows_of(*sampling, tokens=(), prompt=0, ends=()):
     sampler = Sampler(len(sampling), len(LOGITS), torch.device("cpu"))
     for row, params in enumerate(sampling):
-        sampler.start(RowStart(row, (), params, row, prompt, tokens))
+        sampler.start(RowStart(row, (), params, row, prompt, tokens, ends))
     return sampler
 
 
@@ -129,3 +129,45 @@ def test_a_row_that_is_not_finite_is_told_and_harms_no_other():
     assert sampler.choose(logits, [0, 1, 2], [0, 0, 0]).tolist()[::2] == [NOT_FINITE] * 2
     alone = sampler.choose(LOGITS[None], [1], [0])
     assert sampler.choose(logits, [0, 1, 2], [0, 0, 0])[1] == alone[0] >= 0
+
+
+def chosen(sampler, prompt, n, row=0):
+    return [int(sampler.choose(LOGITS[None], [row], [prompt + i])[0]) for i in range(n)]
+
+
+# The likeliest first: 1, 6, 3, 4, 0, 2, 5.
+@pytest.mark.parametrize(
+    ("params", "ends", "expected"),
+    [
+        ({"min_tokens": 2}, (1,), [6, 6, 1, 1]),
+        ({"min_tokens": 2}, (1, 6), [3, 3, 1, 1]),
+        ({"min_tokens": 1}, range(7), [1, 1, 1, 1]),  # all of them: the likeliest all the same
+        ({"allowed_token_ids": (5, 2)}, (), [2] * 4),
+        ({"allowed_token_ids": (5, 2), "min_tokens": 2}, (2,), [5, 5, 2, 2]),
+        ({"allowed_token_ids": (5, 2), "logit_bias": ((5, 9.0), (3, 90.0))}, (), [5] * 4),
+        ({"bad_words": ((1,),)}, (), [6] * 4),
+        ({"bad_words": ((1,), (6, 6))}, (), [6, 3, 6, 3]),
+        ({"bad_words": ((1, 1, 1), (6, 1))}, (), [1, 1, 6, 6]),
+        ({"bad_words": ((1, 1),), "temperature": 1e-9}, (), [1, 6, 1, 6]),
+    ],
+)
+def test_tokens_that_may_not_come(params, ends, expected):
+    assert chosen(rows_of(SamplingParams(**params), tokens=(1, 1), prompt=2, ends=ends), 2, 4) == expected
+
+
+def test_bad_words_count_what_an_answer_that_goes_on_has():
+    """And not the prompt."""
+    for tokens, expected in (((1, 6), 3), ((6, 1), 6), ((1, 1), 6)):
+        sampler = rows_of(SamplingParams(bad_words=((1,), (6, 6))), tokens=(6, *tokens), prompt=1)
+        assert chosen(sampler, 3, 1) == [expected]
+    assert chosen(rows_of(SamplingParams(bad_words=((1, 1),)), tokens=(1,), prompt=1), 1, 1) == [1]
+
+
+def test_what_one_row_may_not_have_others_may():
+    sampler = rows_of(
+        SamplingParams(bad_words=((1,),)), SamplingParams(presence_penalty=0.01), SamplingParams(allowed_token_ids=(4,))
+    )
+    assert sampler.choose(LOGITS.repeat(3, 1), [0, 1, 2], [0, 0, 0]).tolist() == [6, 1, 4]
+    assert sampler.choose(LOGITS.repeat(2, 1), [2, 1], [1, 1]).tolist() == [4, 1]
+    sampler.start(RowStart(0, (), SamplingParams(presence_penalty=0.01), 0, 0, ()))
+    assert sampler.choose(LOGITS[None], [0], [0]).tolist() == [1]

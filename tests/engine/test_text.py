@@ -1,7 +1,8 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from lorauter.engine.text import TextCodec, TextStream
+from lorauter.engine import SamplingParams
+from lorauter.engine.text import TextCodec, TextStream, TokenBytes
 from lorauter.engine.types import Prompt
 from lorauter.errors import InvalidRequest
 
@@ -37,7 +38,7 @@ def pushed(stream, tokens):
     ],
 )
 def test_text_and_stop_strings_over_token_borders(codec, text, stop, before, stopped):
-    stream = codec.stream(stop)
+    stream = codec.stream(SamplingParams(stop=stop))
     pieces, ended = pushed(stream, text.encode())  # a token is a byte
     assert ended == stopped
     assert "".join(pieces) + stream.flush() == before
@@ -47,12 +48,12 @@ def test_text_and_stop_strings_over_token_borders(codec, text, stop, before, sto
 
 def test_text_comes_as_soon_as_it_is_certain(codec):
     assert pushed(codec.stream(), "aé".encode()) == (["a", "", "é"], False)
-    assert pushed(codec.stream(("é!",)), "aéb".encode()) == (["", "", "a", "é"], False)
-    assert pushed(codec.stream(("abc",)), b"xab-") == (["", "", "x", "a"], False)
+    assert pushed(codec.stream(SamplingParams(stop=("é!",))), "aéb".encode()) == (["", "", "a", "é"], False)
+    assert pushed(codec.stream(SamplingParams(stop=("abc",))), b"xab-") == (["", "", "x", "a"], False)
 
 
 def test_special_and_unknown_tokens_have_no_text(codec):
-    stream = codec.stream(("b",))
+    stream = codec.stream(SamplingParams(stop=("b",)))
     assert pushed(stream, [ord("a"), 257, 5000, ord("c"), 256]) == (["a", "", "", "c", ""], False)
 
 
@@ -66,7 +67,9 @@ def test_byte_fallback_that_takes_text_back():
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "<unk>": 257}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    pieces, _ = pushed(TextStream(backend, ()), [*"上".encode(), 0xFF, 256, 256, *"上".encode()])
+    pieces, _ = pushed(
+        TextStream(backend, SamplingParams(), TokenBytes(backend)), [*"上".encode(), 0xFF, 256, 256, *"上".encode()]
+    )
     assert pieces[2] == "上"
     assert "".join(pieces).endswith("aa上")
 
@@ -89,6 +92,44 @@ def test_a_chat_that_cannot_be_had_is_the_callers_error(tokenizer, monkeypatch, 
 
 def test_eos_is_the_tokenizers_and_the_models(tokenizer):
     assert TextCodec(tokenizer, eos_ids=[257]).eos_ids == {256, 257}
+
+
+def test_a_stop_string_may_be_part_of_the_text(codec):
+    stream = codec.stream(SamplingParams(stop=("cd", "cde"), include_stop_str_in_output=True))
+    pieces, stopped = pushed(stream, b"abcdef")
+    assert ("".join(pieces), stopped) == ("abcd", True)
+    assert stream.flush() == ""
+
+
+def test_special_tokens_may_be_part_of_the_text(codec):
+    stream = codec.stream(SamplingParams(skip_special_tokens=False))
+    assert pushed(stream, [ord("a"), 257, ord("b")]) == (["a", "<end>", "b"], False)
+
+
+def test_no_stop_string_ends_what_is_too_short(codec):
+    stream = codec.stream(SamplingParams(stop=("a",), min_tokens=3))
+    assert pushed(stream, b"aabba") == (["a", "a", "b", "b", ""], True)
+
+
+def test_a_word_is_known_alone_and_after_a_space(codec):
+    assert codec.forms("ab") == [tuple(b"ab"), tuple(b" ab")]
+    assert codec.forms(" ab") == [tuple(b" ab")]
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer, kind):
+    if kind == "byte level":
+        backend, ids = tokenizer.backend_tokenizer, ODD.encode()
+    else:
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581x": 256, "\u2581": 257}
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+        ids = [*ODD[:-2].encode(), 256]
+    assert b"".join(map(TokenBytes(backend), ids)).decode() == ODD
+
+
+def test_special_and_unknown_tokens_have_bytes_too(tokenizer):
+    assert [TokenBytes(tokenizer.backend_tokenizer)(token) for token in (257, 5000)] == [b"<end>", b""]
 
 
 @pytest.mark.parametrize("text", ["a<end>b", "<end>\n<start>system:", "<end><end>"])

@@ -23,6 +23,9 @@ from lorauter.errors import ConfigError, InvalidRequest
         ("frequency_penalty", math.nan),
         ("repetition_penalty", 0.0),
         ("logit_bias", ((3, math.inf),)),
+        ("min_tokens", -1),
+        ("min_tokens", 257),
+        ("bad_words", ("a", "")),
     ],
 )
 def test_sampling_params_out_of_range_are_refused(param, value):
@@ -59,3 +62,12 @@ def test_chunks_that_follow_one_another_are_one():
     assert Chunk.joined([Chunk("a", (1,), cached_tokens=16), Chunk("b", (2, 3), "length")]) == Chunk(
         "ab", (1, 2, 3), "length", 16
     )
+
+
+def test_each_of_several_answers_draws_from_its_own_numbers():
+    request = GenerationRequest((1,), sampling=SamplingParams(temperature=1.0, seed=7))
+    choices = request.choices(3)
+    assert choices[0] == request
+    assert len({choice.sampling.seed for choice in choices}) == 3
+    assert choices == request.choices(4)[:3]
+    assert {choice.sampling.seed for choice in GenerationRequest((1,)).choices(2)} == {None}

@@ -1,0 +1,203 @@
+"""Answers held to grammars: which tokens may come next, found beside the device's work, by llguidance.
+
+Knows tokens and grammars; knows nothing of models, steps or devices.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from torch import Tensor
+
+from lorauter.engine.types import Grammar
+from lorauter.errors import InvalidRequest
+
+_KEPT = 256  # compiled grammars
+_LONGEST = 1 << 20  # characters of one
+_WHITESPACE = r"[ \n\t]{0,32}"  # without a bound, a model may make nothing else
+_TRIED = 256  # parts of a schema that are looked at for what is wrong
+_THREADS = 4
+# Of what a single step may take: about 15 ms.
+_LIMITS = LLParserLimits(step_lexer_fuel=200_000, step_max_items=50_000)
+
+
+class Held:
+    """An answer that is held to a grammar: what it has so far, and what may come next."""
+
+    def __init__(self, matcher: LLMatcher, masks: Future[Tensor] | None = None, place: int = 0) -> None:
+        self.matcher = matcher
+        self._masks = masks
+        self._place = place
+
+    def expect(self, masks: Future[Tensor], place: int) -> None:
+        """What may come next will be found at this place."""
+        self._masks, self._place = masks, place
+
+    def mask(self) -> Tensor:
+        """The tokens that may come next, 32 in each number, (n,) int32; waits until they are known.
+
+        Raises:
+            InvalidRequest: the grammar has become too complex.
+        """
+        assert self._masks is not None
+        mask = self._masks.result()[self._place]
+        if self.matcher.is_error():
+            raise InvalidRequest(f"the answer cannot be held to its grammar: {_short(self.matcher.get_error())}")
+        return mask
+
+
+class Grammars:
+    """Compiles grammars for a tokenizer, and finds what may come next in answers.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+        ends: tokens that end an answer; at least one.
+        vocabulary: tokens that the model knows.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Collection[int], vocabulary: int) -> None:
+        self._source = tokenizer
+        self._ends = ends
+        self._vocabulary = vocabulary
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "masks")
+        self._executor: LLExecutor | None = None
+
+    def begin(self, grammar: Grammar, tokens: Sequence[int] = ()) -> Held:
+        """An answer that is to be held to a grammar, and has these tokens already. Compiles it, if it is new.
+
+        Raises:
+            InvalidRequest: it is no such grammar, or the tokens are not of it.
+        """
+        held = Held(self._matcher(grammar))
+        if tokens and not held.matcher.consume_tokens(list(tokens)):
+            raise InvalidRequest("what the answer has so far does not fit its grammar", param=grammar.param)
+        self._find([held])
+        return held
+
+    def advance(self, came: Sequence[tuple[Held, int]]) -> None:
+        """Answers have got a token each; returns at once."""
+        self._find([held for held, _ in came], [token for _, token in came])
+
+    def close(self) -> None:
+        """Find nothing more."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _find(self, held: Sequence[Held], tokens: Sequence[int] = ()) -> None:
+        masks = self._thread.submit(self._masks, [one.matcher for one in held], tokens)
+        for place, one in enumerate(held):
+            one.expect(masks, place)
+
+    def _masks(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> Tensor:
+        for matcher, token in zip(matchers, tokens, strict=False):
+            matcher.consume_token(token)
+        self._executor = self._executor or LLExecutor(_THREADS)
+        words = -(-self._llguidance.vocab_size // 32)
+        masks = torch.zeros(len(matchers), words, dtype=torch.int32)
+        wanted = [(one, place) for place, one in enumerate(matchers) if not one.is_error()]
+        if wanted:
+            self._executor.unsafe_compute_mask_ptr(wanted, masks.data_ptr(), 4 * words, len(matchers))
+        return masks
+
+    @property
+    def _llguidance(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = LLTokenizer(
+                    self._source.to_str(),
+                    n_vocab=max(self._vocabulary, self._source.get_vocab_size()),
+                    eos_token=sorted(self._ends),
+                )
+            return self._tokenizer
+
+    def _matcher(self, grammar: Grammar) -> LLMatcher:
+        if not self._ends:
+            raise InvalidRequest("the base model has no token that ends an answer", param=grammar.param)
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+            if matcher is not None:
+                self._compiled.move_to_end(grammar)
+                return matcher.deep_copy()
+        matcher = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+            return matcher.deep_copy()
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        if len(grammar.text) > _LONGEST:
+            raise InvalidRequest(
+                f"got {len(grammar.text)} characters; a grammar has at most {_LONGEST}", param=grammar.param
+            )
+        matcher = LLMatcher(self._llguidance, _source(grammar), log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            problem, where = _short(matcher.get_error()), ""
+            if grammar.kind == "json":
+                where, problem = self._where(grammar, problem)
+            raise InvalidRequest(f"{grammar.param}{where} cannot be compiled: {problem}", param=grammar.param)
+        return matcher
+
+    def _where(self, grammar: Grammar, problem: str) -> tuple[str, str]:
+        """The smallest part of a schema that cannot be compiled, as a JSON pointer, and what is wrong with it."""
+        schema, path = json.loads(grammar.text), ""
+        tried = 0
+        root = schema
+        while tried < _TRIED:
+            for name, part in _parts(schema):
+                tried += 1
+                defined = {key: root[key] for key in ("$defs", "definitions") if key in root and key not in part}
+                whole = json.dumps({**part, **defined})
+                compiled = LLMatcher.grammar_from_json_schema(whole)
+                wrong, found = LLMatcher.validate_grammar_with_warnings(compiled, limits=_LIMITS)
+                if wrong:
+                    schema, path, problem = part, f"{path}/{name}", _short(found[0])
+                    break
+            else:
+                break
+        return f" at {path}" if path else "", problem
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The schemas in a schema, with where they are."""
+    if not isinstance(schema, dict):
+        return
+    for key, value in schema.items():
+        if isinstance(value, dict) and key in ("properties", "patternProperties", "$defs", "definitions"):
+            yield from ((f"{key}/{name}", part) for name, part in value.items() if isinstance(part, dict))
+        elif isinstance(value, list) and key in ("anyOf", "allOf", "oneOf", "prefixItems"):
+            yield from ((f"{key}/{i}", part) for i, part in enumerate(value) if isinstance(part, dict))
+        elif isinstance(value, dict) and key in ("items", "additionalProperties", "not"):
+            yield key, value
+
+
+def _source(grammar: Grammar) -> str:
+    """A grammar as llguidance takes it. Raises InvalidRequest."""
+    try:
+        if grammar.kind == "json":
+            options: Any = {"whitespace_pattern": grammar.whitespace or _WHITESPACE}
+            return LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
+        if grammar.kind == "choice":
+            texts = [json.dumps(text, ensure_ascii=False) for text in json.loads(grammar.text)]
+            if not texts:
+                raise ValueError("there is nothing to choose from")
+            return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
+        return grammar_from("regex" if grammar.kind == "regex" else "grammar", grammar.text)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{grammar.param} cannot be compiled: {_short(str(error))}", param=grammar.param
+        ) from error
+
+
+def _short(problem: str) -> str:
+    """An error in one line that is not too long."""
+    return " ".join(problem.split())[:500]

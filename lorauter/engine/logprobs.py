@@ -1,0 +1,134 @@
+"""The logarithms of tokens' probabilities: computed on the device, and told in compact form.
+
+Only rows that ask for them cost anything. Knows nothing of requests or text.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorauter.engine.sampling import to_device
+from lorauter.engine.scheduler import StepPlan
+from lorauter.engine.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Of some tokens each one's logarithm and rank, and those of the likeliest in its place.
+
+    Attributes:
+        most: how many likeliest.
+        ids, values: of each token its own, then theirs.
+        ranks: of each token its own.
+    """
+
+    most: int
+    ids: array[int]
+    values: array[float]
+    ranks: array[int]
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def after(self, count: int) -> Ranked:
+        """The same without the first tokens."""
+        skipped = count * (1 + self.most)
+        return Ranked(self.most, self.ids[skipped:], self.values[skipped:], self.ranks[count:])
+
+    def __iter__(self) -> Iterator[tuple[Sequence[int], Sequence[float], int]]:
+        """Of each token ids and logarithms, its own first, and its rank."""
+        for i, rank in enumerate(self.ranks):
+            here = slice(i * (1 + self.most), (i + 1) * (1 + self.most))
+            yield self.ids[here], self.values[here], rank
+
+
+@dataclass(frozen=True)
+class StepRanks:
+    """What a step tells of probabilities; to be read once the step is computed.
+
+    Attributes:
+        table: (n, 3 + 2 * k) int32 on the host: each token, its rank, its logarithm (the bits of a float32), and the
+            likeliest's ids and logarithms; first those of single tokens, then those of prompts.
+        sampled: place among the step's tokens of each single one, and how many likeliest it has.
+        scored: how many tokens of each prompt piece, and how many likeliest.
+    """
+
+    table: Tensor
+    sampled: Sequence[tuple[int, int]] = field(default_factory=list)
+    scored: Sequence[tuple[int, int]] = field(default_factory=list)
+
+    def of_tokens(self) -> dict[int, Ranked]:
+        """By place among the step's tokens."""
+        return {place: self._part(i, 1, most) for i, (place, most) in enumerate(self.sampled)}
+
+    def of_prompts(self) -> list[Ranked]:
+        """Of each piece of `StepPlan.scored`."""
+        parts, start = [], len(self.sampled)
+        for count, most in self.scored:
+            parts.append(self._part(start, count, most))
+            start += count
+        return parts
+
+    def _part(self, start: int, count: int, most: int) -> Ranked:
+        rows = self.table[start : start + count]
+        ids, ranks, own = rows[:, :1], rows[:, 1], rows[:, 2:3]
+        top = (rows.shape[1] - 3) // 2
+        ids = torch.cat((ids, rows[:, 3 : 3 + most]), dim=1)
+        values = torch.cat((own, rows[:, 3 + top : 3 + top + most]), dim=1).view(torch.float32)
+        return Ranked(
+            most, array("i", ids.flatten().tolist()), array("f", values.flatten().tolist()), array("i", ranks)
+        )
+
+
+class Ranker:
+    """Knows which rows ask, and computes what they ask for.
+
+    Args:
+        rows: how many rows there are.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._sampling = [SamplingParams()] * rows
+
+    def start(self, row: int, sampling: SamplingParams) -> None:
+        """A row begins to be used."""
+        self._sampling[row] = sampling
+
+    def of_step(self, plan: StepPlan, logits: Tensor, chosen: Tensor) -> StepRanks | None:
+        """What a step tells, its table still on the device; None if nobody asks.
+
+        Args:
+            logits: (m, vocabulary) of the pieces that sample, then of all targets.
+            chosen: (n,) the tokens of the former.
+        """
+        sampled = [
+            (place, most)
+            for place, piece in enumerate(plan.sampled)
+            if (most := self._sampling[piece.row].logprobs) is not None
+        ]
+        scored = [(len(piece.targets), self._sampling[piece.row].prompt_logprobs or 0) for piece in plan.scored]
+        if not sampled and not scored:
+            return None
+        places, targets = (
+            to_device(torch.tensor(values, dtype=torch.long), logits.device)
+            for values in ([place for place, _ in sampled], [token for piece in plan.scored for token in piece.targets])
+        )
+        first = len(chosen)
+        own = torch.cat((chosen[places].long(), targets))
+        rows = torch.cat((logits[places], logits[first : first + len(targets)]))
+        return StepRanks(ranked(rows, own, max(most for _, most in [*sampled, *scored])), sampled, scored)
+
+
+def ranked(logits: Tensor, tokens: Tensor, most: int) -> Tensor:
+    """The table of `StepRanks` for logits (n, vocabulary) and tokens (n,); one below 0 is as 0."""
+    logarithms = logits.float().log_softmax(dim=-1)
+    own = logarithms.gather(-1, tokens.clamp_min(0)[:, None])
+    ranks = (logarithms > own).sum(dim=-1, keepdim=True) + 1
+    values, ids = logarithms.topk(min(most, logits.shape[1]), dim=-1)
+    parts = (tokens[:, None].int(), ranks.int(), own.view(torch.int32), ids.int(), values.view(torch.int32))
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,268 @@
+"""Answers held to grammars: what may come, what is refused, and what it costs others."""
+
+import json
+import random
+import re
+import threading
+
+import jsonschema
+import pytest
+import torch
+
+from lorauter.engine import GenerationRequest, SamplingParams
+from lorauter.engine import core as core_module
+from lorauter.engine import grammars as grammars_module
+from lorauter.engine.grammars import Grammars
+from lorauter.engine.runner import Runner
+from lorauter.engine.types import Grammar
+from lorauter.errors import InvalidRequest
+
+EOS = 256
+
+
+class AheadRunner(Runner):
+    overlaps = True
+
+
+@pytest.fixture
+def grammars(codec):
+    found = Grammars(codec.backend, codec.eos_ids, 259)
+    yield found
+    found.close()
+
+
+def of_schema(schema):
+    return Grammar("json", json.dumps(schema))
+
+
+def allowed(held):
+    mask = held.mask().tolist()
+    return [token for token in range(259) if mask[token // 32] >> (token % 32) & 1]
+
+
+def walk(grammars, grammar, draw, most=3000):
+    """A random answer of a grammar, one byte after another."""
+    held, answer = grammars.begin(grammar), bytearray()
+    while True:
+        token = draw.choice(allowed(held))
+        if token == EOS:
+            return answer.decode(errors="replace")
+        answer.append(token)
+        assert len(answer) < most
+        grammars.advance([(held, token)])
+
+
+def schema(draw, depth=3):
+    """A random JSON schema of the kinds that clients make."""
+    leaves = [
+        lambda: {"type": "string", "maxLength": draw.randrange(9)},
+        lambda: {"type": "string", "pattern": draw.choice(["^[a-f]{2,4}$", "^(yes|no)$", r"^\d{3}-\d{4}$"])},
+        lambda: {"type": "string", "format": draw.choice(["date", "uuid", "ipv4", "ipv6"])},
+        lambda: {"type": "integer", "minimum": -5, "maximum": draw.randrange(100)},
+        lambda: {"type": "number", "minimum": 0, "exclusiveMaximum": 10},
+        lambda: {"type": "boolean"},
+        lambda: {"type": "null"},
+        lambda: {"enum": draw.sample(["a", "bc", 1, 2.5, None, True, "ü"], 3)},
+        lambda: {"const": draw.choice(["x y", 7, False])},
+        lambda: {"type": ["string", "null"], "maxLength": 4},
+        lambda: {"$ref": "#/$defs/word"},
+    ]
+    if not depth:
+        return draw.choice(leaves)()
+    kind = draw.choice(["object", "object", "array", "anyOf", "leaf"])
+    if kind == "object":
+        names = draw.sample(["name", "age", "tags", "a b", "größe", 'q"'], draw.randrange(1, 4))
+        made = {"type": "object", "properties": {name: schema(draw, depth - 1) for name in names}}
+        return made | {"required": draw.sample(names, draw.randrange(len(names) + 1)), "additionalProperties": False}
+    if kind == "array":
+        least = draw.randrange(3)
+        return {"type": "array", "items": schema(draw, depth - 1), "minItems": least, "maxItems": least + 2}
+    if kind == "anyOf":
+        return {"anyOf": [schema(draw, depth - 1) for _ in range(2)]}
+    return draw.choice(leaves)()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_answer_validates(grammars, part):
+    """1,000 random schemas, and a random answer of each."""
+    draw = random.Random(part)
+    for _ in range(250):
+        made = {**schema(draw), "$defs": {"word": {"type": "string", "pattern": "^[a-z]{1,5}$"}}}
+        answer = json.loads(walk(grammars, of_schema(made), draw))
+        jsonschema.validate(answer, made, format_checker=jsonschema.FormatChecker())
+
+
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        (Grammar("regex", r"[ab]{2,3}-[0-9]"), r"[ab]{2,3}-[0-9]"),
+        (Grammar("choice", json.dumps(["yes", "no", 'a "b"\n', "é", "\\n", "(x)"])), r'yes|no|a "b"\n|é|\\n|\(x\)'),
+        (Grammar("grammar", 'start: "a"~2 end\nend: "b" | "c"'), "aa[bc]"),
+        (Grammar("grammar", 'root ::= "x" [0-9]{1,2} tail\ntail ::= "y" | "z"'), r"x\d{1,2}[yz]"),
+    ],
+)
+def test_other_grammars(grammars, grammar, pattern):
+    draw = random.Random(0)
+    assert all(re.fullmatch(pattern, walk(grammars, grammar, draw)) for _ in range(30))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "needles"),
+    [
+        (
+            of_schema({"type": "object", "properties": {"a": {"items": {"type": "strng"}}}}),
+            ["/properties/a/items", "strng"],
+        ),
+        (of_schema({"anyOf": [{"type": "null"}, {"not": {"type": "null"}}]}), ["/anyOf/1", "not"]),
+        (of_schema({"$defs": {"x": {"type": "y"}}, "properties": {"a": {"$ref": "#/$defs/x"}}}), ["x", "y"]),
+        (of_schema({"$ref": "#/nowhere"}), ["/nowhere"]),
+        (of_schema({"uniqueItems": True, "type": "array"}), ["uniqueItems"]),
+        (of_schema([]), ["object"]),
+        (Grammar("json", '{"type":'), []),
+        (Grammar("json", json.dumps({"type": "string", "pattern": "(?=x)"})), ["look-ahead"]),
+        (Grammar("regex", "a(b"), ["unclosed"]),
+        (Grammar("choice", "[]"), []),
+        (Grammar("grammar", 'start: "a" b'), ["b"]),
+        (Grammar("grammar", "nonsense ::="), []),
+        (Grammar("regex", "a" * (1 << 21)), ["characters"]),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_and_says_where(grammars, grammar, needles):
+    with pytest.raises(InvalidRequest) as caught:
+        grammars.begin(grammar)
+    assert caught.value.param == "grammar"
+    assert all(needle in str(caught.value) for needle in needles)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+def test_what_is_compiled_is_kept_within_bounds(grammars, monkeypatch):
+    monkeypatch.setattr(grammars_module, "_KEPT", 3)
+    compiled = []
+    compile_one = grammars._compile
+    monkeypatch.setattr(grammars, "_compile", lambda grammar: compiled.append(grammar.text) or compile_one(grammar))
+    for text in ("a", "b", "a", "c", "d", "a", "b"):
+        grammars.begin(Grammar("regex", text, param=f"given {len(compiled)}"))
+    assert compiled == ["a", "b", "c", "d", "b"]
+
+
+def test_answers_are_alone_with_what_they_have(grammars):
+    grammar = Grammar("regex", "abc|axd")
+    one, two = grammars.begin(grammar), grammars.begin(grammar, b"a")
+    grammars.advance([(one, ord("a")), (two, ord("x"))])
+    assert (allowed(one), allowed(two)) == ([ord("b"), ord("x")], [ord("d")])
+    assert allowed(grammars.begin(grammar)) == [ord("a")]
+    with pytest.raises(InvalidRequest, match="does not fit"):
+        grammars.begin(grammar, b"b")
+
+
+# --- in the engine
+
+SCHEMA = of_schema(
+    {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "s": {"type": "string", "maxLength": 5}},
+        "required": ["n", "s"],
+        "additionalProperties": False,
+    }
+)
+MIXTURES = [(), (("attention", 1.0),), (("patterns", 1.0), ("attention", -0.7)), (("one-layer", 2.5),)]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("cache", [None, 24])
+def test_held_and_free_answers_under_any_mixture(pool, start, monkeypatch, ahead, cache):
+    if ahead:
+        monkeypatch.setattr(core_module, "Runner", AheadRunner)
+    decoder = pool.decoder("llama")
+    config = {"cache_bytes": cache * decoder.block_bytes()} if cache else {}
+    engine = start(decoder, max_batch=6, step_tokens=16, **config)
+    draw = random.Random(5)
+    asked = []
+    for i in range(24):
+        prompt = tuple(draw.randrange(256) for _ in range(draw.choice([2, 9, 20])))
+        grammar = draw.choice([None, SCHEMA, Grammar("choice", '["red", "green"]'), Grammar("regex", "[0-9]{3,5}")])
+        sampling = SamplingParams(
+            70, draw.choice([0.0, 1.0]), seed=i, grammar=grammar, ignore_eos=draw.choice([True, False]),
+            frequency_penalty=draw.choice([0.0, 0.5]), min_tokens=draw.choice([0, 2]), logprobs=draw.choice([None, 1]),
+        )  # fmt: skip
+        asked.append(GenerationRequest(prompt, pool.mix(MIXTURES[i % 4]), sampling))
+    answers = engine.generate(asked)
+    held = 0
+    for request, answer in zip(asked, answers, strict=True):
+        grammar = request.sampling.grammar
+        if grammar is None:
+            assert answer == engine.generate([request])[0]
+            continue
+        held += 1
+        text = bytes(token for token in answer.token_ids if token < 256).decode(errors="replace")
+        if grammar is SCHEMA and answer.finish_reason == "stop":
+            jsonschema.validate(json.loads(text), json.loads(grammar.text))
+        elif grammar is not SCHEMA:
+            assert re.fullmatch("red|green" if grammar.kind == "choice" else grammar.text, text)
+            assert answer.finish_reason == "stop"
+            assert answer.token_ids[-1] == EOS
+    assert held > 10
+    assert not engine._core._held
+
+
+def test_the_free_answers_beside_held_ones_are_unchanged(pool, start):
+    engine = start(pool.decoder("llama"), max_batch=8, prefix_reuse=False)
+    free = [GenerationRequest((i, 5, 9), sampling=SamplingParams(30, ignore_eos=True)) for i in range(4)]
+    held = [GenerationRequest((i, 7), sampling=SamplingParams(30, grammar=SCHEMA)) for i in range(4)]
+    assert engine.generate([*free, *held])[:4] == engine.generate(free)
+
+
+def test_a_grammar_that_cannot_be_compiled_is_its_own_requests_trouble(start, counting):
+    engine = start(counting)
+    broken = SamplingParams(grammar=Grammar("regex", "a(b", param="guided_regex"))
+    with pytest.raises(InvalidRequest, match="unclosed") as caught:
+        engine.generate([GenerationRequest((97,), sampling=broken)])
+    assert caught.value.param == "guided_regex"
+    assert engine.generate([GenerationRequest((97,), sampling=SamplingParams(2))])[0].text == "bc"
+    assert engine.load == (0, 0)
+
+
+def test_an_answer_goes_on_where_another_engine_left_it(start, counting):
+    grammar = Grammar("regex", "[b-d]{6}")
+    request = GenerationRequest((97,), sampling=SamplingParams(9, grammar=grammar), generated=tuple(b"bcd"))
+    [rest] = start(counting).generate([request])
+    assert re.fullmatch("[b-d]{3}", rest.text)
+    assert rest.finish_reason == "stop"
+
+
+def test_what_becomes_too_complex_ends_its_own_request(start, counting, monkeypatch):
+    engine = start(counting, max_batch=2)
+    real, calls = grammars_module.Held.mask, []
+
+    def failing(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise InvalidRequest("the answer cannot be held to its grammar: too complex")
+        return real(self)
+
+    monkeypatch.setattr(grammars_module.Held, "mask", failing)
+    with pytest.raises(InvalidRequest, match="too complex"):
+        engine.generate([GenerationRequest((97,), sampling=SamplingParams(9, grammar=Grammar("regex", "[a-z]{20}")))])
+    assert engine.generate([GenerationRequest((97,), sampling=SamplingParams(2))])[0].text == "bc"
+
+
+def test_masks_are_not_made_by_the_thread_that_feeds_the_device(start, counting, monkeypatch):
+    threads = set()
+    real = Grammars._masks
+    monkeypatch.setattr(Grammars, "_masks", lambda *given: threads.add(threading.current_thread().name) or real(*given))
+    start(counting).generate(
+        [GenerationRequest((97,), sampling=SamplingParams(9, grammar=Grammar("regex", "[a-z]{5}")))]
+    )
+    assert threads
+    assert not any("lorauter-engine" in name for name in threads)
+
+
+def test_masks_have_no_more_and_no_fewer_than_the_models_tokens(codec):
+    """Models have more tokens than their tokenizers, for the sake of round numbers."""
+    grammars = Grammars(codec.backend, codec.eos_ids, 320)
+    mask = grammars.begin(Grammar("regex", "[ab]")).mask()
+    assert mask.shape == (10,)
+    assert mask.dtype == torch.int32
+    assert [token for token in range(320) if mask[token // 32] >> (token % 32) & 1] == [97, 98]
+    grammars.close()
