@@ -21,13 +21,14 @@ from starlette.responses import JSONResponse, Response
 import lorauter
 from deployments import observe
 from deployments.access import Caller, Reservation
-from deployments.calls import Admitted, GenerateCall
+from deployments.calls import Admitted, Choice, GenerateCall
 from deployments.config import ApiSettings
 from deployments.conversations import routed_text
 from deployments.openai_answers import LAST_EVENT, EventEncoder, Shape, error_answer, event, usage
 from deployments.openai_types import ChatBody, CompletionBody
 from deployments.scope import ScopedOptions, visible
 from deployments.streams import EventStream, Merged
+from deployments.telling import Telling, likelihood
 from lorauter.engine.types import Chunk, Prompt
 from lorauter.errors import AdapterError, AdapterNotFound, ContextLengthExceeded, InvalidRequest, LorauterError
 from lorauter.names import RULE, is_valid_name
@@ -119,8 +120,9 @@ class Generation:
         texts = [await self._routed_text(prompt, shape) for prompt in prompts] if body.chosen() is None else []
         self._service.check_load()
         sizes = [min(_size(prompt), self._context) for prompt in prompts]
+        answers = max(body.n or 1, body.best_of or 1)  # to each prompt
         reservation, decisions = await request.state.visit.reserve(
-            sum(min(size + sampling.max_tokens, self._context) for size in sizes),
+            sum(size + answers * min(sampling.max_tokens, self._context - size) for size in sizes),
             lambda: self._decide(body, texts, len(prompts), caller),
             at_least=sum(sizes),
         )
@@ -136,8 +138,10 @@ class Generation:
                     decision.adapters,
                     sampling,
                     routed=decision.routed,
+                    choices=tuple(map(Choice, range(answers))),
                     tenant=tenant,
                     whole=not body.stream,
+                    tells_prompt=Telling.wants_prompt(body),
                 )
                 return meter.metered(self._counted(call), sizes[place])
 
@@ -149,7 +153,7 @@ class Generation:
         except BaseException as error:
             await meter.drop(error)
             raise
-        return await self._told(body, shape, begun, caller)
+        return await self._told(body, shape, prompts, begun, caller)
 
     async def _counted(self, call: GenerateCall) -> Answer:
         self.running += 1
@@ -161,8 +165,21 @@ class Generation:
             self.running -= 1
             await stream.aclose()
 
-    async def _told(self, body: GeneratingBody, shape: Shape, begun: Sequence[_Begun], caller: Caller) -> Response:
-        """What is said of choices that are under way."""
+    async def _told(
+        self,
+        body: GeneratingBody,
+        shape: Shape,
+        prompts: Sequence[Prompt],
+        begun: Sequence[_Begun],
+        caller: Caller,
+    ) -> Response:
+        """What is said of answers that are under way."""
+        n = body.n or 1
+        tellings = [
+            Telling(body, one.admitted, prompt.text)
+            for one, prompt in zip(begun, prompts, strict=True)
+            for _ in range(n)
+        ]
         first = begun[0].decision
         observe.current().decided(body.model, len(first.adapters), first.confidence)
         head = {
@@ -173,20 +190,25 @@ class Generation:
         headers = _headers(first) if len(begun) == 1 else {}
         if body.stream:
             streams = Merged([choice.stream for choice in begun])
-            events = _events(streams, begun, shown, head, shape, body, caller)
+            events = _events(streams, begun, tellings, shown, head, shape, body, caller)
             return EventStream(events, streams, headers, self._settings.ping_s)
         answers = await _all([_whole(choice) for choice in begun])
-        choices = [
-            shape.choice(place, "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason)
-            for place, chunks in enumerate(answers)
-        ]
+        choices: list[dict[str, Any]] = []
+        beside: dict[str, Any] = {}
+        for place, chunks in enumerate(answers):
+            of_prompt = chunks[0].prompt_logprobs
+            if len(chunks) > n:  # `best_of`
+                chunks = sorted(chunks, key=likelihood, reverse=True)[:n]
+            for chunk in chunks:
+                text, within, more = tellings[len(choices)].tell(chunk, of_prompt)
+                if len(begun) > 1:
+                    within["lorauter"] = shown[place]
+                beside = {**more, **beside}
+                choices.append(shape.choice(len(choices), text, chunk.finish_reason, **within))
         tokens = sum(len(chunk.token_ids) for chunks in answers for chunk in chunks)
-        answer = {**head, "choices": choices, "usage": _usage(begun, tokens)}
+        answer = {**head, "choices": choices, "usage": _usage(begun, 0 if body.max_tokens == 0 else tokens), **beside}
         if len(begun) == 1:
             answer["lorauter"] = shown[0]
-        else:
-            for choice, decision in zip(choices, shown, strict=True):
-                choice["lorauter"] = decision
         return JSONResponse(answer, headers=headers)
 
     async def _routed_text(self, prompt: Prompt, shape: Shape) -> str:
@@ -290,7 +312,12 @@ async def _all(beginning: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def _whole(begun: _Begun) -> list[Chunk]:
-    return [item async for item in begun.stream if isinstance(item, Chunk)]
+    """All answers to a prompt, each as one chunk, in the order of their indices."""
+    chunks: dict[int, list[Chunk]] = {}
+    async for item in begun.stream:
+        if isinstance(item, Chunk):
+            chunks.setdefault(item.index, []).append(item)
+    return [Chunk.joined(chunks[index]) for index in sorted(chunks)]
 
 
 class _Meter:
@@ -332,6 +359,7 @@ class _Meter:
 async def _events(
     streams: Merged[Admitted | Chunk],
     begun: Sequence[_Begun],
+    tellings: Sequence[Telling],
     shown: Sequence[Mapping[str, Any]],
     head: Mapping[str, Any],
     shape: Shape,
@@ -339,7 +367,8 @@ async def _events(
     caller: Caller,
 ) -> AsyncGenerator[bytes]:
     """Server-sent events: each choice's decision with its first, then the answers as they come, then `[DONE]`."""
-    encoders = [EventEncoder(head, shape, place) for place in range(len(begun))]
+    n = len(tellings) // len(begun)
+    encoders = [EventEncoder(head, shape, place) for place in range(len(tellings))]
     options = body.stream_options
     with_usage = options is not None and options.include_usage
     continuous = options is not None and with_usage and options.continuous_usage_stats
@@ -349,18 +378,18 @@ async def _events(
         return {"usage": _usage(begun, tokens)} if continuous else {}
 
     # What is known at the same time is one message on its way to the client: the first token, or the end.
-    said = b"".join(
-        encoder.first(lorauter=decision, **beside()) for encoder, decision in zip(encoders, shown, strict=True)
-    )
-    running = len(begun)
+    said = b"".join(encoder.first(lorauter=shown[place // n], **beside()) for place, encoder in enumerate(encoders))
+    running = len(encoders)
     try:
         async for place, item in streams:
             if isinstance(item, Chunk):
                 tokens += len(item.token_ids)
-                if item.text:
-                    said += encoders[place].piece(item.text, None, **beside())
+                choice = place * n + item.index
+                text, within, more = tellings[choice].tell(item)
+                if text or within or more:
+                    said += encoders[choice].piece(text, None, within, **more, **beside())
                 if item.finish_reason:
-                    said += encoders[place].piece("", item.finish_reason, **beside())
+                    said += encoders[choice].piece("", item.finish_reason, **beside())
                     running -= 1
                 if said and running:
                     yield said

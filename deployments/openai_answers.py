@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring
+from types import MappingProxyType
 from typing import Any
 
 from deployments.told import Audience, told
@@ -71,9 +72,9 @@ class Shape:
     delta: Callable[[str], dict[str, Any]]
     first: dict[str, Any]
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def choice(self, index: int, text: str, finish_reason: str | None, **beside: Any) -> dict[str, Any]:
         """A choice of a whole answer."""
-        return {"index": index, **self.body(text), "finish_reason": finish_reason, "logprobs": None}
+        return {"index": index, **self.body(text), "finish_reason": finish_reason, "logprobs": None, **beside}
 
     def head(self, model: str, *, stream: bool) -> dict[str, Any]:
         """What an answer, or each of its events, begins with."""
@@ -126,17 +127,31 @@ class EventEncoder:
         """The event that goes before the answer's pieces."""
         return event({**self._head, **self._choice(self._shape.first, None), **beside})
 
-    def piece(self, text: str, finish_reason: str | None, **beside: Any) -> bytes:
-        """The event of a piece of the answer."""
-        if text and finish_reason is None and not beside:
+    def piece(
+        self, text: str, finish_reason: str | None, within: Mapping[str, Any] | None = None, **beside: Any
+    ) -> bytes:
+        """The event of a piece of the answer.
+
+        Args:
+            text: the piece.
+            finish_reason: why it is the last.
+            within: what goes beside it in the choice.
+            beside: what goes beside the choices.
+        """
+        if text and finish_reason is None and not beside and not within:
             return self._before + encode_basestring(text).encode() + self._after
-        return self._piece(text, finish_reason, **beside)
+        return self._piece(text, finish_reason, within or {}, **beside)
 
-    def _piece(self, text: str, finish_reason: str | None, **beside: Any) -> bytes:
-        return event({**self._head, **self._choice(self._shape.delta(text), finish_reason), **beside})
+    def _piece(
+        self, text: str, finish_reason: str | None, within: Mapping[str, Any] = MappingProxyType({}), **beside: Any
+    ) -> bytes:
+        return event({**self._head, **self._choice(self._shape.delta(text), finish_reason, within), **beside})
 
-    def _choice(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"choices": [{"index": self._index, **content, "finish_reason": finish_reason, "logprobs": None}]}
+    def _choice(
+        self, content: dict[str, Any], finish_reason: str | None, within: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        choice = {"index": self._index, **content, "finish_reason": finish_reason, "logprobs": None, **within}
+        return {"choices": [choice]}
 
 
 LAST_EVENT = b"data: [DONE]\n\n"

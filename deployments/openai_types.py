@@ -5,6 +5,7 @@ Each field is a row of the table in `docs/api.md`. Knows nothing of how requests
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from deployments.conversations import Message, turns_of
 from deployments.options import Body, OneOf, Only, Option
-from lorauter.engine.types import Prompt, SamplingParams
+from lorauter.engine.types import MOST_LOGPROBS, Grammar, Prompt, SamplingParams
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingOptions
 
@@ -25,6 +26,12 @@ PositiveInt = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[FiniteFloat, Field(ge=-2, le=2)]
 Bias = Annotated[FiniteFloat, Field(ge=-100, le=100)]
+Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+Several = Annotated[int, Field(ge=1, le=128)]
+Schema = Annotated[dict[str, Any] | str, OneOf("a JSON schema, as an object or as text")]
+Choices = Annotated[list[str], Field(min_length=1)]
+
+_OBJECT = '{"type": "object"}'
 
 
 class LorauterOptions(RoutingOptions):
@@ -52,7 +59,77 @@ _SAME_NAMES = (
     "repetition_penalty",
     "seed",
     "ignore_eos",
+    "min_tokens",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
 )
+
+
+class JsonSchema(Body):
+    """The `json_schema` of a response format."""
+
+    name: Annotated[str | None, Option("", "nowhere")] = None
+    description: Annotated[str | None, Option("", "nowhere")] = None
+    json_schema: Annotated[
+        dict[str, Any] | None, Field(alias="schema"), Option("the schema; left out, any object", "sampling")
+    ] = None
+    strict: Annotated[bool | None, Option("every answer is of its schema", "nowhere")] = None
+
+
+class ResponseFormat(Body):
+    """What an answer has to be."""
+
+    type: Annotated[Literal["text", "json_object", "json_schema"], Option("which", "sampling", ("text",))] = "text"
+    json_schema: Annotated[JsonSchema | None, Option("of the type `json_schema`", "sampling")] = None
+
+    @model_validator(mode="after")
+    def _schema_goes_with_its_type(self) -> ResponseFormat:
+        if (self.json_schema in (None, JsonSchema())) == (self.type == "json_schema"):
+            raise PydanticCustomError("json_schema", "the type json_schema, and no other, needs json_schema")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """The same for an engine."""
+        if self.type == "text":
+            return None
+        schema = self.json_schema.json_schema if self.json_schema is not None else None
+        return Grammar("json", _OBJECT if schema is None else json.dumps(schema), "response_format")
+
+
+class StructuredOutputs(Body):
+    """vLLM's object for what an answer has to be."""
+
+    json_schema: Annotated[Schema | None, Field(alias="json"), Option("a JSON schema", "sampling")] = None
+    json_object: Annotated[bool | None, Option("any JSON object", "sampling", (False,))] = None
+    regex: Annotated[str | None, Option("a regular expression", "sampling")] = None
+    choice: Annotated[Choices | None, Option("one of some texts", "sampling")] = None
+    grammar: Annotated[str | None, Option("a grammar, in Lark's or GBNF's language", "sampling")] = None
+    whitespace_pattern: Annotated[
+        str | None, Option("a regular expression of what may be between JSON's tokens", "sampling")
+    ] = None
+    structural_tag: Annotated[None, Only()] = None
+    disable_any_whitespace: Annotated[bool, Option("there is little", "nowhere")] = False
+    disable_additional_properties: Annotated[None, Only(False)] = None
+    disable_fallback: Annotated[bool, Option("there is none", "nowhere")] = False
+    backend: Annotated[str | None, Option("", "nowhere")] = None
+
+
+def _grammars(
+    schema: dict[str, Any] | str | None,
+    regex: str | None,
+    choice: list[str] | None,
+    grammar: str | None,
+    whitespace: str | None,
+    prefix: str,
+) -> list[Grammar | None]:
+    """Grammars in all their forms, under names that begin so."""
+    text = schema if schema is None or isinstance(schema, str) else json.dumps(schema)
+    return [
+        None if text is None else Grammar("json", text, f"{prefix}json", whitespace),
+        None if regex is None else Grammar("regex", regex, f"{prefix}regex"),
+        None if choice is None else Grammar("choice", json.dumps(choice), f"{prefix}choice"),
+        None if grammar is None else Grammar("grammar", grammar, f"{prefix}grammar"),
+    ]
 
 
 class SamplingOptions(Body):
@@ -91,11 +168,54 @@ class SamplingOptions(Body):
         Option("texts that end the answer", "sampling", ([],)),
     ] = None
     ignore_eos: Annotated[bool | None, Option("go on after the token that ends an answer", "sampling", (False,))] = None
+    min_tokens: Annotated[
+        Annotated[int, Field(ge=0)] | None, Option("nothing ends the answer before so many", "sampling", (0,))
+    ] = None
+    stop_token_ids: Annotated[
+        list[TokenId] | None, Option("tokens that end the answer, beside the model's own", "sampling", ([],))
+    ] = None
+    include_stop_str_in_output: Annotated[
+        bool | None, Option("what ends the answer is part of it", "sampling", (False,))
+    ] = None
+    skip_special_tokens: Annotated[
+        bool | None, Option("the text is without the tokenizer's special tokens", "sampling", (True,))
+    ] = None
+    allowed_token_ids: Annotated[
+        Annotated[list[TokenId], Field(min_length=1)] | None, Option("the only tokens that may come", "sampling")
+    ] = None
+    bad_words: Annotated[list[str] | None, Option("texts that may not come", "sampling", ([],))] = None
+    response_format: Annotated[
+        ResponseFormat | None, Option("what the answer has to be", "sampling", ({"type": "text"},))
+    ] = None
+    structured_outputs: Annotated[StructuredOutputs | None, Option("the same, vLLM's", "sampling", ({},))] = None
+    guided_json: Annotated[Schema | None, Option("the same, as a JSON schema", "sampling")] = None
+    guided_regex: Annotated[str | None, Option("as a regular expression", "sampling")] = None
+    guided_choice: Annotated[Choices | None, Option("as one of some texts", "sampling")] = None
+    guided_grammar: Annotated[str | None, Option("as a grammar, in Lark's or GBNF's language", "sampling")] = None
+    guided_whitespace_pattern: Annotated[
+        str | None, Option("a regular expression of what may be between JSON's tokens", "sampling")
+    ] = None
 
     @property
     def token_limit(self) -> int | None:
         """The answer's bound, if there is one."""
         return self.max_tokens
+
+    def _grammar(self) -> Grammar | None:
+        """What the answer has to be. Raises InvalidRequest: it has to be several things."""
+        vllm, space = self.structured_outputs or StructuredOutputs(), self.guided_whitespace_pattern
+        within = "structured_outputs."
+        given = [
+            self.response_format and self.response_format.grammar(),
+            *_grammars(vllm.json_schema, vllm.regex, vllm.choice, vllm.grammar, vllm.whitespace_pattern, within),
+            Grammar("json", _OBJECT, f"{within}json_object", vllm.whitespace_pattern) if vllm.json_object else None,
+            *_grammars(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, space, "guided_"),
+        ]
+        grammars = [grammar for grammar in given if grammar is not None]
+        if len(grammars) > 1:
+            names = ", ".join(grammar.param for grammar in grammars)
+            raise InvalidRequest(f"got {names}, needed one: an answer is held to one grammar", param=grammars[1].param)
+        return grammars[0] if grammars else None
 
     def sampled(self, default: SamplingParams) -> SamplingParams:
         """The sampling asked for; what was left out is the default's. Raises InvalidRequest."""
@@ -109,7 +229,10 @@ class SamplingOptions(Body):
             else self.stop
             if self.stop is None
             else tuple(self.stop),
+            "grammar": self._grammar(),
         }
+        for name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
+            asked[name] = None if (given := getattr(self, name)) is None else tuple(given)
         return replace(default, **{name: value for name, value in asked.items() if value is not None})
 
 
@@ -142,28 +265,18 @@ class GenerationBody(SamplingOptions):
     guided_decoding_backend: Annotated[str | None, Option("", "nowhere")] = None
     truncation_side: Annotated[Literal["left", "right"] | None, Option("", "nowhere")] = None
 
-    n: Annotated[None, Only(1, because="send as many requests")] = None
-    best_of: Annotated[None, Only(1)] = None
+    n: Annotated[Several | None, Option("so many answers to each prompt", "answer", (1,))] = None
+    prompt_logprobs: Annotated[
+        Logprobs | None, Option("the prompt's tokens, each with so many of the likeliest in its place", "answer")
+    ] = None
+    return_token_ids: Annotated[
+        bool | None, Option("the tokens of prompt and answer, `prompt_token_ids` and `token_ids`", "answer", (False,))
+    ] = None
     use_beam_search: Annotated[None, Only(False)] = None
     length_penalty: Annotated[None, Only(1, because="it is of beam search")] = None
-    min_tokens: Annotated[None, Only(0)] = None
-    stop_token_ids: Annotated[None, Only([])] = None
-    include_stop_str_in_output: Annotated[None, Only(False)] = None
-    skip_special_tokens: Annotated[None, Only(True)] = None
-    allowed_token_ids: Annotated[None, Only()] = None
-    bad_words: Annotated[None, Only([])] = None
-    prompt_logprobs: Annotated[None, Only()] = None
     logprob_token_ids: Annotated[None, Only()] = None
     return_tokens_as_token_ids: Annotated[None, Only(False)] = None
-    return_token_ids: Annotated[None, Only(False)] = None
     return_prompt_text: Annotated[None, Only(False)] = None
-    response_format: Annotated[None, Only({"type": "text"})] = None
-    structured_outputs: Annotated[None, Only({})] = None
-    guided_json: Annotated[None, Only()] = None
-    guided_regex: Annotated[None, Only()] = None
-    guided_choice: Annotated[None, Only()] = None
-    guided_grammar: Annotated[None, Only()] = None
-    guided_whitespace_pattern: Annotated[None, Only()] = None
     truncate_prompt_tokens: Annotated[None, Only(because="a prompt is never cut in silence")] = None
     thinking_token_budget: Annotated[None, Only(-1)] = None
     repetition_detection: Annotated[None, Only()] = None
@@ -190,6 +303,21 @@ class GenerationBody(SamplingOptions):
     def sampling(self, *, max_tokens: int, temperature: float) -> SamplingParams:
         """The sampling asked for, with defaults for what was left out. Raises InvalidRequest."""
         return self.sampled(SamplingParams(max_tokens=max_tokens, temperature=temperature))
+
+    def sampled(self, default: SamplingParams) -> SamplingParams:
+        """The sampling asked for; what was left out is the default's. Raises InvalidRequest."""
+        return replace(super().sampled(default), logprobs=self.ranks, prompt_logprobs=self.prompt_logprobs)
+
+    @property
+    def ranks(self) -> int | None:
+        """How many of the likeliest tokens are told with each of the answer's, if any are."""
+        return None
+
+    @property
+    def unlike_a_row(self) -> str | None:
+        """The option, if there is one, by which the answer has more than a text: a batch's rows have no room for it."""
+        names = ("n", "best_of", "logprobs", "echo", "prompt_logprobs", "return_token_ids")
+        return next((name for name in names if getattr(self, name, None) not in (None, 1, False)), None)
 
 
 def _biases(by_token: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
@@ -258,8 +386,11 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: Annotated[bool | None, Option("there are no tools", "nowhere")] = None
     include_reasoning: Annotated[bool | None, Option("", "nowhere")] = None
 
-    logprobs: Annotated[None, Only(False)] = None
-    top_logprobs: Annotated[None, Only(0)] = None
+    logprobs: Annotated[bool | None, Option("tell how probable each token was", "answer", (False,))] = None
+    top_logprobs: Annotated[
+        Logprobs | None, Option("so many of the likeliest in its place; needs `logprobs`", "answer", (0,))
+    ] = None
+    best_of: Annotated[None, Only(1)] = None
     tools: Annotated[None, Only([])] = None
     tool_choice: Annotated[None, Only("none", "auto")] = None
     functions: Annotated[None, Only([])] = None
@@ -286,6 +417,12 @@ class ChatBody(GenerationBody):
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def ranks(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None
+
     def prompts(self) -> list[Prompt]:
         """The conversation as a prompt."""
         end = self.add_generation_prompt, self.continue_final_message
@@ -306,9 +443,41 @@ class CompletionBody(GenerationBody):
     parse_special: ParseSpecial = False
 
     suffix: Annotated[None, Only("")] = None
-    logprobs: Annotated[None, Only(0)] = None
-    echo: Annotated[None, Only(False)] = None
+    max_tokens: Annotated[
+        Annotated[int, Field(ge=0)] | None, Option("tokens of an answer at most; 0 goes with `echo`", "sampling")
+    ] = None
+    logprobs: Annotated[
+        Logprobs | None, Option("tell how probable each token was, and so many of the likeliest in its place", "answer")
+    ] = None
+    echo: Annotated[bool | None, Option("the answer's text begins with the prompt", "answer", (False,))] = None
+    best_of: Annotated[
+        Several | None, Option("of so many answers the `n` that are the likeliest, token by token", "answer", (1,))
+    ] = None
     prompt_embeds: Annotated[None, Only()] = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return 1 if self.max_tokens == 0 else self.max_tokens  # what is computed for the prompt's sake
+
+    @property
+    def ranks(self) -> int | None:
+        return self.logprobs
+
+    def sampled(self, default: SamplingParams) -> SamplingParams:
+        n, best_of = self.n or 1, self.best_of or 1
+        if self.best_of is not None and (best_of < n or (self.stream and best_of > n)):
+            raise InvalidRequest("best_of has to be at least n, and n itself where stream is true", param="best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens: 0 needs echo: true", param="max_tokens")
+        if self.stream and self.echo and self.logprobs is not None and n > 1:
+            raise InvalidRequest("echo with logprobs and n above 1 is not streamed; give stream: false", param="echo")
+        sampling = super().sampled(default)
+        if self.echo and self.logprobs is not None:
+            most = max(self.logprobs, sampling.prompt_logprobs or 0)
+            sampling = replace(sampling, prompt_logprobs=most)
+        if best_of > n and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)
+        return sampling
 
     def prompts(self) -> list[Prompt]:
         """The prompts. Raises InvalidRequest: there is none."""

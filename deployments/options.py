@@ -123,6 +123,7 @@ def rows_of(kind: type[BaseModel], prefix: str = "") -> list[Row]:
     schema = kind.model_json_schema()
     rows = []
     for name, field in kind.model_fields.items():
+        told = prefix + (field.alias or name)
         marks: list[Option | Only] = [mark for mark in field.metadata if isinstance(mark, Option | Only)]
         if not marks and field.description is not None:
             marks = [Option(field.description, "routing")]
@@ -130,14 +131,14 @@ def rows_of(kind: type[BaseModel], prefix: str = "") -> list[Row]:
             raise TypeError(f"{kind.__name__}.{name} needs one Option, or Only")
         mark = marks[0]
         if isinstance(mark, Only):
-            rows.append(Row(prefix + name, "", mark.neutral, "refused", mark.because))
+            rows.append(Row(told, "", mark.neutral, "refused", mark.because))
             continue
-        takes = _takes(schema["properties"][name], schema.get("$defs", {}))
+        takes = _takes(schema["properties"][field.alias or name], schema.get("$defs", {}))
         needed = " (needed)" if field.is_required() else ""
-        rows.append(Row(prefix + name, takes + needed, mark.neutral, mark.goes, mark.says))
+        rows.append(Row(told, takes + needed, mark.neutral, mark.goes, mark.says))
         for of in _alternatives(field.annotation):
             if isinstance(of, type) and issubclass(of, BaseModel):
-                rows += rows_of(of, f"{prefix}{name}.")
+                rows += rows_of(of, f"{told}.")
     return rows
 
 

@@ -69,7 +69,7 @@ class CountingDecoder(Decoder):
         if (last == ord("~")).any():
             raise SystemExit
         logits = torch.zeros(len(last), VOCABULARY)
-        logits[torch.arange(len(last)), torch.where(last == ord("z"), ord("a"), last + 1)] = 9
+        logits[torch.arange(len(last)), torch.where(last == ord("z"), ord("a"), last + 1).clamp_max(VOCABULARY - 1)] = 9
         logits[last == ord("!")] = torch.nan
         return logits
 

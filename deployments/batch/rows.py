@@ -27,6 +27,8 @@ from lorauter.tasks import is_encodable
 
 _MAX_ADAPTERS = 64
 _SAMPLED = tuple(SamplingOptions.model_fields)
+_OBJECTS = ("logit_bias", "response_format", "structured_outputs")
+_LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words", "guided_choice")
 _Weighted = list[tuple[str, float]]
 _MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
@@ -156,6 +158,8 @@ def _openai_request(row: SourceRow, config: BatchConfig) -> RowRequest:
     if len(prompts) > 1:
         raise InvalidRequest(f"got {len(prompts)} prompts, needed one; a row has one answer", param="prompt")
     [prompt] = prompts
+    if (name := body.unlike_a_row) is not None:
+        raise InvalidRequest(f"{name} is not supported in a batch: a row is answered by one text", param=name)
     if prompt.text is not None:
         check_text(prompt.text, param="prompt")
     chosen, text = body.chosen(), ""
@@ -257,7 +261,10 @@ def _weight(value: Any) -> float:
 def _sampling(row: SourceRow, config: BatchConfig) -> SamplingParams:
     given = {name: _given(row.values, getattr(config.columns, name)) for name in _SAMPLED}
     given["stop"] = _stop(given["stop"], is_text=row.is_text)
-    given["logit_bias"] = _decoded(given["logit_bias"], opening="{")
+    for name in _OBJECTS:
+        given[name] = _decoded(given[name], opening="{")
+    for name in _LISTS:
+        given[name] = _decoded(given[name], opening="[")
     try:
         own = Sampling.model_validate(given)
     except ValidationError as error:

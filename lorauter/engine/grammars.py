@@ -148,8 +148,8 @@ class Grammars:
         return matcher
 
     def _where(self, grammar: Grammar, problem: str) -> tuple[str, str]:
-        """The smallest part of a schema that cannot be compiled, as a JSON pointer, and what is wrong with it."""
-        schema, path = json.loads(grammar.text), ""
+        """The smallest part of a schema that cannot be compiled, and what is wrong with it."""
+        schema, path = json.loads(grammar.text), list[str]()
         tried = 0
         root = schema
         while tried < _TRIED:
@@ -160,11 +160,11 @@ class Grammars:
                 compiled = LLMatcher.grammar_from_json_schema(whole)
                 wrong, found = LLMatcher.validate_grammar_with_warnings(compiled, limits=_LIMITS)
                 if wrong:
-                    schema, path, problem = part, f"{path}/{name}", _short(found[0])
+                    schema, path, problem = part, [*path, name], _short(found[0])
                     break
             else:
                 break
-        return f" at {path}" if path else "", problem
+        return f" at {'.'.join(path)}" if path else "", problem
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -173,9 +173,9 @@ def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     for key, value in schema.items():
         if isinstance(value, dict) and key in ("properties", "patternProperties", "$defs", "definitions"):
-            yield from ((f"{key}/{name}", part) for name, part in value.items() if isinstance(part, dict))
+            yield from ((f"{key}.{name}", part) for name, part in value.items() if isinstance(part, dict))
         elif isinstance(value, list) and key in ("anyOf", "allOf", "oneOf", "prefixItems"):
-            yield from ((f"{key}/{i}", part) for i, part in enumerate(value) if isinstance(part, dict))
+            yield from ((f"{key}.{i}", part) for i, part in enumerate(value) if isinstance(part, dict))
         elif isinstance(value, dict) and key in ("items", "additionalProperties", "not"):
             yield key, value
 

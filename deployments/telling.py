@@ -1,0 +1,120 @@
+"""What is told of a choice beside its text: how probable its tokens were, the tokens themselves, and the prompt.
+
+Knows OpenAI's shapes and vLLM's additions to them; knows nothing of where answers come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deployments.calls import Admitted
+from deployments.openai_types import ChatBody, CompletionBody
+from lorauter.engine.types import Chunk, Logprob, PromptLogprobs, TokenLogprobs
+
+_Told = tuple[bytes, TokenLogprobs | None]
+"""A token's text, and how probable it was, if anything is known of that."""
+
+
+class Telling:
+    """Tells a choice's chunks, in their order.
+
+    Args:
+        body: says what is wanted.
+        admitted: of the choice's prompt, with its tokens if they are wanted.
+        text: the prompt's text, if it has one.
+    """
+
+    def __init__(self, body: ChatBody | CompletionBody, admitted: Admitted, text: str | None) -> None:
+        self._body = body
+        self._admitted = admitted
+        self._text = text
+        self._is_first = True
+        self._offset = 0
+
+    @staticmethod
+    def wants_prompt(body: ChatBody | CompletionBody) -> bool:
+        """Whether the prompt's tokens are needed."""
+        return bool(body.echo or body.return_token_ids)
+
+    def tell(self, chunk: Chunk, prompt: PromptLogprobs = ()) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """A chunk's text, what goes beside it in the choice, and what beside the choices.
+
+        Args:
+            chunk: the next one.
+            prompt: of the prompt's tokens, in place of the chunk's own.
+        """
+        body, text = self._body, chunk.text
+        first, self._is_first = self._is_first, False
+        tokens: list[_Told] = [(one.own.token, one) for one in chunk.logprobs]
+        ids = chunk.token_ids
+        if body.max_tokens == 0:  # nothing but the prompt is wanted
+            text, tokens, ids = "", [], ()
+        prompt = chunk.prompt_logprobs or prompt
+        choice: dict[str, Any] = {}
+        beside: dict[str, Any] = {}
+        if first and body.echo:
+            told = [token for _, token in self._admitted.prompt]
+            text = (self._text if self._text is not None else b"".join(told).decode(errors="replace")) + text
+            tokens = [*zip(told, prompt, strict=False), *tokens]
+        if body.ranks is not None:
+            choice["logprobs"] = _chat(tokens) if isinstance(body, ChatBody) else self._plain(tokens)
+        if body.return_token_ids:
+            choice["token_ids"] = list(ids)
+        if first:
+            of_prompt: dict[str, Any] = {}
+            if body.return_token_ids:
+                of_prompt["prompt_token_ids"] = [token for token, _ in self._admitted.prompt]
+            if body.prompt_logprobs is not None:
+                of_prompt["prompt_logprobs"] = [None if one is None else _by_id(one) for one in prompt]
+            (beside if isinstance(body, ChatBody) else choice).update(of_prompt)
+        return text, choice, beside
+
+    def _plain(self, tokens: Sequence[_Told]) -> dict[str, Any]:
+        """OpenAI's older shape, of plain completions."""
+        offsets = []
+        for token, _ in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token.decode(errors="replace"))
+        return {
+            "tokens": [_name(token) for token, _ in tokens],
+            "token_logprobs": [None if one is None else one.own.logprob for _, one in tokens],
+            "top_logprobs": [
+                None if one is None else {_name(each.token): each.logprob for each in (one.own, *one.top)}
+                for _, one in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+
+def likelihood(chunk: Chunk) -> float:
+    """The mean logarithm of an answer's tokens' probabilities."""
+    return sum(one.own.logprob for one in chunk.logprobs) / len(chunk.logprobs)
+
+
+def _chat(tokens: Sequence[_Told]) -> dict[str, Any]:
+    """OpenAI's newer shape, of chats."""
+    content = [
+        {**_of(one.own), "top_logprobs": [_of(each) for each in one.top]} for _, one in tokens if one is not None
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _of(one: Logprob) -> dict[str, Any]:
+    return {"token": _name(one.token), "logprob": one.logprob, "bytes": list(one.token)}
+
+
+def _by_id(one: TokenLogprobs) -> dict[str, Any]:
+    """vLLM's shape, of prompts."""
+    return {
+        str(each.token_id): {"logprob": each.logprob, "rank": each.rank, "decoded_token": _name(each.token)}
+        for each in (one.own, *one.top)
+    }
+
+
+def _name(token: bytes) -> str:
+    """A token's text, or its bytes where they are no text."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
