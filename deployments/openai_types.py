@@ -206,7 +206,7 @@ class SamplingOptions(Body):
         vllm, space = self.structured_outputs or StructuredOutputs(), self.guided_whitespace_pattern
         within = "structured_outputs."
         given = [
-            self.response_format and self.response_format.grammar(),
+            self.response_format.grammar() if self.response_format is not None else None,
             *_grammars(vllm.json_schema, vllm.regex, vllm.choice, vllm.grammar, vllm.whitespace_pattern, within),
             Grammar("json", _OBJECT, f"{within}json_object", vllm.whitespace_pattern) if vllm.json_object else None,
             *_grammars(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, space, "guided_"),
@@ -316,8 +316,12 @@ class GenerationBody(SamplingOptions):
     @property
     def unlike_a_row(self) -> str | None:
         """The option, if there is one, by which the answer has more than a text: a batch's rows have no room for it."""
-        names = ("n", "best_of", "logprobs", "echo", "prompt_logprobs", "return_token_ids")
-        return next((name for name in names if getattr(self, name, None) not in (None, 1, False)), None)
+        for name in ("n", "best_of"):
+            if getattr(self, name) not in (None, 1):
+                return name
+        names = ("logprobs", "echo", "prompt_logprobs", "return_token_ids")
+        given = {name: getattr(self, name) for name in names}
+        return next((name for name, value in given.items() if value is not None and value is not False), None)
 
 
 def _biases(by_token: Mapping[str, float]) -> tuple[tuple[int, float], ...]:

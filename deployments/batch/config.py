@@ -46,10 +46,10 @@ class Columns(Settings):
     stop: str | None = "stop"
     ignore_eos: str | None = "ignore_eos"
     min_tokens: str | None = "min_tokens"
-    stop_token_ids: str | None = "stop_token_ids"
+    stop_token_ids: str | None = "stop_token_ids"  # noqa: S105 (a column's name)
     include_stop_str_in_output: str | None = "include_stop_str_in_output"
     skip_special_tokens: str | None = "skip_special_tokens"
-    allowed_token_ids: str | None = "allowed_token_ids"
+    allowed_token_ids: str | None = "allowed_token_ids"  # noqa: S105
     bad_words: str | None = "bad_words"
     response_format: str | None = "response_format"
     structured_outputs: str | None = "structured_outputs"

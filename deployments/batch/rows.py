@@ -159,7 +159,7 @@ def _openai_request(row: SourceRow, config: BatchConfig) -> RowRequest:
         raise InvalidRequest(f"got {len(prompts)} prompts, needed one; a row has one answer", param="prompt")
     [prompt] = prompts
     if (name := body.unlike_a_row) is not None:
-        raise InvalidRequest(f"{name} is not supported in a batch: a row is answered by one text", param=name)
+        raise InvalidRequest(f"{name}: not supported in a batch, where a row is answered by one text", param=name)
     if prompt.text is not None:
         check_text(prompt.text, param="prompt")
     chosen, text = body.chosen(), ""
