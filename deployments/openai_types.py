@@ -5,7 +5,6 @@ Each field is a row of the table in `docs/api.md`. Knows nothing of how requests
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.conversations import Message, turns_of
+from deployments.forms import Choices, ResponseFormat, Schema, StructuredOutputs, grammars_of, one_of
 from deployments.options import Body, OneOf, Only, Option
 from lorauter.engine.types import MOST_LOGPROBS, Grammar, Prompt, SamplingParams
 from lorauter.errors import InvalidRequest
@@ -28,10 +28,6 @@ Penalty = Annotated[FiniteFloat, Field(ge=-2, le=2)]
 Bias = Annotated[FiniteFloat, Field(ge=-100, le=100)]
 Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 Several = Annotated[int, Field(ge=1, le=128)]
-Schema = Annotated[dict[str, Any] | str, OneOf("a JSON schema, as an object or as text")]
-Choices = Annotated[list[str], Field(min_length=1)]
-
-_OBJECT = '{"type": "object"}'
 
 
 class LorauterOptions(RoutingOptions):
@@ -63,73 +59,6 @@ _SAME_NAMES = (
     "include_stop_str_in_output",
     "skip_special_tokens",
 )
-
-
-class JsonSchema(Body):
-    """The `json_schema` of a response format."""
-
-    name: Annotated[str | None, Option("", "nowhere")] = None
-    description: Annotated[str | None, Option("", "nowhere")] = None
-    json_schema: Annotated[
-        dict[str, Any] | None, Field(alias="schema"), Option("the schema; left out, any object", "sampling")
-    ] = None
-    strict: Annotated[bool | None, Option("every answer is of its schema", "nowhere")] = None
-
-
-class ResponseFormat(Body):
-    """What an answer has to be."""
-
-    type: Annotated[Literal["text", "json_object", "json_schema"], Option("which", "sampling", ("text",))] = "text"
-    json_schema: Annotated[JsonSchema | None, Option("of the type `json_schema`", "sampling")] = None
-
-    @model_validator(mode="after")
-    def _schema_goes_with_its_type(self) -> ResponseFormat:
-        if (self.json_schema in (None, JsonSchema())) == (self.type == "json_schema"):
-            raise PydanticCustomError("json_schema", "the type json_schema, and no other, needs json_schema")
-        return self
-
-    def grammar(self) -> Grammar | None:
-        """The same for an engine."""
-        if self.type == "text":
-            return None
-        schema = self.json_schema.json_schema if self.json_schema is not None else None
-        return Grammar("json", _OBJECT if schema is None else json.dumps(schema), "response_format")
-
-
-class StructuredOutputs(Body):
-    """vLLM's object for what an answer has to be."""
-
-    json_schema: Annotated[Schema | None, Field(alias="json"), Option("a JSON schema", "sampling")] = None
-    json_object: Annotated[bool | None, Option("any JSON object", "sampling", (False,))] = None
-    regex: Annotated[str | None, Option("a regular expression", "sampling")] = None
-    choice: Annotated[Choices | None, Option("one of some texts", "sampling")] = None
-    grammar: Annotated[str | None, Option("a grammar, in Lark's or GBNF's language", "sampling")] = None
-    whitespace_pattern: Annotated[
-        str | None, Option("a regular expression of what may be between JSON's tokens", "sampling")
-    ] = None
-    structural_tag: Annotated[None, Only()] = None
-    disable_any_whitespace: Annotated[bool, Option("there is little", "nowhere")] = False
-    disable_additional_properties: Annotated[None, Only(False)] = None
-    disable_fallback: Annotated[bool, Option("there is none", "nowhere")] = False
-    backend: Annotated[str | None, Option("", "nowhere")] = None
-
-
-def _grammars(
-    schema: dict[str, Any] | str | None,
-    regex: str | None,
-    choice: list[str] | None,
-    grammar: str | None,
-    whitespace: str | None,
-    prefix: str,
-) -> list[Grammar | None]:
-    """Grammars in all their forms, under names that begin so."""
-    text = schema if schema is None or isinstance(schema, str) else json.dumps(schema)
-    return [
-        None if text is None else Grammar("json", text, f"{prefix}json", whitespace),
-        None if regex is None else Grammar("regex", regex, f"{prefix}regex"),
-        None if choice is None else Grammar("choice", json.dumps(choice), f"{prefix}choice"),
-        None if grammar is None else Grammar("grammar", grammar, f"{prefix}grammar"),
-    ]
 
 
 class SamplingOptions(Body):
@@ -203,19 +132,16 @@ class SamplingOptions(Body):
 
     def _grammar(self) -> Grammar | None:
         """What the answer has to be. Raises InvalidRequest: it has to be several things."""
-        vllm, space = self.structured_outputs or StructuredOutputs(), self.guided_whitespace_pattern
-        within = "structured_outputs."
-        given = [
-            self.response_format.grammar() if self.response_format is not None else None,
-            *_grammars(vllm.json_schema, vllm.regex, vllm.choice, vllm.grammar, vllm.whitespace_pattern, within),
-            Grammar("json", _OBJECT, f"{within}json_object", vllm.whitespace_pattern) if vllm.json_object else None,
-            *_grammars(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, space, "guided_"),
-        ]
-        grammars = [grammar for grammar in given if grammar is not None]
-        if len(grammars) > 1:
-            names = ", ".join(grammar.param for grammar in grammars)
-            raise InvalidRequest(f"got {names}, needed one: an answer is held to one grammar", param=grammars[1].param)
-        return grammars[0] if grammars else None
+        guided = grammars_of(
+            "guided_",
+            schema=self.guided_json,
+            regex=self.guided_regex,
+            choice=self.guided_choice,
+            grammar=self.guided_grammar,
+            whitespace=self.guided_whitespace_pattern,
+        )
+        formats = [one.grammars() for one in (self.response_format, self.structured_outputs) if one is not None]
+        return one_of([*(grammar for grammars in formats for grammar in grammars), *guided])
 
     def sampled(self, default: SamplingParams) -> SamplingParams:
         """The sampling asked for; what was left out is the default's. Raises InvalidRequest."""

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -62,6 +63,43 @@ def test_openai_client(service: Any, examples: Any) -> None:
     assert models["sst2"].parent == "base"
     with pytest.raises(openai.NotFoundError, match="nowhere"):
         client.chat.completions.create(model="nowhere", messages=messages)
+
+
+def test_several_answers_probabilities_and_forms(service: Any, examples: Any) -> None:
+    client = service.openai
+    messages = [{"role": "user", "content": examples("dbpedia")[0].input}]
+    four = client.chat.completions.create(
+        model="lorauter", messages=messages, n=4, temperature=1.5, seed=1, max_tokens=8, logprobs=True, top_logprobs=3
+    )
+    assert len({choice.message.content for choice in four.choices}) > 1
+    for choice in four.choices:
+        told = choice.logprobs.content
+        assert all(len(one.top_logprobs) == 3 and one.logprob <= one.top_logprobs[0].logprob for one in told)
+    with client.beta.chat.completions.stream(model="base", messages=messages, max_tokens=4) as stream:
+        assert stream.get_final_completion().choices[0].message.content
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"enum": ["person", "place"]}, "sure": {"type": "boolean"}},
+        "required": ["answer", "sure"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    held = [
+        client.chat.completions.create(model=model, messages=messages, response_format=form, max_tokens=200)
+        for model in ("lorauter", "base", "dbpedia")
+    ]
+    for answer in held:
+        jsonschema.validate(json.loads(answer.choices[0].message.content), schema)
+    echoed = client.completions.create(
+        model="base", prompt="The capital of France is Paris", max_tokens=1, echo=True, logprobs=1
+    )
+    told = echoed.choices[0].logprobs
+    assert "".join(told.tokens) == echoed.choices[0].text
+    assert told.token_logprobs[0] is None
+    assert told.token_logprobs[-2] > -3  # Paris
+    with pytest.raises(openai.BadRequestError, match="unclosed") as caught:
+        client.completions.create(model="base", prompt="x", extra_body={"guided_regex": "a(b"})
+    assert caught.value.param == "guided_regex"
 
 
 def test_prompts_of_all_forms_embeddings_and_tokens(service: Any) -> None:
