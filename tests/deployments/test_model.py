@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import deployments.model
 from deployments.calls import Admitted, Begun, GenerateCall, Prompt
 from deployments.model import LoraModel
+from deployments.placement import holdings
 from lorauter.engine import Chunk, EngineConfig, MultiLoraEngine, SamplingParams
 from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded
 from lorauter.names import AdapterKey
@@ -160,6 +162,28 @@ def test_a_replica_takes_no_more_than_begin_in_time(each: float, engine: dict[st
     queueing(limit - 1, each, **engine)._check_wait()
     with pytest.raises(Overloaded, match=f"{limit} requests run and wait"):
         queueing(limit, each, **engine)._check_wait()
+
+
+def test_a_report_tells_tiers_queue_limit_and_pace_and_is_no_longer_for_many_adapters() -> None:
+    def told(held: int) -> dict[str, Any]:
+        keys = [AdapterKey(f"adapter-{i}", "1") for i in range(held)]
+        replica = queueing(20, 4.0)
+        replica._engine.counters = SimpleNamespace(resident=keys)
+        replica._adapters = SimpleNamespace(resident=keys)
+        replica._on_disk = b""
+
+        async def resident() -> bytes:
+            return holdings(map(str, keys))
+
+        replica._node_cache = SimpleNamespace(holdings=resident)
+        found: dict[str, Any] = asyncio.run(replica.record_routing_stats())
+        return found
+
+    few, many = told(2), told(10_000)
+    assert few["device"] == few["host"] == few["disk"] == holdings(["adapter-0@1", "adapter-1@1"])
+    assert (few["queue"], few["limit"]) == (20, 16 + 64)
+    assert 2 ** (few["pace"] / 4) == pytest.approx(10.0, rel=0.1)
+    assert len(pickle.dumps(few)) == len(pickle.dumps(many)) < 4096
 
 
 def test_who_names_adapters_gets_the_error() -> None:
