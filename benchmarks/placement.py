@@ -114,7 +114,7 @@ class Policy:
     def update(self, reports: dict[str, dict[str, Any]], ingress: Ingress, now: float) -> None:
         pass
 
-    def turned_away(self, now: float) -> bool:
+    def turned_away(self, ingress: Ingress, now: float) -> bool:
         return False
 
     def choose(self, adapters: list[tuple[str, float]], queues: dict[str, int], now: float, tried: list[str]) -> str:
@@ -131,6 +131,7 @@ class Ours(Policy):
     def __init__(self, shape: Shape, seed: int) -> None:
         super().__init__(shape, seed)
         self._placement = Placement(batch=shape.rows, seed=seed)
+        self._replicas = shape.replicas
         self.seconds = 0.0
         self.ranks = 0
 
@@ -138,8 +139,9 @@ class Ours(Policy):
         for name in self._placement.update(reports, now):
             ingress.told[name] = reports[name]["queue"], now
 
-    def turned_away(self, now: float) -> bool:
-        return self._placement.all_refuse(now)
+    def turned_away(self, ingress: Ingress, now: float) -> bool:
+        self._placement.look = lambda: {f"r{i}": ingress.queue(f"r{i}", now) for i in range(self._replicas)}
+        return self._placement.full(now)
 
     def choose(self, adapters: list[tuple[str, float]], queues: dict[str, int], now: float, tried: list[str]) -> str:
         started = time.process_time()
@@ -260,7 +262,7 @@ def simulate(shape: Shape, kind: type[Policy], load: float, seconds: float, seed
             policy, ingress, tried = policies[who], ingresses[who], list[str]()
             seen.requests += counted
             chosen = None
-            while not (chosen is None and not tried and policy.turned_away(now)):
+            while not (chosen is None and not tried and policy.turned_away(ingress, now)):
                 queues = {other: ingress.queue(other, now) for other in names}
                 other = policy.choose(mixture, queues, now, tried)
                 seen.asked += counted

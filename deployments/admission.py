@@ -33,10 +33,10 @@ class Admission:
         self._refusal: Overloaded | None = None  # the last one
 
     def check(self) -> None:
-        """Raise Overloaded if every replica has just refused a call: to route one would only slow the others down."""
-        placement = self._placement
-        if self._refusal is not None and placement is not None and placement.all_refuse(time.monotonic()):
-            raise Overloaded(str(self._refusal), retry_after_s=self._refusal.retry_after_s)
+        """Raise Overloaded if no replica has room: to route a request would only slow down those that are there."""
+        if (placement := self._placement) is not None and placement.full(time.monotonic()):
+            refusal = self._refusal or Overloaded("every replica has as many requests as it takes", retry_after_s=1.0)
+            raise Overloaded(str(refusal), retry_after_s=refusal.retry_after_s)
 
     def goes_on(self, refusal: Overloaded) -> bool:
         """Remember a replica's refusal; whether another may take the call."""

@@ -150,6 +150,18 @@ class Placement:
         replicas = self._replicas
         return bool(replicas) and all(self._refusals.get(name, -math.inf) > now for name in replicas)
 
+    def full(self, now: float) -> bool:
+        """Whether no replica has room, as far as is known: each has just refused a request, or has as many as it takes
+        and a queue among them, which no second's old news can be wrong about. Any thread may ask."""
+        rows, limits, queues = self._rows, self._limits, self.look()
+        refusing = self._refusing(now)
+
+        def has_no_room(name: str, queue: int) -> bool:
+            limit = limits[rows[name]] if rows.get(name, len(limits)) < len(limits) else math.inf
+            return name in refusing or queue >= limit > self._batch
+
+        return bool(queues) and all(has_no_room(name, queue) for name, queue in queues.items())
+
     def took(self, call: int, replica: str) -> None:
         """A replica has a call now, which `elsewhere` may be asked of until it has `left`."""
         self._at[call] = replica

@@ -25,6 +25,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Admission, Plac
         monkeypatch.setattr(deployments.placement, "_shared", {})
         placement = Placement(batch=4, seed=0)
         placement.update({name: report([], [], [], 0.0) for name in NAMES}, time.monotonic())
+        placement.look = lambda: dict.fromkeys(NAMES, 1)
         share(placement, "LoraModel of app")
         handle: Any = SimpleNamespace(deployment_id="LoraModel of app")
         return Admission(handle), placement
@@ -45,6 +46,19 @@ def test_nothing_is_routed_only_while_every_replica_has_just_refused(known: Any)
     with pytest.raises(Overloaded, match="r1 is full") as caught:
         admission.check()
     assert caught.value.retry_after_s == 60.0
+
+
+def test_nothing_is_routed_while_every_replica_has_as_many_as_it_takes(known: Any) -> None:
+    """By what they report of their limits, and what is known of their queues: nobody has to be asked."""
+    admission, placement = known()
+    placement.update({name: report([], [], [], 1.0, 6) for name in NAMES}, time.monotonic())
+    placement.look = lambda: {"r0": 6, "r1": 5}
+    admission.check()
+    placement.look = lambda: {"r0": 6, "r1": 7}
+    with pytest.raises(Overloaded, match="as many requests as it takes"):
+        admission.check()
+    placement.look = dict
+    admission.check()
 
 
 def test_a_refusal_is_remembered_for_a_part_of_the_time_that_it_tells(known: Any) -> None:
