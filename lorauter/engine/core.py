@@ -227,7 +227,7 @@ class EngineCore:
         before = len(self._flights)
         plan = self.scheduler.plan()
         if plan is not None:
-            held = [sequence for sequence in self.scheduler.planned() if sequence.id in self._held]
+            held = [one for one in self.scheduler.planned() if one.id in self._held] if self._held else []
             flight = self._runner.launch(plan, partial(self._masks, held) if held else None)
             self._flights.append((plan, flight, time.perf_counter()))
         if not self._flights or (plan is not None and len(self._flights) <= self._runner.overlaps):

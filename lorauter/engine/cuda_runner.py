@@ -235,7 +235,7 @@ class CudaRunner(Runner):
                 if placed.copied is not None:
                     stream.wait_event(placed.copied)
         self._begin(plan)
-        logits, chosen = self._compute(plan) if plan.scored else self._replay(plan)
+        logits, chosen = self._compute(plan) if self._ranker.asked and plan.scored else self._replay(plan)
         if special := self._sampler.sampled([piece.row for piece in plan.sampled]):
             chosen = self._sample(logits, chosen, special, plan, masks() if masks is not None else None)
         ranks = self._ranker.of_step(plan, logits, chosen)

@@ -94,10 +94,20 @@ class Ranker:
 
     def __init__(self, rows: int) -> None:
         self._sampling = [SamplingParams()] * rows
+        self._asking: set[int] = set()
+
+    @property
+    def asked(self) -> bool:
+        """Whether any row asks."""
+        return bool(self._asking)
 
     def start(self, row: int, sampling: SamplingParams) -> None:
         """A row begins to be used."""
         self._sampling[row] = sampling
+        if sampling.logprobs is None and sampling.prompt_logprobs is None:
+            self._asking.discard(row)
+        else:
+            self._asking.add(row)
 
     def of_step(self, plan: StepPlan, logits: Tensor, chosen: Tensor) -> StepRanks | None:
         """What a step tells, its table still on the device; None if nobody asks.
@@ -106,6 +116,8 @@ class Ranker:
             logits: (m, vocabulary) of the pieces that sample, then of all targets.
             chosen: (n,) the tokens of the former.
         """
+        if not self._asking:
+            return None
         sampled = [
             (place, most)
             for place, piece in enumerate(plan.sampled)

@@ -95,9 +95,9 @@ class Sampler:
             (n,) int32.
         """
         starts = [start for row in rows if (start := self._starts[row]) is not None]
-        logits = logits.float()
-        finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()
-        logits = logits.nan_to_num()
+        logits = logits.to(torch.float32, copy=True)
+        least, most = logits.aminmax(dim=-1)
+        finite = least.isfinite() & most.isfinite()
         changed = [place for place, start in enumerate(starts) if start.sampling.penalises]
         own = self._ids([rows[place] for place in changed])
         if changed:
@@ -105,9 +105,13 @@ class Sampler:
             logits[where] = self._change(logits[where], own, [starts[place].sampling for place in changed])
         held = [place for place, row in enumerate(rows) if masks and row in masks]
         if masks and held:
-            where = self._ids(held)
-            allowed = _unpacked(to_device(torch.stack([masks[rows[place]] for place in held]), self._device))
-            logits[where] = logits[where].where(allowed[:, : self._vocabulary], -torch.inf)
+            packed = to_device(torch.stack([masks[rows[place]] for place in held]), self._device)
+            others = _forbidden(packed)[:, : self._vocabulary]
+            if len(held) == len(rows):
+                logits.masked_fill_(others, -torch.inf)
+            else:
+                where = self._ids(held)
+                logits[where] = logits[where].masked_fill_(others, -torch.inf)
         forbidden = [(place, self._forbidden[row]) for place, row in enumerate(rows) if row in self._forbidden]
         for place, tokens_of in forbidden:
             tokens_of.forbid(logits[place], positions[place] - starts[place].prompt)
@@ -141,10 +145,11 @@ class Sampler:
         return to_device(torch.tensor(values, dtype=torch.long), self._device)
 
 
-def _unpacked(masks: Tensor) -> Tensor:
-    """Bits of (n, words) int32 as (n, 32 * words) bool, the least of each word first."""
-    bits = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)
-    return (bits & 1).bool().flatten(1)
+def _forbidden(masks: Tensor) -> Tensor:
+    """Where the bits of (n, words) int32 are 0, as (n, 32 * words) bool, the least of each word first."""
+    one = torch.ones((), dtype=torch.int32, device=masks.device)
+    bits = one << torch.arange(32, dtype=torch.int32, device=masks.device)
+    return ((masks[:, :, None] & bits) == 0).flatten(1)
 
 
 class _Forbidden:

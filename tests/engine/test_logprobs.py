@@ -1,5 +1,6 @@
 """Tokens' probabilities against transformers', in any company, of answers and of prompts."""
 
+import copy
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from lorauter.engine import GenerationRequest, SamplingParams
 from lorauter.engine import core as core_module
 from lorauter.engine import scheduler as scheduler_module
 from lorauter.engine.logprobs import ranked
+from lorauter.engine.model import Decoder
 from lorauter.engine.runner import Runner
 from lorauter.errors import InvalidRequest
 
@@ -71,6 +73,28 @@ def test_logprobs_are_transformers_with_and_without_adapters(pool, start, monkey
             assert len(answer.prompt_logprobs) == len(prompt)
             for i, told in enumerate(answer.prompt_logprobs[1:]):
                 check(told, prompt[i + 1], expected[i], 2)
+
+
+def test_in_bfloat16_they_are_as_near_to_float32_as_transformers_are(pool, start):
+    """Both round logits to eight bits, so that neither is nearer to the other than to what is right."""
+    half = copy.deepcopy(pool.base("llama")).bfloat16()
+    whole = copy.deepcopy(half).float()
+    engine = start(Decoder(half), max_batch=8)
+    prompts = [request.prompt for request, _ in wanted(pool, 20)]
+    sampling = SamplingParams(6, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    ours, theirs = [], []
+    for prompt, answer in zip(
+        prompts, engine.generate([GenerationRequest(p, sampling=sampling) for p in prompts]), strict=True
+    ):
+        tokens = [*prompt, *answer.token_ids]
+        with torch.no_grad():
+            right, rounded = (
+                model(torch.tensor([tokens])).logits[0].float().log_softmax(-1) for model in (whole, half)
+            )
+        for i, told in enumerate([*answer.prompt_logprobs[1:], *answer.logprobs]):
+            ours.append(abs(told.own.logprob - float(right[i, tokens[i + 1]])))
+            theirs.append(abs(float(rounded[i, tokens[i + 1]] - right[i, tokens[i + 1]])))
+    assert sum(ours) / len(ours) < 1.1 * sum(theirs) / len(theirs)
 
 
 def test_who_asks_for_probabilities_gets_the_answer_that_it_would_get_without(pool, start):
