@@ -13,11 +13,18 @@ import counting
 import pytest
 
 import deployments.model
-from deployments.calls import Admitted, Begun, GenerateCall, Prompt
+from deployments.calls import Admitted, Begun, Choice, GenerateCall, Prompt
 from deployments.model import LoraModel
 from deployments.placement import holdings
 from lorauter.engine import Chunk, EngineConfig, MultiLoraEngine, SamplingParams
-from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded
+from lorauter.errors import (
+    AdapterError,
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterUnavailable,
+    InvalidRequest,
+    Overloaded,
+)
 from lorauter.names import AdapterKey
 from lorauter.routing import AdapterWeight, LeftOut
 
@@ -236,3 +243,24 @@ def test_a_whole_answer_is_two_messages_and_a_streams_are_fewer_the_more_there_a
     for replica._streams in (1, 2, 16):
         gaps.append(replica._gap())
     assert gaps[0] == 0 < gaps[1] < gaps[2]
+
+
+def test_several_answers_to_one_prompt_go_on_where_each_was_left(replica: Any) -> None:
+    sampling = SamplingParams(max_tokens=5, logprobs=0)
+    choices = (Choice(0), Choice(2, (98, 99)))
+    call = GenerateCall(Prompt(text="a"), (), sampling, choices=choices, tells_prompt=True)
+
+    def listen(call: GenerateCall) -> list[Any]:
+        async def run() -> list[Any]:
+            return [item async for item in replica.generate(call)]
+
+        return asyncio.run(run())
+
+    begun, *rest = listen(call)
+    assert begun.admitted.prompt == ((97, b"a"),)
+    said = {index: [one for one in (begun.chunk, *rest) if one.index == index] for index in (0, 2)}
+    assert {index: Chunk.joined(chunks).text for index, chunks in said.items()} == {0: "bcdef", 2: "def"}
+    assert all(chunks[-1].finish_reason == "length" for chunks in said.values())
+    assert [one.own.token for one in Chunk.joined(said[2]).logprobs] == [b"d", b"e", b"f"]
+    [error] = listen(replace(call, choices=tuple(map(Choice, range(16 + 256 + 1)))))
+    assert (type(error), error.param) == (InvalidRequest, "n")
