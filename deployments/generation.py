@@ -24,10 +24,11 @@ from deployments.access import Caller, Reservation
 from deployments.calls import Admitted, Choice, GenerateCall
 from deployments.config import ApiSettings
 from deployments.conversations import routed_text
+from deployments.merged import Merged
 from deployments.openai_answers import LAST_EVENT, EventEncoder, Shape, error_answer, event, usage
 from deployments.openai_types import ChatBody, CompletionBody
 from deployments.scope import ScopedOptions, visible
-from deployments.streams import EventStream, Merged
+from deployments.streams import EventStream
 from deployments.telling import Telling, likelihood
 from lorauter.engine.types import Chunk, Prompt
 from lorauter.errors import AdapterError, AdapterNotFound, ContextLengthExceeded, InvalidRequest, LorauterError

@@ -72,7 +72,6 @@ class Runner:
         blocks: of the cache.
         length: positions of a row at most.
         step_tokens: tokens of prompts in a step at most; None takes 512.
-        step: how steps are run; None is the device's own.
 
     Attributes:
         overlaps: whether a step may be launched before the last one's tokens are taken.
@@ -89,11 +88,10 @@ class Runner:
         blocks: int,
         length: int,
         step_tokens: int | None = None,
-        step: StepClass | None = None,
     ) -> None:
         self.decoder = decoder
         self._slots = slots
-        self._step = step or step_class(decoder)
+        self._step = step_class(decoder)
         self.memory = decoder.memory(blocks=blocks, rows=rows, length=length)
         self.mixtures = self._new_mixtures(rows)
         self._sampler = Sampler(rows + 1, decoder.vocabulary, decoder.device)
