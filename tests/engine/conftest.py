@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -347,3 +347,11 @@ def made():
         return LoraWeights(name, "1", base, tensors)
 
     return make
+
+
+@pytest.fixture
+def huge(pool):
+    """An adapter of finite numbers under which the model's are not."""
+    weights = pool.adapters["attention"]
+    tensors = {where: (a.sign() * 1e38, b.sign()) for where, (a, b) in weights.tensors.items()}
+    return replace(weights, name="huge", tensors=tensors)
