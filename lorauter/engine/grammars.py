@@ -21,7 +21,8 @@ from lorauter.errors import InvalidRequest
 
 _KEPT = 256  # compiled grammars
 _LONGEST = 1 << 20  # characters of one
-_WHITESPACE = r"[ \n\t]{0,32}"  # without a bound, a model may make nothing else
+# A space, or a new line and its indentation: where more may follow, some models make nothing else.
+_WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
 _TRIED = 256  # parts of a schema that are looked at for what is wrong
 _THREADS = 4
 # Of what a single step may take: about 15 ms.

