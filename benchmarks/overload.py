@@ -1,11 +1,11 @@
 """Back-pressure on the whole HTTP path: three times the load that the service sustains.
 
-    python benchmarks/overload.py [--seconds 60] [--factor 3] [--url URL]
+    python benchmarks/overload.py [--seconds 60] [--factor 3] [--max-slowdown X] [--url URL]
 
 Asks real, routed questions of the example tasks, in one run: one after the other (the unloaded latency), by more
 clients than the service takes (what it completes then is its sustainable load), and then at `factor` times that rate,
 requests arriving at random (Poisson) whatever becomes of the earlier ones. Without `--url` it starts the default
-service on this machine, whose cores the clients share.
+service on this machine, whose cores the clients share, with `engine.max_slowdown` if one is given.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import asyncio
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,12 @@ PATH = "/v1/chat/completions"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request: its status, its seconds, and `Retry-After` if it was refused."""
+    """What became of one request: its status, its seconds, `Retry-After` if it was refused, and the error."""
 
     status: int
     seconds: float
     retry_after: str | None
+    error: str | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Report:
     accepted: list[float]
     refused: int
     without_retry_after: int
-    other: list[int]
+    other: list[str]
     seconds: float
 
     @property
@@ -67,7 +69,8 @@ class Report:
                 f"accepted       {times(self.accepted)}  ({len(self.accepted)} requests, {done:.2f}/s: "
                 f"{done / self.sustainable:.2f} of the sustainable load)",
                 f"refused (429)  {self.refused}, without Retry-After {self.without_retry_after}",
-                f"other          {len(self.other)} {sorted(set(self.other)) or ''}",
+                f"other          {len(self.other)}",
+                *(f"  {n}: {said}" for said, n in Counter(self.other).items()),
                 f"p99 accepted / p99 unloaded   {self.ratio:.2f}",
             ]
         )
@@ -80,7 +83,9 @@ def percentile(values: Sequence[float], percent: float) -> float:
 async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
     started = time.perf_counter()
     response = await client.post(PATH, json=body)
-    return Outcome(response.status_code, time.perf_counter() - started, response.headers.get("Retry-After"))
+    seconds = time.perf_counter() - started
+    error = None if response.is_success else f"{response.status_code} {response.json()['error']['message']}"
+    return Outcome(response.status_code, seconds, response.headers.get("Retry-After"), error)
 
 
 async def in_turn(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], requests: int) -> list[float]:
@@ -148,7 +153,7 @@ async def measure(
         [outcome.seconds for outcome in outcomes if outcome.status == 200],
         len(refused),
         sum(not (outcome.retry_after or "").isdigit() or outcome.retry_after == "0" for outcome in refused),
-        [outcome.status for outcome in outcomes if outcome.status not in (200, 429)],
+        [outcome.error or "" for outcome in outcomes if outcome.status not in (200, 429)],
         seconds,
     )
 
@@ -172,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--factor", type=float, default=3)
+    parser.add_argument("--max-slowdown", type=float)
     parser.add_argument("--url")
     options = parser.parse_args()
     if options.url:
@@ -184,12 +190,13 @@ def main() -> None:
     from deployments.app import assemble
     from deployments.config import AppConfig
 
+    config = AppConfig.parse({"engine": {"max_slowdown": options.max_slowdown}})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
-    serve.run(assemble(AppConfig(), {}), name="lorauter")
+    serve.run(assemble(config, {}), name="lorauter")
     try:
         url = f"http://127.0.0.1:{port}"
         print(asyncio.run(measure(url, questions(), factor=options.factor, seconds=options.seconds)))
