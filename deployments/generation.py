@@ -21,11 +21,12 @@ from starlette.responses import JSONResponse, Response
 import lorauter
 from deployments import observe
 from deployments.access import Caller, Reservation
+from deployments.answers import AnswerShape, Opening, Piece, Writer
 from deployments.calls import Admitted, Choice, GenerateCall
 from deployments.config import ApiSettings
 from deployments.conversations import routed_text
 from deployments.merged import Merged
-from deployments.openai_answers import LAST_EVENT, EventEncoder, Shape, error_answer, event, usage
+from deployments.openai_answers import error_answer
 from deployments.openai_types import ChatBody, CompletionBody
 from deployments.scope import ScopedOptions, visible
 from deployments.streams import EventStream
@@ -94,31 +95,32 @@ class Generation:
         self._base_model = base_model
         self.running = 0  # choices that are being made
 
-    async def answer(self, request: Request, body: GeneratingBody, shape: Shape) -> Response:
-        """The answer to a request. Raises LorauterError, whose `param` is the client's own word for the prompt."""
+    async def answer(self, request: Request, body: GeneratingBody, shape: AnswerShape) -> Response:
+        """The answer to a request. Raises LorauterError, whose `param` is the client's own word for the option."""
         try:
             return await self._answer(request, body, shape)
         except InvalidRequest as error:
-            below = error.param or ("prompt" if isinstance(error, ContextLengthExceeded) else "")
-            if below in ("prompt", "tokens") or below.startswith("input"):
-                error.param = shape.prompt
+            own = error.param or ("prompt" if isinstance(error, ContextLengthExceeded) else "")
+            if own == "tokens" or own.startswith("input"):  # the words of those below
+                own = "prompt"
+            error.param = shape.names.get(own, own) or None
             raise
         except AdapterNotFound as error:
             if body.chosen() is not None:
                 error.param = "lorauter.adapters" if body.lorauter.adapters else "model"
             raise
 
-    async def _answer(self, request: Request, body: GeneratingBody, shape: Shape) -> Response:
+    async def _answer(self, request: Request, body: GeneratingBody, shape: AnswerShape) -> Response:
         settings, caller = self._settings, request.state.caller
         prompts = body.prompts()
         if len(prompts) > settings.max_inputs:
             raise InvalidRequest(
-                f"got {len(prompts)} prompts; at most {settings.max_inputs} are answered at once", param=shape.prompt
+                f"got {len(prompts)} prompts; at most {settings.max_inputs} are answered at once", param="prompt"
             )
-        check_length(max(prompt.characters for prompt in prompts), settings, shape.prompt)
+        check_length(max(prompt.characters for prompt in prompts), settings, "prompt")
         default = settings.default_max_tokens, settings.default_temperature
         sampling = body.sampling(max_tokens=default[0], temperature=default[1])
-        texts = [await self._routed_text(prompt, shape) for prompt in prompts] if body.chosen() is None else []
+        texts = [await self._routed_text(prompt) for prompt in prompts] if body.chosen() is None else []
         self._service.check_load()
         sizes = [min(_size(prompt), self._context) for prompt in prompts]
         answers = max(body.n or 1, body.best_of or 1)  # to each prompt
@@ -169,7 +171,7 @@ class Generation:
     async def _told(
         self,
         body: GeneratingBody,
-        shape: Shape,
+        shape: AnswerShape,
         prompts: Sequence[Prompt],
         begun: Sequence[_Begun],
         caller: Caller,
@@ -183,36 +185,33 @@ class Generation:
         ]
         first = begun[0].decision
         observe.current().decided(body.model, len(first.adapters), first.confidence)
-        head = {
-            **shape.head(body.model, stream=body.stream),
-            "system_fingerprint": self._fingerprint([choice.decision for choice in begun], caller),
-        }
-        shown = [visible(choice.decision.to_json(), caller.permitted) for choice in begun]
+        writer = shape.open(
+            Opening(
+                body,
+                [visible(choice.decision.to_json(), caller.permitted) for choice in begun],
+                self._fingerprint([choice.decision for choice in begun], caller),
+                prompt_tokens=sum(choice.admitted.prompt_tokens for choice in begun),
+                cached_tokens=sum(choice.admitted.cached_tokens for choice in begun),
+            )
+        )
         headers = _headers(first) if len(begun) == 1 else {}
         if body.stream:
             streams = Merged([choice.stream for choice in begun])
-            events = _events(streams, begun, tellings, shown, head, shape, body, caller)
-            return EventStream(events, streams, headers, self._settings.ping_s)
+            return EventStream(
+                _events(streams, tellings, n, writer, caller), streams, headers, self._settings.ping_s, shape.ping
+            )
         answers = await _all([_whole(choice) for choice in begun])
-        choices: list[dict[str, Any]] = []
-        beside: dict[str, Any] = {}
-        for place, chunks in enumerate(answers):
+        pieces: list[Piece] = []
+        for chunks in answers:
             of_prompt = chunks[0].prompt_logprobs
             if len(chunks) > n:  # `best_of`
                 chunks = sorted(chunks, key=likelihood, reverse=True)[:n]
             for chunk in chunks:
-                text, within, more = tellings[len(choices)].tell(chunk, of_prompt)
-                if len(begun) > 1:
-                    within["lorauter"] = shown[place]
-                beside = {**more, **beside}
-                choices.append(shape.choice(len(choices), text, chunk.finish_reason, **within))
+                pieces.append(tellings[len(pieces)].tell(chunk, of_prompt))
         tokens = sum(len(chunk.token_ids) for chunks in answers for chunk in chunks)
-        answer = {**head, "choices": choices, "usage": _usage(begun, 0 if body.max_tokens == 0 else tokens), **beside}
-        if len(begun) == 1:
-            answer["lorauter"] = shown[0]
-        return JSONResponse(answer, headers=headers)
+        return JSONResponse(writer.whole(pieces, 0 if body.max_tokens == 0 else tokens), headers=headers)
 
-    async def _routed_text(self, prompt: Prompt, shape: Shape) -> str:
+    async def _routed_text(self, prompt: Prompt) -> str:
         """The text that a prompt is routed by. Raises InvalidRequest: there is none."""
         if prompt.token_ids is not None:
             text = await self._service.detokenize(prompt.token_ids, skip_special_tokens=True)
@@ -221,7 +220,7 @@ class Generation:
         else:
             text = routed_text(prompt.messages, self._settings.route_on)
         if not text.strip():
-            raise InvalidRequest("the text to route by is empty", param=shape.prompt)
+            raise InvalidRequest("the text to route by is empty", param="prompt")
         return text
 
     async def _decide(
@@ -359,56 +358,32 @@ class _Meter:
 
 async def _events(
     streams: Merged[Admitted | Chunk],
-    begun: Sequence[_Begun],
     tellings: Sequence[Telling],
-    shown: Sequence[Mapping[str, Any]],
-    head: Mapping[str, Any],
-    shape: Shape,
-    body: GeneratingBody,
+    n: int,
+    writer: Writer,
     caller: Caller,
 ) -> AsyncGenerator[bytes]:
-    """Server-sent events: each choice's decision with its first, then the answers as they come, then `[DONE]`."""
-    n = len(tellings) // len(begun)
-    encoders = [EventEncoder(head, shape, place) for place in range(len(tellings))]
-    options = body.stream_options
-    with_usage = options is not None and options.include_usage
-    continuous = options is not None and with_usage and options.continuous_usage_stats
-    tokens = 0
-
-    def beside() -> dict[str, Any]:
-        return {"usage": _usage(begun, tokens)} if continuous else {}
-
+    """A stream's events: what goes before the answers, then the answers as they come, then the end."""
     # What is known at the same time is one message on its way to the client: the first token, or the end.
-    said = b"".join(encoder.first(lorauter=shown[place // n], **beside()) for place, encoder in enumerate(encoders))
-    running = len(encoders)
+    said = writer.first()
+    tokens, running = 0, len(tellings)
     try:
         async for place, item in streams:
             if isinstance(item, Chunk):
                 tokens += len(item.token_ids)
                 choice = place * n + item.index
-                text, within, more = tellings[choice].tell(item)
-                if text or within or more:
-                    said += encoders[choice].piece(text, None, within, **more, **beside())
+                said += writer.piece(choice, tellings[choice].tell(item), tokens)
                 if item.finish_reason:
-                    said += encoders[choice].piece("", item.finish_reason, **beside())
                     running -= 1
                 if said and running:
                     yield said
                     said = b""
     except Exception as error:  # noqa: BLE001 (the status is sent; the error has to go into the stream)
-        observe.current().broken, told = error_answer(error, caller.audience)
-        yield said + event(told) + LAST_EVENT
+        status, told = error_answer(error, caller.audience)
+        observe.current().broken = status
+        yield said + writer.error(status, told)
         return
-    if with_usage:
-        said += event({**head, "choices": [], "usage": _usage(begun, tokens)})
-    yield said + LAST_EVENT
-
-
-def _usage(begun: Sequence[_Begun], tokens: int) -> dict[str, Any]:
-    admitted = [choice.admitted for choice in begun]
-    return usage(
-        sum(one.prompt_tokens for one in admitted), tokens, cached_tokens=sum(one.cached_tokens for one in admitted)
-    )
+    yield said + writer.end(tokens)
 
 
 def scoped(options: RoutingOptions, caller: Caller) -> RoutingOptions:

@@ -6,12 +6,13 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from types import MappingProxyType
 from typing import Any
 
+from deployments.answers import Opening, Piece
 from deployments.told import Audience, told
 from lorauter.errors import (
     AdapterNotFound,
@@ -58,19 +59,20 @@ _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
 
 @dataclass(frozen=True)
 class Shape:
-    """What differs between the two generating endpoints' answers.
+    """What differs between the answers of OpenAI's older endpoints."""
 
-    Attributes:
-        prompt: the option that holds the prompt.
-    """
-
-    prompt: str
+    names: Mapping[str, str]
     prefix: str
     whole: str
     piece: str
     body: Callable[[str], dict[str, Any]]
     delta: Callable[[str], dict[str, Any]]
     first: dict[str, Any]
+    ping: bytes = b": ping\n\n"
+
+    def open(self, opening: Opening) -> OpenAIWriter:
+        """What writes the answers to a request."""
+        return OpenAIWriter(self, opening)
 
     def choice(self, index: int, text: str, finish_reason: str | None, **beside: Any) -> dict[str, Any]:
         """A choice of a whole answer."""
@@ -87,7 +89,7 @@ class Shape:
 
 
 CHAT = Shape(
-    "messages",
+    {"prompt": "messages"},
     "chatcmpl",
     "chat.completion",
     "chat.completion.chunk",
@@ -96,7 +98,7 @@ CHAT = Shape(
     {"delta": {"role": "assistant", "content": ""}},
 )
 TEXT = Shape(
-    "prompt",
+    {},
     "cmpl",
     "text_completion",
     "text_completion",
@@ -155,6 +157,68 @@ class EventEncoder:
 
 
 LAST_EVENT = b"data: [DONE]\n\n"
+
+
+class OpenAIWriter:
+    """Writes the answers to a request.
+
+    Args:
+        shape: the endpoint's.
+        opening: what is known of them.
+    """
+
+    def __init__(self, shape: Shape, opening: Opening) -> None:
+        body = opening.body
+        self._shape = shape
+        self._opening = opening
+        self._head = {**shape.head(body.model, stream=body.stream), "system_fingerprint": opening.fingerprint}
+        self._encoders = [EventEncoder(self._head, shape, place) for place in range(opening.choices)]
+        options = body.stream_options
+        self._with_usage = options is not None and options.include_usage
+        self._continuous = options is not None and self._with_usage and options.continuous_usage_stats
+
+    def whole(self, pieces: Sequence[Piece], tokens: int) -> dict[str, Any]:
+        """The body of an answer that is whole. Choices of several prompts have each their prompt's decision."""
+        several = len(self._opening.decisions) > 1
+        choices: list[dict[str, Any]] = []
+        beside: dict[str, Any] = {}
+        for place, piece in enumerate(pieces):
+            own = {"lorauter": self._opening.decision(place)} if several else {}
+            choices.append(self._shape.choice(place, piece.text, piece.finish_reason, **piece.within, **own))
+            beside = {**piece.beside, **beside}
+        answer = {**self._head, "choices": choices, "usage": self._usage(tokens), **beside}
+        return answer if several else {**answer, "lorauter": self._opening.decision(0)}
+
+    def first(self) -> bytes:
+        """Of each choice the role, and its decision."""
+        return b"".join(
+            encoder.first(lorauter=self._opening.decision(place), **self._so_far(0))
+            for place, encoder in enumerate(self._encoders)
+        )
+
+    def piece(self, choice: int, piece: Piece, tokens: int) -> bytes:
+        """The text, and the reason by itself."""
+        encoder, said = self._encoders[choice], b""
+        if piece.text or piece.within or piece.beside:
+            said = encoder.piece(piece.text, None, piece.within, **piece.beside, **self._so_far(tokens))
+        if piece.finish_reason:
+            said += encoder.piece("", piece.finish_reason, **self._so_far(tokens))
+        return said
+
+    def end(self, tokens: int) -> bytes:
+        """The usage, if it is wanted, and `[DONE]`."""
+        usage = event({**self._head, "choices": [], "usage": self._usage(tokens)}) if self._with_usage else b""
+        return usage + LAST_EVENT
+
+    def error(self, _: int, body: Mapping[str, Any]) -> bytes:
+        """The error, and `[DONE]`."""
+        return event(body) + LAST_EVENT
+
+    def _usage(self, tokens: int) -> dict[str, Any]:
+        return usage(self._opening.prompt_tokens, tokens, cached_tokens=self._opening.cached_tokens)
+
+    def _so_far(self, tokens: int) -> dict[str, Any]:
+        return {"usage": self._usage(tokens)} if self._continuous else {}
 
 
 def event(content: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 class EventStream(StreamingResponse):
     """Server-sent events. However the response ends, what they are made of is closed.
 
-    Where none comes for `ping_s` seconds, a comment is sent.
+    Where none comes for `ping_s` seconds, `ping` is sent.
     """
 
     def __init__(
@@ -28,10 +28,12 @@ class EventStream(StreamingResponse):
         source: Merged[Any],
         headers: dict[str, str],
         ping_s: float | None,
+        ping: bytes,
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers={**_UNBUFFERED, **headers})
         self._source = source
         self._ping_s = ping_s
+        self._ping = ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -57,7 +59,7 @@ class EventStream(StreamingResponse):
                 silent = time.monotonic() - last
                 await asyncio.sleep(ping_s - silent if silent < ping_s else 0.0)
                 if time.monotonic() - last >= ping_s:
-                    await send_noted({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+                    await send_noted({"type": "http.response.body", "body": self._ping, "more_body": True})
 
         pinging = asyncio.create_task(ping())
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from deployments.answers import Piece
 from deployments.calls import Admitted
 from deployments.openai_types import ChatBody, CompletionBody
 from lorauter.engine.types import Chunk, Logprob, PromptLogprobs, TokenLogprobs
@@ -37,8 +38,8 @@ class Telling:
         """Whether the prompt's tokens are needed."""
         return bool(body.echo or body.return_token_ids)
 
-    def tell(self, chunk: Chunk, prompt: PromptLogprobs = ()) -> tuple[str, dict[str, Any], dict[str, Any]]:
-        """A chunk's text, what goes beside it in the choice, and what beside the choices.
+    def tell(self, chunk: Chunk, prompt: PromptLogprobs = ()) -> Piece:
+        """What there is to say of a chunk.
 
         Args:
             chunk: the next one.
@@ -68,7 +69,7 @@ class Telling:
             if body.prompt_logprobs is not None:
                 of_prompt["prompt_logprobs"] = [None if one is None else _by_id(one) for one in prompt]
             (beside if isinstance(body, ChatBody) else choice).update(of_prompt)
-        return text, choice, beside
+        return Piece(text, chunk.finish_reason, choice, beside)
 
     def _plain(self, tokens: Sequence[_Told]) -> dict[str, Any]:
         """OpenAI's older shape, of plain completions."""

@@ -1,0 +1,94 @@
+"""What there is to say of a request's answers, and who says it in the words of an API. Knows no API's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorauter.engine.types import FinishReason
+
+if TYPE_CHECKING:
+    from deployments.openai_types import ChatBody, CompletionBody
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is known of a request's answers once all of them have begun.
+
+    Attributes:
+        body: what was asked.
+        decisions: of each prompt, as its reader may see it.
+        fingerprint: of what answers.
+        prompt_tokens: of all prompts.
+        cached_tokens: how many of these were found computed.
+    """
+
+    body: ChatBody | CompletionBody
+    decisions: Sequence[Mapping[str, Any]]
+    fingerprint: str
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def choices(self) -> int:
+        """The number of answers; those to a prompt follow one another."""
+        return (self.body.n or 1) * len(self.decisions)
+
+    def decision(self, choice: int) -> Mapping[str, Any]:
+        """Of a choice, by its place."""
+        return self.decisions[choice // (self.body.n or 1)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a choice, or all of it.
+
+    Attributes:
+        text: new text.
+        finish_reason: in the last one, why it ended.
+        within: what goes beside it in the choice: OpenAI's and vLLM's words for logprobs and tokens.
+        beside: what goes beside the choices.
+    """
+
+    text: str
+    finish_reason: FinishReason | None = None
+    within: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Writer(Protocol):
+    """Writes the answers to one request. `tokens` are those of all answers so far."""
+
+    def whole(self, pieces: Sequence[Piece], tokens: int) -> dict[str, Any]:
+        """The body of an answer that is whole: a piece for each choice."""
+
+    def first(self) -> bytes:
+        """The events before the answers' own."""
+
+    def piece(self, choice: int, piece: Piece, tokens: int) -> bytes:
+        """The events of a piece that is not empty."""
+
+    def end(self, tokens: int) -> bytes:
+        """The events after all pieces."""
+
+    def error(self, status: int, body: Mapping[str, Any]) -> bytes:
+        """The events of an error that ends a stream, as `openai_answers.error_answer` has it."""
+
+
+class AnswerShape(Protocol):
+    """How an endpoint's answers look.
+
+    Attributes:
+        ping: what says in a stream that nothing is new.
+        names: what its clients call an option that others call otherwise: `prompt` is whatever holds the prompt.
+    """
+
+    @property
+    def ping(self) -> bytes: ...
+
+    @property
+    def names(self) -> Mapping[str, str]: ...
+
+    def open(self, opening: Opening) -> Writer:
+        """What writes the answers to a request."""
