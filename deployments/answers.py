@@ -49,12 +49,14 @@ class Piece:
         finish_reason: in the last one, why it ended.
         within: what goes beside it in the choice: OpenAI's and vLLM's words for logprobs and tokens.
         beside: what goes beside the choices.
+        stop_string: in the last one, which of the stop strings ended it, if one did.
     """
 
     text: str
     finish_reason: FinishReason | None = None
     within: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
+    stop_string: str | None = None
 
 
 class Writer(Protocol):

@@ -69,7 +69,7 @@ class Telling:
             if body.prompt_logprobs is not None:
                 of_prompt["prompt_logprobs"] = [None if one is None else _by_id(one) for one in prompt]
             (beside if isinstance(body, ChatBody) else choice).update(of_prompt)
-        return Piece(text, chunk.finish_reason, choice, beside)
+        return Piece(text, chunk.finish_reason, choice, beside, chunk.stop_string)
 
     def _plain(self, tokens: Sequence[_Told]) -> dict[str, Any]:
         """OpenAI's older shape, of plain completions."""

@@ -207,4 +207,4 @@ def _chunk(stream: TextStream, token: int, reason: FinishReason | None) -> Chunk
             reason = "stop"
     if reason is not None:
         text += stream.flush()
-    return Chunk(text, (token,), reason)
+    return Chunk(text, (token,), reason, stop_string=stream.stopped_by)

@@ -197,12 +197,14 @@ class TextStream:
 
     Attributes:
         sampling: what the answer ends with, and whether special tokens are part of it.
+        stopped_by: the stop string that has ended it.
     """
 
     def __init__(self, backend: Any, sampling: SamplingParams, bytes_of: Callable[[int], bytes]) -> None:
         self._backend = backend
         self._bytes_of = bytes_of
         self.sampling = sampling
+        self.stopped_by: str | None = None
         self._decoder = self._new_decoder()
         self._stop = sampling.stop
         self._hold = max((len(text) - 1 for text in self._stop), default=0)
@@ -223,9 +225,9 @@ class TextStream:
             self._pending += self._decoder.step(self._backend, token) or ""
         if self._tokens < self.sampling.min_tokens:
             return self.flush(), False
-        cuts = [(place, len(text)) for text in self._stop if (place := self._pending.find(text)) >= 0]
+        cuts = [(place, len(text), text) for text in self._stop if (place := self._pending.find(text)) >= 0]
         if cuts:
-            place, length = min(cuts)
+            place, length, self.stopped_by = min(cuts)
             text = self._pending[: place + length if self.sampling.include_stop_str_in_output else place]
             self._pending = ""
             return text, True

@@ -265,6 +265,7 @@ class Chunk:
         index: of several answers to a prompt, which it belongs to.
         logprobs: of the tokens, if they are wanted.
         prompt_logprobs: in the first one, of the prompt's tokens, if they are wanted.
+        stop_string: in the last one, which of the stop strings ended it, if one did.
     """
 
     text: str
@@ -274,6 +275,7 @@ class Chunk:
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: PromptLogprobs = ()
+    stop_string: str | None = None
 
     @classmethod
     def joined(cls, chunks: Sequence[Chunk]) -> Chunk:
@@ -286,6 +288,7 @@ class Chunk:
             chunks[0].index,
             tuple(logprobs for chunk in chunks for logprobs in chunk.logprobs),
             chunks[0].prompt_logprobs,
+            chunks[-1].stop_string,
         )
 
 

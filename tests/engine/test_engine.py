@@ -117,6 +117,19 @@ def test_where_an_answer_ends(start, counting, tokenizer, prompt, sampling, text
     assert together(engine, ask(prompt, **sampling)) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("sampling", "string"),
+    [({"stop": ("bc", "fg"), "min_tokens": 4}, "fg"), ({"stop": ("xy",), "stop_token_ids": (102,)}, None), ({}, None)],
+)
+def test_the_end_tells_which_stop_string_it_was(start, counting, sampling, string):
+    async def run():
+        return [chunk async for chunk in start(counting).stream(ask("a", max_tokens=9, **sampling))]
+
+    *before, last = asyncio.run(run())
+    assert last.stop_string == string
+    assert all(chunk.stop_string is None for chunk in before)
+
+
 @pytest.mark.parametrize("param", ["stop_token_ids", "allowed_token_ids", "bad_words"])
 def test_tokens_that_the_model_has_not_are_refused(start, counting, param):
     value = ((5, 400),) if param == "bad_words" else (5, 400)
