@@ -61,10 +61,9 @@ _SAME_NAMES = (
 )
 
 
-class SamplingOptions(Body):
-    """How answers are sampled."""
+class TokenOptions(Body):
+    """How tokens are chosen."""
 
-    max_tokens: Annotated[PositiveInt | None, Option("tokens of an answer at most", "sampling")] = None
     temperature: Annotated[
         Annotated[FiniteFloat, Field(ge=0, le=2)] | None, Option("0 takes the likeliest tokens", "sampling")
     ] = None
@@ -113,10 +112,18 @@ class SamplingOptions(Body):
         Annotated[list[TokenId], Field(min_length=1)] | None, Option("the only tokens that may come", "sampling")
     ] = None
     bad_words: Annotated[list[str] | None, Option("texts that may not come", "sampling", ([],))] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None, Option("what the answer has to be, in vLLM's words", "sampling", ({},))
+    ] = None
+
+
+class SamplingOptions(TokenOptions):
+    """How answers are sampled."""
+
+    max_tokens: Annotated[PositiveInt | None, Option("tokens of an answer at most", "sampling")] = None
     response_format: Annotated[
         ResponseFormat | None, Option("what the answer has to be", "sampling", ({"type": "text"},))
     ] = None
-    structured_outputs: Annotated[StructuredOutputs | None, Option("the same, vLLM's", "sampling", ({},))] = None
     guided_json: Annotated[Schema | None, Option("the same, as a JSON schema", "sampling")] = None
     guided_regex: Annotated[str | None, Option("as a regular expression", "sampling")] = None
     guided_choice: Annotated[Choices | None, Option("as one of some texts", "sampling")] = None
@@ -162,33 +169,40 @@ class SamplingOptions(Body):
         return replace(default, **{name: value for name, value in asked.items() if value is not None})
 
 
+StoredNowhere = Annotated[bool | None, Option("nothing is stored", "nowhere")]
+Ignored = Annotated[str | None, Option("", "nowhere")]
+IgnoredObject = Annotated[dict[str, Any] | None, Option("", "nowhere")]
+Model = Annotated[str, Option(f"`{ROUTED_MODEL}` (routed), `{BASE_MODEL}`, or an adapter's name", "model")]
+Routing = Annotated[LorauterOptions, Option("how to route, or the adapters by hand; an object", "routing", ({},))]
+Streamed = Annotated[bool, Option("the answer as it comes, by server-sent events", "answer", (False,))]
+CacheSalt = Annotated[
+    Annotated[str, Field(min_length=1, max_length=1024)] | None,
+    Option("share what is computed of prompts only with requests of the same salt", "prompt"),
+]
+
+
 class GenerationBody(SamplingOptions):
     """What chats and plain completions have in common."""
 
-    model: Annotated[str, Option(f"`{ROUTED_MODEL}` (routed), `{BASE_MODEL}`, or an adapter's name", "model")]
-    lorauter: Annotated[
-        LorauterOptions, Option("how to route, or the adapters by hand; an object", "routing", ({},))
-    ] = LorauterOptions()
+    model: Model
+    lorauter: Routing = LorauterOptions()
 
-    stream: Annotated[bool, Option("the answer as it comes, by server-sent events", "answer", (False,))] = False
+    stream: Streamed = False
     stream_options: Annotated[
         StreamOptions | None,
         Option("what a stream carries beside the answer", "answer", ({},)),
     ] = None
-    cache_salt: Annotated[
-        Annotated[str, Field(min_length=1, max_length=1024)] | None,
-        Option("share what is computed of prompts only with requests of the same salt", "prompt"),
-    ] = None
+    cache_salt: CacheSalt = None
 
-    user: Annotated[str | None, Option("", "nowhere")] = None
-    metadata: Annotated[dict[str, Any] | None, Option("", "nowhere")] = None
+    user: Ignored = None
+    metadata: IgnoredObject = None
     request_id: Annotated[str | None, Option("the header `x-request-id` goes into logs", "nowhere")] = None
-    session_id: Annotated[str | None, Option("", "nowhere")] = None
+    session_id: Ignored = None
     stream_interval: Annotated[PositiveInt | None, Option("", "nowhere")] = None
     spaces_between_special_tokens: Annotated[bool, Option("", "nowhere")] = True
     return_token_offsets: Annotated[bool, Option("", "nowhere")] = False
     return_mm_kwargs: Annotated[bool, Option("", "nowhere")] = True
-    guided_decoding_backend: Annotated[str | None, Option("", "nowhere")] = None
+    guided_decoding_backend: Ignored = None
     truncation_side: Annotated[Literal["left", "right"] | None, Option("", "nowhere")] = None
 
     n: Annotated[Several | None, Option("so many answers to each prompt", "answer", (1,))] = None
@@ -306,13 +320,13 @@ class ChatBody(GenerationBody):
     continue_final_message: ContinueFinalMessage = False
     chat_template_kwargs: TemplateKwargs = None
 
-    store: Annotated[bool | None, Option("nothing is stored", "nowhere")] = None
-    service_tier: Annotated[str | None, Option("", "nowhere")] = None
-    prompt_cache_key: Annotated[str | None, Option("", "nowhere")] = None
-    prompt_cache_retention: Annotated[str | None, Option("", "nowhere")] = None
-    prompt_cache_options: Annotated[dict[str, Any] | None, Option("", "nowhere")] = None
-    safety_identifier: Annotated[str | None, Option("", "nowhere")] = None
-    prediction: Annotated[dict[str, Any] | None, Option("", "nowhere")] = None
+    store: StoredNowhere = None
+    service_tier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    prompt_cache_options: IgnoredObject = None
+    safety_identifier: Ignored = None
+    prediction: IgnoredObject = None
     parallel_tool_calls: Annotated[bool | None, Option("there are no tools", "nowhere")] = None
     include_reasoning: Annotated[bool | None, Option("", "nowhere")] = None
 

@@ -13,6 +13,7 @@ from deployments.openai_types import (
     AddGenerationPrompt,
     AddSpecialTokens,
     ContinueFinalMessage,
+    Ignored,
     ParseSpecial,
     PositiveInt,
     TemplateKwargs,
@@ -55,8 +56,8 @@ class EmbeddingsBody(Body):
         Literal["float", "base64"], Option("base64 is of little-endian float32", "answer", ("float",))
     ] = "float"
 
-    user: Annotated[str | None, Option("", "nowhere")] = None
-    request_id: Annotated[str | None, Option("", "nowhere")] = None
+    user: Ignored = None
+    request_id: Ignored = None
     add_special_tokens: Annotated[None, Only(True)] = None
     priority: Annotated[None, Only(0)] = None
     truncate_prompt_tokens: Annotated[None, Only()] = None
