@@ -256,9 +256,8 @@ class LoraModel:
     def _longest_queue(self) -> int:
         """Requests, running and waiting, of which the last begins before it is given up, by the pace."""
         config = self._engine.config
-        seconds = self._engine.pace.seconds(config.max_batch)  # in which as many begin as run
-        most = config.max_batch + config.max_queue
-        return min(most, int(config.max_batch * (1 + _PATIENT * self._first_token_s / seconds))) if seconds else most
+        most, each_s = config.max_batch + config.max_queue, self._engine.pace.turnover_s
+        return min(most, config.max_batch + int(_PATIENT * self._first_token_s / each_s)) if each_s else most
 
     def _limit(self) -> int:
         """Requests that the replica takes at once before it refuses more."""

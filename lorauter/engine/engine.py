@@ -351,6 +351,8 @@ class Engine:
             with self._room:
                 self._unfinished.difference_update(ended)
                 self._room.notify_all()
+            if report.answered:
+                self.pace.ended(len(report.answered), self.load[1], self._heard)
         if report.outcomes:
             self._front.put(report, self._in_step() if report.awaited else None)
 

@@ -1,8 +1,8 @@
 """How fast an engine is, and how many requests it may hold before each of them takes too long.
 
 Learns the seconds of a step from the steps themselves, by how many rows decode and how many prompt tokens go through,
-and from both how much longer a request takes beside n - 1 others than alone. Knows nothing of the model or of what
-is asked.
+and from both how much longer a request takes beside n - 1 others than alone; and, while requests wait, how often one
+ends. Knows nothing of the model or of what is asked.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Pace:
         self._alone_step: float | None = None  # seconds, of one decoding row
         self._alone_token: float | None = None  # seconds, of a prompt's token
         self._answers = self._prompt_tokens = self._answer_tokens = 0.0
+        self._full_since: float | None = None  # when the last request ended, if others have waited since then
+        self._full_seconds = self._full_ends = 0.0
 
     def step(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step of so many decoding rows and prompt tokens."""
@@ -58,6 +60,23 @@ class Pace:
         self._answers = _KEPT * self._answers + 1
         self._prompt_tokens = _KEPT * self._prompt_tokens + prompt_tokens
         self._answer_tokens = _KEPT * self._answer_tokens + answer_tokens
+
+    def ended(self, requests: int, waiting: int, now: float) -> None:
+        """Learn that so many have been answered, and so many wait still, at a time in seconds on any steady clock."""
+        if self._full_since is not None:
+            self._full_seconds = _KEPT**requests * self._full_seconds + now - self._full_since
+            self._full_ends = _KEPT**requests * self._full_ends + requests
+        self._full_since = now if waiting else None
+
+    @property
+    def turnover_s(self) -> float:
+        """Seconds between two requests' ends, or beginnings, while others wait; 0 while nothing is known.
+
+        As it was seen, whatever else the machine did meanwhile, or else by the steps.
+        """
+        return (
+            self._full_seconds / self._full_ends if self._full_ends else self.seconds(self._max_batch) / self._max_batch
+        )
 
     def check(self, requests: int) -> None:
         """Raise Overloaded if this many requests, running and waiting, are too many for `max_slowdown`."""

@@ -133,6 +133,10 @@ class Pace:
     def seconds_alone(self) -> float:
         return self.each
 
+    @property
+    def turnover_s(self) -> float:
+        return self.seconds(16) / 16
+
     def seconds(self, requests: int) -> float:
         return self.each * (1 + 0.1 * (requests - 1)) * max(1, requests / 16)
 

@@ -103,6 +103,20 @@ def test_the_refusal_says_when_to_come_again():
     assert caught.value.retry_after_s == pytest.approx(50 * 0.2125)
 
 
+def test_what_a_wait_is_by_steps_until_a_queue_was_seen():
+    pace = learnt(max_batch=4, d1=0.1, d4=0.2)
+    assert pace.turnover_s == pytest.approx(10 / 4)
+    pace.ended(1, 3, 100.0)  # since when others waited is not known
+    assert pace.turnover_s == pytest.approx(10 / 4)
+    for second in range(5, 500, 5):  # two in five seconds, whatever the steps say
+        pace.ended(2, 3, 100.0 + second)
+    assert pace.turnover_s == pytest.approx(5 / 2, rel=0.05)
+    pace.ended(1, 0, 601.0)
+    before = pace.turnover_s
+    pace.ended(1, 1, 900.0)  # in between nobody waited
+    assert pace.turnover_s == before
+
+
 @dataclass
 class Machine:
     """An engine's steps on paper: seconds of a step, more for each decoding row, more for each prompt token."""
