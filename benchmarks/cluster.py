@@ -17,7 +17,6 @@ import asyncio
 import json
 import os
 import random
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -30,7 +29,7 @@ from typing import Any
 import httpx
 import ray
 import torch
-from local_s3 import LocalS3
+from local_s3 import LocalS3, free_port
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.config import RequestRouterConfig
@@ -61,12 +60,6 @@ class Arm:
     latencies: list[list[float]] = field(default_factory=list)
     failed: Counter[int] = field(default_factory=Counter)
     wanted: set[str] = field(default_factory=set)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_model(folder: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,6 +23,7 @@ from unittest import mock
 import httpx
 import psutil
 import ray
+from local_s3 import free_port
 from ray import serve
 from starlette.requests import Request
 
@@ -125,9 +125,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     requests = parser.parse_args().requests
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     key = new_key()
     limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9}
     os.environ["LATENCY_KEYS"] = json.dumps([{"name": "one", "sha256": hash_key(key), **limits}])

@@ -15,6 +15,13 @@ import time
 from pathlib import Path
 
 
+def free_port() -> int:
+    """A port of the loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class LocalS3:
     """The server; a bucket is a folder below `root`, and is there when the server starts.
 
@@ -30,9 +37,7 @@ class LocalS3:
     def __init__(self, root: Path, *buckets: str) -> None:
         for bucket in buckets:
             (root / bucket).mkdir(parents=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.root = root
         self.endpoint = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from local_s3 import free_port
 
 TASKS = ("agnews", "dbpedia", "multi30k_deen", "sst2", "tomqa")
 PATH = "/v1/chat/completions"
@@ -191,9 +191,7 @@ def main() -> None:
     from deployments.config import AppConfig
 
     config = AppConfig.parse({"engine": {"max_slowdown": options.max_slowdown}})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
     serve.run(assemble(config, {}), name="lorauter")

@@ -18,7 +18,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import psutil
 import torch
 import yaml
 from engine_common import ATTENTION, ROOT, SHAPES, random_model
+from local_s3 import free_port
 
 from lorauter.tasks import read_tasks
 
@@ -233,12 +233,6 @@ class Service:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- the load

@@ -18,7 +18,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from typing import Any
 import httpx
 import psutil
 import ray
-from local_s3 import LocalS3
+from local_s3 import LocalS3, free_port
 from ray import serve
 from ray.cluster_utils import Cluster
 from soak_report import Judge, MemorySample, Outcome, markdown, summary
@@ -269,9 +268,7 @@ def _start_app(work: Path) -> str:
             "cache": {"directory": str(work / "disk"), "disk_bytes": 128 << 20},
         }
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": "127.0.0.1", "port": port},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import Cli
+from local_s3 import free_port
 
 EVENTS = [
     {"choices": [{"delta": {"role": "assistant", "content": ""}}], "lorauter": {}},
@@ -139,7 +139,4 @@ def test_what_a_server_may_do_wrong(cli: Cli, server: Server, status: int | None
     ],
 )
 def test_no_server(cli: Cli, url: str, cause: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cli("chat", "--url", url.format(free=port), "hi").refused(cause)
+    cli("chat", "--url", url.format(free=free_port()), "hi").refused(cause)

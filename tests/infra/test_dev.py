@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from local_s3 import free_port
 
 from deployments.launch import ServeFile
 
@@ -72,12 +72,6 @@ def test_make_dev_runs_the_script() -> None:
     assert "\ndev: install\n\texec infra/dev/serve.sh\n" in (ROOT / "Makefile").read_text()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 300
     while True:
@@ -94,8 +88,8 @@ def _wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> N
 @pytest.mark.integration
 def test_the_service_runs_against_a_real_s3_server(tmp_path: Path) -> None:
     """From nothing to an answer, an adapter pushed from another terminal, and back to nothing."""
-    port, store, log = _free_port(), tmp_path / "store", tmp_path / "log"
-    env = {**os.environ, "S3_FOLDER": str(store), "S3_PORT": str(_free_port()), "RAY_USAGE_STATS_ENABLED": "0"}
+    port, store, log = free_port(), tmp_path / "store", tmp_path / "log"
+    env = {**os.environ, "S3_FOLDER": str(store), "S3_PORT": str(free_port()), "RAY_USAGE_STATS_ENABLED": "0"}
     with log.open("wb") as out:
         command = [str(DEV / "serve.sh"), "--port", str(port)]
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 import ray
 import yaml
 from catalogued import catalog_adapters
+from local_s3 import free_port
 from ray import serve
 
 from deployments.adapter_cache import CacheSpec, running_caches
@@ -95,12 +95,6 @@ class Service:
         return asyncio.run(send())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def cli(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the console script to its end."""
     return subprocess.run(
@@ -144,7 +138,7 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
                 "api": {"max_body_bytes": 100_000},
             }
         )
-        port = _free_port()
+        port = free_port()
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGS)
         serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter", logging_config=LOGS)
@@ -166,12 +160,6 @@ def examples() -> Any:
 def root() -> Path:
     """The repository."""
     return ROOT
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port of the loopback that nothing listens on."""
-    return _free_port()
 
 
 @dataclass(frozen=True)

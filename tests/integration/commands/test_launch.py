@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import httpx
 import psutil
 import pytest
 import yaml
+from local_s3 import free_port
+from otlp import Collector, attributes
 from ray import serve
 
 from deployments.config import AccessSettings
@@ -26,45 +29,61 @@ from deployments.model import LoraModel
 from deployments.retriever import TaskRetriever
 from deployments.router import Router
 from lorauter.defaults import BASE_MODEL, resolve_model
+from lorauter.keys import hash_key, new_key
 
 pytestmark = pytest.mark.integration
 
 _SAID = r".* \.\.\.$|serving on http.*; stop with Ctrl-C\. Try:$|  .*lorauter chat --url"
 """Phases, and how to ask."""
 BIN = Path(sys.executable).parent
+CANARY = "xylophagous-canary"
+
+
+def configured(root: Path, folder: Path, port: int, **args: Any) -> Path:
+    """The shipped configuration with a port of its own."""
+    data = yaml.safe_load((root / "serve_config.yaml").read_text())
+    data["http_options"]["port"] = port
+    data["applications"][0]["args"] |= {"adapters": "examples/adapters", **args}  # relative to where the command runs
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@contextmanager
+def started(root: Path, folder: Path) -> Iterator[Any]:
+    """`start(command)`: run it from the repository, its output in a file; ended with all its children afterwards."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(*command: str) -> tuple[subprocess.Popen[bytes], Path]:
+        log = folder / "log"
+        with log.open("wb") as out:
+            env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+            process = subprocess.Popen(command, stdout=out, stderr=out, cwd=root, env=env, start_new_session=True)
+        processes.append(process)
+        return process, log
+
+    try:
+        yield run
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                children = psutil.Process(process.pid).children(recursive=True)
+                for child in [*children, psutil.Process(process.pid)]:
+                    child.kill()
+                process.wait()
 
 
 @pytest.fixture
-def own_port(root: Path, tmp_path: Path, free_port: int) -> tuple[Path, str]:
-    """The shipped configuration with a port of its own, and the URL it serves."""
-    data = yaml.safe_load((root / "serve_config.yaml").read_text())
-    data["http_options"]["port"] = free_port
-    data["applications"][0]["args"]["adapters"] = "examples/adapters"  # relative to where the command runs
-    path = tmp_path / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(data))
-    return path, f"http://127.0.0.1:{free_port}"
+def own_port(root: Path, tmp_path: Path) -> tuple[Path, str]:
+    """A configuration, and the URL that it serves."""
+    port = free_port()
+    return configured(root, tmp_path, port), f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
 def start(root: Path, tmp_path: Path) -> Iterator[Any]:
-    """`start(command)`: run it from the repository, its output in a file; ended with all its children afterwards."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def run(*command: str) -> tuple[subprocess.Popen[bytes], Path]:
-        log = tmp_path / "log"
-        with log.open("wb") as out:
-            env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-            process = subprocess.Popen(command, stdout=out, stderr=out, cwd=root, env=env, start_new_session=True)
-        started.append(process)
-        return process, log
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            children = psutil.Process(process.pid).children(recursive=True)
-            for child in [*children, psutil.Process(process.pid)]:
-                child.kill()
-            process.wait()
+    with started(root, tmp_path) as start:
+        yield start
 
 
 def wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 150) -> None:
@@ -80,30 +99,102 @@ def wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path, timeo
         time.sleep(0.5)
 
 
-def test_lorauter_serve_and_chat(start: Any, own_port: tuple[Path, str]) -> None:
-    config, url = own_port
-    process, log = start(str(BIN / "lorauter"), "serve", "--config", str(config))
-    wait_for_answer(url, process, log)
-    family = psutil.Process(process.pid).children(recursive=True)
+@dataclass(frozen=True)
+class Served:
+    """What `lorauter serve` serves, with keys and traces."""
+
+    url: str
+    config: Path
+    keys: dict[str, str]
+    process: subprocess.Popen[bytes]
+    log: Path
+    collector: Collector
+
+    def headers(self, key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.keys[key]}"}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Served]:
+    folder, port = tmp_path_factory.mktemp("served"), free_port()
+    keys = {"any": new_key(), "few": new_key()}
+    rows = [{"name": name, "sha256": hash_key(key)} for name, key in keys.items()]
+    rows[1]["requests_per_minute"] = 2
+    with pytest.MonkeyPatch.context() as patch, started(root, folder) as start:
+        collector = Collector()
+        config = configured(root, folder, port, access={"keys_env": "SOME_KEYS"})
+        patch.setenv("SOME_KEYS", yaml.safe_dump(rows))
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        process, log = start(str(BIN / "lorauter"), "serve", "--config", str(config))
+        url = f"http://127.0.0.1:{port}"
+        wait_for_answer(url, process, log)
+        yield Served(url, config, keys, process, log, collector)
+        collector.close()
+
+
+def test_lorauter_chat(served: Served) -> None:
     question = (
         "Title: Anax imperator\nText: The emperor dragonfly is a large species.\nWhat kind of thing is described here?"
     )
-    chat = subprocess.run(
-        [BIN / "lorauter", "chat", "--url", url, question], capture_output=True, text=True, timeout=120
-    )
+    command = [BIN / "lorauter", "chat", "--url", served.url, "--key", served.keys["any"], question]
+    chat = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert chat.stdout.strip() == "Animal"
     assert "tasks: dbpedia=" in chat.stderr
     assert "adapters: dbpedia=" in chat.stderr
-    again = subprocess.run(
-        [BIN / "lorauter", "serve", "--config", str(config)], capture_output=True, text=True, timeout=120
-    )
+
+
+def test_a_second_one_on_its_port_says_so(served: Served) -> None:
+    command = [BIN / "lorauter", "serve", "--config", served.config]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 1
     assert "--port" in again.stderr
     assert "Traceback" not in again.stderr
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0, log.read_text()
-    said = log.read_text()
-    assert f"serving on {url}" in said
+
+
+def test_a_requests_spans_reach_the_collector_as_one_trace(served: Served) -> None:
+    body = {"model": "lorauter", "messages": [{"role": "user", "content": f"{CANARY}: good?"}], "max_tokens": 4}
+    headers = {"x-request-id": "traced-1", **served.headers("few")}
+    with httpx.Client(base_url=served.url, timeout=120) as http:
+        answer = http.post("/v1/chat/completions", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert http.post("/v1/chat/completions", json=body).status_code == 401
+        limited = [http.get("/v1/models/base", headers=headers).status_code for _ in range(3)]
+    assert limited == [200, 429, 429]
+    collector = served.collector
+    names = {f"lorauter.{name}" for name in ("route", "embed", "retrieve", "compose", "generate")}
+
+    def ours() -> list[Any]:
+        spans = [span for span in list(collector.spans) if span.name.startswith("lorauter.")]
+        return [span for span in spans if attributes(span).get("request_id") == "traced-1"]
+
+    deadline = time.monotonic() + 60
+    while not names <= {span.name for span in ours()}:
+        assert time.monotonic() < deadline, {span.name for span in collector.spans}
+        time.sleep(0.5)
+    assert {span.name for span in ours()} == names
+    assert len({span.trace_id for span in ours()}) == 1
+    for span in ours():
+        above = collector.above(span)
+        if span.name in ("lorauter.embed", "lorauter.retrieve", "lorauter.compose"):
+            deployment = "QueryEmbedder" if span.name == "lorauter.embed" else "TaskRetriever"
+            assert deployment in above[0]
+            assert "lorauter.route" in above
+        if span.name == "lorauter.generate":
+            assert attributes(span)["completion_tokens"] > 0
+            assert "LoraModel" in above[0]
+        assert above[-1] == "replica_handle_request Router __call__"  # the ingress is the trace's root
+    assert '"stringValue": "lorauter"' in collector.text  # the service's name
+    assert CANARY not in collector.text
+
+
+def test_ctrl_c_ends_it_and_nothing_was_said_that_nobody_can_act_on(served: Served) -> None:
+    """The last that it is asked."""
+    family = psutil.Process(served.process.pid).children(recursive=True)
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == 0, served.log.read_text()
+    said = served.log.read_text()
+    assert f"serving on {served.url}" in said
     noise = [line for line in said.splitlines() if not re.match(_SAID, line)]
     assert noise == []  # warnings and bars of Ray and of model libraries are in the log
     _, alive = psutil.wait_procs(family, timeout=20)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from local_s3 import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -37,10 +38,10 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def cluster(free_port: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def cluster() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A cluster of 3 CPUs, of which a service has 2.5: its process, and its address."""
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", CLUSTER, str(free_port)], stdin=pipe, stdout=pipe, text=True)
+    process = subprocess.Popen([sys.executable, "-c", CLUSTER, str(free_port())], stdin=pipe, stdout=pipe, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
     try:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import psutil
 import pytest
 from catalogued import catalog_adapters
 from faulty_s3 import FaultyS3
+from local_s3 import free_port
 
 from lorauter.adapters import AdapterRepository, open_store
 
@@ -103,9 +103,7 @@ def _cluster(
     }
     (work / "config.json").write_text(json.dumps(config))
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:  # a short path
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         env = {**os.environ, **s3_server.env, "AWS_ENDPOINT_URL_S3": s3.endpoint, "RAY_USAGE_STATS_ENABLED": "0"}
         env |= {"RAY_TMPDIR": temporary, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         env.pop("RAY_ADDRESS", None)
