@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lorauter.engine.types import FinishReason
+from lorauter.tools.types import CallPiece
 
 if TYPE_CHECKING:
     from deployments.openai_types import ChatBody, CompletionBody
@@ -45,18 +46,21 @@ class Piece:
     """A piece of a choice, or all of it.
 
     Attributes:
-        text: new text.
-        finish_reason: in the last one, why it ended.
+        text: new text; what is part of a call is not.
+        finish_reason: in the last one, why it ended; `tool_calls` where it did of itself, and has whole calls.
         within: what goes beside it in the choice: OpenAI's and vLLM's words for logprobs and tokens.
         beside: what goes beside the choices.
         stop_string: in the last one, which of the stop strings ended it, if one did.
+        calls: new pieces of calls of tools, each call's pieces after those of the calls before it. In an answer that
+            is whole each is a whole call.
     """
 
     text: str
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     within: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
     stop_string: str | None = None
+    calls: tuple[CallPiece, ...] = ()
 
 
 class Writer(Protocol):

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
 from types import MappingProxyType
 from typing import Any
@@ -32,8 +32,11 @@ from lorauter.errors import (
     TaskNotFound,
     Unauthenticated,
 )
+from lorauter.tools.types import CallPiece
 
 logger = logging.getLogger("lorauter.api")
+
+Calls = Sequence[CallPiece]
 
 _UNKNOWN = "internal error; the server's log says more"
 
@@ -59,24 +62,31 @@ _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
 
 @dataclass(frozen=True)
 class Shape:
-    """What differs between the answers of OpenAI's older endpoints."""
+    """What differs between the answers of OpenAI's older endpoints.
+
+    Attributes:
+        called: why an answer ended that has called something.
+    """
 
     names: Mapping[str, str]
     prefix: str
     whole: str
     piece: str
-    body: Callable[[str], dict[str, Any]]
-    delta: Callable[[str], dict[str, Any]]
+    body: Callable[[str, Calls], dict[str, Any]]
+    delta: Callable[[str, Calls], dict[str, Any]]
     first: dict[str, Any]
+    called: str = "tool_calls"
     ping: bytes = b": ping\n\n"
 
     def open(self, opening: Opening) -> OpenAIWriter:
         """What writes the answers to a request."""
         return OpenAIWriter(self, opening)
 
-    def choice(self, index: int, text: str, finish_reason: str | None, **beside: Any) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, finish_reason: str | None, calls: Calls = (), **beside: Any
+    ) -> dict[str, Any]:
         """A choice of a whole answer."""
-        return {"index": index, **self.body(text), "finish_reason": finish_reason, "logprobs": None, **beside}
+        return {"index": index, **self.body(text, calls), "finish_reason": finish_reason, "logprobs": None, **beside}
 
     def head(self, model: str, *, stream: bool) -> dict[str, Any]:
         """What an answer, or each of its events, begins with."""
@@ -88,22 +98,61 @@ class Shape:
         }
 
 
+def _message(text: str, calls: Calls) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if calls:
+        message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
+    return {"message": message}
+
+
+def _call(call: CallPiece) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _delta(text: str, calls: Calls) -> dict[str, Any]:
+    delta: dict[str, Any] = {"content": text} if text else {}
+    if calls:
+        delta["tool_calls"] = [
+            {"index": call.index, **({"function": {"arguments": call.arguments}} if call.id is None else _call(call))}
+            for call in calls
+        ]
+    return {"delta": delta}
+
+
+def _function_message(text: str, calls: Calls) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    for call in calls[:1]:
+        message |= {"content": text or None, "function_call": _call(call)["function"]}
+    return {"message": message}
+
+
+def _function_delta(text: str, calls: Calls) -> dict[str, Any]:
+    delta: dict[str, Any] = {"content": text} if text else {}
+    if calls:
+        name = {} if calls[0].name is None else {"name": calls[0].name}
+        delta["function_call"] = {**name, "arguments": "".join(call.arguments for call in calls)}
+    return {"delta": delta}
+
+
 CHAT = Shape(
     {"prompt": "messages"},
     "chatcmpl",
     "chat.completion",
     "chat.completion.chunk",
-    lambda text: {"message": {"role": "assistant", "content": text}},
-    lambda text: {"delta": {"content": text} if text else {}},
+    _message,
+    _delta,
     {"delta": {"role": "assistant", "content": ""}},
 )
+FUNCTIONS = replace(CHAT, body=_function_message, delta=_function_delta, called="function_call")
+"""Of chats with `functions`, which are tools by an older name, of which one is called."""
 TEXT = Shape(
     {},
     "cmpl",
     "text_completion",
     "text_completion",
-    lambda text: {"text": text},
-    lambda text: {"text": text},
+    lambda text, _: {"text": text},
+    lambda text, _: {"text": text},
     {"text": ""},
 )
 
@@ -130,7 +179,12 @@ class EventEncoder:
         return event({**self._head, **self._choice(self._shape.first, None), **beside})
 
     def piece(
-        self, text: str, finish_reason: str | None, within: Mapping[str, Any] | None = None, **beside: Any
+        self,
+        text: str,
+        finish_reason: str | None,
+        within: Mapping[str, Any] | None = None,
+        calls: Calls = (),
+        **beside: Any,
     ) -> bytes:
         """The event of a piece of the answer.
 
@@ -138,16 +192,22 @@ class EventEncoder:
             text: the piece.
             finish_reason: why it is the last.
             within: what goes beside it in the choice.
+            calls: pieces of calls.
             beside: what goes beside the choices.
         """
-        if text and finish_reason is None and not beside and not within:
+        if text and finish_reason is None and not beside and not within and not calls:
             return self._before + encode_basestring(text).encode() + self._after
-        return self._piece(text, finish_reason, within or {}, **beside)
+        return self._piece(text, finish_reason, within or {}, calls, **beside)
 
     def _piece(
-        self, text: str, finish_reason: str | None, within: Mapping[str, Any] = MappingProxyType({}), **beside: Any
+        self,
+        text: str,
+        finish_reason: str | None,
+        within: Mapping[str, Any] = MappingProxyType({}),
+        calls: Calls = (),
+        **beside: Any,
     ) -> bytes:
-        return event({**self._head, **self._choice(self._shape.delta(text), finish_reason, within), **beside})
+        return event({**self._head, **self._choice(self._shape.delta(text, calls), finish_reason, within), **beside})
 
     def _choice(
         self, content: dict[str, Any], finish_reason: str | None, within: Mapping[str, Any] = MappingProxyType({})
@@ -184,7 +244,8 @@ class OpenAIWriter:
         beside: dict[str, Any] = {}
         for place, piece in enumerate(pieces):
             own = {"lorauter": self._opening.decision(place)} if several else {}
-            choices.append(self._shape.choice(place, piece.text, piece.finish_reason, **piece.within, **own))
+            reason = self._reason(piece)
+            choices.append(self._shape.choice(place, piece.text, reason, piece.calls, **piece.within, **own))
             beside = {**piece.beside, **beside}
         answer = {**self._head, "choices": choices, "usage": self._usage(tokens), **beside}
         return answer if several else {**answer, "lorauter": self._opening.decision(0)}
@@ -197,12 +258,17 @@ class OpenAIWriter:
         )
 
     def piece(self, choice: int, piece: Piece, tokens: int) -> bytes:
-        """The text, and the reason by itself."""
+        """The text, then pieces of calls, then the reason by itself; what goes beside them, with the first."""
         encoder, said = self._encoders[choice], b""
-        if piece.text or piece.within or piece.beside:
-            said = encoder.piece(piece.text, None, piece.within, **piece.beside, **self._so_far(tokens))
+        within, beside = piece.within, piece.beside
+        if piece.text or ((within or beside) and not piece.calls):
+            said = encoder.piece(piece.text, None, within, **beside, **self._so_far(tokens))
+            within, beside = {}, {}
+        for call in piece.calls:  # clients look at the first of an event alone
+            said += encoder.piece("", None, within, (call,), **beside, **self._so_far(tokens))
+            within, beside = {}, {}
         if piece.finish_reason:
-            said += encoder.piece("", piece.finish_reason, **self._so_far(tokens))
+            said += encoder.piece("", self._reason(piece), **self._so_far(tokens))
         return said
 
     def end(self, tokens: int) -> bytes:
@@ -213,6 +279,9 @@ class OpenAIWriter:
     def error(self, _: int, body: Mapping[str, Any]) -> bytes:
         """The error, and `[DONE]`."""
         return event(body) + LAST_EVENT
+
+    def _reason(self, piece: Piece) -> str | None:
+        return self._shape.called if piece.finish_reason == "tool_calls" else piece.finish_reason
 
     def _usage(self, tokens: int) -> dict[str, Any]:
         return usage(self._opening.prompt_tokens, tokens, cached_tokens=self._opening.cached_tokens)
