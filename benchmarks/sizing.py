@@ -129,7 +129,7 @@ def tables() -> dict[str, str]:
     for top in (16, 64, 256):
         cells = " | ".join(f"{zipf_share(min(top, n), n):.0%}" for n in (100, 500, 1000, 5000))
         shares.append(f"| {top} | {cells} |")
-    # README, the engine with a batch that stands still, and on CPU: tokens per second of whole requests.
+    # docs/figures.md, the engine with a batch that stands still, and on CPU: tokens per second of whole requests.
     load = ["| replica | tokens/s | 5 requests/s | 50 requests/s | 200 requests/s |", "| --- | --- | --- | --- | --- |"]
     for called, speed, new in (
         ("8B, H100, batch 32", 3861, 128),

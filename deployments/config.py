@@ -85,7 +85,7 @@ class ApiSettings(Settings):
 
 
 class AccessSettings(Settings):
-    """Who may use the service; README's "Access" has the keys' format. With neither setting everybody may.
+    """Who may use the service; docs/access.md has the keys' format. With neither setting everybody may.
 
     Attributes:
         keys_file: a YAML or JSON list of keys' hashes, on every node that runs a Router; read again when it changes.

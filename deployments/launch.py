@@ -153,7 +153,7 @@ def serve_forever(
     _check_port(file.host, file.port)
     traces = dict(file.traces) if file.traces else tracing_config(os.environ)
     if file.is_open_to_others:
-        notify(f"warning: no API keys are configured, and {file.host} lets others in; see README, Access")
+        notify(f"warning: no API keys are configured, and {file.host} lets others in; see docs/access.md")
     config = file.config.with_absolute_paths(Path.cwd())
     if address is None:
         with phase("checking the configuration, and preparing what it names"):

@@ -65,6 +65,27 @@ def test_the_library_never_names_ray_or_its_deployments_but_to_start_them() -> N
     assert found == {"cli.py": ["deployments.launch"], "cli_batch.py": ["deployments.batch.progress"]}
 
 
+def test_the_readme_is_short_enough_to_be_read() -> None:
+    assert (ROOT / "README.md").read_text().count("\n") < 150
+
+
+PAGES = sorted(path for path in ROOT.rglob("*.md") if ".venv" not in str(path.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_a_pages_links_lead_somewhere(page: Path) -> None:
+    def anchors(path: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
 @pytest.mark.parametrize("what", FOREIGN)
 def test_no_file_holds(what: str) -> None:
     found = []

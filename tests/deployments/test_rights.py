@@ -1,4 +1,4 @@
-"""Who may do what: each cell of the README's table, and what a key that is limited to adapters may change."""
+"""Who may do what: each cell of the table in docs/access.md, and what a key that is limited to adapters may change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deployments.rights import ROLES
 from lorauter.keys import hash_key
 from lorauter.tasks import Task
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "access.md"
 KEYS = {
     "inference": {},
     "inference, limited": {"adapters": ["team-a-*"]},
@@ -113,7 +113,7 @@ def changes(*of: dict[str, Any]) -> dict[str, Any]:
 
 FILES = {"config": b"{}", "weights": b"0" * 2_000_000}
 
-# What the README's rows ask for: requests about what is a limited key's own, and about what is not.
+# What the page's rows ask for: requests about what is a limited key's own, and about what is not.
 ROWS: dict[str, tuple[list[Any], list[Any]]] = {
     "ask, route, embed, tokenize": (
         [
@@ -193,8 +193,8 @@ COLUMNS = {name.replace(", limited`", "` with `adapters`"): key for name, key in
 
 
 def table() -> dict[tuple[str, str], str]:
-    """The README's cells by row and column."""
-    lines = [line for line in README.read_text().splitlines() if line.startswith("| ")]
+    """The page's cells by row and column."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     start = next(i for i, line in enumerate(lines) if line.startswith("| who may |"))
     columns = [cell.strip() for cell in lines[start].strip("|").split("|")][1:]
     cells = {}
@@ -217,7 +217,7 @@ def test_the_table_is_whole() -> None:
 
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("row", ROWS)
-def test_each_cell_of_the_readmes_table(row: str, column: str) -> None:
+def test_each_cell_of_the_table(row: str, column: str) -> None:
     cell, key = table()[row, column], COLUMNS[column]
     assert cell in ("all", "its own", "no")
     own, others = ROWS[row]
