@@ -33,6 +33,8 @@ from deployments.openai_answers import CHAT, TEXT, error_answer
 from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody
 from deployments.openapi import document, page
 from deployments.options import parse_body
+from deployments.responses_answers import ResponsesShape
+from deployments.responses_types import ResponsesBody
 from deployments.rights import HEALTH, ROLES, check_change
 from deployments.scope import visible, visible_tasks
 from deployments.texts import Texts, TextService
@@ -135,6 +137,7 @@ def build_api(
         routes=[
             route("POST", "/v1/chat/completions", api.chat, reserves=True),
             route("POST", "/v1/completions", api.completion, reserves=True),
+            route("POST", "/v1/responses", api.responses, reserves=True),
             route("POST", "/v1/route", texts.route, reserves=True),
             route("POST", "/v1/embeddings", texts.embeddings, reserves=True),
             route("POST", "/tokenize", texts.tokenize),
@@ -185,6 +188,10 @@ class _Api:
 
     async def completion(self, request: Request) -> Response:
         return await self._generation.answer(request, await self._body(request, CompletionBody), TEXT)
+
+    async def responses(self, request: Request) -> Response:
+        body = await self._body(request, ResponsesBody)
+        return await self._generation.answer(request, body.chat(), ResponsesShape(body))
 
     async def models(self, request: Request) -> Response:
         catalog = await self._service.describe()

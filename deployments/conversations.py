@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
 
-from deployments.options import without_nulls
+from deployments.options import TextOrList, without_nulls
 from lorauter.errors import InvalidRequest
 
 Turn = dict[str, Any]
@@ -26,6 +26,7 @@ class TextPart(BaseModel):
     refusal: str = ""
     id: Any = None
     cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
     annotations: Any = None
     logprobs: Any = None
 
@@ -44,21 +45,13 @@ class TextPart(BaseModel):
         return self
 
 
-class _TextOrParts:
-    """A text is told from a list by itself, so that what is wrong with a part is told with its place."""
+Said = Annotated[str | list[TextPart], TextOrList("parts")]
+"""A text, whole or in parts."""
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        union = handler(source)
-        parts = handler.generate_schema(list[TextPart])
 
-        def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
-            if isinstance(value, str):
-                return value
-            if not isinstance(value, list):
-                raise PydanticCustomError("content", "Input should be a text, or a list of parts")
-            return validate(value)
-
-        return core_schema.no_info_wrap_validator_function(check, parts, json_schema_input_schema=union)
+def text_of(said: str | list[TextPart]) -> str:
+    """It as one."""
+    return said if isinstance(said, str) else "".join(part.text + part.refusal for part in said)
 
 
 class _Function(BaseModel):
@@ -99,7 +92,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | list[TextPart], _TextOrParts()] | None = None
+    content: Said | None = None
     refusal: str | None = None
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
@@ -121,8 +114,7 @@ class Message(BaseModel):
     @property
     def text(self) -> str:
         """The content as one string; of an assistant that said nothing, none."""
-        said = self.content if self.content is not None else self.refusal or ""
-        return said if isinstance(said, str) else "".join(part.text + part.refusal for part in said)
+        return text_of(self.content if self.content is not None else self.refusal or "")
 
     def turn(self) -> Turn:
         """The message as a chat template takes it."""
@@ -132,6 +124,15 @@ class Message(BaseModel):
         if self.role == "tool":
             turn["tool_call_id"] = self.tool_call_id
         return turn
+
+
+def add_call(messages: list[dict[str, Any]], id: str, name: str, arguments: str) -> None:
+    """Add a call of a tool to messages as clients send them: it is part of what the assistant said just before, if it
+    said something."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant"})
+    call = {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    messages[-1].setdefault("tool_calls", []).append(call)
 
 
 def turns_of(messages: Sequence[Message]) -> tuple[Turn, ...]:

@@ -18,6 +18,7 @@ from pydantic.json_schema import models_json_schema
 import lorauter
 from deployments.openai_types import ChatBody, CompletionBody
 from deployments.options import rows_of, table
+from deployments.responses_types import ResponsesBody
 from deployments.rights import ROLES
 from deployments.text_types import (
     DetokenizeBody,
@@ -31,6 +32,7 @@ from deployments.text_types import (
 ENDPOINTS: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
+    "/v1/responses": ResponsesBody,
     "/v1/embeddings": EmbeddingsBody,
     "/v1/route": RouteBody,
     "/tokenize": TokenizeBody,

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from deployments.config import explain, first_field
 from lorauter.errors import InvalidRequest
@@ -75,6 +75,59 @@ class OneOf:
         return {**schema, "custom_error_type": "one_of", "custom_error_message": f"Input should be {self.needed}"}
 
 
+class TextOrList:
+    """A text is told from a list by itself, so that what is wrong with an item is told with its place.
+
+    Args:
+        items: what they are called.
+    """
+
+    def __init__(self, items: str) -> None:
+        self.items = items
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        [listed] = [kind for kind in get_args(source) if kind is not str]
+
+        def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            if isinstance(value, str):
+                return value
+            if not isinstance(value, list):
+                raise PydanticCustomError("text", "Input should be a text, or a list of {items}", {"items": self.items})
+            return validate(value)
+
+        items = handler.generate_schema(listed)
+        return core_schema.no_info_wrap_validator_function(check, items, json_schema_input_schema=handler(source))
+
+
+class ByType:
+    """An object is of the kind that its `type` names, and what is wrong with it is told with its place alone.
+
+    Args:
+        kinds: the kinds by their types.
+        default: the type of what names none.
+    """
+
+    def __init__(self, kinds: Mapping[str, type[BaseModel]], default: str | None = None) -> None:
+        self.kinds = kinds
+        self.default = default
+
+    def _check(self, value: Any) -> BaseModel:
+        if not isinstance(value, dict):
+            raise PydanticCustomError("object", "Input should be an object")
+        named = value.get("type", self.default)
+        kind = self.kinds.get(named) if isinstance(named, str) else None
+        if kind is None:
+            *others, last = map(repr, self.kinds)
+            needed = {"others": ", ".join(others), "last": last}
+            wrong = PydanticCustomError("type", "is not supported; needed {others} or {last}", needed)
+            line: InitErrorDetails = {"type": wrong, "loc": ("type",), "input": named}
+            raise ValidationError.from_exception_data("object", [line])
+        return kind.model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check, json_schema_input_schema=handler(source))
+
+
 def _same(value: Any, other: Any) -> bool:
     """Equality in JSON: a number is no boolean."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
@@ -103,6 +156,14 @@ def parse_body(kind: type[B], raw: str | bytes) -> B:
     """A body of JSON, validated. Raises InvalidRequest with the name of the option that is wrong."""
     try:
         return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
+
+
+def build_body(kind: type[B], options: Mapping[str, Any]) -> B:
+    """A body of options that another body has, validated. Raises InvalidRequest."""
+    try:
+        return kind.model_validate(options)
     except ValidationError as error:
         raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
 

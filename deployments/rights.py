@@ -22,6 +22,7 @@ HEALTH: Sequence[tuple[str, str]] = (("GET", "/healthz"), ("GET", "/health"), ("
 ROLES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("POST", "/v1/chat/completions"): ("inference",),
     ("POST", "/v1/completions"): ("inference",),
+    ("POST", "/v1/responses"): ("inference",),
     ("POST", "/v1/route"): ("inference",),
     ("POST", "/v1/embeddings"): ("inference",),
     ("POST", "/tokenize"): ("inference",),

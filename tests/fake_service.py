@@ -36,6 +36,7 @@ class FakeService:
     """Says "Hello" in three tokens, and keeps what it was asked.
 
     Attributes:
+        answer: what it says instead.
         route_error: raised by `route`, `versions`, `describe` and `check_ready`.
         load_error: raised by `check_load`.
         first_error: raised by `generate` at once.
@@ -43,6 +44,7 @@ class FakeService:
         pause: awaited by `generate` after its first chunk.
     """
 
+    answer: Sequence[Chunk] = (Chunk("Hé", (1,)), Chunk("", (2,)), Chunk("llo", (3,), "stop"))
     route_error: Exception | None = None
     load_error: Exception | None = None
     first_error: Exception | None = None
@@ -90,13 +92,14 @@ class FakeService:
             if self.first_error:
                 raise self.first_error
             yield Admitted(7)
-            yield Chunk("Hé", (1,))
+            first, *rest = self.answer
+            yield first
             if self.pause:
                 await self.pause()
             if self.late_error:
                 raise self.late_error
-            yield Chunk("", (2,))
-            yield Chunk("llo", (3,), "stop")
+            for chunk in rest:
+                yield chunk
         finally:
             self.running -= 1
 

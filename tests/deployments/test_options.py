@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params
 
-from deployments.openai_types import ChatBody, CompletionBody, GenerationBody
+from deployments.openai_types import ChatBody, CompletionBody
 from deployments.openapi import DOCS, ENDPOINTS, with_table
 from deployments.options import Row, parse_body, rows_of
 from lorauter.errors import InvalidRequest
@@ -17,6 +18,7 @@ from lorauter.errors import InvalidRequest
 LEAST: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "base", "prompt": "hi"},
+    "/v1/responses": {"model": "base", "input": "hi"},
 }
 GENERATING: list[tuple[str, Row]] = [(path, row) for path in LEAST for row in rows_of(ENDPOINTS[path])]
 IDS = [f"{path.rpartition('/v1/')[2]} {row.name}" for path, row in GENERATING]
@@ -43,7 +45,8 @@ VLLM_CHAT = set(
 def asked(path: str, **options: Any) -> Any:
     """What a request asks for, as far as a replica and the answer are concerned."""
     kind: Any = ENDPOINTS[path]
-    body: GenerationBody = parse_body(kind, json.dumps({**LEAST[path], **options}))
+    given: Any = parse_body(kind, json.dumps({**LEAST[path], **options}))
+    body = given if isinstance(given, ChatBody | CompletionBody) else given.chat()
     assert isinstance(body, ChatBody | CompletionBody)
     streams = (body.stream_options and body.stream_options.model_dump(exclude_defaults=True)) or None
     sampling = body.sampling(max_tokens=9, temperature=0.5)
@@ -64,9 +67,10 @@ def test_the_documentation_is_the_table() -> None:
 
 
 def test_the_options_of_openais_api_and_of_vllms_are_in_the_table() -> None:
-    chat, plain = ({row.name for row in rows_of(ENDPOINTS[path])} for path in LEAST)
+    chat, plain, responses = ({row.name for row in rows_of(ENDPOINTS[path])} for path in LEAST)
     assert set(chat_params.CompletionCreateParamsBase.__annotations__) | VLLM | VLLM_CHAT <= chat
     assert set(completion_create_params.CompletionCreateParamsBase.__annotations__) | {"prompt_embeds"} | VLLM <= plain
+    assert set(response_create_params.ResponseCreateParamsBase.__annotations__) | {"stream"} <= responses
 
 
 @pytest.mark.parametrize(("path", "row"), GENERATING, ids=IDS)
@@ -89,9 +93,11 @@ def test_what_an_option_does_not_take_is_refused_by_its_name(path: str, row: Row
 
 @pytest.mark.parametrize("path", LEAST)
 def test_what_goes_nowhere_changes_nothing(path: str) -> None:
-    examples = {"text": "x", "object": {"a": 1}, "boolean": True, "integer": 3, '"left"': "left"}
-    for row in rows_of(ENDPOINTS[path]):
-        if row.goes == "nowhere" and "." not in row.name:
+    examples = {"text": "x", "object": {"a": "b"}, "boolean": True, "integer": 3, '"left"': "left"}
+    rows = rows_of(ENDPOINTS[path])
+    whole = {row.name for row in rows} - {row.name.rpartition(".")[0] for row in rows}
+    for row in rows:
+        if row.goes == "nowhere" and "." not in row.name and row.name in whole:
             assert asked(path, **{row.name: examples[row.takes.split()[0]]}) == asked(path)
 
 

@@ -121,6 +121,7 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("POST", COMPLETIONS, {"json": text("team-a-one")}),
             ("POST", CHAT, {"json": chat("base")}),
             ("POST", CHAT, {"json": chat(lorauter={"adapters": {"team-a-one": 1}})}),
+            ("POST", "/v1/responses", {"json": {"model": "team-a-one", "input": "hi"}}),
             ("POST", ROUTE, {"json": {"input": "hi"}}),
             ("POST", "/v1/embeddings", {"json": {"model": "lorauter", "input": "hi"}}),
             ("POST", "/tokenize", {"json": {"prompt": "hi"}}),
@@ -129,6 +130,7 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
         [
             ("POST", CHAT, {"json": chat("team-b-one")}),
             ("POST", COMPLETIONS, {"json": text("team-b-one")}),
+            ("POST", "/v1/responses", {"json": {"model": "team-b-one", "input": "hi"}}),
             ("POST", CHAT, {"json": chat(lorauter={"adapters": {"team-a-one": 1, "team-b-one": 0}})}),
         ],
     ),
