@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from deployments import observe
@@ -128,7 +129,7 @@ class Access:
         Raises:
             Unauthenticated, PermissionDenied; RateLimited, where the limits' word from before still holds.
         """
-        caller = self.identify(request.headers.get("authorization"))
+        caller = self.identify(_credentials(request.headers))
         observe.current().key_name = caller.name
         if caller.key is None:
             check_no_other_site(request, self._hosts, self.cors_origins)
@@ -144,13 +145,13 @@ class Access:
         return visit
 
     def identify(self, authorization: str | None) -> Caller:
-        """Whose key an `Authorization` header carries. Raises Unauthenticated."""
+        """Whose key credentials as of an `Authorization` header have. Raises Unauthenticated."""
         if not self._closed:
             return Caller()
         self._reload()
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise Unauthenticated("send an API key in the header 'Authorization: Bearer KEY'")
+            raise Unauthenticated("send an API key in the header 'Authorization: Bearer KEY', or 'x-api-key: KEY'")
         digest = hashlib.sha256(key.strip().encode("latin-1")).digest()  # the header's own bytes
         caller = self._callers.get(digest)  # nobody can choose a digest: the time that this takes tells nothing
         if caller is None:
@@ -299,6 +300,14 @@ class Reservation:
     async def drop(self, error: BaseException, used: int = 0) -> None:
         """Count what an error leaves: what was used; where it is the client that has left, not less than the least."""
         await self.settle(used if isinstance(error, Exception) else max(used, self.at_least))
+
+
+def _credentials(headers: Headers) -> str | None:
+    """What an `Authorization` header says; where it holds no key, the key that Anthropic's clients send otherwise."""
+    authorization, key = headers.get("authorization"), headers.get("x-api-key")
+    scheme, _, own = (authorization or "").partition(" ")
+    holds_key = scheme.lower() == "bearer" and own.strip()
+    return authorization if holds_key or key is None else f"Bearer {key}"
 
 
 def _rate_limited(caller: Caller, want: Want, wait_s: float) -> RateLimited:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,8 @@ import lorauter
 from deployments import observe
 from deployments.access import Access, Caller, Visit
 from deployments.admin import ReadChange
+from deployments.anthropic_answers import MessagesShape, error_body, speaks_anthropic
+from deployments.anthropic_types import MessagesBody
 from deployments.bodies import read_json
 from deployments.calls import CatalogDescription
 from deployments.config import AccessSettings, ApiSettings
@@ -138,6 +140,8 @@ def build_api(
             route("POST", "/v1/chat/completions", api.chat, reserves=True),
             route("POST", "/v1/completions", api.completion, reserves=True),
             route("POST", "/v1/responses", api.responses, reserves=True),
+            route("POST", "/v1/messages", api.messages, reserves=True),
+            route("POST", "/v1/messages/count_tokens", texts.count_tokens),
             route("POST", "/v1/route", texts.route, reserves=True),
             route("POST", "/v1/embeddings", texts.embeddings, reserves=True),
             route("POST", "/tokenize", texts.tokenize),
@@ -192,6 +196,10 @@ class _Api:
     async def responses(self, request: Request) -> Response:
         body = await self._body(request, ResponsesBody)
         return await self._generation.answer(request, body.chat(), ResponsesShape(body))
+
+    async def messages(self, request: Request) -> Response:
+        body = await self._body(request, MessagesBody)
+        return await self._generation.answer(request, body.chat(), MessagesShape())
 
     async def models(self, request: Request) -> Response:
         catalog = await self._service.describe()
@@ -284,13 +292,18 @@ async def _known(request: Request, error: Exception) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return JSONResponse(body, status, headers)
+    return _error(request, status, body, headers)
 
 
-async def _http(_: Request, error: Exception) -> Response:
+async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": body}, error.status_code, error.headers)
+    return _error(request, error.status_code, {"error": body}, error.headers)
+
+
+def _error(request: Request, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> Response:
+    """An error in the shape of the API that the request is of."""
+    return JSONResponse(error_body(status, body) if speaks_anthropic(request.url.path) else body, status, headers)
 
 
 async def _left(_: Request, __: Exception) -> Response:

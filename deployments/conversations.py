@@ -151,4 +151,4 @@ def routed_text(turns: Sequence[Mapping[str, Any]], route_on: str) -> str:
         for turn in reversed(turns):
             if turn["role"] == role:
                 return str(turn["content"])
-    raise InvalidRequest("messages hold no user message to route by", param="messages")
+    raise InvalidRequest("there is no user message to route by", param="messages")

@@ -103,7 +103,9 @@ class Generation:
             own = error.param or ("prompt" if isinstance(error, ContextLengthExceeded) else "")
             if own == "tokens" or own.startswith("input"):  # the words of those below
                 own = "prompt"
-            error.param = shape.names.get(own, own) or None
+            error.param = named = shape.names.get(own, own) or None
+            if named and str(error).startswith(own):
+                error.args = (named + str(error).removeprefix(own),)
             raise
         except AdapterNotFound as error:
             if body.chosen() is not None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import lorauter
+from deployments.anthropic_types import CountTokensBody, MessagesBody
 from deployments.openai_types import ChatBody, CompletionBody
 from deployments.options import rows_of, table
 from deployments.responses_types import ResponsesBody
@@ -33,6 +34,8 @@ ENDPOINTS: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/responses": ResponsesBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": CountTokensBody,
     "/v1/embeddings": EmbeddingsBody,
     "/v1/route": RouteBody,
     "/tokenize": TokenizeBody,

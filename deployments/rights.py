@@ -23,6 +23,8 @@ ROLES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("POST", "/v1/chat/completions"): ("inference",),
     ("POST", "/v1/completions"): ("inference",),
     ("POST", "/v1/responses"): ("inference",),
+    ("POST", "/v1/messages"): ("inference",),
+    ("POST", "/v1/messages/count_tokens"): ("inference",),
     ("POST", "/v1/route"): ("inference",),
     ("POST", "/v1/embeddings"): ("inference",),
     ("POST", "/tokenize"): ("inference",),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from deployments.anthropic_types import CountTokensBody
 from deployments.bodies import read_json
 from deployments.config import ApiSettings
 from deployments.generation import check_length, scoped, short, tokens_of
@@ -100,18 +101,25 @@ class Texts:
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`."""
-        prompt = parse_body(TokenizeBody, await self._read(request)).prompt_given()
-        check_length(prompt.characters, self._settings, "messages" if prompt.text is None else "prompt")
-        ids = await self._service.tokenize(prompt)
+        ids = await self._tokenized(parse_body(TokenizeBody, await self._read(request)).prompt_given())
         return JSONResponse(
             {"count": len(ids), "max_model_len": self._context, "tokens": list(ids), "token_strs": None}
         )
+
+    async def count_tokens(self, request: Request) -> Response:
+        """`POST /v1/messages/count_tokens`."""
+        [prompt] = parse_body(CountTokensBody, await self._read(request)).chat().prompts()
+        return JSONResponse({"input_tokens": len(await self._tokenized(prompt))})
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`."""
         body = parse_body(DetokenizeBody, await self._read(request))
         text = await self._service.detokenize(body.tokens, skip_special_tokens=body.skip_special_tokens)
         return JSONResponse({"prompt": text})
+
+    async def _tokenized(self, prompt: Prompt) -> tuple[int, ...]:
+        check_length(prompt.characters, self._settings, "messages" if prompt.text is None else "prompt")
+        return await self._service.tokenize(prompt)
 
     async def _read(self, request: Request) -> bytes:
         return await read_json(request, self._settings.max_body_bytes)

@@ -111,6 +111,20 @@ def test_the_scheme_is_read_as_http_says(door: Access, header: str) -> None:
     assert door.identify(header).name == "one"
 
 
+@pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer ", "Basic eDp5", f"Bearer {KEY}"])
+def test_anthropics_header_holds_a_key_where_authorization_holds_none(door: Access, authorization: str | None) -> None:
+    def headers(key: str) -> list[tuple[bytes, bytes]]:
+        given = [] if authorization is None else [(b"authorization", authorization.encode())]
+        return [*given, (b"x-api-key", key.encode())]
+
+    is_key = authorization == f"Bearer {KEY}"
+    visit = door.require(Request({"type": "http", "headers": headers(OTHER)}), "inference")
+    assert visit.caller == door.identify(f"Bearer {KEY if is_key else OTHER}")
+    if not is_key:
+        with pytest.raises(Unauthenticated):
+            door.require(Request({"type": "http", "headers": headers(f"{OTHER}x")}), "inference")
+
+
 def test_roles(door: Access) -> None:
     assert require(door, ADMIN, "admin").name == "admin"
     assert require(door, ADMIN, "inference", "admin").name == "admin"

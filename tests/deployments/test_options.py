@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from anthropic.types import message_create_params
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params
@@ -19,6 +20,7 @@ LEAST: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "base", "prompt": "hi"},
     "/v1/responses": {"model": "base", "input": "hi"},
+    "/v1/messages": {"model": "base", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]},
 }
 GENERATING: list[tuple[str, Row]] = [(path, row) for path in LEAST for row in rows_of(ENDPOINTS[path])]
 IDS = [f"{path.rpartition('/v1/')[2]} {row.name}" for path, row in GENERATING]
@@ -67,9 +69,10 @@ def test_the_documentation_is_the_table() -> None:
 
 
 def test_the_options_of_openais_api_and_of_vllms_are_in_the_table() -> None:
-    chat, plain, responses = ({row.name for row in rows_of(ENDPOINTS[path])} for path in LEAST)
+    chat, plain, responses, messages = ({row.name for row in rows_of(ENDPOINTS[path])} for path in LEAST)
     assert set(chat_params.CompletionCreateParamsBase.__annotations__) | VLLM | VLLM_CHAT <= chat
     assert set(completion_create_params.CompletionCreateParamsBase.__annotations__) | {"prompt_embeds"} | VLLM <= plain
+    assert set(message_create_params.MessageCreateParamsBase.__annotations__) | {"stream"} <= messages
     assert set(response_create_params.ResponseCreateParamsBase.__annotations__) | {"stream"} <= responses
 
 
