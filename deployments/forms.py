@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.options import Body, OneOf, Only, Option
-from lorauter.engine.types import Grammar, GrammarKind
+from lorauter.engine.types import Grammar, GrammarKind, SamplingParams
 from lorauter.errors import InvalidRequest
+from lorauter.routing.compose import RoutingDecision
+from lorauter.routing.options import RoutingOptions
 
 Schema = Annotated[dict[str, Any] | str, OneOf("a JSON schema, as an object or as text")]
 Choices = Annotated[list[str], Field(min_length=1)]
 
 _OBJECT = '{"type": "object"}'
+_CONSTRAIN = "lorauter.constrain"
 
 
 class JsonSchema(Body):
@@ -111,3 +115,27 @@ def one_of(grammars: Sequence[Grammar]) -> Grammar | None:
         names = ", ".join(grammar.param for grammar in grammars)
         raise InvalidRequest(f"got {names}, needed one: an answer is held to one grammar", param=grammars[1].param)
     return grammars[0] if grammars else None
+
+
+def held_to(sampling: SamplingParams, decision: RoutingDecision) -> SamplingParams:
+    """The same for an answer that is held to its task's answers, if the decision has any."""
+    if decision.answers is None:
+        return sampling
+    return replace(sampling, grammar=Grammar.of_answers(decision.answers, param=_CONSTRAIN))
+
+
+def check_constrain(options: RoutingOptions, sampling: SamplingParams, *, routed: bool) -> None:
+    """Raise InvalidRequest where an answer is to be held to its task's answers, and cannot be."""
+    if not options.constrain:
+        return
+    if not routed:
+        raise InvalidRequest(
+            f"{_CONSTRAIN} holds an answer to the task that it is routed by, and this request names its adapters; "
+            "leave it out, or name none",
+            param=_CONSTRAIN,
+        )
+    if sampling.grammar is not None:
+        raise InvalidRequest(
+            f"got {sampling.grammar.param} and {_CONSTRAIN}, needed one: an answer is held to one grammar",
+            param=_CONSTRAIN,
+        )

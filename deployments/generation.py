@@ -25,6 +25,7 @@ from deployments.answers import AnswerShape, Opening, Piece, Writer
 from deployments.calls import Admitted, Choice, GenerateCall
 from deployments.config import ApiSettings
 from deployments.conversations import routed_text
+from deployments.forms import check_constrain, held_to
 from deployments.merged import Merged
 from deployments.openai_answers import error_answer
 from deployments.openai_types import ChatBody, CompletionBody
@@ -122,6 +123,7 @@ class Generation:
         check_length(max(prompt.characters for prompt in prompts), settings, "prompt")
         default = settings.default_max_tokens, settings.default_temperature
         sampling = body.sampling(max_tokens=default[0], temperature=default[1])
+        check_constrain(body.lorauter, sampling, routed=body.chosen() is None)
         texts = [await self._routed_text(prompt) for prompt in prompts] if body.chosen() is None else []
         self._service.check_load()
         sizes = [min(_size(prompt), self._context) for prompt in prompts]
@@ -141,7 +143,7 @@ class Generation:
                 call = GenerateCall(
                     prompts[place],
                     decision.adapters,
-                    sampling,
+                    held_to(sampling, decision),
                     routed=decision.routed,
                     choices=tuple(map(Choice, range(answers))),
                     tenant=tenant,

@@ -105,6 +105,7 @@ class TaskRetriever:
                 "metric": entry.task.metric,
                 "description": entry.task.description,
                 "validation_examples": len(entry.task.validation),
+                "answers": entry.task.answers,
                 "adapters": [vars(adapter) for adapter in entry.adapters],
             }
             for entry in catalog.tasks

@@ -42,6 +42,7 @@ app.add_typer(keys_app, name="keys")
 app.command()(batch)
 
 _BATCH = 256
+_DECIDED = ("tasks", "adapters", "confidence", "constrained")
 
 _Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
 
@@ -160,8 +161,8 @@ def route(
 ) -> None:
     """Decide tasks and adapters for every row of a file, and generate nothing.
 
-    A row may carry its own top_k, temperature, exclude_tasks, exclude_adapters and allow_adapters; what else it
-    carries is kept. The output appears whole, or not at all.
+    A row may carry its own top_k, temperature, exclude_tasks, exclude_adapters, allow_adapters and constrain, which
+    adds `constrained`; what else it carries is kept. The output appears whole, or not at all.
     """
     from lorauter.routing import Router, RoutingConfig, RoutingOptions
 
@@ -185,7 +186,7 @@ def route(
                 decisions = router.route([row["input"] for row, _ in batch], [options for _, options in batch])
                 for (row, _), decision in zip(batch, decisions, strict=True):
                     decided = decision.to_json()
-                    answer = {**row, **{key: decided[key] for key in ("tasks", "adapters", "confidence")}}
+                    answer = {**row, **{key: decided[key] for key in _DECIDED if key in decided}}
                     out.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 count += len(batch)
         partial.replace(output)

@@ -9,15 +9,18 @@ import gzip
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorauter.errors import TaskError
+from lorauter.errors import InvalidRequest, TaskError
 from lorauter.names import RULE, is_valid_name
 
 METRICS = ("em", "rouge", "bleu")
 """Exact match, ROUGE-L and BLEU."""
+
+Answers = tuple[str, ...] | Mapping[str, Any]
+"""The answers that a task knows: some texts, or a JSON schema."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Example:
 class Task:
     """A task as a catalog needs it: its validation examples stand for it.
 
-    `test` is carried for evaluation only; nothing that builds or routes reads it.
+    `test` is carried for evaluation only; nothing that builds or routes reads it. `answers` is what every answer is one
+    of, if that is known: a request may ask to be held to it.
     """
 
     name: str
@@ -41,13 +45,15 @@ class Task:
     validation: tuple[Example, ...]
     test: tuple[Example, ...] = ()
     description: str = ""
+    answers: Answers | None = field(default=None, hash=False)
 
     @classmethod
     def from_json(cls, data: object, *, source: str) -> Task:
         """Make a task of a decoded JSON object.
 
         Required keys: `name`, `domain`, `metric` (one of METRICS) and `validation` (a list of at least one
-        `{"input", "target"}`). `description` and `test` are optional; other keys are left alone.
+        `{"input", "target"}`). `description`, `test` and `answers` (a list of texts, or a JSON schema, that fits every
+        validation target) are optional; other keys are left alone.
 
         Raises:
             TaskError: the object does not have that shape. `source` is named in the message.
@@ -76,10 +82,12 @@ class Task:
             validation=validation,
             test=_examples(data.get("test", []), key="test", source=source),
             description=data.get("description", ""),
+            answers=_answers(data.get("answers"), validation, source=source),
         )
 
     def to_json(self) -> dict[str, Any]:
         """The object that `from_json` reads."""
+        answers = list(self.answers) if isinstance(self.answers, tuple) else self.answers
         return {
             "name": self.name,
             "domain": self.domain,
@@ -87,6 +95,7 @@ class Task:
             "description": self.description,
             "validation": [vars(example) for example in self.validation],
             "test": [vars(example) for example in self.test],
+            **({} if answers is None else {"answers": answers}),
         }
 
 
@@ -105,6 +114,61 @@ def _examples(rows: object, *, key: str, source: str) -> tuple[Example, ...]:
             raise TaskError(f"{key}[{i}] holds half a character (a lone surrogate); mend the text", source=source)
         examples.append(Example(text, target))
     return tuple(examples)
+
+
+def _answers(given: object, validation: Sequence[Example], *, source: str) -> Answers | None:
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return _schema(given, validation, source=source)
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        needed = "answers must be a list of texts, or a JSON schema"
+        raise TaskError(f"{needed}, got {type(given).__name__}", source=source)
+    if not given:
+        raise TaskError("answers is empty; give the texts that are answers, or leave it out", source=source)
+    for i, text in enumerate(given):
+        if not isinstance(text, str) or not text.strip() or not is_encodable(text):
+            raise TaskError(f"answers[{i}] must be a text that is not empty, got {text!r}", source=source)
+    if len(set(given)) < len(given):
+        twice = next(text for i, text in enumerate(given) if text in given[:i])
+        raise TaskError(f"answers has {twice!r} twice", source=source)
+    for i, example in enumerate(validation):
+        if example.target not in given:
+            raise TaskError(
+                f"validation[{i}].target is {example.target[:80]!r}, which is none of the answers; add it to them, "
+                "mend the target, or leave answers out",
+                source=source,
+            )
+    return tuple(given)
+
+
+def _schema(schema: Mapping[str, Any], validation: Sequence[Example], *, source: str) -> Mapping[str, Any]:
+    """A schema that answers can be held to, and that the targets fit. Raises TaskError."""
+    # Few tasks have one, and what reads tasks starts often.
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from referencing import Registry
+
+    from lorauter.engine.grammars import check_grammar
+    from lorauter.engine.types import Grammar
+
+    try:
+        check_grammar(Grammar.of_answers(schema, param="answers"))
+        Draft202012Validator.check_schema(schema)
+    except (InvalidRequest, ValueError, RecursionError) as error:
+        raise TaskError(str(error), source=source) from error
+    except SchemaError as error:
+        raise TaskError(f"answers is no JSON schema: {error.message[:200]}", source=source) from error
+    validator = Draft202012Validator(schema, registry=Registry())  # which fetches nothing
+    for i, example in enumerate(validation):
+        try:
+            wrong = next(validator.iter_errors(json.loads(example.target)), None)
+            problem = None if wrong is None else f"is not of the schema in answers: {wrong.message[:200]}"
+        except (ValueError, RecursionError) as error:
+            problem = f"is no JSON, and answers is a schema: {error}"
+        if problem is not None:
+            raise TaskError(f"validation[{i}].target {problem}", source=source)
+    return schema
 
 
 def is_encodable(text: str) -> bool:

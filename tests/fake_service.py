@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -18,6 +18,7 @@ from deployments.config import ApiSettings
 from lorauter.encoder import Embeddings, HashingEncoder
 from lorauter.engine.types import Chunk, Prompt
 from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions, TaskScore, check_text
+from lorauter.tasks import Answers
 
 CHAT, COMPLETIONS, ROUTE = "/v1/chat/completions", "/v1/completions", "/v1/route"
 DECISION = RoutingDecision(
@@ -42,6 +43,7 @@ class FakeService:
         first_error: raised by `generate` at once.
         late_error: raised by `generate` after its first chunk.
         pause: awaited by `generate` after its first chunk.
+        answers: of the task that everything is routed to.
     """
 
     answer: Sequence[Chunk] = (Chunk("Hé", (1,)), Chunk("", (2,)), Chunk("llo", (3,), "stop"))
@@ -50,6 +52,7 @@ class FakeService:
     first_error: Exception | None = None
     late_error: Exception | None = None
     pause: Callable[[], Awaitable[object]] | None = None
+    answers: Answers | None = None
     routed: list[tuple[list[str], RoutingOptions]] = field(default_factory=list)
     calls: list[GenerateCall] = field(default_factory=list)
     running: int = 0
@@ -59,7 +62,8 @@ class FakeService:
             check_text(text, param=f"input[{i}]")
         await self.check_ready()
         self.routed.append((list(texts), options))
-        return [DECISION] * len(texts)
+        answers = self.answers if options.constrain else None
+        return [replace(DECISION, constrain=options.constrain, answers=answers)] * len(texts)
 
     async def versions(self, names: Sequence[str]) -> dict[str, str]:
         await self.check_ready()

@@ -303,6 +303,9 @@ def test_a_row_is_decided_as_the_library_decides_it(route: Cli, tmp_path: Path, 
         [row] = rows(tmp_path / "out.jsonl")
         [decision] = Router.load(catalog, config=config).route([text])
         assert [row[key] for key in ("tasks", "adapters")] == [decision.to_json()[k] for k in ("tasks", "adapters")]
+        assert "constrained" not in row
+    assert route([{"input": text, "constrain": True}]).code == 0
+    assert rows(tmp_path / "out.jsonl")[0]["constrained"] is None  # its task knows no answers
 
 
 def test_many_rows_come_out_in_order(route: Cli, tmp_path: Path) -> None:

@@ -23,6 +23,34 @@ def test_description_and_test_may_be_left_out() -> None:
     assert (task.description, task.test) == ("", ())
 
 
+@pytest.mark.parametrize(
+    ("target", "answers"),
+    [
+        ("yes", ("no", "yes")),
+        ('{"sum": 3}', {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}),
+    ],
+)
+def test_a_task_may_know_its_answers(target, answers) -> None:
+    given = {**TASK, "validation": [{"input": "1 + 2", "target": target}], "answers": answers}
+    task = Task.from_json(json.loads(json.dumps(given)), source="x")
+    assert task.answers == answers
+    assert Task.from_json(json.loads(json.dumps(task.to_json())), source="x") == task
+    assert len({task, task}) == 1
+
+
+def test_a_task_that_knows_none_is_written_as_ever() -> None:
+    assert "answers" not in Task.from_json({**TASK, "answers": None}, source="x").to_json()
+
+
+def test_a_target_that_is_not_of_the_schema_is_told() -> None:
+    answers = {"type": "object", "required": ["sum"]}
+    given = {**TASK, "validation": [{"input": "1 + 2", "target": "{}"}], "answers": answers}
+    with pytest.raises(
+        TaskError, match=r"validation\[0\]\.target is not of the schema in answers: 'sum' is a required"
+    ):
+        Task.from_json(given, source="x")
+
+
 @pytest.mark.parametrize("key", ["name", "domain", "metric", "validation"])
 def test_a_missing_key_is_named(key) -> None:
     with pytest.raises(TaskError, match=rf"here\.json: missing {key}$") as caught:
@@ -44,6 +72,18 @@ def test_a_plain_name_is_taken(name) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"answers": "yes"}, "answers must be a list of texts, or a JSON schema, got str"),
+        ({"answers": True}, "answers must be a list of texts, or a JSON schema, got bool"),
+        ({"answers": []}, "answers is empty"),
+        ({"answers": ["yes", 1]}, r"answers\[1\] must be a text that is not empty, got 1"),
+        ({"answers": ["yes", " "]}, r"answers\[1\] must be a text that is not empty"),
+        ({"answers": ["yes", "\ud800"]}, r"answers\[1\] must be a text"),
+        ({"answers": ["yes", "no", "yes"]}, "answers has 'yes' twice"),
+        ({"answers": ["Yes", "no"]}, r"validation\[0\]\.target is 'yes', which is none of the answers"),
+        ({"answers": {"type": "object"}}, r"validation\[0\]\.target is no JSON, and answers is a schema"),
+        ({"answers": {"type": "nonsense"}}, "answers cannot be compiled"),
+        ({"answers": {"properties": {"a": {"pattern": "("}}}}, r"answers at properties\.a cannot be compiled"),
+        ({"answers": {"$ref": "http://127.0.0.1:1/x"}}, "answers cannot be compiled"),
         ({"domain": 3}, "domain must be a string, got 3"),
         ({"domain": "\ud800"}, "domain holds half a character"),
         ({"description": None}, "description must be a string"),

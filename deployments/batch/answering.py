@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from deployments.batch.config import BatchConfig
 from deployments.batch.rows import Work, decision_columns, described, read_request
+from deployments.forms import held_to
 from deployments.host_adapters import HostAdapters
 from deployments.openai_answers import error_answer
 from lorauter.engine import GenerationRequest
@@ -143,7 +144,7 @@ class Answering:
                 if isinstance(packed, Exception):
                     raise packed
                 mixture.append((packed, adapter.weight))
-            return GenerationRequest(prompt, tuple(mixture), request.sampling), len(prompt)
+            return GenerationRequest(prompt, tuple(mixture), held_to(request.sampling, decision)), len(prompt)
         except Exception as error:  # noqa: BLE001 (this row's trouble alone)
             return error.with_traceback(None)
 

@@ -16,6 +16,7 @@ from deployments.batch.config import BatchConfig, Sampling, row_seed
 from deployments.batch.openai_format import is_request, read_body
 from deployments.config import explain
 from deployments.conversations import Message, routed_text, turns_of
+from deployments.forms import check_constrain
 from deployments.openai_types import SamplingOptions
 from deployments.options import without_nulls
 from lorauter.engine import SamplingParams
@@ -35,7 +36,12 @@ _MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 _TASK = pa.struct([("name", pa.string()), ("score", pa.float64()), ("probability", pa.float64())])
 _ADAPTER = pa.struct([("name", pa.string()), ("version", pa.string()), ("weight", pa.float64())])
 _LEFT_OUT = pa.struct([("name", pa.string()), ("version", pa.string()), ("cause", pa.string())])
-_DECISION = [("tasks", pa.list_(_TASK)), ("adapters", pa.list_(_ADAPTER)), ("confidence", pa.float64())]
+_DECISION = [
+    ("tasks", pa.list_(_TASK)),
+    ("adapters", pa.list_(_ADAPTER)),
+    ("confidence", pa.float64()),
+    ("constrained", pa.string()),
+]
 _ANSWER = [
     ("answer", pa.string()),
     *_DECISION,
@@ -149,6 +155,7 @@ def read_request(row: SourceRow, config: BatchConfig) -> RowRequest:
         text = routed_text(prompt.messages, config.route_on) if prompt.text is None else prompt.text
         check_text(text, param=columns.prompt)
     sampling = SamplingParams() if config.route_only else _sampling(row, config)
+    check_constrain(options, sampling, routed=chosen is None)
     return RowRequest(text, options, chosen, prompt, sampling)
 
 
@@ -169,7 +176,9 @@ def _openai_request(row: SourceRow, config: BatchConfig) -> RowRequest:
         text = routed_text(prompt.messages, config.route_on) if prompt.text is None else prompt.text
         check_text(text, param="messages" if prompt.text is None else "prompt")
     by_hand = None if chosen is None else _checked(list(chosen.items()))
-    return RowRequest(text, body.lorauter, by_hand, prompt, body.sampled(_jobs_sampling(row, config)))
+    sampling = body.sampled(_jobs_sampling(row, config))
+    check_constrain(body.lorauter, sampling, routed=chosen is None)
+    return RowRequest(text, body.lorauter, by_hand, prompt, sampling)
 
 
 def _given(values: Mapping[str, Any], column: str | None) -> Any:
@@ -306,6 +315,6 @@ def described(error: Exception) -> str:
 def decision_columns(decision: RoutingDecision | Exception) -> dict[str, Any]:
     """The columns of a decision, or of the error in its place."""
     if isinstance(decision, Exception):
-        return {"tasks": None, "adapters": None, "confidence": None, "error": described(decision)}
+        return {**dict.fromkeys(name for name, _ in _DECISION), "error": described(decision)}
     found = decision.to_json()
-    return {**{name: found[name] for name in ("tasks", "adapters", "confidence")}, "error": None}
+    return {**{name: found.get(name) for name, _ in _DECISION}, "error": None}

@@ -10,14 +10,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
-from torch import Tensor
 
 from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEPT = 256  # compiled grammars
 _LONGEST = 1 << 20  # characters of one
@@ -99,6 +100,8 @@ class Grammars:
             one.expect(masks, place)
 
     def _masks(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> Tensor:
+        import torch  # whoever only checks a grammar needs none
+
         for matcher, token in zip(matchers, tokens, strict=False):
             matcher.consume_token(token)
         self._executor = self._executor or LLExecutor(_THREADS)
@@ -136,36 +139,52 @@ class Grammars:
             return matcher.deep_copy()
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        if len(grammar.text) > _LONGEST:
-            raise InvalidRequest(
-                f"got {len(grammar.text)} characters; a grammar has at most {_LONGEST}", param=grammar.param
-            )
+        _check_length(grammar)
         matcher = LLMatcher(self._llguidance, _source(grammar), log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            problem, where = _short(matcher.get_error()), ""
-            if grammar.kind == "json":
-                where, problem = self._where(grammar, problem)
-            raise InvalidRequest(f"{grammar.param}{where} cannot be compiled: {problem}", param=grammar.param)
+            raise _broken(grammar, _short(matcher.get_error()))
         return matcher
 
-    def _where(self, grammar: Grammar, problem: str) -> tuple[str, str]:
-        """The smallest part of a schema that cannot be compiled, and what is wrong with it."""
-        schema, path = json.loads(grammar.text), list[str]()
-        tried = 0
-        root = schema
-        while tried < _TRIED:
-            for name, part in _parts(schema):
-                tried += 1
-                defined = {key: root[key] for key in ("$defs", "definitions") if key in root and key not in part}
-                whole = json.dumps({**part, **defined})
-                compiled = LLMatcher.grammar_from_json_schema(whole)
-                wrong, found = LLMatcher.validate_grammar_with_warnings(compiled, limits=_LIMITS)
-                if wrong:
-                    schema, path, problem = part, [*path, name], _short(found[0])
-                    break
-            else:
+
+def check_grammar(grammar: Grammar) -> None:
+    """Raise InvalidRequest unless a grammar can be compiled, whatever the tokenizer."""
+    _check_length(grammar)
+    wrong, found = LLMatcher.validate_grammar_with_warnings(_source(grammar), limits=_LIMITS)
+    if wrong:
+        raise _broken(grammar, _short(found[0]))
+
+
+def _check_length(grammar: Grammar) -> None:
+    if len(grammar.text) > _LONGEST:
+        raise InvalidRequest(
+            f"got {len(grammar.text)} characters; a grammar has at most {_LONGEST}", param=grammar.param
+        )
+
+
+def _broken(grammar: Grammar, problem: str) -> InvalidRequest:
+    """The error of a grammar that cannot be compiled: of a schema, with the place."""
+    where, problem = _where(grammar, problem) if grammar.kind == "json" else ("", problem)
+    return InvalidRequest(f"{grammar.param}{where} cannot be compiled: {problem}", param=grammar.param)
+
+
+def _where(grammar: Grammar, problem: str) -> tuple[str, str]:
+    """The smallest part of a schema that cannot be compiled, and what is wrong with it."""
+    schema, path = json.loads(grammar.text), list[str]()
+    tried = 0
+    root = schema
+    while tried < _TRIED:
+        for name, part in _parts(schema):
+            tried += 1
+            defined = {key: root[key] for key in ("$defs", "definitions") if key in root and key not in part}
+            whole = json.dumps({**part, **defined})
+            compiled = LLMatcher.grammar_from_json_schema(whole)
+            wrong, found = LLMatcher.validate_grammar_with_warnings(compiled, limits=_LIMITS)
+            if wrong:
+                schema, path, problem = part, [*path, name], _short(found[0])
                 break
-        return f" at {'.'.join(path)}" if path else "", problem
+        else:
+            break
+    return f" at {'.'.join(path)}" if path else "", problem
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:

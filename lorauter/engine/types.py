@@ -6,6 +6,7 @@ Knows nothing of models, schedulers or HTTP.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,11 @@ class Grammar:
     text: str
     param: str = field(default="grammar", compare=False)
     whitespace: str | None = None
+
+    @classmethod
+    def of_answers(cls, answers: Sequence[str] | Mapping[str, Any], *, param: str) -> Grammar:
+        """One of some texts, or what is of a JSON schema."""
+        return cls("json" if isinstance(answers, Mapping) else "choice", json.dumps(answers), param)
 
 
 @dataclass(frozen=True)

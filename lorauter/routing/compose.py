@@ -15,6 +15,7 @@ from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected
 from lorauter.names import AdapterKey
 from lorauter.routing.options import RoutingConfig, RoutingOptions
 from lorauter.routing.retrieve import Retrieved
+from lorauter.tasks import Answers
 
 _LEAST_WEIGHT = 0.01  # a utility mixture leaves out what weighs less: it would be fetched for nothing
 
@@ -77,6 +78,8 @@ class RoutingDecision:
         confidence: the probability, in [0, 1], that the query is one of the first task; None where adapters were
             chosen by hand.
         left_out: what the mixture would have too if it could be had.
+        constrain: whether the answer was to be held to the first task's answers.
+        answers: these; None where that was not asked, the task has none, or the query is stranger than any task's.
     """
 
     catalog_version: str | None
@@ -84,6 +87,13 @@ class RoutingDecision:
     adapters: tuple[AdapterWeight, ...]
     confidence: float | None = None
     left_out: tuple[LeftOut, ...] = ()
+    constrain: bool = False
+    answers: Answers | None = None
+
+    @property
+    def constrained(self) -> str | None:
+        """The task to whose answers the answer is held, if it is."""
+        return None if self.answers is None else self.tasks[0].name
 
     @property
     def routed(self) -> bool:
@@ -97,14 +107,16 @@ class RoutingDecision:
         return replace(self, adapters=kept, left_out=(*self.left_out, *left_out))
 
     def to_json(self) -> dict[str, Any]:
-        """As the HTTP API and the command line show it; `left_out` where there is any."""
+        """As the HTTP API and the command line show it; `left_out` where there is any, `constrained` where asked."""
         left_out = {"left_out": [vars(adapter) for adapter in self.left_out]} if self.left_out else {}
+        constrained = {"constrained": self.constrained} if self.constrain else {}
         return {
             "catalog_version": self.catalog_version,
             "tasks": [vars(task) for task in self.tasks],
             "adapters": [vars(adapter) for adapter in self.adapters],
             "confidence": self.confidence,
             **left_out,
+            **constrained,
         }
 
 
@@ -143,7 +155,8 @@ def compose(
     tasks = retrieved.tasks[: config.num_tasks]
     confidence = retrieved.familiarity * max((task.probability for task in tasks), default=0.0)
     top_k, temperature = options.top_k or config.top_k, options.temperature or config.temperature
-    if config.fallback and retrieved.stranger:
+    stranger = config.fallback and retrieved.stranger
+    if stranger:
         weights: Mapping[str, float] = {}
     elif config.composition == "utility":
         mixed = [(adapter.name, adapter.utility) for adapter in retrieved.adapters[:top_k]]
@@ -163,6 +176,8 @@ def compose(
         tuple(TaskScore(task.name, task.score, task.probability) for task in tasks),
         tuple(AdapterWeight(n, versions[n], w) for n, w in sorted(weights.items(), key=lambda item: -item[1]) if w),
         confidence,
+        constrain=options.constrain,
+        answers=retrieved.tasks[0].answers if options.constrain and retrieved.tasks and not stranger else None,
     )
 
 

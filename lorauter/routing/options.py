@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 if TYPE_CHECKING:
     from lorauter.catalog.catalog import Catalog
@@ -83,11 +83,14 @@ class RoutingOptions(BaseModel):
         frozenset()
     )
     allow_adapters: Annotated[Names | None, Field(description="use no others")] = None
+    constrain: Annotated[
+        bool, Field(description="hold the answer to the likeliest task's `answers`, if it has any")
+    ] = False
 
-    @field_validator("exclude_tasks", "exclude_adapters", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _none_excludes_nothing(cls, value: Any) -> Any:
-        return frozenset() if value is None else value
+    def _null_is_nothing(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, Mapping) else given
 
     def among(self, catalog: Catalog) -> TaskSubset | None:
         """The tasks to search; None is all of them."""

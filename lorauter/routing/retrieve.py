@@ -19,6 +19,7 @@ from lorauter.catalog.utility import PRIOR_EXAMPLES, best_score, worths
 from lorauter.encoder import Embeddings
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingConfig, RoutingOptions
+from lorauter.tasks import Answers
 
 _COSINE_LOGIT = 20.0  # a logit is that many cosines where tasks are not reranked
 # Which task's adapters serve an unknown task is told by its words alone: of thirteen similarities that were fitted to
@@ -37,12 +38,14 @@ class RetrievedTask:
         score: cosine similarity.
         adapters: that may serve it here, the best first.
         probability: that the query is one of it, if it is one of any.
+        answers: its answers, if they are known.
     """
 
     name: str
     score: float
     adapters: tuple[str, ...]
     probability: float = 0.0
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ class Retriever:
             entry = self.catalog.tasks[task_id]
             adapters = tuple(adapter.name for adapter in entry.adapters if options.allows(adapter.name))
             if len(tasks) < self.config.num_tasks or (adapters and lent < self._top_k(options)):
-                tasks.append(RetrievedTask(entry.name, float(score), adapters, float(probability)))
+                found = RetrievedTask(entry.name, float(score), adapters, float(probability), entry.task.answers)
+                tasks.append(found)
                 lent += bool(adapters)
         return Retrieved(
             tuple(tasks),

@@ -15,7 +15,7 @@ import counting
 import openai.types as of_openai
 import openai.types.chat as of_chat
 import pytest
-from fake_service import CHAT, COMPLETIONS, FakeService, chat, events, post, refused, text
+from fake_service import CHAT, COMPLETIONS, ROUTE, FakeService, chat, events, post, refused, text
 
 from deployments.calls import Admitted, GenerateCall
 from deployments.choices import side_by_side
@@ -305,3 +305,60 @@ def test_who_leaves_takes_all_choices_along(service: EngineService) -> None:
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(drained(), 5))
+
+
+@pytest.fixture
+def known(service: EngineService) -> Iterator[EngineService]:
+    """A service whose task's answers are known."""
+    service.answers = ("zebra", "quagga")
+    yield service
+    service.answers = None
+
+
+HELD = {"lorauter": {"constrain": True}}
+
+
+def test_an_answer_may_be_held_to_the_answers_of_its_task(known: EngineService) -> None:
+    for path, body in ((CHAT, chat), (COMPLETIONS, text)):
+        answer = answered(known, path, body(**HELD))
+        [choice] = answer["choices"]
+        assert (choice["message"]["content"] if path == CHAT else choice["text"]) in ("zebra", "quagga")
+        assert answer["lorauter"]["constrained"] == "sums"
+        assert events(post(known, path, body(**HELD, stream=True)))[0]["lorauter"]["constrained"] == "sums"
+    several = answered(known, COMPLETIONS, text(prompt=["a", "b"], **HELD))["choices"]
+    assert {choice["text"] for choice in several} <= {"zebra", "quagga"}
+    assert [choice["lorauter"]["constrained"] for choice in several] == ["sums", "sums"]
+    assert post(known, ROUTE, {"input": "a", "constrain": True}).json()["data"][0]["constrained"] == "sums"
+
+
+def test_the_answers_of_a_task_may_be_a_schema(known: EngineService) -> None:
+    seven = {"type": "object", "properties": {"a": {"const": 7}}, "required": ["a"], "additionalProperties": False}
+    known.answers = seven
+    answer = answered(known, CHAT, chat(**HELD))
+    assert json.loads(answer["choices"][0]["message"]["content"]) == {"a": 7}
+
+
+def test_what_is_not_held_to_a_tasks_answers_is_free_and_where_it_was_asked_that_is_said(known: EngineService) -> None:
+    free = answered(known, CHAT, chat(max_tokens=4))
+    known.answers = None
+    asked = answered(known, CHAT, chat(max_tokens=4, **HELD))
+    assert asked["choices"] == free["choices"]
+    assert (asked["lorauter"]["constrained"], "constrained" in free["lorauter"]) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"response_format": {"type": "json_object"}}, "got response_format and lorauter.constrain, needed one"),
+        ({"guided_choice": ["a", "b"]}, "got guided_choice and lorauter.constrain, needed one"),
+        ({"model": "base"}, "this request names its adapters"),
+        ({"model": "adder"}, "this request names its adapters"),
+        ({"lorauter": {"constrain": True, "adapters": {"adder": 1}}}, "this request names its adapters"),
+        ({"lorauter": {"constrain": True, "adapters": {}}}, "this request names its adapters"),
+    ],
+)
+def test_what_does_not_go_with_being_held_to_a_tasks_answers_is_refused(
+    known: EngineService, beside: dict[str, Any], message: str
+) -> None:
+    error = refused(post(known, CHAT, {**chat(**HELD), **beside}), 400)
+    assert (message in error["message"], error["param"]) == (True, "lorauter.constrain")

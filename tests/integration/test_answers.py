@@ -174,6 +174,20 @@ def test_routing_without_answers(service: Any, examples: Any) -> None:
     assert tasks["catalog_version"] == plain[0]["catalog_version"] == Catalog.load(service.config.catalog).version
 
 
+def test_an_answer_is_held_to_its_tasks_answers(service: Any, examples: Any) -> None:
+    with service.http as client:
+        answers = {row["id"]: row["answers"] for row in client.get("/v1/tasks").json()["data"]}
+    assert answers["sst2"] == ["negative", "positive"]
+    assert answers["multi30k_deen"] is None
+    held = {"lorauter": {"constrain": True}, "temperature": 2.0, "seed": 1, "max_tokens": 16}
+    for task in ("agnews", "dbpedia", "sst2"):
+        answer = service.ask("lorauter", examples(task)[0].input, **held).json()
+        assert (answer["lorauter"]["constrained"], answer["choices"][0]["finish_reason"]) == (task, "stop")
+        assert answer["choices"][0]["message"]["content"] in answers[task]
+    free = service.ask("lorauter", examples("multi30k_deen")[0].input, **held).json()
+    assert free["lorauter"]["constrained"] is None
+
+
 def test_adapters_by_hand(service: Any, examples: Any) -> None:
     example = examples("dbpedia")[1]
     mixed = service.ask("lorauter", example.input, lorauter={"adapters": {"dbpedia": 0.9, "tomqa": 0.1}})

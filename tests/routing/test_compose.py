@@ -205,3 +205,30 @@ def test_a_decision_as_json() -> None:
         "adapters": [{"name": "a", "version": "v-a", "weight": 1.0}],
         "confidence": 0.375,
     }
+
+
+@pytest.mark.parametrize(
+    ("constrain", "answers", "stranger", "held"),
+    [
+        (True, ("yes", "no"), False, "t"),
+        (True, {"type": "object"}, False, "t"),
+        (True, None, False, None),
+        (True, ("yes", "no"), True, None),
+        (False, ("yes", "no"), False, None),
+    ],
+)
+def test_an_answer_is_held_to_its_likeliest_tasks_answers_where_that_is_asked(
+    constrain, answers, stranger, held
+) -> None:
+    tasks = (RetrievedTask("t", 0.5, ("a",), 0.75, answers), RetrievedTask("u", 0.5, ("b",), 0.25, ("other",)))
+    retrieved, options = Retrieved(tasks, ADAPTERS, 0.5, stranger), RoutingOptions(constrain=constrain)
+    decision = compose(retrieved, options, UTILITY, catalog_version="0a1b", versions=VERSIONS)
+    assert decision.answers == (answers if held else None)
+    told = decision.to_json()
+    assert told.get("constrained", "not asked") == (held if constrain else "not asked")
+    assert told.keys() - {"constrained"} == {"catalog_version", "tasks", "adapters", "confidence"}
+
+
+def test_nothing_holds_an_answer_where_no_task_is_found() -> None:
+    decision = compose(Retrieved(), RoutingOptions(constrain=True), UTILITY, catalog_version="0a1b", versions=VERSIONS)
+    assert (decision.answers, decision.to_json()["constrained"]) == (None, None)

@@ -14,7 +14,7 @@ import pytest
 
 from lorauter.catalog import build_catalog
 from lorauter.encoder import HashingEncoder
-from lorauter.engine import Chunk, EngineConfig, GenerationRequest
+from lorauter.engine import Chunk, EngineConfig, GenerationRequest, SamplingParams
 from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, ContextLengthExceeded
 from lorauter.names import AdapterKey
@@ -29,6 +29,7 @@ class EchoingEngine:
         self.config = EngineConfig(max_batch=4, max_queue=4)
         self.codec = SimpleNamespace(encode=self._encode)
         self.served: list[tuple[str, ...]] = []
+        self.sampled: list[SamplingParams] = []
         self.running = 0
         self._lock = threading.Condition()
         self._asked: SimpleQueue[Any] = SimpleQueue()
@@ -58,6 +59,7 @@ class EchoingEngine:
                 pass
             request, sink = asked
             self.served.append(tuple(packed.name for packed, _ in request.adapters))
+            self.sampled.append(request.sampling)
             sink(Chunk("+".join(self.served[-1]), (1, 2), "stop"))
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -6,8 +7,9 @@ from deployments.batch import answering
 from deployments.batch.answering import Answering
 from deployments.batch.config import BatchConfig
 from deployments.batch.rows import SourceRow, Work, order_by_adapters
+from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
-from lorauter.routing import AdapterWeight, RoutingDecision
+from lorauter.routing import AdapterWeight, RoutingDecision, TaskScore
 
 
 @pytest.fixture
@@ -75,6 +77,15 @@ def test_a_mixture_goes_on_without_what_is_broken_and_not_without_what_is_gone(m
     assert gone["error"].startswith("AdapterNotFound")
     assert nothing["error"].startswith("AdapterRejected")
     assert gone["answer"] is gone["left_out"] is None
+
+
+def test_answers_are_held_to_what_the_decision_says(make, echoing) -> None:
+    work = routed(("a",), ("a",))
+    held = replace(work.decisions[0], tasks=(TaskScore("t", 1.0, 1.0),), constrain=True, answers=("yes", "no"))
+    work.decisions[0] = held
+    make().answer(work)
+    assert [sampling.grammar for sampling in echoing.sampled] == [Grammar("choice", '["yes", "no"]'), None]
+    assert [row["constrained"] for row in work.results] == ["t", None]
 
 
 def test_an_adapter_that_cannot_be_had_just_now_is_tried_again(make, adapters) -> None:

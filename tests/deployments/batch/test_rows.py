@@ -15,7 +15,7 @@ from deployments.batch.rows import (
 from lorauter.engine import SamplingParams
 from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterNotFound, InvalidRequest
-from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions
+from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions, TaskScore
 
 
 def read(values, number=0, is_text=False, **settings):
@@ -234,7 +234,9 @@ def test_an_error_says_its_kind_and_leaves_the_other_columns_empty() -> None:
     error = AdapterNotFound("not\nfound", adapter="x")
     assert described(error) == "AdapterNotFound: adapter 'x': not found"
     assert described(KeyError("x")).startswith("internal KeyError")
-    assert decision_columns(error) == {"tasks": None, "adapters": None, "confidence": None, "error": described(error)}
+    columns = decision_columns(error)
+    assert columns.pop("error") == described(error)
+    assert columns == dict.fromkeys(["tasks", "adapters", "confidence", "constrained"])
 
 
 def test_route_only_reads_no_sampling() -> None:
@@ -256,3 +258,17 @@ def test_a_request_of_openais_format_takes_the_apis_options() -> None:
     for prompt, message in (([1, 2], "no text to route by"), (["a", "b"], "got 2 prompts")):
         with pytest.raises(InvalidRequest, match=message):
             read(openai({"model": "lorauter", "prompt": prompt}, "/v1/completions"))
+
+
+def test_a_row_may_ask_to_be_held_to_its_tasks_answers() -> None:
+    for row in ({"prompt": "x", "lorauter": {"constrain": True}}, openai({**HI, "lorauter": {"constrain": True}})):
+        assert read(row).options.constrain
+    for row in (
+        {"prompt": "x", "lorauter": {"constrain": True}, "guided_regex": "a+"},
+        openai({**HI, "lorauter": {"constrain": True}, "guided_regex": "a+"}),
+        openai({**HI, "lorauter": {"constrain": True}, "model": "base"}),
+    ):
+        with pytest.raises(InvalidRequest, match=r"lorauter\.constrain"):
+            read(row)
+    held = RoutingDecision("v", (TaskScore("t", 1.0, 1.0),), (), 1.0, constrain=True, answers=("a", "b"))
+    assert decision_columns(held)["constrained"] == "t"
