@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from deployments.openai_types import ChatBody, CompletionBody
 
 
+Reason = FinishReason | Literal["tool_calls"]
+
+
 @dataclass(frozen=True)
 class Opening:
     """What is known of a request's answers once all of them have begun.
@@ -56,7 +59,7 @@ class Piece:
     """
 
     text: str
-    finish_reason: FinishReason | Literal["tool_calls"] | None = None
+    finish_reason: Reason | None = None
     within: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
     stop_string: str | None = None
@@ -87,13 +90,14 @@ class AnswerShape(Protocol):
 
     Attributes:
         ping: what says in a stream that nothing is new.
+        names: what its clients call an option that others call otherwise: `prompt` is whatever holds the prompt.
     """
 
     @property
     def ping(self) -> bytes: ...
 
-    def named(self, option: str) -> str:
-        """What its clients call an option of a chat; `prompt` is whatever holds the prompt."""
+    @property
+    def names(self) -> Mapping[str, str]: ...
 
     def open(self, opening: Opening) -> Writer:
         """What writes the answers to a request."""

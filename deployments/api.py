@@ -31,7 +31,7 @@ from deployments.bodies import read_json
 from deployments.calls import CatalogDescription
 from deployments.config import AccessSettings, ApiSettings
 from deployments.generation import Generating, Generation, short
-from deployments.openai_answers import CHAT, TEXT, error_answer
+from deployments.openai_answers import CHAT, FUNCTIONS, TEXT, error_answer
 from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody
 from deployments.openapi import document, page
 from deployments.options import parse_body
@@ -188,7 +188,8 @@ class _Api:
         self._generation = Generation(service, settings, context, base_model)
 
     async def chat(self, request: Request) -> Response:
-        return await self._generation.answer(request, await self._body(request, ChatBody), CHAT)
+        body = await self._body(request, ChatBody)
+        return await self._generation.answer(request, body, FUNCTIONS if body.functions else CHAT)
 
     async def completion(self, request: Request) -> Response:
         return await self._generation.answer(request, await self._body(request, CompletionBody), TEXT)

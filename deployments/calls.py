@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lorauter.engine.types import Chunk, Prompt, SamplingParams
 from lorauter.routing.compose import AdapterWeight, LeftOut
+from lorauter.tools.formats import FormatName
 
 
 class Choice(NamedTuple):
@@ -54,13 +55,15 @@ class Admitted:
     """First known of an answer: the request is valid, its adapters are here, and this is its prompt's size.
 
     `left_out` are those of the call's adapters that the answer goes on without, `cached_tokens` the prompt's tokens
-    that were found computed, `prompt` their ids and texts, if they are wanted.
+    that were found computed, `prompt` their ids and texts, if they are wanted. `tool_format` is how calls are written
+    in the answer, if it may have any.
     """
 
     prompt_tokens: int
     left_out: tuple[LeftOut, ...] = ()
     cached_tokens: int = 0
     prompt: tuple[tuple[int, bytes], ...] = ()
+    tool_format: FormatName | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from deployments.options import TextOrList, without_nulls
 from lorauter.errors import InvalidRequest
 
+_FUNCTION_ID = "function0"  # of calls and results by their older name, which have none; as long as Mistral's
 Turn = dict[str, Any]
 """A message as a chat template takes it."""
 
@@ -62,6 +63,16 @@ class _Function(BaseModel):
     name: str
     arguments: str = "{}"
 
+    def turn(self, id: str | None) -> dict[str, Any]:
+        """The call as a chat template takes it: with its arguments decoded, if they are what they should be."""
+        arguments: Any = self.arguments
+        try:
+            decoded = json.loads(arguments)
+        except (ValueError, RecursionError):
+            decoded = None
+        arguments = decoded if isinstance(decoded, dict) else arguments
+        return {"id": id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+
 
 class _ToolCall(BaseModel):
     """A call of a tool, in an assistant's message."""
@@ -72,16 +83,6 @@ class _ToolCall(BaseModel):
     type: Literal["function"] = "function"
     function: _Function
 
-    def turn(self) -> dict[str, Any]:
-        """The call as a chat template takes it: with its arguments decoded, if they are what they should be."""
-        arguments: Any = self.function.arguments
-        try:
-            decoded = json.loads(arguments)
-        except (ValueError, RecursionError):
-            decoded = None
-        arguments = decoded if isinstance(decoded, dict) else arguments
-        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
-
 
 class Message(BaseModel):
     """One message of a chat, as clients send back what they were sent: fields that are not known are left out.
@@ -91,12 +92,12 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Said | None = None
     refusal: str | None = None
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
-    function_call: None = None
+    function_call: _Function | None = None
     audio: None = None
 
     @model_validator(mode="after")
@@ -105,7 +106,7 @@ class Message(BaseModel):
             return self
         if self.content is None:
             raise PydanticCustomError("content", "a message of the role {role} needs content", {"role": self.role})
-        if self.tool_calls is not None:
+        if self.tool_calls is not None or self.function_call is not None:
             raise PydanticCustomError("tool_calls", "tool_calls are an assistant's, not {role}'s", {"role": self.role})
         if self.role == "tool" and self.tool_call_id is None:
             raise PydanticCustomError("tool_call_id", "a message of the role tool needs tool_call_id")
@@ -119,10 +120,14 @@ class Message(BaseModel):
     def turn(self) -> Turn:
         """The message as a chat template takes it."""
         turn: Turn = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-        if self.tool_calls:
-            turn["tool_calls"] = [call.turn() for call in self.tool_calls]
-        if self.role == "tool":
-            turn["tool_call_id"] = self.tool_call_id
+        calls = [call.function.turn(call.id) for call in self.tool_calls or ()]
+        if self.function_call is not None:
+            calls.append(self.function_call.turn(_FUNCTION_ID))
+        if calls:
+            turn["tool_calls"] = calls
+        if self.role in ("tool", "function"):
+            turn["role"] = "tool"
+            turn["tool_call_id"] = self.tool_call_id or _FUNCTION_ID
         return turn
 
 

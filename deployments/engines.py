@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lorauter.adapters import LocalAdapter
-from lorauter.defaults import base_model_aliases, resolve_model
+from lorauter.defaults import DEFAULT, base_model_aliases, resolve_model
 from lorauter.engine import EngineConfig
 from lorauter.engine.engine import Engine
 from lorauter.engine.load import load_in_process
@@ -28,6 +29,8 @@ def start_engine(base_model: str, aliases: Sequence[str], config: EngineConfig) 
         ConfigError: the settings are wrong.
     """
     aliases = (*aliases, *base_model_aliases(base_model))
+    if base_model == DEFAULT and config.tool_format == "auto":  # its template knows no tools
+        config = replace(config, tool_format="hermes")
     return load_in_process(resolve_model(base_model), config, aliases=aliases, ended=_end)
 
 

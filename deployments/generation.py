@@ -29,7 +29,6 @@ from deployments.forms import check_constrain, held_to
 from deployments.merged import Merged
 from deployments.openai_answers import error_answer
 from deployments.openai_types import ChatBody, CompletionBody
-from deployments.options import reword
 from deployments.scope import ScopedOptions, visible
 from deployments.streams import EventStream
 from deployments.telling import Telling, likelihood
@@ -105,8 +104,9 @@ class Generation:
             own = error.param or ("prompt" if isinstance(error, ContextLengthExceeded) else "")
             if own == "tokens" or own.startswith("input"):  # the words of those below
                 own = "prompt"
-            error.param = own or None
-            reword(error, shape.named)
+            error.param = named = shape.names.get(own, own) or None
+            if named and str(error).startswith(own):
+                error.args = (named + str(error).removeprefix(own),)
             raise
         except AdapterNotFound as error:
             if body.chosen() is not None:

@@ -164,7 +164,11 @@ class LoraModel:
                             if call.tells_prompt
                             else ()
                         )
-                        yield Begun(Admitted(len(prompt), left_out, chunk.cached_tokens, told), chunk)
+                        format = self._engine.codec.tool_format if call.prompt.tools else None
+                        admitted = Admitted(
+                            len(prompt), left_out, chunk.cached_tokens, told, None if format is None else format.name
+                        )
+                        yield Begun(admitted, chunk)
             finally:
                 self._streams -= not call.whole
                 if traced is not None:

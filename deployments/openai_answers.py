@@ -68,7 +68,7 @@ class Shape:
         called: why an answer ended that has called something.
     """
 
-    prompt: str
+    names: Mapping[str, str]
     prefix: str
     whole: str
     piece: str
@@ -77,10 +77,6 @@ class Shape:
     first: dict[str, Any]
     called: str = "tool_calls"
     ping: bytes = b": ping\n\n"
-
-    def named(self, option: str) -> str:
-        """What its clients call an option."""
-        return self.prompt if option == "prompt" else option
 
     def open(self, opening: Opening) -> OpenAIWriter:
         """What writes the answers to a request."""
@@ -140,7 +136,7 @@ def _function_delta(text: str, calls: Calls) -> dict[str, Any]:
 
 
 CHAT = Shape(
-    "messages",
+    {"prompt": "messages"},
     "chatcmpl",
     "chat.completion",
     "chat.completion.chunk",
@@ -151,7 +147,7 @@ CHAT = Shape(
 FUNCTIONS = replace(CHAT, body=_function_message, delta=_function_delta, called="function_call")
 """Of chats with `functions`, which are tools by an older name, of which one is called."""
 TEXT = Shape(
-    "prompt",
+    {},
     "cmpl",
     "text_completion",
     "text_completion",
@@ -285,7 +281,10 @@ class OpenAIWriter:
         return event(body) + LAST_EVENT
 
     def _reason(self, piece: Piece) -> str | None:
-        return self._shape.called if piece.finish_reason == "tool_calls" else piece.finish_reason
+        """Why a choice ended. Where the tool was named, a call is no reason to OpenAI."""
+        if piece.finish_reason != "tool_calls":
+            return piece.finish_reason
+        return "stop" if self._opening.body.names_a_tool else self._shape.called
 
     def _usage(self, tokens: int) -> dict[str, Any]:
         return usage(self._opening.prompt_tokens, tokens, cached_tokens=self._opening.cached_tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
@@ -15,9 +16,11 @@ from pydantic_core import PydanticCustomError
 from deployments.conversations import Message, turns_of
 from deployments.forms import Choices, ResponseFormat, Schema, StructuredOutputs, grammars_of, one_of
 from deployments.options import Body, OneOf, Only, Option
+from deployments.tool_types import ToolOptions
 from lorauter.engine.types import MOST_LOGPROBS, Grammar, Prompt, SamplingParams
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingOptions
+from lorauter.tools.types import ToolUse
 
 ROUTED_MODEL = "lorauter"
 BASE_MODEL = "base"
@@ -254,14 +257,24 @@ class GenerationBody(SamplingOptions):
         return None
 
     @property
+    def names_a_tool(self) -> bool:
+        """Whether the answer has to call a certain tool."""
+        return False
+
+    @cached_property
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may call, or has to. Raises InvalidRequest."""
+        return None
+
+    @property
     def unlike_a_row(self) -> str | None:
         """The option, if there is one, by which the answer has more than a text: a batch's rows have no room for it."""
         for name in ("n", "best_of"):
             if getattr(self, name) not in (None, 1):
                 return name
-        names = ("logprobs", "echo", "prompt_logprobs", "return_token_ids")
-        given = {name: getattr(self, name) for name in names}
-        return next((name for name, value in given.items() if value is not None and value is not False), None)
+        names = ("tools", "functions", "logprobs", "echo", "prompt_logprobs", "return_token_ids")
+        given = {name: getattr(self, name, None) for name in names}
+        return next((name for name, value in given.items() if value not in (None, False, [])), None)
 
 
 def _biases(by_token: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
@@ -306,13 +319,15 @@ def chat_prompt(
     )
 
 
-class ChatBody(GenerationBody):
+class ChatBody(ToolOptions, GenerationBody):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[
         Annotated[list[Message], Field(min_length=1)],
         Option(
-            "the conversation: `role`, `content` (a text, or parts of text), `tool_calls`, `tool_call_id`", "prompt"
+            "the conversation: `role`, `content` (a text, or parts of text), `tool_calls`, `tool_call_id`, or by older "
+            "names `function_call`, `name`",
+            "prompt",
         ),
     ]
     max_completion_tokens: Annotated[PositiveInt | None, Option("goes before `max_tokens`", "sampling")] = None
@@ -327,7 +342,6 @@ class ChatBody(GenerationBody):
     prompt_cache_options: IgnoredObject = None
     safety_identifier: Ignored = None
     prediction: IgnoredObject = None
-    parallel_tool_calls: Annotated[bool | None, Option("there are no tools", "nowhere")] = None
     include_reasoning: Annotated[bool | None, Option("", "nowhere")] = None
 
     logprobs: Annotated[bool | None, Option("tell how probable each token was", "answer", (False,))] = None
@@ -335,10 +349,6 @@ class ChatBody(GenerationBody):
         Logprobs | None, Option("so many of the likeliest in its place; needs `logprobs`", "answer", (0,))
     ] = None
     best_of: Annotated[None, Only(1)] = None
-    tools: Annotated[None, Only([])] = None
-    tool_choice: Annotated[None, Only("none", "auto")] = None
-    functions: Annotated[None, Only([])] = None
-    function_call: Annotated[None, Only("none", "auto")] = None
     modalities: Annotated[None, Only(["text"])] = None
     audio: Annotated[None, Only()] = None
     reasoning_effort: Annotated[None, Only("none")] = None
@@ -370,7 +380,11 @@ class ChatBody(GenerationBody):
     def prompts(self) -> list[Prompt]:
         """The conversation as a prompt."""
         end = self.add_generation_prompt, self.continue_final_message
-        return [chat_prompt(self.messages, *end, self.chat_template_kwargs)]
+        prompt = chat_prompt(self.messages, *end, self.chat_template_kwargs)
+        return [replace(prompt, tools=self.shown_tools())]
+
+    def sampled(self, default: SamplingParams) -> SamplingParams:
+        return replace(super().sampled(default), calls=self.tool_use)
 
 
 Prompts = Annotated[

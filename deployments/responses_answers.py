@@ -9,10 +9,11 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from deployments.answers import Opening, Piece
-from deployments.responses_types import ResponsesBody, named
+from deployments.responses_types import ResponsesBody
 
 
 class ResponsesShape:
@@ -23,7 +24,9 @@ class ResponsesShape:
     """
 
     ping = b": ping\n\n"
-    named = staticmethod(named)
+    names: Mapping[str, str] = MappingProxyType(
+        {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
+    )
 
     def __init__(self, body: ResponsesBody) -> None:
         self._body = body

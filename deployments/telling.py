@@ -1,4 +1,4 @@
-"""What is told of a choice beside its text: how probable its tokens were, the tokens themselves, and the prompt.
+"""What is told of a choice: its text and its calls, how probable its tokens were, the tokens themselves, the prompt.
 
 Knows OpenAI's shapes and vLLM's additions to them; knows nothing of where answers come from.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.answers import Piece
+from deployments.answers import Piece, Reason
 from deployments.calls import Admitted
 from deployments.openai_types import ChatBody, CompletionBody
 from lorauter.engine.types import Chunk, Logprob, PromptLogprobs, TokenLogprobs
+from lorauter.tools.formats import FORMATS
+from lorauter.tools.reading import CallReader, joined
 
 _Told = tuple[bytes, TokenLogprobs | None]
 """A token's text, and how probable it was, if anything is known of that."""
@@ -32,6 +34,12 @@ class Telling:
         self._text = text
         self._is_first = True
         self._offset = 0
+        self._reader: CallReader | None = None
+        use, format = body.tool_use, admitted.tool_format
+        if use is not None and format is not None:
+            names = {tool.name for tool in use.tools}
+            how = {"eager": body.stream, "several": use.several, "forced": use.forced}
+            self._reader = CallReader(FORMATS[format], names, **how)
 
     @staticmethod
     def wants_prompt(body: ChatBody | CompletionBody) -> bool:
@@ -69,7 +77,18 @@ class Telling:
             if body.prompt_logprobs is not None:
                 of_prompt["prompt_logprobs"] = [None if one is None else _by_id(one) for one in prompt]
             (beside if isinstance(body, ChatBody) else choice).update(of_prompt)
-        return Piece(text, chunk.finish_reason, choice, beside, chunk.stop_string)
+        if self._reader is None:
+            return Piece(text, chunk.finish_reason, choice, beside, chunk.stop_string)
+        reason: Reason | None = chunk.finish_reason
+        text, calls = self._reader.read(text)
+        if reason is not None:
+            last, more = self._reader.end(cut=reason == "length" or chunk.stop_string is not None)
+            text, calls = text + last, (*calls, *more)
+            if reason == "stop" and self._reader.called:
+                reason = "tool_calls"
+        if not body.stream:
+            calls = joined(calls)
+        return Piece(text, reason, choice, beside, chunk.stop_string, calls)
 
     def _plain(self, tokens: Sequence[_Told]) -> dict[str, Any]:
         """OpenAI's older shape, of plain completions."""

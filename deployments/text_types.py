@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -22,6 +23,7 @@ from deployments.openai_types import (
     check_end,
 )
 from deployments.options import Body, OneOf, Only, Option
+from deployments.tool_types import Tools, shown
 from lorauter.engine.types import Prompt
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingOptions
@@ -86,7 +88,7 @@ class TokenizeBody(Body):
 
     return_token_strs: Annotated[None, Only(False)] = None
     chat_template: Annotated[None, Only(because="the model's own is used")] = None
-    tools: Annotated[None, Only([])] = None
+    tools: Tools = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeBody:
@@ -101,9 +103,10 @@ class TokenizeBody(Body):
             return Prompt(
                 text=self.prompt, add_special_tokens=self.add_special_tokens, parse_special=self.parse_special
             )
-        return chat_prompt(
+        prompt = chat_prompt(
             self.messages, self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs
         )
+        return replace(prompt, tools=shown(self.tools or []))
 
 
 class DetokenizeBody(Body):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from lorauter.errors import ConfigError
+from lorauter.tools.formats import FormatSetting
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -65,6 +66,9 @@ class EngineConfig:
         device: "auto" (a GPU if there is one), "cpu", "cuda".
         dtype: "auto" is bfloat16 where the device computes in it, else float32.
         threads: CPU threads; None takes all CPUs that the process may use.
+        tool_format: how the model calls tools: "auto" finds it in its chat template. "hermes", "llama", "mistral" or
+            "mistral-args" says so where the template does not; with "hermes" tools are described, and calls and results
+            written, in the system message and others where the template knows none.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -83,6 +87,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: DType = "auto"
     threads: Positive | None = None
+    tool_format: FormatSetting = "auto"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():

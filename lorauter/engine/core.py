@@ -65,7 +65,7 @@ class EngineCore:
             reuse=config.prefix_reuse,
             failed=weakly(self._fail),
         )
-        self._grammars = Grammars(codec.backend, codec.eos_ids, model.vocabulary)
+        self._grammars = Grammars(codec.backend, codec.eos_ids, model.vocabulary, codec.tool_format)
         self._held: dict[int, Held] = {}  # answers that have to be of a grammar
         self._max_rank = config.max_rank
         self._told = told
@@ -100,10 +100,11 @@ class EngineCore:
             self._wake.notify_all()
 
     def _with_grammar(self, order: Order) -> Order | tuple[Begin, Held | Exception]:
-        if not isinstance(order, Begin) or order.sampling.grammar is None:
+        if not isinstance(order, Begin) or not order.sampling.is_held:
             return order
         try:
-            return order, self._grammars.begin(order.sampling.grammar, order.tokens[order.prompt :])
+            sampling, answered = order.sampling, order.tokens[order.prompt :]
+            return order, self._grammars.begin(sampling.grammar, answered, sampling.calls)
         except Exception as error:  # noqa: BLE001 (this request's trouble alone)
             return order, error
 

@@ -209,7 +209,7 @@ class Engine:
             seed=random.getrandbits(64) if sampling.seed is None else sampling.seed,
             tenant=request.tenant,
             ends=frozenset(sampling.stop_token_ids)
-            | (frozenset() if sampling.ignore_eos and sampling.grammar is None else self.codec.eos_ids),
+            | (frozenset() if sampling.ignore_eos and not sampling.is_held else self.codec.eos_ids),
         )
         text = self.codec.stream(sampling)
         for token in request.generated:  # their text is known

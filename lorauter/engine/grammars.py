@@ -16,6 +16,9 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, gramm
 
 from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
+from lorauter.tools.formats import ToolFormat
+from lorauter.tools.grammar import calls_grammar
+from lorauter.tools.types import ToolUse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,7 @@ _KEPT = 256  # compiled grammars
 _LONGEST = 1 << 20  # characters of one
 # A space, or a new line and its indentation: where more may follow, some models make nothing else.
 _WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
+_CALL_SPACE = " ?"  # in calls, which models were taught on one line
 _TRIED = 256  # parts of a schema that are looked at for what is wrong
 _THREADS = 4
 # Of what a single step may take: about 15 ms.
@@ -62,27 +66,36 @@ class Grammars:
         tokenizer: a `tokenizers.Tokenizer`.
         ends: tokens that end an answer; at least one.
         vocabulary: tokens that the model knows.
+        tool_format: how it writes calls of tools, if it does.
     """
 
-    def __init__(self, tokenizer: Any, ends: Collection[int], vocabulary: int) -> None:
+    def __init__(
+        self, tokenizer: Any, ends: Collection[int], vocabulary: int, tool_format: ToolFormat | None = None
+    ) -> None:
         self._source = tokenizer
         self._ends = ends
         self._vocabulary = vocabulary
+        self._tool_format = tool_format
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[Grammar | None, ToolUse | None], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "masks")
         self._executor: LLExecutor | None = None
 
-    def begin(self, grammar: Grammar, tokens: Sequence[int] = ()) -> Held:
-        """An answer that is to be held to a grammar, and has these tokens already. Compiles it, if it is new.
+    def begin(self, grammar: Grammar | None, tokens: Sequence[int] = (), calls: ToolUse | None = None) -> Held:
+        """An answer that is to be held to a grammar, to calls of tools, or to either. Compiles them, if they are new.
+
+        Args:
+            grammar: of the answer, or of what is no call.
+            tokens: what the answer has already.
+            calls: the tools that it may call, or has to.
 
         Raises:
             InvalidRequest: it is no such grammar, or the tokens are not of it.
         """
-        held = Held(self._matcher(grammar))
+        held = Held(self._matcher(grammar, calls))
         if tokens and not held.matcher.consume_tokens(list(tokens)):
-            raise InvalidRequest("what the answer has so far does not fit its grammar", param=grammar.param)
+            raise InvalidRequest("what the answer has so far does not fit its grammar", param=_param(grammar))
         self._find([held])
         return held
 
@@ -123,27 +136,46 @@ class Grammars:
                 )
             return self._tokenizer
 
-    def _matcher(self, grammar: Grammar) -> LLMatcher:
+    def _matcher(self, grammar: Grammar | None, calls: ToolUse | None) -> LLMatcher:
         if not self._ends:
-            raise InvalidRequest("the base model has no token that ends an answer", param=grammar.param)
+            raise InvalidRequest("the base model has no token that ends an answer", param=_param(grammar))
+        form = grammar, calls
         with self._lock:
-            matcher = self._compiled.get(grammar)
+            matcher = self._compiled.get(form)
             if matcher is not None:
-                self._compiled.move_to_end(grammar)
+                self._compiled.move_to_end(form)
                 return matcher.deep_copy()
-        matcher = self._compile(grammar)
+        matcher = self._compile(grammar, calls)
         with self._lock:
-            self._compiled[grammar] = matcher
+            self._compiled[form] = matcher
             while len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
             return matcher.deep_copy()
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        _check_length(grammar)
-        matcher = LLMatcher(self._llguidance, _source(grammar), log_level=0, limits=_LIMITS)
+    def _compile(self, grammar: Grammar | None, calls: ToolUse | None) -> LLMatcher:
+        schemas = [Grammar("json", tool.schema, tool.param) for tool in calls.tools] if calls is not None else []
+        parts = schemas if grammar is None else [grammar, *schemas]
+        for part in parts:
+            _check_length(part)
+        source = self._source_of_calls(calls, grammar) if calls is not None else _source(parts[0])
+        matcher = LLMatcher(self._llguidance, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise _broken(grammar, _short(matcher.get_error()))
+            for part in parts[:-1]:
+                check_grammar(part)
+            raise _broken(parts[-1], _short(matcher.get_error()))
         return matcher
+
+    def _source_of_calls(self, calls: ToolUse, grammar: Grammar | None) -> str:
+        """Calls as llguidance takes them. Raises InvalidRequest."""
+        format = self._tool_format
+        if format is None:
+            raise InvalidRequest("it is not known how the base model calls tools", param="tools")
+        ids = {mark: id for mark in format.marks if (id := self._source.token_to_id(mark)) is not None}
+        answer: list[dict[str, Any]] = []
+        if grammar is not None and not calls.forced:
+            source = _source(grammar)
+            answer = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
+        return calls_grammar(format, calls, ids, whitespace=_CALL_SPACE, answer=answer)
 
 
 def check_grammar(grammar: Grammar) -> None:
@@ -198,6 +230,10 @@ def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from ((f"{key}.{i}", part) for i, part in enumerate(value) if isinstance(part, dict))
         elif isinstance(value, dict) and key in ("items", "additionalProperties", "not"):
             yield key, value
+
+
+def _param(grammar: Grammar | None) -> str:
+    return "tools" if grammar is None else grammar.param
 
 
 def _source(grammar: Grammar) -> str:

@@ -19,6 +19,7 @@ from lorauter.engine.text import TextCodec
 from lorauter.engine.types import GenerationRequest, SamplingParams
 from lorauter.errors import ConfigError
 from lorauter.precision import native_dtype
+from lorauter.tools.formats import FormatSetting
 
 
 def load_engine(model: str, config: EngineConfig | None = None, *, aliases: Sequence[str] = ()) -> MultiLoraEngine:
@@ -53,7 +54,13 @@ def load_in_process(
 
 def _loading(model: str, config: EngineConfig, aliases: Sequence[str]) -> Load:
     return partial(
-        load_decoder, model, device=config.device, dtype=config.dtype, threads=config.threads, aliases=tuple(aliases)
+        load_decoder,
+        model,
+        device=config.device,
+        dtype=config.dtype,
+        threads=config.threads,
+        aliases=tuple(aliases),
+        tool_format=config.tool_format,
     )
 
 
@@ -81,6 +88,7 @@ def load_decoder(
     dtype: DType = "auto",
     threads: int | None = None,
     aliases: Sequence[str] = (),
+    tool_format: FormatSetting = "auto",
 ) -> tuple[Decoder, TextCodec]:
     """Load a model and its tokenizer.
 
@@ -91,6 +99,7 @@ def load_decoder(
         threads: CPU threads; None takes one for each CPU that the process may use, whatever OMP_NUM_THREADS says
             (Ray sets it to 1).
         aliases: further names that adapters may give as their base model.
+        tool_format: how it calls tools; see `EngineConfig`.
 
     Raises:
         ConfigError: the model cannot be loaded or is not served.
@@ -106,7 +115,7 @@ def load_decoder(
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"base model {model!r} cannot be loaded: {error}", setting="base_model") from error
     decoder = Decoder(source, names=(model, *aliases))
-    codec = TextCodec(tokenizer, eos_ids=_eos_ids(source.generation_config))
+    codec = TextCodec(tokenizer, eos_ids=_eos_ids(source.generation_config), tool_format=tool_format)
     del source
     gc.collect()
     return decoder, codec

@@ -12,13 +12,17 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 from lorauter.engine.types import Logprob, Prompt, SamplingParams, TokenLogprobs
 from lorauter.errors import InvalidRequest
+from lorauter.tools.formats import FORMATS, FormatSetting, ToolFormat, found_in, knows_tools
+from lorauter.tools.writing import with_tools, without_tools
 
 
 class TextCodec:
@@ -30,10 +34,21 @@ class TextCodec:
     Args:
         tokenizer: a fast transformers tokenizer.
         eos_ids: further ids that end an answer, beside the tokenizer's own.
+        tool_format: how the model calls tools; "auto" finds it in the chat template.
+
+    Attributes:
+        tool_format: the same, if it is known.
     """
 
-    def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int] = (), tool_format: FormatSetting = "auto") -> None:
         self._tokenizer = tokenizer
+        template = str(tokenizer.chat_template or "")
+        self._template_knows_tools = knows_tools(template)
+        self.tool_format: ToolFormat | None
+        if tool_format == "auto":
+            self.tool_format = found_in(template) if self._template_knows_tools else None
+        else:
+            self.tool_format = FORMATS[tool_format]
         self.backend = tokenizer.backend_tokenizer
         # What a tokenizer.json may carry from somebody's training: prompts are never cut or filled up in silence.
         self.backend.no_truncation()
@@ -44,14 +59,18 @@ class TextCodec:
         added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self._copied = threading.Lock()
+        marks = self.tool_format.marks if self.tool_format is not None else ()
+        special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._marks = {special[mark]: mark for mark in marks if mark in special}
         self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """It travels as what it is made of."""
-        return partial(TextCodec, eos_ids=tuple(self.eos_ids)), (self._tokenizer,)
+        format = self.tool_format.name if self.tool_format is not None else "auto"
+        return partial(TextCodec, eos_ids=tuple(self.eos_ids), tool_format=format), (self._tokenizer,)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Ids of a prompt. Raises InvalidRequest: the model has no chat template, or it refuses these messages."""
+        """Ids of a prompt. Raises InvalidRequest: there is no chat template, or it refuses the chat or its tools."""
         if prompt.token_ids is not None:
             return prompt.token_ids
         if prompt.text is not None:
@@ -63,6 +82,7 @@ class TextCodec:
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
             template_kwargs=prompt.template_kwargs,
+            tools=prompt.tools,
         )
 
     def plain(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> tuple[int, ...]:
@@ -83,6 +103,7 @@ class TextCodec:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[int, ...]:
         """Ids of a chat.
 
@@ -91,9 +112,10 @@ class TextCodec:
             add_generation_prompt: up to where the assistant's answer begins.
             continue_final_message: up to the end of the last message's content, which the answer goes on with.
             template_kwargs: variables of the template.
+            tools: what the answer may call, `{"type": "function", "function": {...}}`.
 
         Raises:
-            InvalidRequest: the model has no chat template, or it refuses these messages.
+            InvalidRequest: the model has no chat template, or it refuses these messages, or knows no tools.
         """
         template = self._tokenizer.chat_template
         if not template:
@@ -104,22 +126,41 @@ class TextCodec:
                 f"chat_template_kwargs: {', '.join(reserved)} cannot be set by it", param="chat_template_kwargs"
             )
         turns = [dict(message) for message in (messages if "tool" in str(template) else without_tools(messages))]
+        if tools:
+            self._check_tools()
+            if not self._template_knows_tools:
+                turns, tools = with_tools(turns, tools), ()
         how = {
+            "tools": [dict(tool) for tool in tools] or None,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             **variables,
         }
         try:
-            if self._looks_controlled([turns, variables]):
+            if self._looks_controlled([turns, variables, *tools]):
+                marked = self._with_marked_keys({"turns": turns, **how})
                 with self._copied:  # a transformers tokenizer is not for two threads at once
                     ids = self._copy.apply_chat_template(
-                        turns, tokenize=True, return_dict=False, sanitize_control_tokens=True, **how
+                        marked.pop("turns"), tokenize=True, return_dict=False, sanitize_control_tokens=True, **marked
                     )
                 return tuple(ids)
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, **how)
         except Exception as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def _check_tools(self) -> None:
+        """Raise InvalidRequest if it is not known how the model is told of tools, and calls them."""
+        format = self.tool_format
+        if format is None or (not self._template_knows_tools and format.name != "hermes"):
+            problem = (
+                "shows tools in a way that is not known; set engine.tool_format to the one that it means, if it is one "
+                f"of {', '.join(FORMATS)}"
+                if self._template_knows_tools
+                else "knows no tools; leave tools out, or set engine.tool_format: hermes, which describes them in the "
+                "system message"
+            )
+            raise InvalidRequest(f"tools: the base model's chat template {problem}", param="tools")
 
     def forms(self, word: str) -> list[tuple[int, ...]]:
         """The tokens of a word, alone and after a space."""
@@ -139,8 +180,14 @@ class TextCodec:
         if isinstance(value, str):
             return self._added.search(value) is not None
         if isinstance(value, Mapping):
-            return any(map(self._looks_controlled, value.values()))
+            return any(map(self._looks_controlled, value)) or any(map(self._looks_controlled, value.values()))
         return isinstance(value, list | tuple) and any(map(self._looks_controlled, value))
+
+    def _with_marked_keys(self, value: Any) -> Any:
+        """The same, with control tokens in keys marked as text, as transformers does it with values alone."""
+        if isinstance(value, Mapping):
+            return {mark_control_tokens(key, self._added): self._with_marked_keys(item) for key, item in value.items()}
+        return list(map(self._with_marked_keys, value)) if isinstance(value, list | tuple) else value
 
     @cached_property
     def _literal(self) -> Any:
@@ -155,7 +202,8 @@ class TextCodec:
 
     def stream(self, sampling: SamplingParams | None = None) -> TextStream:
         """A decoder for one answer."""
-        return TextStream(self.backend, sampling or SamplingParams(), self.bytes_of)
+        sampling = sampling or SamplingParams()
+        return TextStream(self.backend, sampling, self.bytes_of, self._marks if sampling.calls is not None else {})
 
 
 class TokenBytes:
@@ -198,11 +246,21 @@ class TextStream:
     Attributes:
         sampling: what the answer ends with, and whether special tokens are part of it.
         stopped_by: the stop string that has ended it.
+
+    Args:
+        marks: special tokens that are part of the text all the same.
     """
 
-    def __init__(self, backend: Any, sampling: SamplingParams, bytes_of: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        sampling: SamplingParams,
+        bytes_of: Callable[[int], bytes],
+        marks: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
         self._backend = backend
         self._bytes_of = bytes_of
+        self._marks = marks
         self.sampling = sampling
         self.stopped_by: str | None = None
         self._decoder = self._new_decoder()
@@ -218,7 +276,7 @@ class TextStream:
         """The text that is now certain, and whether a stop string ended it."""
         self._tokens += 1
         try:
-            self._pending += self._decoder.step(self._backend, token) or ""
+            self._pending += self._decoder.step(self._backend, token) or self._marks.get(token, "")
         except Exception:  # noqa: BLE001 (tokenizers raises no narrower one)
             # Invalid UTF-8 from a byte-fallback vocabulary can change text already given out: begin anew after it.
             self._decoder = self._new_decoder()
@@ -259,21 +317,3 @@ class TextStream:
         """What was held back, once the answer has ended otherwise."""
         text, self._pending = self._pending, ""
         return text
-
-
-def without_tools(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A chat in which calls of tools and their answers are text, for a template that knows none: as Hermes' has it."""
-    turns: list[dict[str, Any]] = []
-    answered = False
-    for message in messages:
-        said = message["content"]
-        for call in message.get("tool_calls", ()):
-            said += f"\n<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
-        if message["role"] != "tool":
-            turns.append({"role": message["role"], "content": said.lstrip("\n") if "tool_calls" in message else said})
-        elif answered:
-            turns[-1]["content"] += f"\n<tool_response>\n{said}\n</tool_response>"
-        else:
-            turns.append({"role": "user", "content": f"<tool_response>\n{said}\n</tool_response>"})
-        answered = message["role"] == "tool"
-    return turns

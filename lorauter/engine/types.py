@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorauter.errors import InvalidRequest
+from lorauter.tools.types import ToolUse
 
 if TYPE_CHECKING:
     from lorauter.adapters.weights import LoraWeights
@@ -59,6 +60,7 @@ class Prompt:
         template_kwargs: variables of the chat template.
         add_special_tokens: a text begins with what the tokenizer puts before one.
         parse_special: what looks like a control token in a text is one.
+        tools: what a chat's answer may call, as chat templates take it: `{"type": "function", "function": {...}}`.
     """
 
     messages: tuple[Mapping[str, Any], ...] = ()
@@ -69,16 +71,19 @@ class Prompt:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_special_tokens: bool = True
     parse_special: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def characters(self) -> int:
         """The length of all its text."""
-        return len(self.text or "") + sum(map(_characters, self.messages))
+        return len(self.text or "") + sum(map(_characters, (*self.messages, *self.tools)))
 
 
 def _characters(value: Any) -> int:
-    if isinstance(value, Mapping | list):
-        return sum(map(_characters, value.values() if isinstance(value, Mapping) else value))
+    if isinstance(value, Mapping):
+        return sum(map(_characters, [*value, *value.values()]))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
     return len(value) if isinstance(value, str) else 0
 
 
@@ -111,6 +116,9 @@ class SamplingParams:
             logarithms of their probabilities by the model alone, whatever changes or forbids tokens; None tells none.
         prompt_logprobs: the same for the tokens of the prompt, all of which are computed then.
         grammar: what the answer has to be; it ends with an end-of-text token, also where these are ignored.
+        calls: the tools that the answer may call, or has to: then, and where one of them is strict or there is a
+            grammar, it is held to their schemas, and to the grammar where it is no call. The marks of calls are part of
+            its text.
     """
 
     max_tokens: int = 256
@@ -134,6 +142,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    calls: ToolUse | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -175,9 +184,14 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
     @property
+    def is_held(self) -> bool:
+        """Whether the answer has to be of a grammar."""
+        return self.grammar is not None or (self.calls is not None and self.calls.is_held)
+
+    @property
     def forbids(self) -> bool:
         """Whether there are tokens that may not come, now or at times."""
-        return bool(self.min_tokens or self.allowed_token_ids or self.bad_words or self.grammar)
+        return bool(self.min_tokens or self.allowed_token_ids or self.bad_words or self.is_held)
 
     @property
     def greedy(self) -> bool:

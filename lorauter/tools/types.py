@@ -6,6 +6,43 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """What may be called.
+
+    Attributes:
+        name: what it is called by.
+        schema: JSON schema of its arguments, an object's, as text.
+        param: what the request calls the schema, for errors.
+        strict: a call has to be of the schema, also where none is forced.
+    """
+
+    name: str
+    schema: str
+    param: str = "tools"
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """Which tools an answer may call, or has to.
+
+    Attributes:
+        tools: those that may be called; at least one.
+        forced: the answer is a call of one of them, and nothing else.
+        several: it may have more than one call.
+    """
+
+    tools: tuple[Tool, ...]
+    forced: bool = False
+    several: bool = True
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the answer has to be of a grammar for their sake."""
+        return self.forced or any(tool.strict for tool in self.tools)
+
+
+@dataclass(frozen=True, slots=True)
 class CallPiece:
     """A piece of a call, or all of it.
 

@@ -8,47 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import counting
 import openai.types as of_openai
 import openai.types.chat as of_chat
 import pytest
+from engine_service import EngineService
 from fake_service import CHAT, COMPLETIONS, ROUTE, FakeService, chat, events, post, refused, text
 
-from deployments.calls import Admitted, GenerateCall
-from deployments.choices import side_by_side
-from lorauter.engine import Chunk, EngineConfig, GenerationRequest, MultiLoraEngine
-
-
-class EngineService(FakeService):
-    """Answers by an engine, as a replica does."""
-
-    def __init__(self, engine: MultiLoraEngine) -> None:
-        super().__init__()
-        self.engine = engine
-
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
-        codec = self.engine.codec
-        prompt = codec.encode(call.prompt)
-        stream = side_by_side(
-            {
-                place: self.engine.stream(
-                    GenerationRequest(prompt, (), call.sampling.of_choice(place), generated, call.tenant)
-                )
-                for place, generated in call.choices
-            }
-        )
-        told = tuple((token, codec.bytes_of(token)) for token in prompt) if call.tells_prompt else ()
-        try:
-            first = await anext(stream)
-            yield Admitted(len(prompt), prompt=told)
-            yield first
-            async for chunk in stream:
-                yield chunk
-        finally:
-            await stream.aclose()
+from lorauter.engine import EngineConfig, MultiLoraEngine
 
 
 @pytest.fixture(scope="module")

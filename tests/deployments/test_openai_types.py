@@ -149,7 +149,7 @@ def test_messages_are_taken_as_clients_send_them_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "lost", [{"tool_calls": [{"id": "1"}]}, {"function_call": {"name": "f"}}, {"audio": {"id": "a"}}]
+    "lost", [{"tool_calls": [{"id": "1"}]}, {"function_call": {"arguments": "{}"}}, {"audio": {"id": "a"}}]
 )
 def test_what_a_message_says_beside_its_text_is_not_dropped(lost: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(lost))):

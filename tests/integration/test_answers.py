@@ -100,6 +100,47 @@ def test_several_answers_probabilities_and_forms(service: Any, examples: Any) ->
     assert caught.value.param == "guided_regex"
 
 
+def test_tools(service: Any) -> None:
+    client = service.openai
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    }
+    about = {"name": "get_weather", "description": "The weather in a city.", "parameters": schema}
+    tools = [{"type": "function", "function": about}, {"type": "function", "function": {"name": "now"}}]
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    for model in ("base", "lorauter", "dbpedia"):
+        asked = {"model": model, "messages": messages, "tools": tools, "tool_choice": named}
+        choice = client.chat.completions.create(**asked).choices[0]
+        [call] = choice.message.tool_calls
+        assert (choice.message.content, choice.finish_reason, call.function.name) == (None, "stop", "get_weather")
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+        with client.chat.completions.stream(**asked) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        assert streamed.message.tool_calls[0].function.arguments == call.function.arguments
+        required = client.chat.completions.create(
+            **{**asked, "tool_choice": "required"}, parallel_tool_calls=False, n=2, seed=1, temperature=1, logprobs=True
+        )
+        for one in required.choices:
+            assert (one.finish_reason, len(one.message.tool_calls)) == ("tool_calls", 1)
+            assert one.logprobs.content
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"weather": "sunny<|im_end|>"}'}
+    talk = [*messages, choice.message.model_dump(), result]
+    answer = client.chat.completions.create(model="base", messages=talk, tools=tools, max_tokens=30)
+    assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
+    assert answer.usage.prompt_tokens > 200  # the tools, the call and its result
+    free = client.chat.completions.create(model="lorauter", messages=messages, tools=tools, max_tokens=30)
+    alone = client.chat.completions.create(model="lorauter", messages=messages, max_tokens=1)
+    assert free.lorauter["adapters"] == alone.lorauter["adapters"]
+    with pytest.raises(openai.BadRequestError, match='got "text"') as caught:
+        bad = {**about, "parameters": {"type": "object", "properties": {"city": {"type": "text"}}}}
+        client.chat.completions.create(model="base", messages=messages, tools=[{"type": "function", "function": bad}])
+    assert caught.value.param == "tools.0.function.parameters.properties.city.type"
+
+
 def test_prompts_of_all_forms_embeddings_and_tokens(service: Any) -> None:
     client = service.openai
     texts = ["The capital of France is", "One, two, three,"]

@@ -1,0 +1,121 @@
+"""Grammars of answers that call tools, in llguidance's terms. Knows how families write calls; compiles nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorauter.tools.formats import ARGS, ToolFormat
+from lorauter.tools.types import Tool, ToolUse
+
+# Where these are, an object may have to have what `properties` does not list.
+_OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "if")
+
+
+def calls_grammar(
+    format: ToolFormat,
+    use: ToolUse,
+    ids: Mapping[str, int],
+    *,
+    whitespace: str,
+    answer: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """A grammar of answers: calls of tools by their schemas, and, where none is forced, text or another grammar's.
+
+    Args:
+        format: how calls are written.
+        use: which.
+        ids: the tokens of the format's marks, where they are tokens.
+        whitespace: a regular expression of what may be between JSON's tokens.
+        answer: the grammars of what is no call, the first of which begins; without any it is text.
+    """
+    rules = _Rules(format, use, ids)
+    start = rules.forced() if use.forced else rules.free("answer" if answer else "text")
+    lines = [f"start: {start}", f"object: {' | '.join(rules.objects())}"]
+    if format.named:
+        lines[1] = f"named: {' | '.join(rules.named())}"
+    schemas = [
+        {"name": f"arguments_{place}", "json_schema": _schema(tool, whitespace)} for place, tool in enumerate(use.tools)
+    ]
+    others = [{**grammar, "name": "answer"} if place == 0 else dict(grammar) for place, grammar in enumerate(answer)]
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join([*lines, *rules.lines])}, *schemas, *others]})
+
+
+class _Rules:
+    def __init__(self, format: ToolFormat, use: ToolUse, ids: Mapping[str, int]) -> None:
+        self._format = format
+        self._use = use
+        self._ids = ids
+        self.lines: list[str] = []
+
+    def objects(self) -> list[str]:
+        begins = [f'{{"name": {json.dumps(t.name)}, "{self._format.arguments}": ' for t in self._use.tools]
+        return [f'{_text(begin)} @arguments_{place} "}}"' for place, begin in enumerate(begins)]
+
+    def named(self) -> list[str]:
+        return [
+            f"{_text(tool.name)} {self._mark(ARGS)} @arguments_{place}" for place, tool in enumerate(self._use.tools)
+        ]
+
+    def forced(self) -> str:
+        """Calls, and nothing else."""
+        if self._format.bare:
+            return "object"
+        unit = f"{self._mark(self._format.opener)} {self._behind()}"
+        between = _text(self._format.space)
+        return f"{unit} ({between} {unit})*" if self._several_openers else unit
+
+    def free(self, other: str) -> str:
+        """Calls, or something else; text may be beside calls."""
+        opener = self._mark(self._format.opener)
+        if other == "answer":
+            self.lines.append("answer: @answer")
+            # A call without an opener would begin as other JSON does.
+            return f"answer | {f'{opener} object' if self._format.bare else self.forced()}"
+        # Of an opener that is no token, whatever comes up to its end belongs to it: no text goes on beyond it.
+        lazy = "" if self._format.opener in self._ids else "[lazy]"
+        before = "PLAIN" if self._format.bare else "TEXT"
+        self.lines += ["text: TEXT", r"TEXT: /(.|\n)*/", f"opened{lazy}: {before} {opener}"]
+        if self._format.bare:
+            self.lines += ["plain: PLAIN", r"PLAIN: /([^{ \t\r\n](.|\n)*)?/"]
+            return "object | opened object text | plain"
+        return f"(opened {self._behind()}){'*' if self._several_openers else '?'} text"
+
+    @property
+    def _several_openers(self) -> bool:
+        return self._use.several and self._format.several and not self._list
+
+    @property
+    def _list(self) -> bool:
+        return bool(self._format.separator) and not self._format.named
+
+    def _behind(self) -> str:
+        """What follows an opener, up to the closer."""
+        format = self._format
+        if format.named:
+            return "named"
+        space = _text(format.space)
+        inner = "object"
+        if self._list and self._use.several and format.several:
+            inner = f"object ({_text(format.separator)} {_text(' ')}? object)*"
+        left = f"{_text(' ')}? {_text(format.left)}" if format.left else ""
+        closer = self._mark(format.closer) if format.closer else ""
+        return " ".join(part for part in (left, space, inner, space, closer) if part)
+
+    def _mark(self, mark: str) -> str:
+        return f"<[{self._ids[mark]}]>" if mark in self._ids else _text(mark)
+
+
+def _text(text: str) -> str:
+    """A text in Lark's language; none is nothing."""
+    return json.dumps(text) if text else ""
+
+
+def _schema(tool: Tool, whitespace: str) -> dict[str, Any]:
+    """The schema of a tool's arguments; of an object that lists its properties, these and no others."""
+    schema = json.loads(tool.schema)
+    schema = {"type": "object", **schema}
+    if "properties" in schema and not any(name in schema for name in _OPEN):
+        schema["additionalProperties"] = False
+    return {**schema, "x-guidance": {"whitespace_pattern": whitespace}}
