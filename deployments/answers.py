@@ -90,14 +90,13 @@ class AnswerShape(Protocol):
 
     Attributes:
         ping: what says in a stream that nothing is new.
-        names: what its clients call an option that others call otherwise: `prompt` is whatever holds the prompt.
     """
 
     @property
     def ping(self) -> bytes: ...
 
-    @property
-    def names(self) -> Mapping[str, str]: ...
+    def named(self, option: str) -> str:
+        """What its clients call an option of a chat; `prompt` is whatever holds the prompt."""
 
     def open(self, opening: Opening) -> Writer:
         """What writes the answers to a request."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from pydantic_core import from_json
 
 from deployments.answers import Opening, Piece
+from deployments.anthropic_types import named
 
 _PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -30,9 +30,7 @@ class MessagesShape:
     """How answers look."""
 
     ping = b'event: ping\ndata: {"type": "ping"}\n\n'
-    names: Mapping[str, str] = MappingProxyType(
-        {"prompt": "messages", "stop": "stop_sequences", "response_format": "output_config.format"}
-    )
+    named = staticmethod(named)
 
     def open(self, opening: Opening) -> MessagesWriter:
         """What writes the answer to a request."""

@@ -6,6 +6,7 @@ Each field is a row of the table in `docs/api.md`.
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -24,7 +25,7 @@ from deployments.openai_types import (
     Streamed,
     TokenOptions,
 )
-from deployments.options import Body, ByType, Only, Option, TextOrList, build_body
+from deployments.options import Body, ByType, Only, Option, TextOrList, build_body, reword
 from lorauter.errors import InvalidRequest
 
 
@@ -192,7 +193,11 @@ class CountTokensBody(Body):
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises InvalidRequest."""
-        return build_body(ChatBody, self._of_chat())
+        try:
+            return build_body(ChatBody, self._of_chat())
+        except InvalidRequest as error:
+            reword(error, named)
+            raise
 
     def _of_chat(self) -> dict[str, Any]:
         said, choice = self.turns(), self.tool_choice
@@ -237,6 +242,15 @@ class MessagesBody(TokenOptions, CountTokensBody):
         same = (*TokenOptions.model_fields, "max_tokens", "stream", "lorauter", "cache_salt")
         own = {name: getattr(self, name) for name in same}
         return {**super()._of_chat(), **own, "stop": self.stop_sequences}
+
+
+def named(option: str) -> str:
+    """What an option of a chat is called here."""
+    option = re.sub(r"^(tools\.\d+)\.function\.parameters\b", r"\1.input_schema", option)
+    return _NAMES.get(option, re.sub(r"^(tools\.\d+)\.function\b", r"\1", option))
+
+
+_NAMES = {"prompt": "messages", "stop": "stop_sequences", "response_format": "output_config.format"}
 
 
 def _say(said: list[dict[str, Any]], role: str, text: str) -> None:

@@ -29,6 +29,7 @@ from deployments.forms import check_constrain, held_to
 from deployments.merged import Merged
 from deployments.openai_answers import error_answer
 from deployments.openai_types import ChatBody, CompletionBody
+from deployments.options import reword
 from deployments.scope import ScopedOptions, visible
 from deployments.streams import EventStream
 from deployments.telling import Telling, likelihood
@@ -104,9 +105,8 @@ class Generation:
             own = error.param or ("prompt" if isinstance(error, ContextLengthExceeded) else "")
             if own == "tokens" or own.startswith("input"):  # the words of those below
                 own = "prompt"
-            error.param = named = shape.names.get(own, own) or None
-            if named and str(error).startswith(own):
-                error.args = (named + str(error).removeprefix(own),)
+            error.param = own or None
+            reword(error, shape.named)
             raise
         except AdapterNotFound as error:
             if body.chosen() is not None:

@@ -68,7 +68,7 @@ class Shape:
         called: why an answer ended that has called something.
     """
 
-    names: Mapping[str, str]
+    prompt: str
     prefix: str
     whole: str
     piece: str
@@ -77,6 +77,10 @@ class Shape:
     first: dict[str, Any]
     called: str = "tool_calls"
     ping: bytes = b": ping\n\n"
+
+    def named(self, option: str) -> str:
+        """What its clients call an option."""
+        return self.prompt if option == "prompt" else option
 
     def open(self, opening: Opening) -> OpenAIWriter:
         """What writes the answers to a request."""
@@ -136,7 +140,7 @@ def _function_delta(text: str, calls: Calls) -> dict[str, Any]:
 
 
 CHAT = Shape(
-    {"prompt": "messages"},
+    "messages",
     "chatcmpl",
     "chat.completion",
     "chat.completion.chunk",
@@ -147,7 +151,7 @@ CHAT = Shape(
 FUNCTIONS = replace(CHAT, body=_function_message, delta=_function_delta, called="function_call")
 """Of chats with `functions`, which are tools by an older name, of which one is called."""
 TEXT = Shape(
-    {},
+    "prompt",
     "cmpl",
     "text_completion",
     "text_completion",

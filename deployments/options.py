@@ -7,7 +7,8 @@ documentation (`docs/api.md`) and the OpenAPI schema are made of them. Knows not
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args
@@ -166,6 +167,14 @@ def build_body(kind: type[B], options: Mapping[str, Any]) -> B:
         return kind.model_validate(options)
     except ValidationError as error:
         raise InvalidRequest(explain(error, "option"), param=first_field(error)) from error
+
+
+def reword(error: InvalidRequest, named: Callable[[str], str]) -> None:
+    """Have an error call its option as another API does, also where its message begins with it."""
+    own = error.param
+    if own and (name := named(own)) != own:
+        error.param = name
+        error.args = (re.sub(rf"^(option )?{re.escape(own)}\b", lambda match: f"{match[1] or ''}{name}", str(error)),)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from deployments.answers import Opening, Piece
-from deployments.responses_types import ResponsesBody
+from deployments.responses_types import ResponsesBody, named
 
 
 class ResponsesShape:
@@ -24,9 +23,7 @@ class ResponsesShape:
     """
 
     ping = b": ping\n\n"
-    names: Mapping[str, str] = MappingProxyType(
-        {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
-    )
+    named = staticmethod(named)
 
     def __init__(self, body: ResponsesBody) -> None:
         self._body = body

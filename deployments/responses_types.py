@@ -5,6 +5,7 @@ Each field is a row of the table in `docs/api.md`. Nothing is stored, so that a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ from deployments.openai_types import (
     TemplateKwargs,
     TokenOptions,
 )
-from deployments.options import Body, ByType, OneOf, Only, Option, TextOrList, build_body
+from deployments.options import Body, ByType, OneOf, Only, Option, TextOrList, build_body, reword
 from lorauter.errors import InvalidRequest
 
 LOGPROBS = "message.output_text.logprobs"
@@ -246,19 +247,23 @@ class ResponsesBody(TokenOptions):
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises InvalidRequest."""
+        try:
+            return build_body(ChatBody, self._of_chat())
+        except InvalidRequest as error:
+            reword(error, named)
+            raise
+
+    def _of_chat(self) -> dict[str, Any]:
         same: Mapping[str, Any] = {name: getattr(self, name) for name in (*TokenOptions.model_fields, *_SAME)}
-        return build_body(
-            ChatBody,
-            {
-                **same,
-                "messages": self.messages(),
-                "max_tokens": self.max_output_tokens,
-                "response_format": self.text.format.of_chat() if self.text and self.text.format else None,
-                "logprobs": LOGPROBS in (self.include or ()) or bool(self.top_logprobs),
-                "tools": [{"type": "function", "function": _function(tool)} for tool in self._callable()],
-                "tool_choice": self._choice(),
-            },
-        )
+        return {
+            **same,
+            "messages": self.messages(),
+            "max_tokens": self.max_output_tokens,
+            "response_format": self.text.format.of_chat() if self.text and self.text.format else None,
+            "logprobs": LOGPROBS in (self.include or ()) or bool(self.top_logprobs),
+            "tools": [{"type": "function", "function": _function(tool)} for tool in self._callable()],
+            "tool_choice": self._choice(),
+        }
 
     def _callable(self) -> list[Tool]:
         tools = self.tools or []
@@ -274,6 +279,12 @@ class ResponsesBody(TokenOptions):
         return choice.mode if isinstance(choice, AllowedTools) else choice
 
 
+def named(option: str) -> str:
+    """What an option of a chat is called here."""
+    return _NAMES.get(option, re.sub(r"^(tools\.\d+)\.function\b", r"\1", option))
+
+
+_NAMES = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 _SAME = (
     "model",
     "top_logprobs",

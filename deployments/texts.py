@@ -9,12 +9,12 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from deployments.anthropic_types import CountTokensBody
+from deployments.anthropic_types import CountTokensBody, named
 from deployments.bodies import read_json
 from deployments.config import ApiSettings
 from deployments.generation import check_length, scoped, short, tokens_of
 from deployments.openai_types import ROUTED_MODEL
-from deployments.options import parse_body
+from deployments.options import parse_body, reword
 from deployments.scope import visible
 from deployments.text_types import DetokenizeBody, EmbeddingsBody, RouteBody, TokenizeBody
 from lorauter.encoder import Embeddings, normalised
@@ -108,8 +108,14 @@ class Texts:
 
     async def count_tokens(self, request: Request) -> Response:
         """`POST /v1/messages/count_tokens`."""
-        [prompt] = parse_body(CountTokensBody, await self._read(request)).chat().prompts()
-        return JSONResponse({"input_tokens": len(await self._tokenized(prompt))})
+        body = parse_body(CountTokensBody, await self._read(request)).chat()
+        try:
+            [prompt] = body.prompts()
+            ids = await self._tokenized(prompt)
+        except InvalidRequest as error:
+            reword(error, named)
+            raise
+        return JSONResponse({"input_tokens": len(ids)})
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`."""
