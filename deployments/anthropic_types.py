@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.conversations import add_call
+from deployments.conversations import add_call, add_text
 from deployments.openai_types import (
     CacheSalt,
     ChatBody,
@@ -170,26 +170,28 @@ class CountTokensBody(Body):
     output_config: Annotated[OutputConfig | None, Option("how the answer is", "sampling", ({},))] = None
 
     cache_control: IgnoredObject = None
-    thinking: Annotated[None, Only({"type": "disabled"})] = None
+    thinking: Annotated[None, Only({"type": "disabled"}, {"type": "adaptive"})] = None
     speed: Annotated[None, Only("standard")] = None
     mcp_servers: Annotated[None, Only([])] = None
     context_management: Annotated[None, Only({})] = None
 
     def turns(self) -> list[dict[str, Any]]:
-        """The conversation as a chat's messages: one after the other of the same role are one."""
+        """The conversation as a chat's messages: one after the other of the same role are one, and what the system says
+        between others is part of what it says before them, as chat templates have it nowhere else."""
         said: list[dict[str, Any]] = []
-        if self.system is not None:
-            _say(said, "system", _text(self.system))
+        of_system = [] if self.system is None else [_text(self.system)]
         for message in self.messages:
             for block in message.blocks:
-                if isinstance(block, TextBlock):
-                    _say(said, message.role, block.text)
+                if isinstance(block, TextBlock) and message.role == "system":
+                    of_system.append(block.text)
+                elif isinstance(block, TextBlock):
+                    add_text(said, message.role, block.text)
                 elif isinstance(block, ToolUseBlock):
                     add_call(said, block.id, block.name, json.dumps(block.input, ensure_ascii=False))
                 elif isinstance(block, ToolResultBlock):
                     content = ("Error: " if block.is_error else "") + _text(block.content or "")
                     said.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
-        return said
+        return [*([{"role": "system", "content": "\n\n".join(of_system)}] if of_system else []), *said]
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises InvalidRequest."""
@@ -251,13 +253,6 @@ def named(option: str) -> str:
 
 
 _NAMES = {"prompt": "messages", "stop": "stop_sequences", "response_format": "output_config.format"}
-
-
-def _say(said: list[dict[str, Any]], role: str, text: str) -> None:
-    """Add what somebody said, as a paragraph to what the same one has just said."""
-    if not said or said[-1]["role"] != role:
-        said.append({"role": role})
-    said[-1]["content"] = "\n\n".join(filter(None, [said[-1].get("content"), text]))
 
 
 def _text(paragraphs: str | list[TextBlock]) -> str:

@@ -131,6 +131,13 @@ class Message(BaseModel):
         return turn
 
 
+def add_text(messages: list[dict[str, Any]], role: str, text: str) -> None:
+    """Add what somebody said to messages as clients send them, as a paragraph to what the same one said just before."""
+    if not messages or messages[-1]["role"] != role:
+        messages.append({"role": role})
+    messages[-1]["content"] = "\n\n".join(filter(None, [messages[-1].get("content"), text]))
+
+
 def add_call(messages: list[dict[str, Any]], id: str, name: str, arguments: str) -> None:
     """Add a call of a tool to messages as clients send them: it is part of what the assistant said just before, if it
     said something."""

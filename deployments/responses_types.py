@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.conversations import Said, add_call, text_of
+from deployments.conversations import Said, add_call, add_text, text_of
 from deployments.openai_types import (
     CacheSalt,
     ChatBody,
@@ -48,8 +48,13 @@ class MessageItem(_Sent):
     content: Said
 
     def add_to(self, messages: list[dict[str, Any]]) -> None:
-        """Add it to a chat's messages."""
-        messages.append({"role": self.role, "content": text_of(self.content)})
+        """Add it to a chat's messages. An assistant's turn is one message, and so is what is said before all others."""
+        role = "system" if self.role == "developer" else self.role
+        of_turn = role == "assistant" and messages and "tool_calls" in messages[-1]
+        if of_turn or (role == "system" and [message["role"] for message in messages] == ["system"]):
+            add_text(messages, role, text_of(self.content))
+        else:
+            messages.append({"role": role, "content": text_of(self.content)})
 
 
 class CallItem(_Sent):

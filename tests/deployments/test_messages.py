@@ -307,6 +307,7 @@ def test_blocks_are_the_turns_of_a_chat() -> None:
                 {"type": "text", "text": "And?"},
             ],
         },
+        {"role": "system", "content": "Hurry."},
     ]
     system = [{"type": "text", "text": "Be.", **MARK}, {"type": "text", "text": "Brief."}]
     assert post(service, MESSAGES, asked(messages=messages, system=system, **MARK)).status_code == 200
@@ -314,7 +315,7 @@ def test_blocks_are_the_turns_of_a_chat() -> None:
         {"id": id, "type": "function", "function": {"name": "look", "arguments": {"in": "Rome"}}} for id in ("a", "b")
     ]
     assert service.calls[0].prompt.messages == (
-        {"role": "system", "content": "Be.\n\nBrief."},
+        {"role": "system", "content": "Be.\n\nBrief.\n\nHurry."},
         {"role": "user", "content": "Hello.\n\nWeather?\n\nIn Rome."},
         {"role": "assistant", "content": "I look.", "tool_calls": calls},
         {"role": "tool", "content": "sun", "tool_call_id": "a"},

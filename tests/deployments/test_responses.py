@@ -198,24 +198,25 @@ def test_items_are_the_turns_of_a_chat() -> None:
     dumped = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "phase": None}
     said = [{"type": "output_text", "text": "I look", "annotations": [], "logprobs": []}]
     items = [
-        {"role": "developer", "content": "Be."},
+        {"role": "developer", "content": "Brief."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
         {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]},
         {**dumped, "content": said},
         {"type": "function_call", "id": "fc_1", "call_id": "a", "name": "look", "arguments": '{"in": "Rome"}'},
+        {"role": "assistant", "content": "twice"},
         {"type": "function_call", "call_id": "b", "name": "look", "arguments": "{}", "status": "completed"},
         {"type": "function_call_output", "call_id": "a", "output": "sun"},
         {"type": "function_call_output", "call_id": "b", "output": [{"type": "input_text", "text": "rain"}]},
     ]
-    assert post(service, RESPONSES, asked(input=items)).status_code == 200
+    assert post(service, RESPONSES, asked(instructions="Be.", input=items)).status_code == 200
     calls = [
         {"id": id, "type": "function", "function": {"name": "look", "arguments": arguments}}
         for id, arguments in (("a", {"in": "Rome"}), ("b", {}))
     ]
     assert service.calls[0].prompt.messages == (
-        {"role": "system", "content": "Be."},
+        {"role": "system", "content": "Be.\n\nBrief."},
         {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": "I look", "tool_calls": calls},
+        {"role": "assistant", "content": "I look\n\ntwice", "tool_calls": calls},
         {"role": "tool", "content": "sun", "tool_call_id": "a"},
         {"role": "tool", "content": "rain", "tool_call_id": "b"},
     )
