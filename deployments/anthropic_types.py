@@ -110,9 +110,8 @@ class Tool(_Sent):
 
     def of_chat(self) -> dict[str, Any]:
         """The same in a chat's words."""
-        told = {"description": self.description, "strict": self.strict}
-        more = {name: value for name, value in told.items() if value is not None}
-        return {"type": "function", "function": {"name": self.name, "parameters": self.input_schema, **more}}
+        told = {"name": self.name, "description": self.description, "strict": self.strict}
+        return {"type": "function", "function": {**told, "parameters": self.input_schema}}
 
 
 class ToolChoice(Body):

@@ -144,12 +144,20 @@ class Tool(_Sent):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    def of_chat(self) -> dict[str, Any]:
+        """The same in a chat's words."""
+        return {"type": self.type, "function": self.model_dump(exclude={"type"})}
+
 
 class NamedTool(_Sent):
     """The one tool that the model has to call, or one of those that it may."""
 
     type: Literal["function"]
     name: str
+
+    def of_chat(self) -> dict[str, Any]:
+        """The same in a chat's words."""
+        return {"type": self.type, "function": {"name": self.name}}
 
 
 class AllowedTools(_Sent):
@@ -266,22 +274,18 @@ class ResponsesBody(TokenOptions):
             "max_tokens": self.max_output_tokens,
             "response_format": self.text.format.of_chat() if self.text and self.text.format else None,
             "logprobs": LOGPROBS in (self.include or ()) or bool(self.top_logprobs),
-            "tools": [{"type": "function", "function": _function(tool)} for tool in self._callable()],
+            "tools": [tool.of_chat() for tool in self.tools or ()],
             "tool_choice": self._choice(),
         }
-
-    def _callable(self) -> list[Tool]:
-        tools = self.tools or []
-        if not isinstance(self.tool_choice, AllowedTools):
-            return tools
-        allowed = {tool.name for tool in self.tool_choice.tools}
-        return [tool for tool in tools if tool.name in allowed]
 
     def _choice(self) -> Any:
         choice = self.tool_choice
         if isinstance(choice, NamedTool):
-            return {"type": "function", "function": {"name": choice.name}}
-        return choice.mode if isinstance(choice, AllowedTools) else choice
+            return choice.of_chat()
+        if isinstance(choice, AllowedTools):
+            allowed = {"mode": choice.mode, "tools": [tool.of_chat() for tool in choice.tools]}
+            return {"type": choice.type, "allowed_tools": allowed}
+        return choice
 
 
 def named(option: str) -> str:
@@ -299,8 +303,3 @@ _SAME = (
     "chat_template_kwargs",
     "parallel_tool_calls",
 )
-
-
-def _function(tool: Tool) -> dict[str, Any]:
-    given = {"name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
-    return {name: value for name, value in given.items() if value is not None}

@@ -145,7 +145,7 @@ class ToolOptions(Body):
         seen = set()
         for where, definition in definitions:
             if definition.name in seen:
-                raise InvalidRequest(f"{where}: there are two tools {definition.name!r}", param=f"{where}.name")
+                raise InvalidRequest(f"{where}.name: there are two tools {definition.name!r}", param=f"{where}.name")
             seen.add(definition.name)
             schema = definition.parameters or {}
             param = f"{where}.parameters"

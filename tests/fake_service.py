@@ -34,7 +34,7 @@ SECRET = "the secret in the prompt"
 
 @dataclass
 class FakeService:
-    """Says "Hello" in three tokens, and keeps what it was asked.
+    """Says "Hello" in three tokens, and keeps what it was asked. Calls of tools are written as Hermes has them.
 
     Attributes:
         answer: what it says instead.
@@ -95,7 +95,7 @@ class FakeService:
         try:
             if self.first_error:
                 raise self.first_error
-            yield Admitted(7)
+            yield Admitted(7, tool_format="hermes" if call.prompt.tools else None)
             first, *rest = self.answer
             yield first
             if self.pause:

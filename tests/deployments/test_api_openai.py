@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from fake_service import FakeService, transport
+from fake_service import FakeService
+from in_process import with_openai
 
-from deployments.api import build_api
-from deployments.config import ApiSettings
 from lorauter.errors import (
     AdapterNotFound,
     AdapterRejected,
@@ -20,18 +17,6 @@ from lorauter.errors import (
     ContextLengthExceeded,
     Overloaded,
 )
-
-
-def with_openai(service: FakeService, use: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> Any:
-    async def talk() -> Any:
-        app = build_api(service, ApiSettings(max_body_bytes=1000, ping_s=0.02))
-        http = httpx.AsyncClient(transport=transport(app))
-        url = "http://lorauter/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, http_client=http) as client:
-            return await use(client)
-
-    return asyncio.run(talk())
-
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 
@@ -136,4 +121,4 @@ def test_openai_sees_a_stream_break_and_a_body_too_large() -> None:
             await client.chat.completions.create(model="poet", messages=large)
         assert caught.value.status_code == 413
 
-    with_openai(FakeService(late_error=AdapterUnavailable("store down", adapter="poet")), use)
+    with_openai(FakeService(late_error=AdapterUnavailable("store down", adapter="poet")), use, max_body_bytes=1000)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import anthropic
-import httpx2
 import pytest
 from anthropic.types import ErrorResponse, MessageTokensCount, RawMessageStreamEvent
 from anthropic.types import Message as Answered
 from fake_service import FakeService, post, send
+from in_process import with_anthropic
 from pydantic import BaseModel, TypeAdapter
 
 from deployments.answers import Opening, Piece
 from deployments.anthropic_answers import MessagesShape
 from deployments.anthropic_types import MessagesBody
-from deployments.api import build_api
-from deployments.config import ApiSettings
 from deployments.options import parse_body
 from lorauter.engine.types import Chunk, Grammar
 from lorauter.errors import (
@@ -343,18 +341,6 @@ def test_tokens_are_counted_as_they_would_be_asked() -> None:
 
 
 # --- Anthropic's client
-
-
-def with_anthropic(service: FakeService, use: Callable[[anthropic.AsyncAnthropic], Awaitable[Any]]) -> Any:
-    async def talk() -> Any:
-        app: Any = build_api(service, ApiSettings(ping_s=0.02))
-        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app, raise_app_exceptions=False))
-        async with anthropic.AsyncAnthropic(
-            base_url="http://lorauter", api_key="unused", max_retries=0, http_client=http
-        ) as client:
-            return await use(client)
-
-    return asyncio.run(talk())
 
 
 class Word(BaseModel):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import httpx
 import openai
 import pytest
-from fake_service import FakeService, post, refused, transport
+from fake_service import FakeService, post, refused
+from in_process import with_openai
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from deployments.answers import Opening, Piece
-from deployments.api import build_api
-from deployments.config import ApiSettings
 from deployments.options import parse_body
 from deployments.responses_answers import ResponsesShape
 from deployments.responses_types import ResponsesBody
@@ -294,16 +292,6 @@ def test_options_that_ask_for_nothing_here_are_taken() -> None:
 
 
 # --- OpenAI's client
-
-
-def with_openai(service: FakeService, use: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> Any:
-    async def talk() -> Any:
-        http = httpx.AsyncClient(transport=transport(build_api(service, ApiSettings(ping_s=0.02))))
-        url = "http://lorauter/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, http_client=http) as client:
-            return await use(client)
-
-    return asyncio.run(talk())
 
 
 class Answer(BaseModel):
