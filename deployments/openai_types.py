@@ -274,7 +274,10 @@ class GenerationBody(SamplingOptions):
                 return name
         names = ("tools", "functions", "logprobs", "echo", "prompt_logprobs", "return_token_ids")
         given = {name: getattr(self, name, None) for name in names}
-        return next((name for name, value in given.items() if value not in (None, False, [])), None)
+        return next(
+            (name for name, value in given.items() if value is not None and value is not False and value != []),
+            None,
+        )
 
 
 def _biases(by_token: Mapping[str, float]) -> tuple[tuple[int, float], ...]:

@@ -160,9 +160,10 @@ class Grammars:
         source = self._source_of_calls(calls, grammar) if calls is not None else _source(parts[0])
         matcher = LLMatcher(self._llguidance, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            for part in parts[:-1]:
+            for part in parts:
                 check_grammar(part)
-            raise _broken(parts[-1], _short(matcher.get_error()))
+            problem = f"{_param(grammar)} cannot be compiled: {_short(matcher.get_error())}"
+            raise InvalidRequest(problem, param=_param(grammar))
         return matcher
 
     def _source_of_calls(self, calls: ToolUse, grammar: Grammar | None) -> str:

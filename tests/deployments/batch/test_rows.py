@@ -81,6 +81,8 @@ def test_such_requests_draw_from_numbers_of_their_own_too() -> None:
         (openai("{oh"), "body"),
         (openai({**HI, "messages": []}), "messages"),
         (openai({**HI, "n": 3}), "n: "),
+        (openai({**HI, "tools": [{"type": "function", "function": {"name": "f"}}]}), "tools: "),
+        (openai({"model": "base", "prompt": "x", "logprobs": 0}, "/v1/completions"), "logprobs: "),
         (openai({**HI, "max_tokens": "5"}), "max_tokens"),
         (openai({**HI, "messages": [{"role": "user", "content": ""}]}), "empty"),
         (openai({"model": "base", "prompt": ""}, "/v1/completions"), "empty"),
