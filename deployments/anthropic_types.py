@@ -102,7 +102,7 @@ class Message(_Sent):
 class Tool(_Sent):
     """A tool that the model may call."""
 
-    type: Literal["custom"] = "custom"
+    type: Literal["custom"] | None = None
     name: str
     description: str | None = None
     input_schema: dict[str, Any]

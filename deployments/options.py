@@ -115,7 +115,7 @@ class ByType:
     def _check(self, value: Any) -> BaseModel:
         if not isinstance(value, dict):
             raise PydanticCustomError("object", "Input should be an object")
-        named = value.get("type", self.default)
+        named = self.default if value.get("type") is None else value["type"]
         kind = self.kinds.get(named) if isinstance(named, str) else None
         if kind is None:
             *others, last = map(repr, self.kinds)
@@ -170,11 +170,14 @@ def build_body(kind: type[B], options: Mapping[str, Any]) -> B:
 
 
 def reword(error: InvalidRequest, named: Callable[[str], str]) -> None:
-    """Have an error call its option as another API does, also where its message begins with it."""
+    """Have an error call options as another API does: its own where its message begins with it, too, and others whose
+    names are no words."""
+    told = re.sub(r"\w+(?:[._]\w+)+", lambda match: named(match[0]), str(error))
     own = error.param
     if own and (name := named(own)) != own:
         error.param = name
-        error.args = (re.sub(rf"^(option )?{re.escape(own)}\b", lambda match: f"{match[1] or ''}{name}", str(error)),)
+        told = re.sub(rf"^(option )?{re.escape(own)}\b", lambda match: f"{match[1] or ''}{name}", told)
+    error.args = (told,)
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def test_items_are_the_turns_of_a_chat() -> None:
     dumped = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "phase": None}
     said = [{"type": "output_text", "text": "I look", "annotations": [], "logprobs": []}]
     items = [
-        {"role": "developer", "content": "Brief."},
+        {"role": "developer", "content": "Brief.", "type": None},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
         {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]},
         {**dumped, "content": said},
@@ -241,7 +241,13 @@ def test_items_are_the_turns_of_a_chat() -> None:
         ({"input": " "}, "input", "empty"),
         ({"input": [{"role": "assistant", "content": "a"}]}, "input", "no user message"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater"),
-        ({"max_output_tokens": 2, "min_tokens": 3}, "min_tokens", "min_tokens"),
+        ({"max_output_tokens": 2, "min_tokens": 3}, "min_tokens", "at most max_output_tokens, 2"),
+        (
+            {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs.regex",
+            "got text.format, structured_outputs.regex",
+        ),
+        ({"input": [{"type": "reasoning"}]}, "input", "option input"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is stored"),
         ({"conversation": "conv_1"}, "conversation", "nothing is stored"),
         ({"background": True}, "background", "not supported"),
