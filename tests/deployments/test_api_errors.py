@@ -31,7 +31,7 @@ def message(role: str, content: Any) -> dict[str, Any]:
 
 BAD: list[tuple[str, Any, str | None, str]] = [  # path, body, param, and a part of the message
     (CHAT, chat(surprise=1), "surprise", "unknown option surprise"),
-    (CHAT, chat(tools=[{"type": "function"}]), "tools", "option tools: is not supported"),
+    (CHAT, chat(tools=[{"type": "function"}]), "tools.0.function", "option tools.0.function: Field required"),
     (CHAT, chat(lorauter={"topk": 1}), "lorauter.topk", "unknown option lorauter.topk"),
     (COMPLETIONS, text(suffix="x"), "suffix", "option suffix: is not supported"),
     (ROUTE, {"input": "a", "adapters": {}}, "adapters", "unknown option adapters"),
