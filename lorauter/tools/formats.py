@@ -24,7 +24,7 @@ def _short_id() -> str:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How calls are written: after `opener` one call or several, with `separator` between, and `closer`.
+    """How calls are written: after `opener` a call, or several, up to `closer`.
 
     A call is an object, `{"name": ..., <arguments>: {...}}`, or with `named` its name, `[ARGS]`, and its arguments.
 
@@ -32,12 +32,12 @@ class ToolFormat:
         name: the family's.
         opener: what begins calls.
         closer: what ends them; may be left out, and empty where nothing does.
-        left: what follows the opener, before objects.
-        separator: what is between two calls behind one opener; empty where each has an opener of its own.
-        space: what is written between these.
+        listed: behind one opener is a list of all calls.
+        separator: what is between two calls behind one opener that are no list; empty where each has its own.
+        space: what is written between opener, call and closer.
         arguments: the field of a call that has its arguments.
         bare: an answer may begin with a call without an opener, and is forced to.
-        named: which of the two is written; where `left` is left out, both are read.
+        named: see above; where `listed` or this is set, both are read.
         several: whether an answer of several calls can be told to the model again, by its template.
         new_id: a fresh id of a call, such as the template takes.
     """
@@ -45,7 +45,7 @@ class ToolFormat:
     name: FormatName
     opener: str
     closer: str = ""
-    left: str = ""
+    listed: bool = False
     separator: str = ""
     space: str = ""
     arguments: str = "arguments"
@@ -57,17 +57,21 @@ class ToolFormat:
     @property
     def marks(self) -> tuple[str, ...]:
         """What may be a token of its own, which no text is."""
-        ends = (self.closer,) if len(self.closer) > 1 else ()
-        return (self.opener, *ends, *(NAMED if self.opener == _MISTRAL else ()))
+        return (self.opener, *filter(None, [self.closer]), *((CALL_ID, ARGS) if self.reads_names else ()))
+
+    @property
+    def reads_names(self) -> bool:
+        """Whether a call may be written with its name before its arguments."""
+        return self.listed or self.named
 
 
-CALL_ID, ARGS = NAMED = "[CALL_ID]", "[ARGS]"
+CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
 _MISTRAL = "[TOOL_CALLS]"
 FORMATS: dict[FormatName, ToolFormat] = {
     "hermes": ToolFormat("hermes", "<tool_call>", "</tool_call>", space="\n"),
     "llama": ToolFormat("llama", "<|python_tag|>", separator=";", arguments="parameters", bare=True, several=False),
-    "mistral": ToolFormat("mistral", _MISTRAL, "]", left="[", separator=",", new_id=_short_id),
-    "mistral-args": ToolFormat("mistral-args", _MISTRAL, "]", left="[", separator=",", named=True, new_id=_short_id),
+    "mistral": ToolFormat("mistral", _MISTRAL, listed=True, new_id=_short_id),
+    "mistral-args": ToolFormat("mistral-args", _MISTRAL, named=True, new_id=_short_id),
 }
 
 

@@ -32,14 +32,12 @@ def calls_grammar(
     """
     rules = _Rules(format, use, ids)
     start = rules.forced() if use.forced else rules.free("answer" if answer else "text")
-    lines = [f"start: {start}", f"object: {' | '.join(rules.objects())}"]
-    if format.named:
-        lines[1] = f"named: {' | '.join(rules.named())}"
+    lark = [f"start: {start}", f"call: {' | '.join(rules.calls())}", *rules.lines]
     schemas = [
         {"name": f"arguments_{place}", "json_schema": _schema(tool, whitespace)} for place, tool in enumerate(use.tools)
     ]
     others = [{**grammar, "name": "answer"} if place == 0 else dict(grammar) for place, grammar in enumerate(answer)]
-    return json.dumps({"grammars": [{"lark_grammar": "\n".join([*lines, *rules.lines])}, *schemas, *others]})
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(lark)}, *schemas, *others]})
 
 
 class _Rules:
@@ -49,19 +47,22 @@ class _Rules:
         self._ids = ids
         self.lines: list[str] = []
 
-    def objects(self) -> list[str]:
-        begins = [f'{{"name": {json.dumps(t.name)}, "{self._format.arguments}": ' for t in self._use.tools]
-        return [f'{_text(begin)} @arguments_{place} "}}"' for place, begin in enumerate(begins)]
-
-    def named(self) -> list[str]:
-        return [
-            f"{_text(tool.name)} {self._mark(ARGS)} @arguments_{place}" for place, tool in enumerate(self._use.tools)
-        ]
+    def calls(self) -> list[str]:
+        """A call of each tool, without what is around it."""
+        calls = []
+        for place, tool in enumerate(self._use.tools):
+            arguments = f"@arguments_{place}"
+            if self._format.named:
+                calls.append(f"{_text(tool.name)} {self._mark(ARGS)} {arguments}")
+            else:
+                begin = f'{{"name": {json.dumps(tool.name)}, "{self._format.arguments}": '
+                calls.append(f'{_text(begin)} {arguments} "}}"')
+        return calls
 
     def forced(self) -> str:
         """Calls, and nothing else."""
         if self._format.bare:
-            return "object"
+            return "call"
         unit = f"{self._mark(self._format.opener)} {self._behind()}"
         between = _text(self._format.space)
         return f"{unit} ({between} {unit})*" if self._several_openers else unit
@@ -72,36 +73,32 @@ class _Rules:
         if other == "answer":
             self.lines.append("answer: @answer")
             # A call without an opener would begin as other JSON does.
-            return f"answer | {f'{opener} object' if self._format.bare else self.forced()}"
+            return f"answer | {f'{opener} call' if self._format.bare else self.forced()}"
         # Of an opener that is no token, whatever comes up to its end belongs to it: no text goes on beyond it.
         lazy = "" if self._format.opener in self._ids else "[lazy]"
         before = "PLAIN" if self._format.bare else "TEXT"
         self.lines += ["text: TEXT", r"TEXT: /(.|\n)*/", f"opened{lazy}: {before} {opener}"]
         if self._format.bare:
             self.lines += ["plain: PLAIN", r"PLAIN: /([^{ \t\r\n](.|\n)*)?/"]
-            return "object | opened object text | plain"
+            return "call | opened call text | plain"
         return f"(opened {self._behind()}){'*' if self._several_openers else '?'} text"
 
     @property
     def _several_openers(self) -> bool:
-        return self._use.several and self._format.several and not self._list
+        return self._several and not self._format.listed
 
     @property
-    def _list(self) -> bool:
-        return bool(self._format.separator) and not self._format.named
+    def _several(self) -> bool:
+        return self._use.several and self._format.several
 
     def _behind(self) -> str:
         """What follows an opener, up to the closer."""
         format = self._format
-        if format.named:
-            return "named"
-        space = _text(format.space)
-        inner = "object"
-        if self._list and self._use.several and format.several:
-            inner = f"object ({_text(format.separator)} {_text(' ')}? object)*"
-        left = f"{_text(' ')}? {_text(format.left)}" if format.left else ""
-        closer = self._mark(format.closer) if format.closer else ""
-        return " ".join(part for part in (left, space, inner, space, closer) if part)
+        if format.listed:
+            more = '("," " "? call)*' if self._several else ""
+            return f'" "? "[" call {more} "]"'
+        space, closer = _text(format.space), self._mark(format.closer)
+        return " ".join(filter(None, (space, "call", space, closer)))
 
     def _mark(self, mark: str) -> str:
         return f"<[{self._ids[mark]}]>" if mark in self._ids else _text(mark)

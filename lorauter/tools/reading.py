@@ -54,6 +54,7 @@ class CallReader:
         self._raw = ""  # what has been read since the last certain thing, in a call
         self._space = ""  # at the text's end: dropped where a call follows
         self._said = False
+        self._listed = False
         self._scanner: Scanner | None = None
         self._index = -1  # of the call that was given out last
         self._given = False  # the call that is being read
@@ -157,8 +158,9 @@ class CallReader:
         self._skip_space()
         if not self._pending:
             return False
-        if self._pending.startswith(self._format.left):
-            self._drop(len(self._format.left))
+        self._listed = self._pending.startswith("[")
+        if self._listed:
+            self._drop(1)
         self._state = "before call"
         return True
 
@@ -166,8 +168,8 @@ class CallReader:
         self._skip_space()
         if not self._pending:
             return False
-        is_object = self._pending.startswith("{") or not self._format.left
-        self._scanner = (ObjectScanner if is_object else NamedScanner)(self._names)
+        named = self._format.reads_names and not self._pending.startswith("{")
+        self._scanner = (NamedScanner if named else ObjectScanner)(self._names)
         self._state = "call"
         return True
 
@@ -190,12 +192,14 @@ class CallReader:
 
     def _after_call(self, last: bool) -> bool:
         self._skip_space()
-        rest, closer, separator = self._pending, self._format.closer, self._format.separator
+        rest, closer = self._pending, self._format.closer
         if not rest:
             return False
-        if separator and rest.startswith(separator):
-            self._drop(len(separator))
+        if rest[0] == ("," if self._listed else self._format.separator):
+            self._drop(1)
             self._state = "before call"
+        elif self._listed and rest[0] == "]":
+            self._listed, self._raw, self._pending = False, "", rest[1:]
         elif closer and rest.startswith(closer):
             self._raw, self._pending, self._state = "", rest[len(closer) :], "text"
         elif closer.startswith(rest):  # it may yet become one, or was cut
