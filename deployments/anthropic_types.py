@@ -23,6 +23,7 @@ from deployments.openai_types import (
     PositiveInt,
     Routing,
     Streamed,
+    TemplateKwargs,
     TokenOptions,
 )
 from deployments.options import Body, ByType, Only, Option, TextOrList, build_body, reword
@@ -167,6 +168,7 @@ class CountTokensBody(Body):
     tools: Annotated[list[Tool] | None, Option("that the model may call", "prompt", ([],))] = None
     tool_choice: Annotated[ToolChoice | None, Option("whether it calls one, and which", "sampling")] = None
     output_config: Annotated[OutputConfig | None, Option("how the answer is", "sampling", ({},))] = None
+    chat_template_kwargs: TemplateKwargs = None
 
     cache_control: IgnoredObject = None
     thinking: Annotated[None, Only({"type": "disabled"}, {"type": "adaptive"})] = None
@@ -202,12 +204,15 @@ class CountTokensBody(Body):
 
     def _of_chat(self) -> dict[str, Any]:
         said, choice = self.turns(), self.tool_choice
+        if said and said[-1] == {"role": "assistant", "content": ""}:
+            said.pop()  # there is nothing to go on with
         if not said:
             raise InvalidRequest("messages say nothing; give a text", param="messages")
         schema = self.output_config.format.json_schema if self.output_config and self.output_config.format else None
         return {
             "model": self.model,
             "messages": said,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "continue_final_message": said[-1]["role"] == "assistant" and "tool_calls" not in said[-1],
             "tools": [tool.of_chat() for tool in self.tools or ()],
             "tool_choice": None if choice is None else choice.of_chat(),

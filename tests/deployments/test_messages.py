@@ -331,6 +331,10 @@ def test_an_answer_goes_on_with_what_the_assistant_began() -> None:
     assert prompt.continue_final_message
     assert not prompt.add_generation_prompt
     assert prompt.messages[-1] == {"role": "assistant", "content": "Well,"}
+    for nothing in ("", [{"type": "text", "text": ""}], [{"type": "thinking", "thinking": "hm", "signature": "s"}]):
+        post(service, MESSAGES, asked(messages=[*HI, {"role": "assistant", "content": nothing}]))
+        assert service.calls[-1].prompt.messages == tuple(HI)
+        assert service.calls[-1].prompt.add_generation_prompt
 
 
 def test_tokens_are_counted_as_they_would_be_asked() -> None:
