@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -64,6 +64,22 @@ class Piece:
     beside: Mapping[str, Any] = field(default_factory=dict)
     stop_string: str | None = None
     calls: tuple[CallPiece, ...] = ()
+
+    def parts(self, told: int) -> Iterator[str | CallPiece]:
+        """Its text and its calls, one after the other as the model had them.
+
+        Args:
+            told: characters of the choice's text before this piece.
+        """
+        done = 0
+        for call in self.calls:
+            place = call.after - told
+            if place > done:
+                yield self.text[done:place]
+                done = place
+            yield call
+        if done < len(self.text):
+            yield self.text[done:]
 
 
 class Writer(Protocol):

@@ -48,6 +48,7 @@ class MessagesWriter:
         self._opening = opening
         self._content: list[dict[str, Any]] = []
         self._arguments = ""  # of the last call
+        self._length = 0  # characters of text
         self._stop: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
         self._message: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex}",
@@ -69,17 +70,19 @@ class MessagesWriter:
     def piece(self, _: int, piece: Piece, __: int) -> bytes:
         """A piece of the last block, or of a next one."""
         said = b""
-        if piece.text:
-            if not self._content or self._content[-1]["type"] != "text":
-                said += self._add({"type": "text", "text": ""})
-            self._content[-1]["text"] += piece.text
-            said += self._delta({"type": "text_delta", "text": piece.text})
-        for call in piece.calls:
-            if call.id is not None:
-                said += self._add({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
-            if call.arguments:
-                self._arguments += call.arguments
-                said += self._delta({"type": "input_json_delta", "partial_json": call.arguments})
+        for part in piece.parts(self._length):
+            if isinstance(part, str):
+                if not self._content or self._content[-1]["type"] != "text":
+                    said += self._add({"type": "text", "text": ""})
+                self._content[-1]["text"] += part
+                said += self._delta({"type": "text_delta", "text": part})
+                continue
+            if part.id is not None:
+                said += self._add({"type": "tool_use", "id": part.id, "name": part.name, "input": {}})
+            if part.arguments:
+                self._arguments += part.arguments
+                said += self._delta({"type": "input_json_delta", "partial_json": part.arguments})
+        self._length += len(piece.text)
         if piece.finish_reason:
             stopped = piece.stop_string is not None and piece.finish_reason == "stop"
             self._stop["stop_reason"] = "stop_sequence" if stopped else _REASONS[piece.finish_reason]

@@ -44,6 +44,8 @@ class ResponsesWriter:
     def __init__(self, body: ResponsesBody, opening: Opening) -> None:
         self._opening = opening
         self._numbers = 0
+        self._length = 0  # characters of text
+        self._logprobs: list[Mapping[str, Any]] = []  # of tokens whose text has not come; of a call's there are none
         self._output: list[dict[str, Any]] = []
         self._reason: str | None = None
         self._response: dict[str, Any] = {
@@ -78,18 +80,20 @@ class ResponsesWriter:
     def piece(self, _: int, piece: Piece, __: int) -> bytes:
         """A piece of the last item, or of a next one."""
         said = b""
-        told = piece.within.get("logprobs")
-        logprobs = told["content"] if told else []
-        if piece.text or logprobs:
-            said += self._message(piece.text, logprobs)
-        for call in piece.calls:
-            if call.id is not None:
-                said += self._close() + self._add(
-                    {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": ""}, "fc"
-                )
-            if call.arguments:
-                self._output[-1]["arguments"] += call.arguments
-                said += self._of_last("response.function_call_arguments.delta", delta=call.arguments)
+        if told := piece.within.get("logprobs"):
+            self._logprobs += told["content"]
+        for part in piece.parts(self._length):
+            logprobs, self._logprobs = self._logprobs, []
+            if isinstance(part, str):
+                said += self._message(part, logprobs)
+                continue
+            if part.id is not None:
+                call = {"type": "function_call", "call_id": part.id, "name": part.name, "arguments": ""}
+                said += self._close() + self._add(call, "fc")
+            if part.arguments:
+                self._output[-1]["arguments"] += part.arguments
+                said += self._of_last("response.function_call_arguments.delta", delta=part.arguments)
+        self._length += len(piece.text)
         self._reason = piece.finish_reason
         return said
 
@@ -145,7 +149,9 @@ class ResponsesWriter:
 
     def _finish(self) -> bytes:
         """The end of the output: an answer that says nothing is an empty message."""
-        said = b"" if self._output else self._message("", [])
+        said = b""
+        if not self._output or (self._logprobs and self._output[-1]["type"] == "message"):
+            said = self._message("", self._logprobs)
         return said + self._close()
 
     def _ended(self, tokens: int) -> dict[str, Any]:

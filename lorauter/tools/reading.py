@@ -13,6 +13,7 @@ of it.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from lorauter.tools.formats import ToolFormat
 from lorauter.tools.json_text import SPACE
@@ -60,6 +61,7 @@ class CallReader:
         self._given = False  # the call that is being read
         self._whole = 0
         self._text: list[str] = []
+        self._told = 0  # characters of text
         self._calls: list[CallPiece] = []
 
     @property
@@ -86,7 +88,7 @@ class CallReader:
         else:
             self._say(self._raw)
         if self._index < 0 and not self._forced:
-            self._text.append(self._space)
+            self._tell(self._space)
         return self._taken()
 
     def _taken(self) -> Read:
@@ -109,7 +111,11 @@ class CallReader:
         if not self._said and self._index >= 0:  # before it are calls, and nothing else
             said = said.lstrip()
         self._said = True
-        self._text.append(said)
+        self._tell(said)
+
+    def _tell(self, text: str) -> None:
+        self._text.append(text)
+        self._told += len(text)
 
     def _drop(self, characters: int) -> None:
         """So many characters are read, and may be part of a call."""
@@ -224,7 +230,7 @@ class CallReader:
                 return
             self._given = True
             self._index += 1
-            self._calls.append(CallPiece(self._index, "", self._format.new_id(), scanner.name))
+            self._calls.append(CallPiece(self._index, "", self._format.new_id(), scanner.name, self._told))
         if arguments := scanner.take():
             self._calls.append(CallPiece(self._index, arguments))
 
@@ -243,6 +249,6 @@ def joined(pieces: Sequence[CallPiece]) -> tuple[CallPiece, ...]:
     for piece in pieces:
         first = whole.get(piece.index)
         if first is not None:
-            piece = CallPiece(first.index, first.arguments + piece.arguments, first.id, first.name)
+            piece = replace(first, arguments=first.arguments + piece.arguments)
         whole[piece.index] = piece
     return tuple(whole.values())

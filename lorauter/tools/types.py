@@ -51,9 +51,11 @@ class CallPiece:
         arguments: of its arguments, JSON, what follows the pieces before.
         id: in its first piece, by which its result is told.
         name: in its first piece, what is called.
+        after: in its first piece, how many characters of the answer's text come before it.
     """
 
     index: int
     arguments: str = ""
     id: str | None = None
     name: str | None = None
+    after: int = 0

@@ -157,14 +157,18 @@ def test_the_pieces_of_any_answer_make_the_whole(seed: int) -> None:
     calls = [json.dumps({word(): [word(), draw.random()]}) for _ in range(draw.randrange(3))]
     reason: Literal["stop", "tool_calls"] = "tool_calls" if calls else "stop"
     pieces = [Piece(text) for text in texts]
+    places = []
     for index, arguments in enumerate(calls):
         cut = draw.randrange(len(arguments))
-        pieces.append(Piece("", calls=(CallPiece(index, "", f"call_{index}", f"f{index}"),)))
+        places.append(len("".join(texts)))
+        pieces.append(Piece("", calls=(CallPiece(index, "", f"call_{index}", f"f{index}", places[-1]),)))
         pieces += [Piece("", calls=(CallPiece(index, part),)) for part in (arguments[:cut], arguments[cut:])]
+        texts.append(word())  # an answer may go on after a call
+        pieces.append(Piece(texts[-1]))
     pieces.append(Piece("", reason))
     writer = opened()
     raw = writer.first() + b"".join(writer.piece(0, piece, 1) for piece in pieces) + writer.end(9)
-    whole_calls = tuple(CallPiece(i, arguments, f"call_{i}", f"f{i}") for i, arguments in enumerate(calls))
+    whole_calls = tuple(CallPiece(i, arguments, f"call_{i}", f"f{i}", places[i]) for i, arguments in enumerate(calls))
     whole = opened().whole([Piece("".join(texts), reason, calls=whole_calls)], 9)
     answer = Answered.model_validate(whole, strict=True)
     assert without_id(joined(read(raw.decode()))) == without_id(whole)

@@ -141,6 +141,12 @@ def test_an_answer_of_nothing_is_an_empty_message() -> None:
     assert Response.model_validate(post(service, RESPONSES, asked()).json(), strict=True).output_text == ""
 
 
+def merged(pieces: Sequence[Piece]) -> Piece:
+    """What came at the same time."""
+    calls = tuple(call for piece in pieces for call in piece.calls)
+    return Piece("".join(piece.text for piece in pieces), pieces[-1].finish_reason, calls=calls)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_the_pieces_of_any_answer_make_the_whole(seed: int) -> None:
     draw = random.Random(seed)
@@ -149,14 +155,20 @@ def test_the_pieces_of_any_answer_make_the_whole(seed: int) -> None:
     calls = [[word() for _ in range(draw.randrange(1, 4))] for _ in range(draw.randrange(3))]
     reason: Literal["stop", "length"] = draw.choice(["stop", "length"])
     pieces = [Piece(text) for text in texts]
+    places = []
     for index, arguments in enumerate(calls):
-        pieces.append(Piece("", calls=(CallPiece(index, "", f"call_{index}", f"f{index}"),)))
+        places.append(len("".join(texts)))
+        pieces.append(Piece("", calls=(CallPiece(index, "", f"call_{index}", f"f{index}", places[-1]),)))
         pieces += [Piece("", calls=(CallPiece(index, part),)) for part in arguments]
+        texts.append(word())  # an answer may go on after a call
+        pieces.append(Piece(texts[-1]))
     pieces.append(Piece("", reason))
+    if draw.random() < 0.5:
+        pieces = [merged(pieces[:3]), *pieces[3:]]
     writer = opened()
     raw = writer.first() + b"".join(writer.piece(0, piece, 1) for piece in pieces) + writer.end(9)
     events = read(raw.decode())
-    whole_calls = tuple(CallPiece(i, "".join(parts), f"call_{i}", f"f{i}") for i, parts in enumerate(calls))
+    whole_calls = tuple(CallPiece(i, "".join(parts), f"call_{i}", f"f{i}", places[i]) for i, parts in enumerate(calls))
     whole = opened().whole([Piece("".join(texts), reason, calls=whole_calls)], 9)
     Response.model_validate(whole, strict=True)
     assert without_ids(joined(events)) == without_ids(events[-1]["response"]["output"]) == without_ids(whole["output"])
@@ -175,6 +187,29 @@ def test_logprobs(options: dict[str, Any]) -> None:
     assert service.calls[0].sampling.logprobs == options.get("top_logprobs", 0)
     events = read(post(service, RESPONSES, asked(stream=True, **options)).text)
     assert without_ids(joined(events)) == without_ids(json.loads(answer.to_json())["output"])
+
+
+def test_logprobs_are_told_with_their_text_and_are_of_text_alone() -> None:
+    def told(token: str) -> dict[str, Any]:
+        return {"logprobs": {"content": [{"token": token, "logprob": -1.0, "bytes": [], "top_logprobs": []}]}}
+
+    pieces = [
+        Piece("", within=told("a")),
+        Piece("ab", within=told("b")),
+        Piece("", within=told("<call>")),
+        Piece("", within=told("f"), calls=(CallPiece(0, "", "call_0", "f", 2),)),
+        Piece("", within=told("{}"), calls=(CallPiece(0, "{}"),)),
+        Piece("", "stop", within=told("<end>")),
+    ]
+    writer = opened()
+    raw = writer.first() + b"".join(writer.piece(0, piece, 1) for piece in pieces) + writer.end(9)
+    message, call = joined(read(raw.decode()))
+    assert [one["token"] for one in message["content"][0]["logprobs"]] == ["a", "b"]
+    assert (message["content"][0]["text"], call["arguments"]) == ("ab", "{}")
+    writer = opened()
+    raw = writer.first() + b"".join(writer.piece(0, one, 1) for one in [*pieces[:2], pieces[-1]]) + writer.end(9)
+    [message] = joined(read(raw.decode()))
+    assert [one["token"] for one in message["content"][0]["logprobs"]] == ["a", "b", "<end>"]
 
 
 def test_an_error_ends_a_stream() -> None:

@@ -24,6 +24,7 @@ LOOK_ANTHROPIC = {"name": "look", "description": "The weather.", "input_schema":
 NOW_ANTHROPIC = {"type": None, "name": "now", "input_schema": NOTHING, "cache_control": {"type": "ephemeral"}}
 ARGUMENTS = '{"city": "Rome"}'
 SAID = f'Let me see.\n<tool_call>\n{{"name": "look", "arguments": {ARGUMENTS}}}\n</tool_call>'
+CALLED = ("look", ARGUMENTS, "completed")
 TWICE = f'{SAID}\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>'
 
 
@@ -157,9 +158,10 @@ def of_items(items: Sequence[Any]) -> list[Any]:
 @pytest.mark.parametrize(
     ("text", "reason", "items"),
     [
-        (SAID, "stop", ["Let me see.", ("look", ARGUMENTS, "completed")]),
-        (TWICE, "stop", ["Let me see.", ("look", ARGUMENTS, "completed"), ("now", "{}", "completed")]),
-        (SAID.partition("\n")[2], "stop", [("look", ARGUMENTS, "completed")]),
+        (SAID, "stop", ["Let me see.", CALLED]),
+        (TWICE, "stop", ["Let me see.", CALLED, ("now", "{}", "completed")]),
+        (f"{SAID} Now:{SAID}", "stop", ["Let me see.", CALLED, " Now:Let me see.", CALLED]),
+        (SAID.partition("\n")[2], "stop", [CALLED]),
         (SAID.partition("Rome")[0], "length", ["Let me see.", ("look", '{"city": "', "incomplete")]),
         ("<tool_call>no", "stop", ["<tool_call>no"]),
     ],
