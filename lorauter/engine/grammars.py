@@ -27,7 +27,6 @@ _KEPT = 256  # compiled grammars
 _LONGEST = 1 << 20  # characters of one
 # A space, or a new line and its indentation: where more may follow, some models make nothing else.
 _WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
-_CALL_SPACE = " ?"  # in calls, which models were taught on one line
 _TRIED = 256  # parts of a schema that are looked at for what is wrong
 _THREADS = 4
 # Of what a single step may take: about 15 ms.
@@ -176,7 +175,9 @@ class Grammars:
         if grammar is not None and not calls.forced:
             source = _source(grammar)
             answer = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
-        return calls_grammar(format, calls, ids, whitespace=_CALL_SPACE, answer=answer)
+        added = self._source.get_added_tokens_decoder().items()
+        beside = [id for id, token in added if not token.special and id not in ids.values() and id not in self._ends]
+        return calls_grammar(format, calls, ids, beside=beside, answer=answer)
 
 
 def check_grammar(grammar: Grammar) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lorauter.tools.formats import ARGS, ToolFormat
 from lorauter.tools.types import Tool, ToolUse
 
+_AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Where these are, an object may have to have what `properties` does not list.
 _OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "if")
 
@@ -18,7 +19,7 @@ def calls_grammar(
     use: ToolUse,
     ids: Mapping[str, int],
     *,
-    whitespace: str,
+    beside: Sequence[int] = (),
     answer: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """A grammar of answers: calls of tools by their schemas, and, where none is forced, text or another grammar's.
@@ -27,24 +28,23 @@ def calls_grammar(
         format: how calls are written.
         use: which.
         ids: the tokens of the format's marks, where they are tokens.
-        whitespace: a regular expression of what may be between JSON's tokens.
+        beside: further tokens that may be in text and are none, such as those around a model's thoughts.
         answer: the grammars of what is no call, the first of which begins; without any it is text.
     """
-    rules = _Rules(format, use, ids)
+    rules = _Rules(format, use, ids, beside)
     start = rules.forced() if use.forced else rules.free("answer" if answer else "text")
     lark = [f"start: {start}", f"call: {' | '.join(rules.calls())}", *rules.lines]
-    schemas = [
-        {"name": f"arguments_{place}", "json_schema": _schema(tool, whitespace)} for place, tool in enumerate(use.tools)
-    ]
+    schemas = [{"name": f"arguments_{place}", "json_schema": _schema(tool)} for place, tool in enumerate(use.tools)]
     others = [{**grammar, "name": "answer"} if place == 0 else dict(grammar) for place, grammar in enumerate(answer)]
     return json.dumps({"grammars": [{"lark_grammar": "\n".join(lark)}, *schemas, *others]})
 
 
 class _Rules:
-    def __init__(self, format: ToolFormat, use: ToolUse, ids: Mapping[str, int]) -> None:
+    def __init__(self, format: ToolFormat, use: ToolUse, ids: Mapping[str, int], beside: Sequence[int]) -> None:
         self._format = format
         self._use = use
         self._ids = ids
+        self._beside = ",".join(map(str, beside))
         self.lines: list[str] = []
 
     def calls(self) -> list[str]:
@@ -74,12 +74,17 @@ class _Rules:
             self.lines.append("answer: @answer")
             # A call without an opener would begin as other JSON does.
             return f"answer | {f'{opener} call' if self._format.bare else self.forced()}"
-        # Of an opener that is no token, whatever comes up to its end belongs to it: no text goes on beyond it.
-        lazy = "" if self._format.opener in self._ids else "[lazy]"
-        before = "PLAIN" if self._format.bare else "TEXT"
-        self.lines += ["text: TEXT", r"TEXT: /(.|\n)*/", f"opened{lazy}: {before} {opener}"]
+        more = f"(<[{self._beside}]> TEXT)*" if self._beside else ""
+        self.lines += [f"text: TEXT {more}", r"TEXT: /(.|\n)*/"]
+        before = "TEXT"
         if self._format.bare:
-            self.lines += ["plain: PLAIN", r"PLAIN: /([^{ \t\r\n](.|\n)*)?/"]
+            self.lines += [f"plain: PLAIN {more}", r"PLAIN: /([^{ \t\r\n](.|\n)*)?/"]
+            before = "PLAIN"
+        if self._format.opener in self._ids:
+            self.lines.append(f"opened: {before} {more} {opener}")
+        else:  # whatever comes up to its end belongs to it: no text goes on beyond it
+            self.lines.append(f"opened[lazy]: {before} {opener}")
+        if self._format.bare:
             return "call | opened call text | plain"
         return f"(opened {self._behind()}){'*' if self._several_openers else '?'} text"
 
@@ -109,10 +114,10 @@ def _text(text: str) -> str:
     return json.dumps(text) if text else ""
 
 
-def _schema(tool: Tool, whitespace: str) -> dict[str, Any]:
+def _schema(tool: Tool) -> dict[str, Any]:
     """The schema of a tool's arguments; of an object that lists its properties, these and no others."""
     schema = json.loads(tool.schema)
     schema = {"type": "object", **schema}
     if "properties" in schema and not any(name in schema for name in _OPEN):
         schema["additionalProperties"] = False
-    return {**schema, "x-guidance": {"whitespace_pattern": whitespace}}
+    return {**schema, "x-guidance": _AS_TEMPLATES_WRITE}

@@ -78,7 +78,12 @@ def test_a_forced_answer_is_calls_and_nothing_else(codec_of, grammars_of, format
         said, calls, called = read(format, use, text)
         assert (said, called) == ("", True), text
         for call in calls:
-            jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+            arguments = json.loads(call.arguments)
+            jsonschema.validate(arguments, SCHEMAS[call.name])
+            if call.name == "now":
+                assert call.arguments == "{}"
+            elif "\\" not in call.arguments:
+                assert call.arguments == json.dumps(arguments, ensure_ascii=False)  # as templates write it
         counts.add(len(calls))
     assert counts
     assert (max(counts) > 1) == (several and FORMATS[format].several)
@@ -100,6 +105,22 @@ def test_strict_tools_are_held_to_their_schemas_in_free_text(codec_of, grammars_
             said, calls, _ = read(format, use, text)
             assert said.startswith("So:") or format == "llama"
             jsonschema.validate(json.loads(calls[0].arguments), SCHEMAS["look"])
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_tokens_around_thoughts_may_be_beside_strict_tools(codec_of, grammars_of, format):
+    codec = codec_of(format, tokens=True)
+    codec.backend.add_tokens(["<think>", "</think>"])
+    [begin, end] = (codec.backend.token_to_id(token) for token in ("<think>", "</think>"))
+    use = ToolUse((Tool("now", "{}", strict=True),))
+    thought = (begin, *b"Hm.", end)
+    opener = codec.backend.token_to_id(FORMATS[format].opener)
+    for prefer in ((*thought, *b"Yes.", *codec.eos_ids), (*thought, opener)):
+        text = walk(codec, grammars_of(codec), use, random.Random(1), prefer=prefer)
+        assert text is None or text.startswith("<think>Hm.</think>")
+    [control] = set(codec.backend.encode("<start>", add_special_tokens=False).ids)
+    with pytest.raises(AssertionError):
+        walk(codec, grammars_of(codec), use, random.Random(1), prefer=(control,))
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))
