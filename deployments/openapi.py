@@ -69,7 +69,7 @@ def document() -> dict[str, Any]:
         operation: dict[str, Any] = {
             "summary": f"For keys of the role {' or '.join(roles)}" if roles else "Needs no key",
             "responses": {"200": {"description": "The answer"}, "default": {"$ref": "#/components/responses/error"}},
-            "security": [{"key": []}] if roles else [],
+            "security": [{"key": []}, {"x-api-key": []}] if roles else [],
             "parameters": [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names],
         }
         if path in ENDPOINTS:
@@ -85,7 +85,10 @@ def document() -> dict[str, Any]:
         "components": {
             "schemas": schemas["$defs"],
             "responses": {"error": {"description": "An error", "content": {"application/json": {"schema": told}}}},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
     }
 
