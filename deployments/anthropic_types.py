@@ -26,7 +26,7 @@ from deployments.openai_types import (
     TemplateKwargs,
     TokenOptions,
 )
-from deployments.options import Body, ByType, Only, Option, TextOrList, build_body, reword
+from deployments.options import Body, ByType, JsonObject, Only, Option, TextOrList, build_body, reword
 from lorauter.errors import InvalidRequest
 
 
@@ -50,7 +50,7 @@ class ToolUseBlock(_Sent):
 
     id: str
     name: str
-    input: dict[str, Any]
+    input: JsonObject
 
 
 class ToolResultBlock(_Sent):
@@ -106,7 +106,7 @@ class Tool(_Sent):
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: JsonObject
     strict: bool | None = None
 
     def of_chat(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Format(Body):
     """What an answer has to be."""
 
     type: Annotated[Literal["json_schema"], Option("it", "sampling")]
-    json_schema: Annotated[dict[str, Any], Field(alias="schema"), Option("the schema", "sampling")]
+    json_schema: Annotated[JsonObject, Field(alias="schema"), Option("the schema", "sampling")]
 
 
 class OutputConfig(Body):

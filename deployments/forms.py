@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.options import Body, OneOf, Only, Option
+from deployments.options import Body, JsonObject, OneOf, Only, Option
 from lorauter.engine.types import Grammar, GrammarKind, SamplingParams
 from lorauter.errors import InvalidRequest
 from lorauter.routing.compose import RoutingDecision
 from lorauter.routing.options import RoutingOptions
 
-Schema = Annotated[dict[str, Any] | str, OneOf("a JSON schema, as an object or as text")]
+Schema = Annotated[JsonObject | str, OneOf("a JSON schema, as an object or as text")]
 Choices = Annotated[list[str], Field(min_length=1)]
 
 _OBJECT = '{"type": "object"}'
@@ -29,7 +29,7 @@ class JsonSchema(Body):
     name: Annotated[str | None, Option("", "nowhere")] = None
     description: Annotated[str | None, Option("", "nowhere")] = None
     json_schema: Annotated[
-        dict[str, Any] | None, Field(alias="schema"), Option("the schema; left out, any object", "sampling")
+        JsonObject | None, Field(alias="schema"), Option("the schema; left out, any object", "sampling")
     ] = None
     strict: Annotated[bool | None, Option("every answer is of its schema", "nowhere")] = None
 

@@ -7,13 +7,22 @@ documentation (`docs/api.md`) and the OpenAPI schema are made of them. Knows not
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from deployments.config import explain, first_field
@@ -127,6 +136,22 @@ class ByType:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check, json_schema_input_schema=handler(source))
+
+
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    """Raise what pydantic takes for an error where a number is none that JSON has: a parser makes one of 1e999."""
+    unchecked: list[Any] = [value]
+    while unchecked:
+        part = unchecked.pop()
+        if isinstance(part, dict | list):
+            unchecked += part.values() if isinstance(part, dict) else part
+        elif isinstance(part, float) and not math.isfinite(part):
+            raise PydanticCustomError("finite", "Input should hold finite numbers alone; got {part}", {"part": part})
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""An object of whatever JSON has."""
 
 
 def _same(value: Any, other: Any) -> bool:

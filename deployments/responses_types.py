@@ -28,7 +28,7 @@ from deployments.openai_types import (
     TemplateKwargs,
     TokenOptions,
 )
-from deployments.options import Body, ByType, OneOf, Only, Option, TextOrList, build_body, reword
+from deployments.options import Body, ByType, JsonObject, OneOf, Only, Option, TextOrList, build_body, reword
 from lorauter.errors import InvalidRequest
 
 LOGPROBS = "message.output_text.logprobs"
@@ -108,7 +108,7 @@ class TextFormat(Body):
     name: Ignored = None
     description: Ignored = None
     json_schema: Annotated[
-        dict[str, Any] | None, Field(alias="schema"), Option("of the type `json_schema`", "sampling")
+        JsonObject | None, Field(alias="schema"), Option("of the type `json_schema`", "sampling")
     ] = None
     strict: Annotated[bool | None, Option("every answer is of its schema", "nowhere")] = None
 
@@ -141,7 +141,7 @@ class Tool(_Sent):
     type: Literal["function"]
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
     def of_chat(self) -> dict[str, Any]:

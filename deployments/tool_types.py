@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deployments.options import Body, OneOf, Option
+from deployments.options import Body, JsonObject, OneOf, Option
 from lorauter.errors import InvalidRequest
 from lorauter.tools.types import Tool, ToolUse
 
@@ -29,7 +29,7 @@ class FunctionDefinition(Body):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 

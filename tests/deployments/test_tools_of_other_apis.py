@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 from anthropic.types import Message
-from fake_service import FakeService, post, refused
+from fake_service import CHAT, FakeService, chat, post, refused
 from in_process import with_anthropic, with_openai
 from openai.types.responses import Response
 
@@ -136,6 +136,27 @@ def test_what_is_wrong_with_anthropics_tools_is_told_by_its_name(options: Any, n
     assert ".function" not in message
     counted = {name: value for name, value in messages(**options).items() if name != "max_tokens"}
     assert post(FakeService(), COUNT, counted).json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_has_not_are_refused(number: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"default": ["THE NUMBER"]}}}
+    use = {"type": "tool_use", "id": "a", "name": "f", "input": {"a": "THE NUMBER"}}
+    form = {"type": "json_schema", "schema": schema}
+    for path, body, param in [
+        (RESPONSES, responses(tools=[{**LOOK, "parameters": schema}]), "tools.0.parameters"),
+        (RESPONSES, responses(text={"format": {"name": "x", **form}}), "text.format.schema"),
+        (MESSAGES, messages(tools=[{"name": "f", "input_schema": schema}]), "tools.0.input_schema"),
+        (MESSAGES, messages(output_config={"format": form}), "output_config.format.schema"),
+        (MESSAGES, messages(messages=[{"role": "assistant", "content": [use]}]), "messages.0.content.0.input"),
+        (CHAT, chat(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}]), "parameters"),
+        (CHAT, chat(response_format={"type": "json_schema", "json_schema": {"schema": schema}}), "schema"),
+    ]:
+        response = post(FakeService(), path, json.dumps(body).replace('"THE NUMBER"', number).encode())
+        assert response.status_code == 400
+        message = response.json()["error"]["message"]
+        assert f"{param}: " in message
+        assert "finite" in message
 
 
 # --- what comes of it
