@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve dev test check lint types clean
+.PHONY: install serve dev test check lint types clients clean
 
 install: $(INSTALLED)
 
@@ -36,5 +36,17 @@ types: install
 
 check: lint types test
 
+# Real clients of the API against a service, in environments of their own (tests/clients). Not part of CI.
+CLIENTS := newest openai2 evaluation load
+
+clients: install $(CLIENTS:%=.venv-clients/%/.installed)
+	$(BIN)/python tests/clients/run.py
+
+.venv-clients/%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(@D)/bin/python -m pip install --quiet --group clients-$*
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-clients .mypy_cache .ruff_cache .pytest_cache

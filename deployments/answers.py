@@ -26,6 +26,7 @@ class Opening:
         fingerprint: of what answers.
         prompt_tokens: of all prompts.
         cached_tokens: how many of these were found computed.
+        prompts: of each prompt its tokens, if they are wanted.
     """
 
     body: ChatBody | CompletionBody
@@ -33,6 +34,7 @@ class Opening:
     fingerprint: str
     prompt_tokens: int
     cached_tokens: int
+    prompts: Sequence[Sequence[int]] = ()
 
     @property
     def choices(self) -> int:

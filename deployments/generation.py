@@ -196,6 +196,9 @@ class Generation:
                 self._fingerprint([choice.decision for choice in begun], caller),
                 prompt_tokens=sum(choice.admitted.prompt_tokens for choice in begun),
                 cached_tokens=sum(choice.admitted.cached_tokens for choice in begun),
+                prompts=[[token for token, _ in choice.admitted.prompt] for choice in begun]
+                if body.return_token_ids
+                else (),
             )
         )
         headers = _headers(first) if len(begun) == 1 else {}

@@ -178,9 +178,9 @@ class EventEncoder:
         before, after = self._piece(mark, None).decode().split(f'"{mark}"')
         self._before, self._after = before.encode(), after.encode()
 
-    def first(self, **beside: Any) -> bytes:
-        """The event that goes before the answer's pieces."""
-        return event({**self._head, **self._choice(self._shape.first, None), **beside})
+    def first(self, within: Mapping[str, Any], **beside: Any) -> bytes:
+        """The event that goes before the answer's pieces, with what goes beside its text, and beside the choices."""
+        return event({**self._head, **self._choice(self._shape.first, None, within), **beside})
 
     def piece(
         self,
@@ -249,17 +249,20 @@ class OpenAIWriter:
         for place, piece in enumerate(pieces):
             own = {"lorauter": self._opening.decision(place)} if several else {}
             reason = self._reason(piece)
-            choices.append(self._shape.choice(place, piece.text, reason, piece.calls, **piece.within, **own))
-            beside = {**piece.beside, **beside}
+            within, of_all = self._of_prompt(place)
+            within = {**within, **piece.within, **own}
+            choices.append(self._shape.choice(place, piece.text, reason, piece.calls, **within))
+            beside = {**of_all, **piece.beside, **beside}
         answer = {**self._head, "choices": choices, "usage": self._usage(tokens), **beside}
         return answer if several else {**answer, "lorauter": self._opening.decision(0)}
 
     def first(self) -> bytes:
-        """Of each choice the role, and its decision."""
-        return b"".join(
-            encoder.first(lorauter=self._opening.decision(place), **self._so_far(0))
-            for place, encoder in enumerate(self._encoders)
-        )
+        """Of each choice the role, its decision, and its prompt's tokens."""
+        said = b""
+        for place, encoder in enumerate(self._encoders):
+            within, beside = self._of_prompt(place)
+            said += encoder.first(within, lorauter=self._opening.decision(place), **beside, **self._so_far(0))
+        return said
 
     def piece(self, choice: int, piece: Piece, tokens: int) -> bytes:
         """The text, then pieces of calls, then the reason by itself; what goes beside them, with the first."""
@@ -289,6 +292,13 @@ class OpenAIWriter:
         if piece.finish_reason != "tool_calls":
             return piece.finish_reason
         return "stop" if self._opening.body.names_a_tool else self._shape.called
+
+    def _of_prompt(self, choice: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is told of a choice's prompt, within the choice and beside all."""
+        if not self._opening.prompts:
+            return {}, {}
+        told = {"prompt_token_ids": self._opening.prompts[choice // (self._opening.body.n or 1)]}
+        return ({}, told) if self._shape.prompt == "messages" else (told, {})
 
     def _usage(self, tokens: int) -> dict[str, Any]:
         return usage(self._opening.prompt_tokens, tokens, cached_tokens=self._opening.cached_tokens)

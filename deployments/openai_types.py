@@ -218,7 +218,9 @@ class GenerationBody(SamplingOptions):
     use_beam_search: Annotated[None, Only(False)] = None
     length_penalty: Annotated[None, Only(1, because="it is of beam search")] = None
     logprob_token_ids: Annotated[None, Only()] = None
-    return_tokens_as_token_ids: Annotated[None, Only(False)] = None
+    return_tokens_as_token_ids: Annotated[
+        bool | None, Option("logprobs name tokens `token_id:N`, and not by their texts", "answer", (False,))
+    ] = None
     return_prompt_text: Annotated[None, Only(False)] = None
     truncate_prompt_tokens: Annotated[None, Only(because="a prompt is never cut in silence")] = None
     thinking_token_budget: Annotated[None, Only(-1)] = None
@@ -281,9 +283,10 @@ class GenerationBody(SamplingOptions):
 
 
 def _biases(by_token: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    for token in by_token:
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
-            raise InvalidRequest(f"logit_bias: got {token[:40]!r}, needed a token's id", param="logit_bias")
+    wrong = [token for token in by_token if not (token.isascii() and token.isdigit() and len(token) < 10)]
+    if wrong:
+        named = ", ".join(repr(token[:40]) for token in wrong[:5])
+        raise InvalidRequest(f"logit_bias: got {named}, needed the ids of tokens", param="logit_bias")
     return tuple((int(token), bias) for token, bias in by_token.items())
 
 

@@ -15,8 +15,8 @@ from lorauter.engine.types import Chunk, Logprob, PromptLogprobs, TokenLogprobs
 from lorauter.tools.formats import FORMATS
 from lorauter.tools.reading import CallReader, joined
 
-_Told = tuple[bytes, TokenLogprobs | None]
-"""A token's text, and how probable it was, if anything is known of that."""
+_Told = tuple[tuple[int, bytes], TokenLogprobs | None]
+"""A token's id and text, and how probable it was, if anything is known of that."""
 
 
 class Telling:
@@ -55,7 +55,7 @@ class Telling:
         """
         body, text = self._body, chunk.text
         first, self._is_first = self._is_first, False
-        tokens: list[_Told] = [(one.own.token, one) for one in chunk.logprobs]
+        tokens: list[_Told] = [((one.own.token_id, one.own.token), one) for one in chunk.logprobs]
         ids = chunk.token_ids
         if body.max_tokens == 0:  # nothing but the prompt is wanted
             text, tokens, ids = "", [], ()
@@ -63,20 +63,17 @@ class Telling:
         choice: dict[str, Any] = {}
         beside: dict[str, Any] = {}
         if first and body.echo:
-            told = [token for _, token in self._admitted.prompt]
-            text = (self._text if self._text is not None else b"".join(told).decode(errors="replace")) + text
+            told = self._admitted.prompt
+            said = b"".join(token for _, token in told).decode(errors="replace")
+            text = (said if self._text is None else self._text) + text
             tokens = [*zip(told, prompt, strict=False), *tokens]
         if body.ranks is not None:
-            choice["logprobs"] = _chat(tokens) if isinstance(body, ChatBody) else self._plain(tokens)
+            choice["logprobs"] = self._chat(tokens) if isinstance(body, ChatBody) else self._plain(tokens)
         if body.return_token_ids:
             choice["token_ids"] = list(ids)
-        if first:
-            of_prompt: dict[str, Any] = {}
-            if body.return_token_ids:
-                of_prompt["prompt_token_ids"] = [token for token, _ in self._admitted.prompt]
-            if body.prompt_logprobs is not None:
-                of_prompt["prompt_logprobs"] = [None if one is None else _by_id(one) for one in prompt]
-            (beside if isinstance(body, ChatBody) else choice).update(of_prompt)
+        if first and body.prompt_logprobs is not None:
+            of_prompt = beside if isinstance(body, ChatBody) else choice
+            of_prompt["prompt_logprobs"] = [None if one is None else _by_id(one) for one in prompt]
         if self._reader is None:
             return Piece(text, chunk.finish_reason, choice, beside, chunk.stop_string)
         reason: Reason | None = chunk.finish_reason
@@ -93,18 +90,35 @@ class Telling:
     def _plain(self, tokens: Sequence[_Told]) -> dict[str, Any]:
         """OpenAI's older shape, of plain completions."""
         offsets = []
-        for token, _ in tokens:
+        for (_, token), _ in tokens:
             offsets.append(self._offset)
             self._offset += len(token.decode(errors="replace"))
         return {
-            "tokens": [_name(token) for token, _ in tokens],
+            "tokens": [self._name(*token) for token, _ in tokens],
             "token_logprobs": [None if one is None else one.own.logprob for _, one in tokens],
             "top_logprobs": [
-                None if one is None else {_name(each.token): each.logprob for each in (one.own, *one.top)}
+                None
+                if one is None
+                else {self._name(each.token_id, each.token): each.logprob for each in (one.own, *one.top)}
                 for _, one in tokens
             ],
             "text_offset": offsets,
         }
+
+    def _chat(self, tokens: Sequence[_Told]) -> dict[str, Any]:
+        """OpenAI's newer shape, of chats."""
+        content = [
+            {**self._of(one.own), "top_logprobs": [self._of(each) for each in one.top]}
+            for _, one in tokens
+            if one is not None
+        ]
+        return {"content": content, "refusal": None}
+
+    def _of(self, one: Logprob) -> dict[str, Any]:
+        return {"token": self._name(one.token_id, one.token), "logprob": one.logprob, "bytes": list(one.token)}
+
+    def _name(self, token_id: int, token: bytes) -> str:
+        return f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else _text(token)
 
 
 def likelihood(chunk: Chunk) -> float:
@@ -112,27 +126,15 @@ def likelihood(chunk: Chunk) -> float:
     return sum(one.own.logprob for one in chunk.logprobs) / len(chunk.logprobs)
 
 
-def _chat(tokens: Sequence[_Told]) -> dict[str, Any]:
-    """OpenAI's newer shape, of chats."""
-    content = [
-        {**_of(one.own), "top_logprobs": [_of(each) for each in one.top]} for _, one in tokens if one is not None
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _of(one: Logprob) -> dict[str, Any]:
-    return {"token": _name(one.token), "logprob": one.logprob, "bytes": list(one.token)}
-
-
 def _by_id(one: TokenLogprobs) -> dict[str, Any]:
     """vLLM's shape, of prompts."""
     return {
-        str(each.token_id): {"logprob": each.logprob, "rank": each.rank, "decoded_token": _name(each.token)}
+        str(each.token_id): {"logprob": each.logprob, "rank": each.rank, "decoded_token": _text(each.token)}
         for each in (one.own, *one.top)
     }
 
 
-def _name(token: bytes) -> str:
+def _text(token: bytes) -> str:
     """A token's text, or its bytes where they are no text."""
     try:
         return token.decode()

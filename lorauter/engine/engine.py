@@ -193,8 +193,8 @@ class Engine:
         ):
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.facts.vocabulary:
                 raise InvalidRequest(
-                    f"the token ids of {what} are from {min(tokens)} to {max(tokens)}, but the model's are from 0 to "
-                    f"{self.facts.vocabulary - 1}",
+                    f"the token ids of {what} are from {min(tokens)} to {max(tokens)}, but the model's "
+                    f"{self.facts.vocabulary} are from 0 to {self.facts.vocabulary - 1}",
                     param=what,
                 )
         order = Begin(

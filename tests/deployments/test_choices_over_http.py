@@ -277,6 +277,25 @@ def test_who_leaves_takes_all_choices_along(service: EngineService) -> None:
     asyncio.run(asyncio.wait_for(drained(), 5))
 
 
+def test_the_tokens_of_the_prompt_come_with_the_first_event_of_a_stream(service: EngineService) -> None:
+    asked = {"max_tokens": 2, "return_token_ids": True}
+    first, *_ = events(post(service, CHAT, chat("base", "ab", stream=True, **asked)))
+    assert first["prompt_token_ids"] == answered(service, CHAT, chat("base", "ab", **asked))["prompt_token_ids"]
+    first, *_ = events(post(service, COMPLETIONS, text("base", ["ab", "x"], stream=True, **asked)))
+    assert first["choices"][0]["prompt_token_ids"] == [97, 98]
+
+
+def test_logprobs_may_name_tokens_by_their_ids(service: EngineService) -> None:
+    named = {"return_tokens_as_token_ids": True, "max_tokens": 2}
+    [token, _] = answered(service, CHAT, chat("base", "ab", logprobs=True, top_logprobs=1, **named))["choices"][0][
+        "logprobs"
+    ]["content"]
+    assert (token["token"], token["top_logprobs"][0]["token"]) == ("token_id:59", "token_id:59")
+    told = answered(service, COMPLETIONS, text("base", "ab", logprobs=1, echo=True, **named))["choices"][0]["logprobs"]
+    assert told["tokens"] == ["token_id:97", "token_id:98", "token_id:99", "token_id:100"]
+    assert told["top_logprobs"][2].keys() >= {"token_id:99"}
+
+
 @pytest.fixture
 def known(service: EngineService) -> Iterator[EngineService]:
     """A service whose task's answers are known."""
