@@ -88,6 +88,7 @@ class Access:
         limits: the counters; a service without keys needs none.
 
     Attributes:
+        closed: whether a key is needed.
         cors_origins: whose pages may use the service.
 
     Raises:
@@ -95,7 +96,7 @@ class Access:
     """
 
     def __init__(self, settings: AccessSettings, limits: Limits | None = None) -> None:
-        self._closed = settings.closed
+        self.closed = settings.closed
         self.cors_origins = settings.cors_origins
         self._hosts = frozenset(map(str.lower, settings.trusted_hosts))
         self._limits = limits
@@ -146,7 +147,7 @@ class Access:
 
     def identify(self, authorization: str | None) -> Caller:
         """Whose key credentials as of an `Authorization` header have. Raises Unauthenticated."""
-        if not self._closed:
+        if not self.closed:
             return Caller()
         self._reload()
         scheme, _, key = (authorization or "").partition(" ")

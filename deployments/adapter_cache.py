@@ -19,7 +19,7 @@ import time
 import weakref
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from deployments.placement import REPORTED, holdings
 from deployments.samplers import Sampling, disk_sampler
 from deployments.startup import tells_why
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, LocalAdapter, open_store
+from lorauter.adapters.disk_cache import Tier
 from lorauter.defaults import DEFAULT, home
 from lorauter.errors import AdapterUnavailable, LorauterError
 from lorauter.names import AdapterKey
@@ -48,6 +49,7 @@ _PREFIX = "adapter-cache-"
 _ATTEMPTS = 5
 _BEAT_S = 5.0  # between two words of everybody who uses a cache
 _MARK = ".settings"  # the file in a cache's folder that says whose it is
+_PREFETCHED = 1024  # adapters of which it is known that they came for a request that has yet to ask
 _UNUSED_S = 20.0  # without a word, after which a cache is ended if there is another on its node
 
 
@@ -87,6 +89,7 @@ class AdapterCacheActor:
             source=self._peers,
         )
         self._demand = Demand()
+        self._prefetched: dict[AdapterKey, Tier] = {}  # where that came from which was not asked for yet
         self._sampling = Sampling(disk_sampler(self._cache, RayRecorder()))
         self._used = time.monotonic()
         threading.Thread(target=_end_unused, args=(spec,), daemon=True, name="end-unused-caches").start()
@@ -101,7 +104,7 @@ class AdapterCacheActor:
             raise failure.with_traceback(None)
         local = await asyncio.shield(asyncio.wrap_future(self._cache.submit(key)))
         self._demand.note(key, time.monotonic())
-        return local
+        return replace(local, tier=self._prefetched.pop(key, local.tier))
 
     async def prefetch(self, keys: list[AdapterKey]) -> None:
         """Start fetching; who needs the adapters will ask and be told of failures."""
@@ -112,7 +115,12 @@ class AdapterCacheActor:
 
     def _note_prefetched(self, flight: Future[LocalAdapter]) -> None:
         if flight.exception() is None:  # what cannot be had is not in demand
-            self._demand.note(flight.result().key, time.monotonic())
+            local = flight.result()
+            self._demand.note(local.key, time.monotonic())
+            if local.tier != "disk":
+                self._prefetched[local.key] = local.tier
+                if len(self._prefetched) > _PREFETCHED:
+                    self._prefetched.pop(next(iter(self._prefetched)))
 
     async def wanted(self, number: int) -> dict[AdapterKey, float]:
         """The adapters most wanted here lately, with counts that halve with time."""

@@ -97,6 +97,19 @@ class AdapterListing:
         """The adapters."""
         return CatalogDescription("none", [], sorted(self._live.versions))
 
+    async def examples(self, *_: Any) -> dict[str, Any]:
+        """There are no tasks."""
+        return {}
+
+    async def layout(self, *_: Any) -> dict[str, Any]:
+        """The same."""
+        projection: dict[str, list[Any]] = {"mean": [], "components": []}
+        return {"object": "list", "catalog_version": "none", "data": [], "total": 0, "projection": projection}
+
+    async def history(self, *_: Any) -> dict[str, Any]:
+        """There are no versions."""
+        return {"object": "list", "data": [], "total": 0, "has_more": False}
+
     def __del__(self) -> None:
         if live := getattr(self, "_live", None):
             live.close()

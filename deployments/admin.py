@@ -66,6 +66,9 @@ class Editor(Protocol):
     async def change(self, caller: Caller, wanted: Sequence[changes.Change]) -> dict[str, Any]:
         """Make all of these changes at once, or none."""
 
+    async def use_version(self, version: str) -> dict[str, Any]:
+        """Make another version of the catalog the current one."""
+
 
 def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[str, str, ReadChange]]:
     """Method, path and function of each; without an editor, where what is served is the examples, they refuse."""
@@ -76,6 +79,7 @@ def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[
         ("POST", "/v1/adapters", admin.put_adapter),
         ("DELETE", "/v1/adapters/{name}", admin.remove_adapter),
         ("POST", "/v1/catalog/changes", admin.change),
+        ("POST", "/v1/catalog/current", admin.use_version),
         ("POST", "/v1/load_lora_adapter", admin.load_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_adapter),
     ]
@@ -87,6 +91,14 @@ class _AdapterBody(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
+
+
+class _VersionBody(BaseModel):
+    """`POST /v1/catalog/current`: a version of the catalog that the store has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: str
 
 
 class _Admin:
@@ -153,6 +165,14 @@ class _Admin:
         body = parse_body(UnloadAdapterBody, await read_json(request, self._settings.max_body_bytes))
         name = _name(body.lora_name, "lora_name")
         yield Change(lambda caller: editor.remove_adapter(caller, name), adapters=(name,))
+
+    @asynccontextmanager
+    async def use_version(self, request: Request) -> AsyncIterator[Change]:
+        editor = self._open()
+        body = parse_body(_VersionBody, await read_json(request, self._settings.max_body_bytes))
+        if not is_valid_name(body.version):
+            raise InvalidRequest("the version is none; see GET /v1/catalog/versions", param="version")
+        yield Change(lambda _: editor.use_version(body.version), whole=True)
 
     @asynccontextmanager
     async def change(self, request: Request) -> AsyncIterator[Change]:

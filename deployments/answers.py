@@ -58,6 +58,7 @@ class Piece:
         stop_string: in the last one, which of the stop strings ended it, if one did.
         calls: new pieces of calls of tools, each call's pieces after those of the calls before it. In an answer that
             is whole each is a whole call.
+        ending: what goes beside the choices in the event that has the reason.
     """
 
     text: str
@@ -66,6 +67,7 @@ class Piece:
     beside: Mapping[str, Any] = field(default_factory=dict)
     stop_string: str | None = None
     calls: tuple[CallPiece, ...] = ()
+    ending: Mapping[str, Any] = field(default_factory=dict)
 
     def parts(self, told: int) -> Iterator[str | CallPiece]:
         """Its text and its calls, one after the other as the model had them.

@@ -6,7 +6,6 @@ Knows HTTP and JSON; knows nothing of Ray. `Service` is what `deployments.router
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
@@ -28,36 +27,30 @@ from deployments.admin import ReadChange
 from deployments.anthropic_answers import MessagesShape, error_body, speaks_anthropic
 from deployments.anthropic_types import MessagesBody
 from deployments.bodies import read_json
-from deployments.calls import CatalogDescription
 from deployments.config import AccessSettings, ApiSettings
-from deployments.generation import Generating, Generation, short
+from deployments.generation import Generating, Generation
+from deployments.listings import Listed, Listings
 from deployments.openai_answers import CHAT, FUNCTIONS, TEXT, error_answer
-from deployments.openai_types import BASE_MODEL, ROUTED_MODEL, ChatBody, CompletionBody
+from deployments.openai_types import ChatBody, CompletionBody
 from deployments.openapi import document, page
 from deployments.options import parse_body
 from deployments.responses_answers import ResponsesShape
 from deployments.responses_types import ResponsesBody
-from deployments.rights import HEALTH, ROLES, check_change
-from deployments.scope import visible, visible_tasks
+from deployments.rights import HEALTH, ROLES, check_change, check_reading
+from deployments.scope import visible
 from deployments.texts import Texts, TextService
-from deployments.told import without_places
+from deployments.web import asset, index_of
 from lorauter.defaults import DEFAULT
 from lorauter.engine.config import EngineConfig
 from lorauter.errors import (
-    AdapterNotFound,
-    InvalidRequest,
     LorauterError,
     Overloaded,
-    PermissionDenied,
     Unauthenticated,
 )
 
 
-class Service(Generating, TextService, Protocol):
+class Service(Generating, TextService, Listed, Protocol):
     """What the API needs behind it. Every method raises LorauterError."""
-
-    async def describe(self) -> CatalogDescription:
-        """The tasks and adapters there are."""
 
     async def metrics(self) -> str:
         """Metrics, as Prometheus reads them."""
@@ -68,7 +61,6 @@ class Service(Generating, TextService, Protocol):
 
 Body = TypeVar("Body", bound=BaseModel)
 _PROMETHEUS = "text/plain; version=0.0.4"
-_PAGE = 10_000  # rows of a list
 _WORTH_GZIP, _GZIP_LEVEL = 1024, 4  # bytes of an answer; streams are never compressed
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -95,6 +87,7 @@ def build_api(
     access = access or Access(AccessSettings())
     api = _Api(service, settings, max_model_len, base_model)
     texts = Texts(service, settings, max_model_len)
+    listings = Listings(service, max_model_len, base_model)
 
     def route(method: str, path: str, endpoint: Endpoint, *, reserves: bool = False) -> Route:
         """A route for callers with one of the endpoint's roles; an endpoint that reserves tokens counts its requests
@@ -107,6 +100,7 @@ def build_api(
                 return await endpoint(request)
             visit = access.require(request, *roles)
             request.state.caller = visit.caller
+            check_reading(visit.caller, method, path)
             if not reserves:
                 await visit.count()
             try:
@@ -146,15 +140,23 @@ def build_api(
             route("POST", "/v1/embeddings", texts.embeddings, reserves=True),
             route("POST", "/tokenize", texts.tokenize),
             route("POST", "/detokenize", texts.detokenize),
-            route("GET", "/v1/models", api.models),
-            route("GET", "/v1/models/{model}", api.model),
-            route("GET", "/v1/tasks", api.tasks),
+            route("GET", "/v1/models", listings.models),
+            route("GET", "/v1/models/{model}", listings.model),
+            route("GET", "/v1/tasks", listings.tasks),
+            route("GET", "/v1/tasks/{name}", listings.task),
+            route("GET", "/v1/adapters", listings.adapters),
+            route("GET", "/v1/map", listings.map),
+            route("GET", "/v1/deployments", listings.deployments),
+            route("GET", "/v1/access", listings.access),
+            route("GET", "/v1/catalog/versions", listings.versions),
             *[route(method, path, api.health) for method, path in HEALTH],
             route("GET", "/version", api.version),
             route("GET", "/load", api.load),
             route("GET", "/metrics", api.metrics),
             route("GET", "/openapi.json", api.openapi),
             route("GET", "/docs", api.docs),
+            route("GET", "/", index_of(closed=access.closed)),
+            route("GET", "/page/{digest}/{file}", asset),
             *[change(method, path, read) for method, path, read in admin],
         ],
         exception_handlers=handlers,
@@ -182,9 +184,6 @@ class _Api:
     def __init__(self, service: Service, settings: ApiSettings, context: int, base_model: str) -> None:
         self._service = service
         self._settings = settings
-        self._context = context
-        self._base_model = base_model.rstrip("/").rsplit("/", 1)[-1]  # a folder's place is nobody's business
-        self._started = int(time.time())
         self._generation = Generation(service, settings, context, base_model)
 
     async def chat(self, request: Request) -> Response:
@@ -202,44 +201,6 @@ class _Api:
         body = await self._body(request, MessagesBody)
         return await self._generation.answer(request, body.chat(), MessagesShape())
 
-    async def models(self, request: Request) -> Response:
-        catalog = await self._service.describe()
-        permitted = filter(request.state.caller.permits, catalog.adapters)
-        rows = [self._model_row(name) for name in (ROUTED_MODEL, BASE_MODEL, *permitted)]
-        return JSONResponse(_page(rows, request))
-
-    async def model(self, request: Request) -> Response:
-        name = request.path_params["model"]
-        if name not in (ROUTED_MODEL, BASE_MODEL) and not (
-            request.state.caller.permits(name) and await self._service.versions([name])
-        ):
-            raise AdapterNotFound("no such model; see GET /v1/models", adapter=short(name))
-        return JSONResponse(self._model_row(name))
-
-    def _model_row(self, name: str) -> dict[str, Any]:
-        served = {ROUTED_MODEL: (BASE_MODEL, None), BASE_MODEL: (self._base_model, None)}
-        root, parent = served.get(name, (name, BASE_MODEL))
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._started,
-            "owned_by": "lorauter",
-            "root": root,
-            "parent": parent,
-            "max_model_len": self._context,
-        }
-
-    async def tasks(self, request: Request) -> Response:
-        catalog, caller = await self._service.describe(), request.state.caller
-        refused = {}
-        if catalog.refused and (caller.audience == "operator" or caller.key is None):
-            version, reason = catalog.refused
-            reason = reason if caller.audience == "operator" else without_places(reason)
-            refused = {"refused": {"version": version, "reason": reason}}
-        tasks = visible_tasks(catalog.tasks, caller.permitted)
-        told = {"object": "list", "catalog_version": catalog.version, **refused, "data": tasks}
-        return JSONResponse(visible(told, caller.permitted))
-
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -249,12 +210,7 @@ class _Api:
     async def load(self, _: Request) -> Response:
         return JSONResponse({"server_load": self._generation.running})
 
-    async def metrics(self, request: Request) -> Response:
-        caller: Caller = request.state.caller
-        if caller.key is not None and caller.audience != "operator":
-            raise PermissionDenied(
-                f"the key {caller.name!r} has not the role 'admin' over all adapters, of which this tells"
-            )
+    async def metrics(self, _: Request) -> Response:
         return Response(await self._service.metrics(), media_type=_PROMETHEUS)
 
     async def openapi(self, _: Request) -> Response:
@@ -266,22 +222,6 @@ class _Api:
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         """The request's body, validated."""
         return parse_body(kind, await read_json(request, self._settings.max_body_bytes))
-
-
-def _page(rows: list[dict[str, Any]], request: Request) -> dict[str, Any]:
-    """Rows as a list, or the part of it that `limit` and `after` (an id) ask for. Raises InvalidRequest."""
-    given, after = request.query_params.get("limit"), request.query_params.get("after")
-    if given is not None and not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= _PAGE):
-        raise InvalidRequest(f"got the limit {given[:40]!r}, needed a number from 1 to {_PAGE}", param="limit")
-    start = 0
-    if after is not None:
-        start = 1 + next((place for place, row in enumerate(rows) if row["id"] == after), len(rows))
-        if start > len(rows):
-            raise InvalidRequest("after is no id of this list", param="after")
-    end = len(rows) if given is None else min(start + int(given), len(rows))
-    data = rows[start:end]
-    ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": data, **ids, "has_more": end < len(rows)}
 
 
 async def _known(request: Request, error: Exception) -> Response:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lorauter.engine.types import Chunk, Prompt, SamplingParams
@@ -31,6 +32,7 @@ class GenerateCall:
         avoid: replicas that are asked last: they have refused it, or kept it waiting.
         whole: nobody reads the answer before its end.
         tells_prompt: the prompt's tokens are wanted too.
+        tells_tiers: where the adapters were is wanted too.
     """
 
     prompt: Prompt
@@ -43,6 +45,7 @@ class GenerateCall:
     avoid: tuple[str, ...] = ()
     whole: bool = False
     tells_prompt: bool = False
+    tells_tiers: bool = False
 
     @property
     def resumed(self) -> bool:
@@ -56,7 +59,8 @@ class Admitted:
 
     `left_out` are those of the call's adapters that the answer goes on without, `cached_tokens` the prompt's tokens
     that were found computed, `prompt` their ids and texts, if they are wanted. `tool_format` is how calls are written
-    in the answer, if it may have any.
+    in the answer, if it may have any. `tiers` says of each adapter where it was, if that is wanted; `fetched_s` and
+    `waited_s` how long it took until the adapters were here, and then until the engine began.
     """
 
     prompt_tokens: int
@@ -64,6 +68,9 @@ class Admitted:
     cached_tokens: int = 0
     prompt: tuple[tuple[int, bytes], ...] = ()
     tool_format: FormatName | None = None
+    tiers: tuple[tuple[str, str], ...] = ()
+    fetched_s: float = field(default=0.0, compare=False)
+    waited_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,14 @@ class CatalogDescription:
     tasks: list[dict[str, Any]]
     adapters: list[str]
     refused: tuple[str, str] | None = None
+
+
+class Residency(NamedTuple):
+    """Of a version of an adapter: on how many replicas it is in a tier, and how much it was wanted lately, in requests
+    that count half as much with every ten minutes."""
+
+    tiers: Mapping[str, int]
+    demand: float
 
 
 class Want(NamedTuple):

@@ -24,14 +24,21 @@ from ray.serve.handle import DeploymentHandle
 from deployments.access import Caller
 from deployments.changes import Change
 from deployments.config import AppConfig
-from deployments.logs import join_serve_logs
 from deployments.rights import check_tasks
 from lorauter.adapters import AdapterManifest, AdapterRepository, LoraWeights, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
-from lorauter.catalog import Catalog, change_catalog, with_adapter, with_tasks, without_adapters, without_tasks
-from lorauter.catalog.catalog import PROBE_TEXT, pointed_version
+from lorauter.catalog import (
+    Catalog,
+    change_catalog,
+    use_version,
+    with_adapter,
+    with_tasks,
+    without_adapters,
+    without_tasks,
+)
+from lorauter.catalog.catalog import PROBE_TEXT, pointed_version, read_adapters
 from lorauter.encoder import Embeddings
-from lorauter.errors import AdapterNotFound, AdapterRejected, InvalidRequest, TaskNotFound
+from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, InvalidRequest, TaskNotFound
 from lorauter.tasks import Task
 
 _AT_ONCE = 16
@@ -82,7 +89,6 @@ class CatalogEditor:
     """
 
     def __init__(self, config: AppConfig, embedder: DeploymentHandle[Any], model: DeploymentHandle[Any]) -> None:
-        join_serve_logs()
         assert config.catalog is not None  # or there is nothing to edit
         self._store = open_store(config.catalog)
         self._repository = AdapterRepository(open_store(config.adapters))
@@ -144,6 +150,30 @@ class CatalogEditor:
                 return _Taken(self._repository.push(folder), warnings)
 
         return _single(await self._alone(lambda: self._apply(caller, [change], None, {name: push()})))
+
+    async def use_version(self, version: str) -> dict[str, Any]:
+        """Make another version the current one, as it is; says which of its adapters the store has no more.
+
+        Raises:
+            CatalogError: it is not there, or damaged.
+            Conflict: another version became current meanwhile.
+            AdapterUnavailable, StoreError.
+        """
+
+        def use() -> dict[str, Any]:
+            before: Mapping[str, str] = {}
+            with suppress(CatalogError):  # what is current may be what is to be mended
+                before = read_adapters(self._store, pointed_version(self._store) or "")
+            catalog = use_version(self._store, version)
+            back = [name for name in catalog.adapters if name not in before]
+            return {
+                "id": catalog.version,
+                "object": "catalog.version",
+                "catalog_version": catalog.version,
+                "missing_adapters": self._missing(back, catalog),
+            }
+
+        return await self._alone(use)
 
     async def _check(self) -> Callable[[LoraWeights], tuple[str, ...]]:
         """What gives back the warnings about an adapter, or raises AdapterRejected where the engine would refuse it."""

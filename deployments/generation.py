@@ -33,6 +33,7 @@ from deployments.options import reword
 from deployments.scope import ScopedOptions, visible
 from deployments.streams import EventStream
 from deployments.telling import Telling, likelihood
+from deployments.timing import Timing
 from lorauter.engine.types import Chunk, Prompt
 from lorauter.errors import AdapterError, AdapterNotFound, ContextLengthExceeded, InvalidRequest, LorauterError
 from lorauter.names import RULE, is_valid_name
@@ -78,6 +79,11 @@ class _Begun:
     decision: RoutingDecision
     admitted: Admitted
     stream: Answer
+    timing: Timing
+
+    def told(self, body: GeneratingBody) -> dict[str, Any]:
+        """The decision for its reader."""
+        return self.timing.beside(self.decision) if body.lorauter.timings else self.decision.to_json()
 
 
 class Generation:
@@ -149,6 +155,7 @@ class Generation:
                     tenant=tenant,
                     whole=not body.stream,
                     tells_prompt=Telling.wants_prompt(body),
+                    tells_tiers=body.lorauter.timings,
                 )
                 return meter.metered(self._counted(call), sizes[place])
 
@@ -181,7 +188,7 @@ class Generation:
         caller: Caller,
     ) -> Response:
         """What is said of answers that are under way."""
-        n = body.n or 1
+        n, timed = body.n or 1, body.lorauter.timings
         tellings = [
             Telling(body, one.admitted, prompt.text)
             for one, prompt in zip(begun, prompts, strict=True)
@@ -189,10 +196,11 @@ class Generation:
         ]
         first = begun[0].decision
         observe.current().decided(body.model, len(first.adapters), first.confidence)
+        shown = [visible(choice.told(body), caller.permitted) for choice in begun]
         writer = shape.open(
             Opening(
                 body,
-                [visible(choice.decision.to_json(), caller.permitted) for choice in begun],
+                shown,
                 self._fingerprint([choice.decision for choice in begun], caller),
                 prompt_tokens=sum(choice.admitted.prompt_tokens for choice in begun),
                 cached_tokens=sum(choice.admitted.cached_tokens for choice in begun),
@@ -204,10 +212,12 @@ class Generation:
         headers = _headers(first) if len(begun) == 1 else {}
         if body.stream:
             streams = Merged([choice.stream for choice in begun])
-            return EventStream(
-                _events(streams, tellings, n, writer, caller), streams, headers, self._settings.ping_s, shape.ping
-            )
+            events = _events(streams, begun, tellings, writer, shown if timed else None, caller)
+            return EventStream(events, streams, headers, self._settings.ping_s, shape.ping)
         answers = await _all([_whole(choice) for choice in begun])
+        if timed:
+            for decision, choice in zip(shown, begun, strict=True):
+                decision["timings"] = choice.timing.told()
         pieces: list[Piece] = []
         for chunks in answers:
             of_prompt = chunks[0].prompt_logprobs
@@ -288,7 +298,8 @@ class Generation:
                 left_out += [LeftOut(adapter.name, adapter.version, cause) for adapter in decision.adapters]
                 continue
             assert isinstance(admitted, Admitted)
-            return _Begun(decision.without(admitted.left_out), admitted, stream)
+            decision = decision.without(admitted.left_out)
+            return _Begun(decision, admitted, stream, Timing(decision.seconds, admitted))
         raise AssertionError("unreachable: the base model alone lacks no adapter")
 
     def _fingerprint(self, decisions: Sequence[RoutingDecision], caller: Caller) -> str:
@@ -323,6 +334,7 @@ async def _whole(begun: _Begun) -> list[Chunk]:
     chunks: dict[int, list[Chunk]] = {}
     async for item in begun.stream:
         if isinstance(item, Chunk):
+            begun.timing.note(item)
             chunks.setdefault(item.index, []).append(item)
     return [Chunk.joined(chunks[index]) for index in sorted(chunks)]
 
@@ -365,21 +377,29 @@ class _Meter:
 
 async def _events(
     streams: Merged[Admitted | Chunk],
+    begun: Sequence[_Begun],
     tellings: Sequence[Telling],
-    n: int,
     writer: Writer,
+    timed: Sequence[dict[str, Any]] | None,
     caller: Caller,
 ) -> AsyncGenerator[bytes]:
-    """A stream's events: what goes before the answers, then the answers as they come, then the end."""
+    """A stream's events: what goes before the answers, then the answers as they come, then the end. Decisions that are
+    `timed` have their times brought up to date."""
     # What is known at the same time is one message on its way to the client: the first token, or the end.
     said = writer.first()
-    tokens, running = 0, len(tellings)
+    tokens, running, n = 0, len(tellings), len(tellings) // len(begun)
     try:
         async for place, item in streams:
             if isinstance(item, Chunk):
                 tokens += len(item.token_ids)
+                timing = begun[place].timing
+                timing.note(item)
                 choice = place * n + item.index
-                said += writer.piece(choice, tellings[choice].tell(item), tokens)
+                piece = tellings[choice].tell(item)
+                if timed is not None and piece.finish_reason:
+                    timed[place]["timings"] = timing.told()
+                    piece = replace(piece, ending={"lorauter": {"timings": timing.told()}})
+                said += writer.piece(choice, piece, tokens)
                 if item.finish_reason:
                     running -= 1
                 if said and running:

@@ -65,6 +65,7 @@ class HostAdapters(Generic[P]):
         self._loaded: OrderedDict[AdapterKey, P] = OrderedDict()
         self._refused: dict[AdapterKey, AdapterRejected] = {}
         self._loading: dict[AdapterKey, asyncio.Task[P]] = {}
+        self._sources: dict[AdapterKey, str] = {}
         self.counters = TierCounters()
 
     @property
@@ -77,6 +78,10 @@ class HostAdapters(Generic[P]):
         """How many adapters are in memory, and their bytes; may be asked for by any thread."""
         loaded = list(self._loaded.values())
         return len(loaded), sum(packed.nbytes for packed in loaded)
+
+    def source(self, key: AdapterKey) -> str:
+        """The tier that an adapter in memory was in before."""
+        return self._sources.get(key, "disk")
 
     async def get(self, key: AdapterKey, *, patient: bool = True) -> P:
         """A version of an adapter, parsed once however many requests wait for it.
@@ -104,7 +109,9 @@ class HostAdapters(Generic[P]):
         self._loaded[key] = packed
         total = sum(loaded.nbytes for loaded in self._loaded.values())
         while total > self._budget and len(self._loaded) > 1:
-            total -= self._loaded.popitem(last=False)[1].nbytes
+            gone, evicted = self._loaded.popitem(last=False)
+            self._sources.pop(gone, None)
+            total -= evicted.nbytes
             self.counters.evictions += 1
         return packed
 
@@ -136,6 +143,7 @@ class HostAdapters(Generic[P]):
         started = time.monotonic()
         packed = await asyncio.to_thread(self._read_local, local)
         self.counters.misses += 1
+        self._sources[local.key] = local.tier
         self.counters.load_seconds += time.monotonic() - started
         return packed
 

@@ -133,7 +133,9 @@ class LoraModel:
         prompt = await asyncio.to_thread(self._engine.codec.encode, call.prompt)  # a long text takes its time
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
+        before, started = self._tiers(call), time.monotonic()
         mixture, left_out = await self._mixture(call)
+        fetched_s = time.monotonic() - started
         if not call.resumed:  # what has begun elsewhere is to end
             self._check_wait()
         most = self._engine.config.max_batch + self._engine.config.max_queue
@@ -164,9 +166,17 @@ class LoraModel:
                             if call.tells_prompt
                             else ()
                         )
+                        tiers = tuple((key.name, tier or self._adapters.source(key)) for key, tier in before.items())
                         format = self._engine.codec.tool_format if call.prompt.tools else None
                         admitted = Admitted(
-                            len(prompt), left_out, chunk.cached_tokens, told, None if format is None else format.name
+                            len(prompt),
+                            left_out,
+                            chunk.cached_tokens,
+                            told,
+                            None if format is None else format.name,
+                            tiers,
+                            fetched_s,
+                            chunk.waited_s,
                         )
                         yield Begun(admitted, chunk)
             finally:
@@ -184,6 +194,14 @@ class LoraModel:
     def _whole_gap(self) -> float:
         """The same where nobody reads them: now and then, so that it is known to go on."""
         return min(_WHOLE_S, self._engine.config.token_timeout_s / 2)
+
+    def _tiers(self, call: GenerateCall) -> dict[AdapterKey, str | None]:
+        """Where a call's adapters are, if it wants to know; None where they are not in this process."""
+        if not call.tells_tiers:
+            return {}
+        tiers: dict[tuple[str, str], str] = dict.fromkeys(self._adapters.resident, "host")
+        tiers |= dict.fromkeys(self._engine.counters.resident, "device")
+        return {adapter.key: tiers.get(adapter.key) for adapter in call.adapters}
 
     async def _mixture(self, call: GenerateCall) -> tuple[Mixture, tuple[LeftOut, ...]]:
         """A call's adapters with their weights, and those left out. Raises AdapterError."""

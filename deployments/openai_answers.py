@@ -275,7 +275,7 @@ class OpenAIWriter:
             said += encoder.piece("", None, within, (call,), **beside, **self._so_far(tokens))
             within, beside = {}, {}
         if piece.finish_reason:
-            said += encoder.piece("", self._reason(piece), **self._so_far(tokens))
+            said += encoder.piece("", self._reason(piece), **piece.ending, **self._so_far(tokens))
         return said
 
     def end(self, tokens: int) -> bytes:

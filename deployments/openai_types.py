@@ -39,6 +39,9 @@ class LorauterOptions(RoutingOptions):
     adapters: Annotated[
         dict[str, FiniteFloat] | None, Field(description="adapters by name and weight, in place of routing")
     ] = None
+    timings: Annotated[
+        bool, Field(description="tell what the steps took, and in which tier each adapter was found")
+    ] = False
 
 
 class StreamOptions(Body):

@@ -193,6 +193,11 @@ class Placement:
             return tuple(busy)
         return (at,) if long and not avoid else ()
 
+    def whereabouts(self, adapter: str) -> dict[str, int]:
+        """How many replicas reported to have an adapter, by tier: one may have it in several. Any thread may ask."""
+        bits = np.bitwise_and.reduce(self._held[_hashed(adapter)[0]])
+        return {tier: count for i, tier in enumerate(TIERS) if (count := int(np.count_nonzero(bits & 1 << i)))}
+
     def rank(
         self,
         adapters: Sequence[tuple[str, float]],

@@ -5,9 +5,13 @@ A catalog that is published while it serves takes over without a request being l
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -20,10 +24,13 @@ from deployments.live_catalog import LiveCatalog, kept_folder
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.routing_metrics import RoutingMetrics
+from deployments.scope import Permitted, is_hidden
 from deployments.startup import tells_why
 from deployments.tracing import span
 from lorauter.adapters import open_store
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog
+from lorauter.catalog.history import History
+from lorauter.catalog.layout import Layout
 from lorauter.encoder import Embeddings
 from lorauter.routing import RoutingDecision, RoutingOptions, compose
 
@@ -48,13 +55,16 @@ class TaskRetriever:
         join_serve_logs()
         own_gpus_only()
         self._metrics = RoutingMetrics(RayRecorder())
+        assert config.catalog is not None  # else AdapterListing is in this one's place
+        self._history = History(open_store(config.catalog))
+        self._layouts: WeakKeyDictionary[Catalog, dict[Permitted, Layout]] = WeakKeyDictionary()
 
         def probe() -> tuple[Embeddings, str]:
             [vector] = embedder.embed.remote([PROBE_TEXT]).result(timeout_s=_PROBE_S)
             return vector, embedder.name.remote().result(timeout_s=_PROBE_S)
 
         def load() -> LiveCatalog:
-            assert config.catalog is not None  # AdapterListing is in this one's place
+            assert config.catalog is not None
             store, keep = open_store(config.catalog), kept_folder(config.catalog)
             if not (keep / CURRENT_FILE).exists():  # else it has served here before, and caches may hold what it needs
                 check_adapters(Catalog.load(store), config, logger.warning)
@@ -75,15 +85,17 @@ class TaskRetriever:
         self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]
     ) -> list[RoutingDecision]:
         """Which adapters answer n texts; one catalog decides on all of them. Raises InvalidRequest."""
-        retriever = self._live.retriever
+        retriever, started = self._live.retriever, time.perf_counter()
         with self._metrics.step("retrieve"), span("retrieve"):
             found = retriever.retrieve(embeddings, texts, options)
         catalog = retriever.catalog
         with self._metrics.step("compose"), span("compose"):
-            return [
+            decisions = [
                 compose(one, option, retriever.config, catalog_version=catalog.version, versions=catalog.adapters)
                 for one, option in zip(found, options, strict=True)
             ]
+        seconds = {"retrieve": time.perf_counter() - started}
+        return [replace(decision, seconds=seconds) for decision in decisions]
 
     async def versions(self, names: list[str]) -> dict[str, str]:
         """Which versions of adapters are served; without those that the catalog does not know."""
@@ -111,6 +123,31 @@ class TaskRetriever:
             for entry in catalog.tasks
         ]
         return CatalogDescription(catalog.version, tasks, sorted(catalog.adapters), self._live.refused)
+
+    async def examples(self, names: list[str], most: int) -> dict[str, list[dict[str, str]]]:
+        """The first validation examples of tasks; without those that the catalog does not know."""
+        tasks = {entry.name: entry.task for entry in self._live.retriever.catalog.tasks}
+        return {name: [vars(example) for example in tasks[name].validation[:most]] for name in names if name in tasks}
+
+    async def layout(self, permitted: Permitted, named: list[str]) -> dict[str, Any]:
+        """The tasks in two dimensions (see `lorauter.catalog.layout`), of those that a caller may see."""
+        return await asyncio.to_thread(self._layout, permitted, frozenset(named))
+
+    def _layout(self, permitted: Permitted, named: frozenset[str]) -> dict[str, Any]:
+        catalog = self._live.retriever.catalog
+        known = self._layouts.setdefault(catalog, {})
+        if permitted not in known:
+            visible = (
+                i
+                for i, entry in enumerate(catalog.tasks)
+                if not is_hidden((adapter.name for adapter in entry.adapters), permitted)
+            )
+            known[permitted] = Layout.of(catalog, visible)
+        return known[permitted].to_json(catalog, named)
+
+    async def history(self, limit: int, after: str | None) -> dict[str, Any]:
+        """The versions in the store (see `lorauter.catalog.history`). Raises as `History.page`."""
+        return await asyncio.to_thread(self._history.page, limit, after)
 
     def __del__(self) -> None:
         if live := getattr(self, "_live", None):

@@ -32,21 +32,33 @@ ROLES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("GET", "/v1/models"): ("inference", "admin"),
     ("GET", "/v1/models/{model}"): ("inference", "admin"),
     ("GET", "/v1/tasks"): ("inference", "admin"),
+    ("GET", "/v1/tasks/{name}"): ("inference", "admin"),
+    ("GET", "/v1/adapters"): ("inference", "admin"),
+    ("GET", "/v1/map"): ("inference", "admin"),
+    ("GET", "/v1/access"): ("inference", "admin"),
     ("GET", "/version"): ("inference", "admin"),
     ("GET", "/load"): ("inference", "admin"),
-    ("GET", "/metrics"): ("inference", "admin"),  # the endpoint asks for more of a key
+    ("GET", "/metrics"): ("inference", "admin"),
+    ("GET", "/v1/deployments"): ("inference", "admin"),
+    ("GET", "/v1/catalog/versions"): ("admin",),
     ("GET", "/openapi.json"): (),
     ("GET", "/docs"): (),
+    ("GET", "/"): (),
+    ("GET", "/page/{digest}/{file}"): (),
     **dict.fromkeys(HEALTH, ()),
     ("POST", "/v1/adapters"): ("admin",),
     ("DELETE", "/v1/adapters/{name}"): ("admin",),
     ("POST", "/v1/tasks"): ("admin",),
     ("DELETE", "/v1/tasks/{name}"): ("admin",),
     ("POST", "/v1/catalog/changes"): ("admin",),
+    ("POST", "/v1/catalog/current"): ("admin",),
     ("POST", "/v1/load_lora_adapter"): ("admin",),
     ("POST", "/v1/unload_lora_adapter"): ("admin",),
 }
 """The roles of which an endpoint takes one; none where it needs no key."""
+
+_OF_ALL = {("GET", "/metrics"), ("GET", "/v1/deployments"), ("GET", "/v1/catalog/versions")}
+"""What tells of everything: a key for it has the role `admin` over all adapters."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,13 @@ class Change:
     Attributes:
         make: makes it for a caller; returns what to answer.
         adapters, tasks: the names of what it adds, replaces or removes.
+        whole: whether it may change anything.
     """
 
     make: Callable[[Caller], Awaitable[dict[str, Any]]]
     adapters: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    whole: bool = False
 
 
 class Described(Protocol):
@@ -70,6 +84,14 @@ class Described(Protocol):
         """The tasks and adapters there are."""
 
 
+def check_reading(caller: Caller, method: str, path: str) -> None:
+    """Raise PermissionDenied unless a caller with one of an endpoint's roles may read what it tells."""
+    if (method, path) in _OF_ALL and caller.key is not None and caller.audience != "operator":
+        raise PermissionDenied(
+            f"the key {caller.name!r} has not the role 'admin' over all adapters, of which this tells"
+        )
+
+
 async def check_change(caller: Caller, change: Change, service: Described) -> None:
     """Raise PermissionDenied unless a caller who may change something may change this, as far as is known here.
 
@@ -77,6 +99,10 @@ async def check_change(caller: Caller, change: Change, service: Described) -> No
     """
     if caller.permitted is None:
         return
+    if change.whole:
+        raise PermissionDenied(
+            f"the key {caller.name!r} may change adapters called {_own(caller)} alone, and this changes all"
+        )
     for name in change.adapters:
         if not caller.permits(name):
             raise PermissionDenied(

@@ -6,8 +6,11 @@ Holds no model and no catalog; it talks to the other deployments through their h
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,30 +22,36 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments import observe
 from deployments.access import Access, Caller
+from deployments.adapter_cache import CacheSpec
 from deployments.admin import admin_endpoints
 from deployments.admission import Admission
 from deployments.api import build_api
-from deployments.calls import Admitted, CatalogDescription, GenerateCall
+from deployments.calls import Admitted, CatalogDescription, GenerateCall, Residency
 from deployments.changes import Change
 from deployments.config import AppConfig
 from deployments.limits import SharedLimits
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.node_metrics import read_metrics
+from deployments.placement import placement_of
 from deployments.retries import answered, generated
 from deployments.routing_metrics import RoutingMetrics
+from deployments.scope import Permitted
 from deployments.startup import tells_why
 from deployments.tracing import span
+from deployments.warmup import demand_for
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.encoder import Embeddings
 from lorauter.engine import Chunk
 from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterError, Overloaded, ServiceUnavailable
+from lorauter.names import AdapterKey
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text
 from lorauter.routing.compose import cause_of
 from lorauter.tasks import Task
 
 _RETRY_AFTER_S = 1.0
+_DEMAND = 4096  # adapters of which each node tells how much they were wanted
 _TOGETHER = 64  # texts to be embedded that go together
 
 
@@ -107,12 +116,17 @@ class Router:
         for i, text in enumerate(texts):
             check_text(text, param=f"input[{i}]")
         with self._metrics.step("route"), span("route"):
+            started = time.perf_counter()
             decisions: list[RoutingDecision] = await self._asked(
                 lambda: self._embed.remote(list(texts)),
                 lambda embeddings: self._decide.remote(embeddings, list(texts), [options] * len(texts)),
             )
+            seconds = time.perf_counter() - started
         self._metrics.decided(decisions)
-        return decisions
+        return [
+            replace(decision, seconds={"embed": seconds - decision.seconds.get("retrieve", 0.0), **decision.seconds})
+            for decision in decisions
+        ]
 
     async def versions(self, names: Sequence[str]) -> dict[str, str]:
         """The versions of adapters that are served, those of the catalog in use; without those that it lacks."""
@@ -173,6 +187,43 @@ class Router:
         catalog: CatalogDescription = await self._asked(self._retriever.describe.remote)
         return catalog
 
+    async def examples(self, names: Sequence[str], most: int) -> dict[str, list[dict[str, str]]]:
+        """The first validation examples of tasks."""
+        examples: dict[str, list[dict[str, str]]] = await self._asked(
+            lambda: self._retriever.examples.remote(list(names), most)
+        )
+        return examples
+
+    async def layout(self, permitted: Permitted, named: Sequence[str]) -> dict[str, Any]:
+        """The tasks in two dimensions, of those that a caller may see."""
+        shown: dict[str, Any] = await self._asked(lambda: self._retriever.layout.remote(permitted, list(named)))
+        return shown
+
+    async def history(self, limit: int, after: str | None) -> dict[str, Any]:
+        """The catalog's versions in the store. Raises InvalidRequest, CatalogError, StoreError."""
+        page: dict[str, Any] = await self._asked(lambda: self._retriever.history.remote(limit, after))
+        return page
+
+    async def residency(self, keys: Sequence[AdapterKey]) -> list[Residency]:
+        """Of versions of adapters, on how many replicas each is in a tier, and how much it was wanted lately."""
+        placement = placement_of(str(self._model.deployment_id))
+        demand = await demand_for(CacheSpec(self._config.adapters, self._config.cache), _DEMAND)
+        return [
+            Residency(placement.whereabouts(str(key)) if placement is not None else {}, demand.get(key, 0.0))
+            for key in keys
+        ]
+
+    async def deployments(self) -> list[dict[str, Any]]:
+        """The service's deployments: the state of each, and how many replicas are in which."""
+        applications = (await asyncio.to_thread(serve.status)).applications
+        names = dict.fromkeys((self._model.deployment_id.app_name, serve.get_replica_context().app_name))
+        return [
+            {"id": name, "object": "deployment", "status": part.status.value, "replicas": dict(part.replica_states)}
+            for app in names
+            if app in applications
+            for name, part in applications[app].deployments.items()
+        ]
+
     async def metrics(self) -> str:
         """This node's metrics, or all nodes'."""
         return await read_metrics(all_nodes=self._config.api.metrics_of == "cluster")
@@ -214,6 +265,9 @@ class _EditorClient:
 
     async def change(self, caller: Caller, changes: Sequence[Change]) -> dict[str, Any]:
         return await _result(self._handle.change.remote(caller, changes))
+
+    async def use_version(self, version: str) -> dict[str, Any]:
+        return await _result(self._handle.use_version.remote(version))
 
 
 async def _result(response: Any) -> dict[str, Any]:

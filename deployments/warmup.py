@@ -30,18 +30,23 @@ P = TypeVar("P", bound=Packed)
 
 async def most_wanted(spec: CacheSpec) -> list[AdapterKey]:
     """The adapters lately wanted on all nodes together, the most wanted first; of the caches that answer at once."""
+    return [key for key, _ in (await demand_for(spec, _MOST)).most_common(_MOST)]
+
+
+async def demand_for(spec: CacheSpec, most: int) -> Counter[AdapterKey]:
+    """How much adapters were wanted lately on all nodes together, of so many of each node."""
     caches = await asyncio.to_thread(running_caches, spec)
-    answers = await asyncio.gather(*[_ask(cache) for cache in caches])
+    answers = await asyncio.gather(*[_ask(cache, most) for cache in caches])
     counts: Counter[AdapterKey] = Counter()
     for answer in answers:
         counts.update(answer)
-    return [key for key, _ in counts.most_common(_MOST)]
+    return counts
 
 
-async def _ask(cache: Any) -> dict[AdapterKey, float]:
+async def _ask(cache: Any, most: int) -> dict[AdapterKey, float]:
     try:
         async with asyncio.timeout(_ASK_S):
-            found: dict[AdapterKey, float] = await cache.wanted.remote(_MOST)
+            found: dict[AdapterKey, float] = await cache.wanted.remote(most)
             return found
     except (RayError, TimeoutError):
         return {}

@@ -13,10 +13,12 @@ import pytest
 from starlette.applications import Starlette
 
 from deployments.api import build_api
-from deployments.calls import Admitted, CatalogDescription, GenerateCall
+from deployments.calls import Admitted, CatalogDescription, GenerateCall, Residency
 from deployments.config import ApiSettings
+from deployments.scope import Permitted
 from lorauter.encoder import Embeddings, HashingEncoder
 from lorauter.engine.types import Chunk, Prompt
+from lorauter.names import AdapterKey
 from lorauter.routing import AdapterWeight, RoutingDecision, RoutingOptions, TaskScore, check_text
 from lorauter.tasks import Answers
 
@@ -56,6 +58,7 @@ class FakeService:
     routed: list[tuple[list[str], RoutingOptions]] = field(default_factory=list)
     calls: list[GenerateCall] = field(default_factory=list)
     running: int = 0
+    placed: list[tuple[Permitted, list[str]]] = field(default_factory=list)
 
     async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
         for i, text in enumerate(texts):
@@ -113,6 +116,22 @@ class FakeService:
     async def describe(self) -> CatalogDescription:
         await self.check_ready()
         return CatalogDescription("v1", [{"id": "sums", "object": "task"}], list(VERSIONS))
+
+    async def examples(self, names: Sequence[str], most: int) -> dict[str, list[dict[str, str]]]:
+        return {name: [{"input": "1 + 1", "target": "2"}, {"input": "2 + 2", "target": "4"}][:most] for name in names}
+
+    async def layout(self, permitted: Permitted, named: Sequence[str]) -> dict[str, Any]:
+        self.placed.append((permitted, list(named)))
+        return {"object": "list", "catalog_version": "v1", "data": [], "total": 0}
+
+    async def residency(self, keys: Sequence[AdapterKey]) -> list[Residency]:
+        return [Residency({"device": 2, "disk": 1}, 1.5) for _ in keys]
+
+    async def deployments(self) -> list[dict[str, Any]]:
+        return [{"id": "LoraModel", "object": "deployment", "status": "HEALTHY", "replicas": {"RUNNING": 1}}]
+
+    async def history(self, limit: int, after: str | None) -> dict[str, Any]:
+        return {"object": "list", "data": [], "total": 0, "has_more": False, "asked": [limit, after]}
 
     async def check_ready(self) -> None:
         if self.route_error:

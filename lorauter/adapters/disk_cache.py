@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -33,6 +33,7 @@ _INCOMING = ".incoming"
 _MOMENT_S = 5.0
 
 Origin = Literal["store", "peer"]
+Tier = Origin | Literal["disk"]
 Room = Callable[[AdapterManifest], Path]
 """Told what is about to come, makes room for it, and gives the folder where it is to be."""
 
@@ -50,10 +51,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class LocalAdapter:
-    """A version's files on this machine's disk. They stay until the cache needs their room."""
+    """A version's files on this machine's disk. They stay until the cache needs their room.
+
+    Attributes:
+        tier: where they were when they were asked for.
+    """
 
     manifest: AdapterManifest
     path: Path
+    tier: Tier = field(default="disk", compare=False)
 
     @property
     def key(self) -> AdapterKey:
@@ -271,7 +277,7 @@ class AdapterDiskCache:
                 self.counters.downloaded_bytes += manifest.size
                 self.counters.download_seconds += time.monotonic() - started
         self._evict()
-        return LocalAdapter(manifest, final)
+        return LocalAdapter(manifest, final, origin)
 
     def _check_size(self, manifest: AdapterManifest) -> None:
         if manifest.size > self._budget:

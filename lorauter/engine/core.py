@@ -72,7 +72,8 @@ class EngineCore:
         self._report = Report()
         self._counted = (0.0, -1)  # when the counters were told last, and whether anything has happened since
         self._sequences: dict[int, ActiveSequence] = {}
-        self._silent: set[int] = set()  # those that have no token yet
+        self._came: dict[int, float] = {}  # when those came that do not run yet
+        self._waited: dict[int, float] = {}  # how long those waited that have no token yet
         self._flights: deque[tuple[StepPlan, Flight, float]] = deque()  # when each was launched
         self._taken = 0.0  # when the last one's tokens were taken
         self._inbox: deque[Begin | Drop | Lockstep | tuple[Begin, Held | Exception]] = deque()
@@ -218,7 +219,7 @@ class EngineCore:
             id=order.id,
         )
         self._sequences[order.id] = sequence
-        self._silent.add(order.id)
+        self._came[order.id] = order.came
         self.scheduler.waiting.append(sequence)
 
     def _turn(self) -> bool:
@@ -227,6 +228,8 @@ class EngineCore:
         self.slots.begin_step()
         before = len(self._flights)
         plan = self.scheduler.plan()
+        if self._came:
+            self._note_begun()
         if plan is not None:
             held = [one for one in self.scheduler.planned() if one.id in self._held] if self._held else []
             flight = self._runner.launch(plan, partial(self._masks, held) if held else None)
@@ -235,6 +238,13 @@ class EngineCore:
             return len(self._flights) <= before and before > 0
         self._land()
         return True
+
+    def _note_begun(self) -> None:
+        """Note how long those have waited that run now."""
+        now = time.monotonic()
+        for sequence in self.scheduler.running:
+            if (came := self._came.pop(sequence.id, None)) is not None:
+                self._waited[sequence.id] = now - came
 
     def _masks(self, sequences: Sequence[ActiveSequence]) -> dict[int, Tensor]:
         """By row, what may come next in answers that are held to grammars. Steps on their way land first, as it follows
@@ -275,9 +285,8 @@ class EngineCore:
             report.add(sequence.id, event.token, event.reason)
             if event.place in ranked:
                 report.ranked[sequence.id] = ranked[event.place]
-            if sequence.id in self._silent:
-                self._silent.discard(sequence.id)
-                report.reused[sequence.id] = sequence.reused
+            if (waited := self._waited.pop(sequence.id, None)) is not None:  # it is its first
+                report.reused[sequence.id], report.waited[sequence.id] = sequence.reused, waited
             if sequence.ended:
                 self._forget(sequence)
             elif sequence.id in self._held:
@@ -308,7 +317,8 @@ class EngineCore:
         """A sequence has ended."""
         del self._sequences[sequence.id]
         self._held.pop(sequence.id, None)
-        self._silent.discard(sequence.id)
+        self._came.pop(sequence.id, None)
+        self._waited.pop(sequence.id, None)
         if len(sequence.tokens) > sequence.prompt:  # else nothing of it was answered
             computed, answer = sequence.prompt - sequence.reused, len(sequence.tokens) - sequence.prompt
             self._report.answered.append((computed, answer))

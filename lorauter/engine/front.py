@@ -171,7 +171,12 @@ class Front:
                 if id in report.ranked:
                     item = replace(item, logprobs=tuple(answer.text.logprobs(report.ranked[id])))
                 if id in report.reused:  # it is the first
-                    item = replace(item, cached_tokens=report.reused[id], prompt_logprobs=answer.prompt)
+                    item = replace(
+                        item,
+                        cached_tokens=report.reused[id],
+                        waited_s=report.waited[id],
+                        prompt_logprobs=answer.prompt,
+                    )
             except Exception as error:  # this answer's trouble alone
                 logger.exception("an answer's text could not be made")
                 item = error

@@ -6,6 +6,7 @@ known by its number. Knows nothing of how they travel.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,11 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A sequence begins: see `lorauter.engine.scheduler.ActiveSequence`."""
+    """A sequence begins: see `lorauter.engine.scheduler.ActiveSequence`.
+
+    Attributes:
+        came: when it was asked for, in seconds of the clock that all of a machine's processes share.
+    """
 
     id: int
     tokens: Sequence[int]
@@ -52,6 +57,7 @@ class Begin:
     seed: int
     tenant: str | None
     ends: Collection[int]
+    came: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +135,7 @@ class Report:
     Attributes:
         ids, tokens, reasons: who has got which token, and as an index of REASONS whether it is the last.
         reused: of sequences that get their first token here, how much of the prompt was found computed.
+        waited: of the same, the seconds until they began to run.
         ranked, scored: of sequences that want them, the probabilities of the token, and of further ones of the prompt.
         failed: who has ended by an error.
         let_go: who was dropped.
@@ -144,6 +151,7 @@ class Report:
     tokens: array[int] = field(default_factory=lambda: array("i"))
     reasons: bytearray = field(default_factory=bytearray)
     reused: dict[int, int] = field(default_factory=dict)
+    waited: dict[int, float] = field(default_factory=dict)
     ranked: dict[int, Ranked] = field(default_factory=dict)
     scored: dict[int, Ranked] = field(default_factory=dict)
     failed: list[tuple[int, Exception]] = field(default_factory=list)

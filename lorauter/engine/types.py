@@ -282,6 +282,7 @@ class Chunk:
         token_ids: of the tokens behind it.
         finish_reason: in the last one, why it ended.
         cached_tokens: in the first one, how many of the prompt's tokens were found computed.
+        waited_s: in the first one, the seconds for which the request waited for a row and its adapters.
         index: of several answers to a prompt, which it belongs to.
         logprobs: of the tokens, if they are wanted.
         prompt_logprobs: in the first one, of the prompt's tokens, if they are wanted.
@@ -292,6 +293,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    waited_s: float = field(default=0.0, compare=False)
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: PromptLogprobs = ()
@@ -305,6 +307,7 @@ class Chunk:
             tuple(token for chunk in chunks for token in chunk.token_ids),
             chunks[-1].finish_reason,
             chunks[0].cached_tokens,
+            chunks[0].waited_s,
             chunks[0].index,
             tuple(logprobs for chunk in chunks for logprobs in chunk.logprobs),
             chunks[0].prompt_logprobs,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected
@@ -80,6 +80,8 @@ class RoutingDecision:
         left_out: what the mixture would have too if it could be had.
         constrain: whether the answer was to be held to the first task's answers.
         answers: these; None where that was not asked, the task has none, or the query is stranger than any task's.
+        seconds: what the steps of deciding took (embed, retrieve), where that was measured; of all texts that were
+            decided together.
     """
 
     catalog_version: str | None
@@ -89,6 +91,7 @@ class RoutingDecision:
     left_out: tuple[LeftOut, ...] = ()
     constrain: bool = False
     answers: Answers | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def constrained(self) -> str | None:
@@ -152,6 +155,7 @@ def compose(
     Args:
         catalog_version, versions: of the catalog that it was retrieved from, and of its adapters.
     """
+    config = config.asked(options)
     tasks = retrieved.tasks[: config.num_tasks]
     confidence = retrieved.familiarity * max((task.probability for task in tasks), default=0.0)
     top_k, temperature = options.top_k or config.top_k, options.temperature or config.temperature

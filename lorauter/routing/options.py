@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -15,6 +16,7 @@ TopK = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[FiniteFloat, Field(gt=0, le=100)]
 Names = Annotated[frozenset[str], Field(strict=False)]  # any collection of strings will do
 
+Preset = Literal["default", "paper"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "paper": {
@@ -51,7 +53,7 @@ class RoutingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: Literal["default", "paper"] = "default"
+    preset: Preset = "default"
     rerank: bool = True
     candidates: Annotated[int, Field(ge=1, le=1000)] = 64
     composition: Literal["utility", "tasks"] = "utility"
@@ -68,12 +70,25 @@ class RoutingConfig(BaseModel):
         preset = given.get("preset") if isinstance(given, Mapping) else None
         return {**PRESETS[preset], **given} if isinstance(preset, str) and preset in PRESETS else given
 
+    def asked(self, options: RoutingOptions) -> RoutingConfig:
+        """The settings for a request: those of the preset that it asks for, or these."""
+        return self if options.preset is None else _of_preset(self, options.preset)
+
+
+@lru_cache(maxsize=64)
+def _of_preset(config: RoutingConfig, preset: Preset) -> RoutingConfig:
+    """A preset, that looks at as many tasks as a router does."""
+    return RoutingConfig(
+        preset=preset, candidates=config.candidates, num_tasks=config.num_tasks, selection=config.selection
+    )
+
 
 class RoutingOptions(BaseModel):
     """What one request may ask of the router."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    preset: Annotated[Preset | None, Field(description="route by this recipe in place of the router's settings")] = None
     top_k: Annotated[TopK | None, Field(description="in place of the router's")] = None
     temperature: Annotated[Temperature | None, Field(description="in place of the router's")] = None
     exclude_tasks: Annotated[

@@ -138,18 +138,19 @@ class Retriever:
         return results
 
     def _wanted(self, options: RoutingOptions) -> int:
-        config = self.config
+        config = self.config.asked(options)
         return max(config.num_tasks, config.candidates * config.rerank, self._top_k(options))
 
     def _top_k(self, options: RoutingOptions) -> int:
-        return options.top_k or self.config.top_k
+        return options.top_k or self.config.asked(options).top_k
 
     def _filled(self, result: Retrieved, options: RoutingOptions) -> bool:
         """Whether the search went deep enough."""
         lending = sum(bool(task.adapters) for task in result.tasks) if self.catalog.adapters else self._top_k(options)
-        if self.config.composition == "utility":
+        config = self.config.asked(options)
+        if config.composition == "utility":
             lending = max(lending, len(result.adapters))
-        return len(result.tasks) >= self.config.num_tasks and lending >= self._top_k(options)
+        return len(result.tasks) >= config.num_tasks and lending >= self._top_k(options)
 
     def _judge(
         self, embedding: Embeddings, text: str, ids: NDArray[np.int64], scores: Embeddings, options: RoutingOptions
@@ -157,16 +158,17 @@ class Retriever:
         if not len(ids):
             return Retrieved()
         ranking = self._reranker.rank(embedding, text, ids, scores)
-        logits = ranking.logits if self.config.rerank else _COSINE_LOGIT * scores.astype(np.float64)
+        config = self.config.asked(options)
+        logits = ranking.logits if config.rerank else _COSINE_LOGIT * scores.astype(np.float64)
         order = np.argsort(-logits, kind="stable")
-        probabilities, chances = softmax(logits)[order], self._chances(ranking, logits)[order]
+        probabilities, chances = softmax(logits)[order], _chances(ranking, logits, config)[order]
         ids, scores = ids[order], scores[order]
         tasks: list[RetrievedTask] = []
         lent = 0
         for task_id, score, probability in zip(ids, scores, probabilities, strict=True):
             entry = self.catalog.tasks[task_id]
             adapters = tuple(adapter.name for adapter in entry.adapters if options.allows(adapter.name))
-            if len(tasks) < self.config.num_tasks or (adapters and lent < self._top_k(options)):
+            if len(tasks) < config.num_tasks or (adapters and lent < self._top_k(options)):
                 found = RetrievedTask(entry.name, float(score), adapters, float(probability), entry.task.answers)
                 tasks.append(found)
                 lent += bool(adapters)
@@ -176,14 +178,6 @@ class Retriever:
             ranking.familiarity,
             ranking.familiarity < self._reranker.stranger,
         )
-
-    def _chances(self, ranking: Ranking, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of each candidate, the probability that its adapters are those to use: as the query is one of it, or one of
-        a task that the catalog lacks and that is most like it."""
-        own = softmax(logits)
-        if not self.config.rerank:
-            return own
-        return ranking.familiarity * own + (1 - ranking.familiarity) * softmax(_KINDRED_LOGIT * ranking.words)
 
     def _utilities(
         self, embedding: Embeddings, ids: NDArray[np.int64], chances: NDArray[np.float64], options: RoutingOptions
@@ -213,6 +207,15 @@ class Retriever:
         share = counts / (counts + PRIOR_EXAMPLES)
         means = np.divide(values.sum(axis=1), counts, out=np.zeros_like(mass), where=counts > 0)
         return np.asarray(worth + share * (nearby - means))
+
+
+def _chances(ranking: Ranking, logits: NDArray[np.float64], config: RoutingConfig) -> NDArray[np.float64]:
+    """Of each candidate, the probability that its adapters are those to use: as the query is one of it, or one of
+    a task that the catalog lacks and that is most like it."""
+    own = softmax(logits)
+    if not config.rerank:
+        return own
+    return ranking.familiarity * own + (1 - ranking.familiarity) * softmax(_KINDRED_LOGIT * ranking.words)
 
 
 def _worths(entry: CatalogTask) -> tuple[list[str], NDArray[np.float64]]:

@@ -176,3 +176,19 @@ def test_a_folder_below_the_users_home(
     actor(directory="~/adapters")
     assert (tmp_path / "user" / "adapters" / "cache-0").is_dir()
     assert not (tmp_path / "~").exists()
+
+
+def test_who_asks_first_is_told_where_an_adapter_came_from(actor: Callable[..., AdapterCacheActor], pool: str) -> None:
+    a, b = keys(pool, "a", "b")
+
+    async def scenario() -> None:
+        cache = actor()
+        assert (await cache.fetch(a)).tier == "store"
+        assert (await cache.fetch(a)).tier == "disk"
+        await cache.prefetch([b])  # as the ingress does, on behalf of a request that has yet to ask
+        while b not in (await cache.stats())["resident"]:
+            await asyncio.sleep(0.01)
+        assert (await cache.fetch(b)).tier == "store"
+        assert (await cache.fetch(b)).tier == "disk"
+
+    asyncio.run(scenario())

@@ -36,6 +36,7 @@ ENDPOINTS = [
     ("POST", "/v1/adapters"),
     ("DELETE", "/v1/adapters/x"),
     ("POST", "/v1/catalog/changes"),
+    ("POST", "/v1/catalog/current"),
 ]
 
 
@@ -54,6 +55,9 @@ class FakeEditor:
 
     async def put_task(self, caller: Caller, task: Task) -> dict[str, Any]:
         return await self._do("put_task", task)
+
+    async def use_version(self, version: str) -> dict[str, Any]:
+        return await self._do("use_version", version)
 
     async def remove_task(self, caller: Caller, name: str) -> dict[str, Any]:
         return await self._do("remove_task", name)

@@ -271,7 +271,15 @@ def test_models_tasks_and_health() -> None:
         assert (row["object"], row["owned_by"], row["max_model_len"]) == ("model", "lorauter", 2048)
         assert abs(row["created"] - time.time()) < 60
         assert {**get(f"/v1/models/{row['id']}"), "created": 0} == {**row, "created": 0}
-    assert get("/v1/tasks") == {"object": "list", "catalog_version": "v1", "data": [{"id": "sums", "object": "task"}]}
+    assert get("/v1/tasks") == {
+        "object": "list",
+        "catalog_version": "v1",
+        "data": [{"id": "sums", "object": "task"}],
+        "first_id": "sums",
+        "last_id": "sums",
+        "has_more": False,
+        "total": 1,
+    }
     assert get("/healthz") == {"status": "ok"}
 
 
@@ -436,3 +444,49 @@ def test_the_api_starts_only_when_the_service_is_ready() -> None:
     asyncio.run(start(FakeService()))
     with pytest.raises(CatalogError):
         asyncio.run(start(FakeService(route_error=CatalogError("another encoder", uri="v1"))))
+
+
+class Timed(FakeService):
+    """Tells what the steps took, and where the adapters were."""
+
+    async def route(self, texts: Any, options: Any) -> list[RoutingDecision]:
+        decisions = await super().route(texts, options)
+        return [replace(decision, seconds={"embed": 0.25, "retrieve": 0.125}) for decision in decisions]
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+        self.calls.append(call)
+        tiers = (("adder", "device"), ("poet", "store")) if call.tells_tiers else ()
+        yield Admitted(7, tiers=tiers, fetched_s=0.5, waited_s=0.75)
+        yield Chunk("a", (1,))
+        await asyncio.sleep(0.01)
+        yield Chunk("b", (2, 3), "stop")
+
+
+STEPS = {"embed_s": 0.25, "retrieve_s": 0.125, "adapters_s": 0.5, "queue_s": 0.75}
+
+
+@BOTH
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_tells_its_timings_and_tiers_if_it_is_asked_to(path: str, body: Any, stream: bool) -> None:
+    def ask(**lorauter: Any) -> list[Any]:
+        answer = post(Timed(), path, body(lorauter=lorauter, stream=stream))
+        told = events(answer)[:-1] if stream else [answer.json()]
+        return [event["lorauter"] for event in told if "lorauter" in event]
+
+    [plain] = ask()
+    assert "timings" not in plain
+    assert not any("tier" in adapter for adapter in plain["adapters"])
+    told = ask(timings=True)
+    first, last = told[0], told[-1]
+    assert {adapter["name"]: adapter["tier"] for adapter in first["adapters"]} == {"adder": "device", "poet": "store"}
+    timings = last["timings"]
+    assert {name: timings[name] for name in STEPS} == STEPS
+    assert abs(timings["first_token_s"]) < 10  # nobody notes here when the request came
+    assert 0 < timings["tokens_per_second"] <= 200
+    if stream:
+        assert first["timings"]["tokens_per_second"] is None, "there is one piece so far"
+
+
+def test_steps_that_were_not_made_have_no_time() -> None:
+    timings = post(Timed(), CHAT, chat("base", lorauter={"timings": True})).json()["lorauter"]["timings"]
+    assert (timings["embed_s"], timings["retrieve_s"], timings["queue_s"]) == (None, None, 0.75)

@@ -144,7 +144,8 @@ def test_the_bodys_limit() -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/images/generations", 404),
         ("GET", CHAT, 405),

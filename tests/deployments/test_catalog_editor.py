@@ -22,7 +22,15 @@ from lorauter.adapters import AdapterManifest, AdapterRepository, ModelShape, op
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_adapters, with_tasks
 from lorauter.encoder import HashingEncoder
-from lorauter.errors import AdapterNotFound, AdapterRejected, Conflict, InvalidRequest, PermissionDenied, TaskNotFound
+from lorauter.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    CatalogError,
+    Conflict,
+    InvalidRequest,
+    PermissionDenied,
+    TaskNotFound,
+)
 from lorauter.keys import ApiKey
 from lorauter.tasks import Task
 
@@ -54,8 +62,7 @@ def config(tmp_path: Path, make_task: Callable[..., Task]) -> AppConfig:
 
 
 @pytest.fixture
-def editor(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("deployments.catalog_editor.join_serve_logs", lambda: None)  # this process is no replica
+def editor(config: AppConfig) -> Any:
     embedder = SimpleNamespace(embed=Method(ENCODER.encode), name=Method(lambda: ENCODER.name))
     model = SimpleNamespace(shape=Method(lambda: (SHAPE, 4)))
     return CatalogEditor.func_or_class(config, embedder, model)
@@ -405,3 +412,21 @@ def test_two_changes_at_once_of_the_command_line_and_the_editor_are_both_there(
     monkeypatch.setattr(Catalog, "upload", upload)
     asyncio.run(editor.put_task(ANYBODY, make_task("of-the-admin-api")))
     assert set(served(config)) == {"sums", "poems", "of-the-admin-api", "of-the-command-line"}
+
+
+def test_another_version_becomes_current_as_it_is(
+    editor: Any, config: AppConfig, files: Callable[..., Any], make_task: Callable[..., Task]
+) -> None:
+    async def scenario() -> None:
+        await editor.put_task(ANYBODY, make_task("films"))
+        with_films = (await editor.put_adapter(ANYBODY, "films", files("films")))["catalog_version"]
+        without = (await editor.remove_adapter(ANYBODY, "films"))["catalog_version"]
+        back = await editor.use_version(with_films)
+        assert (back["catalog_version"], back["missing_adapters"]) == (with_films, ["films"])
+        assert Catalog.load(config.catalog).version == with_films
+        assert (await editor.use_version(without))["missing_adapters"] == []
+        with pytest.raises(CatalogError):
+            await editor.use_version("0" * 16)
+        assert Catalog.load(config.catalog).version == without
+
+    asyncio.run(scenario())

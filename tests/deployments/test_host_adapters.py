@@ -6,6 +6,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -361,5 +362,24 @@ def test_what_is_not_there_or_not_to_be_had_can_come_later(files: FakeFiles) -> 
         assert (await adapters.get(A)).name == "a"
         files.down = True
         assert (await adapters.get(A)).name == "a", "what is in memory needs nobody"
+
+    asyncio.run(scenario())
+
+
+def test_an_adapter_in_memory_is_known_to_come_from_where_it_was(files: FakeFiles) -> None:
+    async def scenario() -> None:
+        fetch = files.fetch
+
+        async def fetch_from_a_peer(key: AdapterKey, *, patient: bool = True) -> LocalAdapter:
+            return replace(await fetch(key), tier="peer")
+
+        adapters = host(files, budget_bytes=NBYTES)
+        files.fetch = fetch_from_a_peer  # type: ignore[method-assign]
+        await adapters.get(A)
+        assert adapters.source(A) == "peer"
+        files.fetch = fetch  # type: ignore[method-assign]
+        await adapters.get(B)  # there is room for one
+        await adapters.get(A)
+        assert adapters.source(A) == "disk"
 
     asyncio.run(scenario())

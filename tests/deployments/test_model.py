@@ -268,3 +268,11 @@ def test_several_answers_to_one_prompt_go_on_where_each_was_left(replica: Any) -
     assert [one.own.token for one in Chunk.joined(said[2]).logprobs] == [b"d", b"e", b"f"]
     [error] = listen(replace(call, choices=tuple(map(Choice, range(16 + 256 + 1)))))
     assert (type(error), error.param) == (InvalidRequest, "n")
+
+
+def test_a_replica_knows_in_which_of_its_tiers_adapters_are() -> None:
+    replica: Any = object.__new__(LoraModel.func_or_class)
+    replica._adapters = SimpleNamespace(resident=[A.key, B.key])
+    replica._engine = SimpleNamespace(counters=SimpleNamespace(resident=[tuple(A.key)]), close=lambda: None)
+    assert replica._tiers(CALL) == {}, "nobody asked"
+    assert replica._tiers(replace(CALL, tells_tiers=True)) == {A.key: "device", B.key: "host", C.key: None}

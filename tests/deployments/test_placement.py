@@ -337,3 +337,11 @@ def test_at_least_half_of_the_loads_are_spared_under_zipf_traffic() -> None:
 
     spared = two_loads(lambda adapters, queues, now: ours.rank(adapters, queues, now)[0], ours)
     assert 2 * spared <= two_loads(two_choices, Placement(batch=BATCH))
+
+
+def test_an_adapter_is_known_to_be_where_replicas_report_it() -> None:
+    known = placement(r0=holding(["a"], ["a"], ["a"]), r1=holding(disk=["a", "b"]), r2=holding())
+    assert known.whereabouts("a") == {"device": 1, "host": 1, "disk": 2}
+    assert known.whereabouts("b") == {"disk": 1}
+    assert known.whereabouts("c") == {}
+    assert Placement(batch=BATCH).whereabouts("a") == {}

@@ -79,6 +79,10 @@ class Editor:
         self.done += [("change", change.name) for change in wanted]
         return {}
 
+    async def use_version(self, version: str) -> dict[str, Any]:
+        self.done.append(("use version", version))
+        return {}
+
 
 def ask(key: str | None, method: str, path: str, editor: Editor | None = None, **content: Any) -> httpx.Response:
     """One request with one of KEYS; None is a service without any."""
@@ -137,11 +141,12 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("POST", CHAT, {"json": chat(lorauter={"adapters": {"team-a-one": 1, "team-b-one": 0}})}),
         ],
     ),
-    "see models, tasks, version, load": (
+    "see models, adapters, tasks, version, load": (
         [
             *[("GET", path, {}) for path in ("/v1/models", "/v1/models/team-a-one", "/v1/tasks", "/version", "/load")],
+            *[("GET", path, {}) for path in ("/v1/tasks/shared", "/v1/adapters", "/v1/map", "/v1/access")],
         ],
-        [("GET", "/v1/models/team-b-one", {})],
+        [("GET", "/v1/models/team-b-one", {}), ("GET", "/v1/tasks/team-b-merger", {})],
     ),
     "change adapters": (
         [
@@ -183,11 +188,14 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("DELETE", "/v1/tasks/team-b-plans", {}),
         ],
     ),
-    "read metrics": ([("GET", "/metrics", {})], [("GET", "/metrics", {})]),
+    "change the catalog's version": ([], [("POST", "/v1/catalog/current", {"json": {"version": "v1"}})]),
+    "read the catalog's versions": ([], [("GET", "/v1/catalog/versions", {})]),
+    "read metrics, replicas": ([], [("GET", "/metrics", {}), ("GET", "/v1/deployments", {})]),
     "read causes": ([("GET", "/v1/tasks", {})], [("GET", "/v1/tasks", {})]),
-    "/health, /openapi.json, /docs": (
+    "/health, /openapi.json, /docs, the page": (
         [
             *[("GET", path, {}) for path in ("/healthz", "/health", "/ping", "/openapi.json", "/docs")],
+            *[("GET", path, {}) for path in ("/", "/page/x/app.js")],
             ("POST", "/ping", {}),
         ],
         [],
@@ -213,7 +221,7 @@ def test_the_table_is_whole() -> None:
     assert {row for row, _ in table()} == set(ROWS)
     assert {column for _, column in table()} == set(COLUMNS)
     asked = {
-        (method, re.sub(r"(models|adapters|tasks)/.+", r"\1/", path))
+        (method, re.sub(r"(models|adapters|tasks|page)/.+", r"\1/", path))
         for own, others in ROWS.values()
         for method, path, _ in own + others
     }

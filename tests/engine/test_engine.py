@@ -205,6 +205,27 @@ def test_a_full_queue_refuses(start, counting, paced):
     assert [answer.text for answer in asyncio.run(run())] == ["bcd"] * 3
 
 
+def test_an_answer_tells_how_long_it_waited_for_its_row(start, counting, paced):
+    decoder = paced(counting)
+    engine = start(decoder, max_batch=1)
+
+    async def first_chunk(text):
+        return await anext(engine.stream(ask(text, max_tokens=2)))
+
+    async def run():
+        first = asyncio.create_task(first_chunk("a"))
+        await until(lambda: decoder.arrived == 1)
+        second = asyncio.create_task(first_chunk("b"))
+        await until(lambda: engine.load == (1, 1))
+        await asyncio.sleep(0.2)
+        decoder.permits.release(100)
+        return await asyncio.gather(first, second)
+
+    first, second = asyncio.run(run())
+    assert first.waited_s < 0.1
+    assert 0.2 <= second.waited_s < 10
+
+
 def test_closing_a_stream_frees_its_row_and_its_place_in_the_queue(start, counting, made):
     engine = start(counting, max_batch=1, max_queue=1, max_model_len=1 << 20, adapter_bytes=256)
     first, second = (made(counting.shape, name, q_proj=2) for name in "ab")  # each fills the budget

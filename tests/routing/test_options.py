@@ -49,7 +49,7 @@ def test_a_wrong_value_is_refused_by_its_field(kind, field, value) -> None:
         (RoutingConfig, "softening", None),
         (RoutingConfig, "rerank", None),
         (RoutingConfig, "fallback", "maybe"),
-        (RoutingOptions, "preset", "paper"),
+        (RoutingOptions, "preset", "papers"),
         (RoutingConfig, "exclude_tasks", []),
         (RoutingOptions, "num_tasks", 3),
         (RoutingOptions, "top_k", "3"),
