@@ -110,12 +110,11 @@ def test_tools_by_both(service: Any) -> None:
     own: Any = {"name": "look", "description": "The weather.", "input_schema": schema}
     of_openai = service.openai.responses
     for model in ("base", "lorauter"):
-        whole = of_openai.create(model=model, input=asked, tools=[tool], tool_choice="required", max_output_tokens=99)
-        [call] = whole.output
+        forced: Any = {"model": model, "input": asked, "tools": [tool], "tool_choice": "required"}
+        forced |= {"parallel_tool_calls": False, "max_output_tokens": 99}
+        [call] = of_openai.create(**forced).output
         jsonschema.validate(json.loads(call.arguments), schema)
-        with of_openai.stream(
-            model=model, input=asked, tools=[tool], tool_choice="required", max_output_tokens=99
-        ) as stream:
+        with of_openai.stream(**forced) as stream:
             parts = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
             final = stream.get_final_response()
         assert "".join(parts) == final.output[0].arguments == call.arguments
