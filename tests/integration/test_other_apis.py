@@ -101,7 +101,10 @@ def test_anthropics_messages(service: Any, examples: Any) -> None:
 def test_tools_by_both(service: Any) -> None:
     schema = {
         "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer", "maximum": 9}},
+        "properties": {
+            "city": {"type": "string", "maxLength": 12},
+            "days": {"type": "integer", "minimum": 0, "maximum": 9},
+        },
         "required": ["city", "days"],
         "additionalProperties": False,
     }
