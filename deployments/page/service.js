@@ -1,6 +1,6 @@
 // Service: replicas, load, speed and the caches, of the last minutes, as the metrics have them.
 
-import { get, text } from "./api.js";
+import { get, keyNeeded, text } from "./api.js";
 import { duration, figure, h, percent, svg, table } from "./dom.js";
 import { added, by, parse, quantile, total } from "./metrics.js";
 
@@ -9,7 +9,12 @@ const KEPT = 120; // readings: ten minutes
 const WINDOW = 24; // readings that the figures are of: two minutes
 
 /** @param {HTMLElement} panel */
-export function show(panel) {
+export async function show(panel) {
+  const access = await get("v1/access");
+  if (keyNeeded && !(access.roles.includes("admin") && access.adapters === null)) {
+    panel.append(h("p", { class: "notice" }, `The key ${access.name} has not the role 'admin' over all adapters, of which this tells.`));
+    return {};
+  }
   const readings = [];
   const figures = h("div", { class: "figures" });
   const tables = h("div", { class: "stack" });

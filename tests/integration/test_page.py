@@ -187,7 +187,12 @@ def test_compare_side_by_side(service: Any, visit: Callable[..., Page]) -> None:
     assert f"'{service.url}/v1/chat/completions'" in command
     body = json.loads(command.split("-d '")[1].rsplit("'", 1)[0])
     assert body["lorauter"] == {"preset": "paper"}
-    assert service.ask(**{**body, "text": GERMAN, "messages": body["messages"]}).status_code == 200
+    assert service.ask(**body).status_code == 200
+    paper.get_by_role("button", name="Copy as Python").click()
+    expect(paper.get_by_role("button", name="Copied")).to_have_count(2)
+    program = page.evaluate("navigator.clipboard.readText()")
+    compile(program, "copied", "exec")
+    assert 'extra_body={"lorauter": {"preset": "paper"}}' in program
     accessible(page, "Compare")
 
 
