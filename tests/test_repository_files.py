@@ -98,13 +98,17 @@ def test_no_file_holds(what: str) -> None:
     assert found == []
 
 
-def test_weights_are_the_only_binary_data_and_stay_small() -> None:
+def test_weights_and_two_pictures_are_the_only_binary_data_and_stay_small() -> None:
     binary = []
     for path in tracked():
         try:
             path.read_text()
         except UnicodeDecodeError:
             binary.append(path)
+    pictures = [path for path in binary if path.suffix == ".png"]
+    assert {path.name for path in pictures} == {"page-ask.png", "page-compare.png"}
+    assert all(path.parent == ROOT / "docs" and path.stat().st_size < 150_000 for path in pictures)
+    binary = [path for path in binary if path not in pictures]
     assert {path.suffix for path in binary} <= {".safetensors"}
     assert sum(path.stat().st_size for path in binary) < 17_000_000
     assert all(path.is_relative_to(ROOT / "examples") for path in binary)
