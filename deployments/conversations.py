@@ -97,6 +97,7 @@ class Message(BaseModel):
     refusal: str | None = None
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
+    name: str | None = None
     function_call: _Function | None = None
     audio: None = None
 
@@ -148,8 +149,15 @@ def add_call(messages: list[dict[str, Any]], id: str, name: str, arguments: str)
 
 
 def turns_of(messages: Sequence[Message]) -> tuple[Turn, ...]:
-    """Messages as a chat template takes them."""
-    return tuple(message.turn() for message in messages)
+    """Messages as a chat template takes them: a result with the name of what was called, which some need."""
+    turns, names = [], dict[str | None, str]()
+    for message in messages:
+        turn = message.turn()
+        names |= {call["id"]: call["function"]["name"] for call in turn.get("tool_calls", ())}
+        if turn["role"] == "tool" and (name := message.name or names.get(turn["tool_call_id"])):
+            turn["name"] = name
+        turns.append(turn)
+    return tuple(turns)
 
 
 def routed_text(turns: Sequence[Mapping[str, Any]], route_on: str) -> str:

@@ -164,7 +164,7 @@ def shown(tools: Sequence[FunctionTool | FunctionDefinition]) -> tuple[Mapping[s
             "type": "function",
             "function": {
                 "name": function.name,
-                **({"description": function.description} if function.description else {}),
+                "description": function.description or "",  # some templates cannot do without
                 "parameters": function.parameters or {"type": "object", "properties": {}},
             },
         }

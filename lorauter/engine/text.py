@@ -24,6 +24,10 @@ from lorauter.errors import InvalidRequest
 from lorauter.tools.formats import FORMATS, FormatSetting, ToolFormat, found_in, knows_tools
 from lorauter.tools.writing import with_tools, without_tools
 
+# What is put around a text that looks like a control token, in the words of templates that escape it: then it is lost.
+_AROUND = mark_control_tokens(".", re.compile(r"\.")).split(".")
+_LOST = [escape(mark)[1:-1] for mark in _AROUND for escape in (repr, json.dumps)]
+
 
 class TextCodec:
     """Encodes prompts and decodes answers, from any thread.
@@ -143,6 +147,9 @@ class TextCodec:
                     ids = self._copy.apply_chat_template(
                         marked.pop("turns"), tokenize=True, return_dict=False, sanitize_control_tokens=True, **marked
                     )
+                text = self.backend.decode(ids, skip_special_tokens=False)
+                if any(lost in text for lost in _LOST):
+                    raise ValueError("what looks like a control token would be one in it; leave that out")
                 return tuple(ids)
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, **how)
         except Exception as error:

@@ -52,7 +52,7 @@ class Prompt:
     """What is to be answered: a chat, a text, or token ids; one of them.
 
     Attributes:
-        messages: a chat of `{"role", "content", "tool_calls"?, "tool_call_id"?}`.
+        messages: a chat of `{"role", "content", "tool_calls"?, "tool_call_id"?, "name"?}`.
         text: a text that is continued.
         token_ids: the same as tokens.
         add_generation_prompt: a chat's prompt ends where the assistant's answer begins.

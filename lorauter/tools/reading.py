@@ -204,6 +204,8 @@ class CallReader:
         if rest[0] == ("," if self._listed else self._format.separator):
             self._drop(1)
             self._state = "before call"
+        elif closer and not self._listed and rest[0] == "{":  # some models write one call after the other
+            self._state = "before call"
         elif self._listed and rest[0] == "]":
             self._listed, self._raw, self._pending = False, "", rest[1:]
         elif closer and rest.startswith(closer):

@@ -76,7 +76,7 @@ def test_what_a_conversation_says_reaches_the_template() -> None:
             "content": "",
             "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
         },
-        {"role": "tool", "content": "Sunny", "tool_call_id": "c1"},
+        {"role": "tool", "content": "Sunny", "tool_call_id": "c1", "name": "f"},
     )
 
 

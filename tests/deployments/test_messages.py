@@ -320,8 +320,8 @@ def test_blocks_are_the_turns_of_a_chat() -> None:
         {"role": "system", "content": "Be.\n\nBrief.\n\nHurry."},
         {"role": "user", "content": "Hello.\n\nWeather?\n\nIn Rome."},
         {"role": "assistant", "content": "I look.", "tool_calls": calls},
-        {"role": "tool", "content": "sun", "tool_call_id": "a"},
-        {"role": "tool", "content": "Error: no net", "tool_call_id": "b"},
+        {"role": "tool", "content": "sun", "tool_call_id": "a", "name": "look"},
+        {"role": "tool", "content": "Error: no net", "tool_call_id": "b", "name": "look"},
         {"role": "user", "content": "And?"},
     )
     assert service.calls[0].prompt.add_generation_prompt

@@ -250,8 +250,8 @@ def test_items_are_the_turns_of_a_chat() -> None:
         {"role": "system", "content": "Be.\n\nBrief."},
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": "I look\n\ntwice", "tool_calls": calls},
-        {"role": "tool", "content": "sun", "tool_call_id": "a"},
-        {"role": "tool", "content": "rain", "tool_call_id": "b"},
+        {"role": "tool", "content": "sun", "tool_call_id": "a", "name": "look"},
+        {"role": "tool", "content": "rain", "tool_call_id": "b", "name": "look"},
     )
     assert service.routed[0][0] == ["Weather?"]
 

@@ -50,7 +50,7 @@ def test_tools_are_a_chats_tools() -> None:
     look = {"name": "look", "description": "The weather.", "parameters": SCHEMA}
     shown = (
         {"type": "function", "function": look},
-        {"type": "function", "function": {"name": "now", "parameters": NOTHING}},
+        {"type": "function", "function": {"name": "now", "description": "", "parameters": NOTHING}},
     )
     for path, body in ((RESPONSES, responses()), (MESSAGES, messages())):
         assert post(service, path, body).status_code == 200

@@ -178,7 +178,7 @@ def test_what_the_template_and_the_engine_are_told() -> None:
         post(service, CHAT, chat(tools=[LOOK, NOW], **options))
     free, auto, none, required = service.calls
     nothing = {"type": "object", "properties": {}}
-    shown = (LOOK, {"type": "function", "function": {"name": "now", "parameters": nothing}})
+    shown = (LOOK, {"type": "function", "function": {"name": "now", "description": "", "parameters": nothing}})
     assert free.prompt.tools == auto.prompt.tools == required.prompt.tools == shown
     assert (none.prompt.tools, none.sampling.calls) == ((), None)
     assert free.sampling.calls is not None

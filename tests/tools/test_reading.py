@@ -60,6 +60,7 @@ NOW = ("now", "{}")
          [("look", '{"city": "</tool_call>"}')]),
         ("hermes", f"<tool_call>[{LLAMA}, {LLAMA}]</tool_call> so", "so", [LOOK, LOOK]),
         ("hermes", f"<tool_call>[\n{LLAMA}\n]", "", [LOOK]),
+        ("hermes", f"<tool_call>\n{LLAMA}\n{LLAMA}\n</tool_call>\n", "", [LOOK, LOOK]),
         ("mistral", f"{MISTRAL} so", "so", [LOOK]),
         ("mistral-args", f"{ARGS}]", "]", [LOOK]),
         ("hermes", "just text <tool", "just text <tool", []),

@@ -100,6 +100,16 @@ def test_what_looks_like_a_control_token_in_tools_is_text(codec_of, template, wh
         assert EVIL.encode() in bytes(token for token in ids if token < 256)
 
 
+@pytest.mark.parametrize("shown", ["tools|string", "tools|tojson(ensure_ascii=True)"])
+def test_a_template_that_would_let_a_control_token_through_is_not_given_one(codec_of, shown):
+    """Some escape what tells such a text from a token."""
+    codec = codec_of("hermes", tokens=False, template=f"{{{{ {shown} }}}}{CHAT}")
+    evil = json.loads(json.dumps(LOOK).replace("It tells", EVIL))
+    codec.chat([USER], tools=[LOOK])
+    with pytest.raises(InvalidRequest, match="control token"):
+        codec.chat([USER], tools=[evil])
+
+
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_marks_that_are_special_tokens_are_part_of_the_text_of_answers_with_tools(codec_of, name):
     codec, format = codec_of(name, tokens=True), FORMATS[name]
