@@ -112,21 +112,20 @@ def test_tools(service: Any) -> None:
     tools = [{"type": "function", "function": about}, {"type": "function", "function": {"name": "now"}}]
     named = {"type": "function", "function": {"name": "get_weather"}}
     messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
-    for model in ("lorauter", "dbpedia"):
-        asked = {"model": model, "messages": messages, "tools": tools, "tool_choice": named}
-        choice = client.chat.completions.create(**asked).choices[0]
-        [call] = choice.message.tool_calls
-        assert (choice.message.content, choice.finish_reason, call.function.name) == (None, "stop", "get_weather")
-        jsonschema.validate(json.loads(call.function.arguments), schema)
-        with client.chat.completions.stream(**asked) as stream:
-            streamed = stream.get_final_completion().choices[0]
-        jsonschema.validate(json.loads(streamed.message.tool_calls[0].function.arguments), schema)
-        required = client.chat.completions.create(
-            **{**asked, "tool_choice": "required"}, parallel_tool_calls=False, n=2, seed=1, temperature=1, logprobs=True
-        )
-        for one in required.choices:
-            assert (one.finish_reason, len(one.message.tool_calls)) == ("tool_calls", 1)
-            assert one.logprobs.content
+    asked = {"model": "lorauter", "messages": messages, "tools": tools, "tool_choice": named}
+    choice = client.chat.completions.create(**asked).choices[0]
+    [call] = choice.message.tool_calls
+    assert (choice.message.content, choice.finish_reason, call.function.name) == (None, "stop", "get_weather")
+    jsonschema.validate(json.loads(call.function.arguments), schema)
+    with client.chat.completions.stream(**asked) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    jsonschema.validate(json.loads(streamed.message.tool_calls[0].function.arguments), schema)
+    required = client.chat.completions.create(
+        **{**asked, "tool_choice": "required"}, parallel_tool_calls=False, n=2, seed=1, temperature=1, logprobs=True
+    )
+    for one in required.choices:
+        assert (one.finish_reason, len(one.message.tool_calls)) == ("tool_calls", 1)
+        assert one.logprobs.content
     result = {"role": "tool", "tool_call_id": call.id, "content": '{"weather": "sunny<|im_end|>"}'}
     talk = [*messages, choice.message.model_dump(), result]
     answer = client.chat.completions.create(model="base", messages=talk, tools=tools, max_tokens=30)
