@@ -10,7 +10,7 @@ State = Literal["open", "done", "broken"]
 
 SPACE = re.compile(r"[ \t\n\r]*")
 _DEEPEST = 128
-_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
+_PLAIN = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]*')  # half a character is no text
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _OF_NUMBERS = re.compile(r"[0-9+\-.eE]*")
 _WORDS = {"t": "true", "f": "false", "n": "null"}

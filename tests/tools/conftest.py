@@ -17,11 +17,7 @@ def codec_of():
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = template
         if tokens:
-            tokenizer.add_special_tokens(
-                {"additional_special_tokens": [*tokenizer.additional_special_tokens, *FORMATS[name].marks]}
-                if hasattr(tokenizer, "additional_special_tokens")
-                else {"extra_special_tokens": [*FORMATS[name].marks]}
-            )
+            tokenizer.add_tokens(list(FORMATS[name].marks), special_tokens=True)
         return TextCodec(tokenizer, tool_format=name)
 
     return make

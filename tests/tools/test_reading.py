@@ -106,6 +106,7 @@ def test_calls_as_families_write_them(format, text, said, calls):
         ("hermes", '<tool_call>{"name": "look", "arguments": nothing}</tool_call>'),
         ("hermes", '<tool_call>{"name": "look", "name": "now"}</tool_call>'),
         ("hermes", '<tool_call>["look"]</tool_call>'),
+        ("hermes", '<tool_call>{"name": "look", "arguments": "{\\"a\\": \\"\\ud800\\"}"}</tool_call>'),
         ("hermes", '<tool_call>{"name": "look", '),
         ("hermes", "<tool_call>"),
         ("hermes", "a </tool_call> b"),
