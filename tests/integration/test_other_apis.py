@@ -112,37 +112,36 @@ def test_tools_by_both(service: Any) -> None:
     tool: Any = {"type": "function", "name": "look", "description": "The weather.", "parameters": schema}
     own: Any = {"name": "look", "description": "The weather.", "input_schema": schema}
     of_openai = service.openai.responses
-    for model in ("base", "lorauter"):
-        forced: Any = {"model": model, "input": asked, "tools": [tool], "tool_choice": "required"}
-        forced |= {"parallel_tool_calls": False, "max_output_tokens": 99}
-        [call] = of_openai.create(**forced).output
-        jsonschema.validate(json.loads(call.arguments), schema)
-        with of_openai.stream(**forced) as stream:
-            parts = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
-            final = stream.get_final_response()
-        assert "".join(parts) == final.output[0].arguments == call.arguments
-        item = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
-        said = [{"role": "user", "content": asked}, call.to_dict(), item]
-        assert of_openai.create(model=model, input=said, tools=[tool], max_output_tokens=8).usage.output_tokens > 0
-        of_anthropic: Any = {
-            "model": model,
-            "max_tokens": 99,
-            "messages": [{"role": "user", "content": asked}],
-            "tools": [own],
-            "tool_choice": {"type": "tool", "name": "look"},
-        }
-        answer = service.anthropic.messages.create(**of_anthropic)
-        [use] = answer.content
-        assert (use.name, answer.stop_reason) == ("look", "tool_use")
-        assert use.input == json.loads(call.arguments)
-        with service.anthropic.messages.stream(**of_anthropic) as blocks:
-            partial = "".join(event.partial_json for event in blocks if event.type == "input_json")
-            last = blocks.get_final_message()
-        assert json.loads(partial) == last.content[0].input == use.input
-        counted = {name: value for name, value in of_anthropic.items() if name != "max_tokens"}
-        tokens = service.anthropic.messages.count_tokens(**counted).input_tokens
-        assert tokens == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
-        result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "Rain."}]}
-        of_anthropic["messages"] += [answer.to_param(), result]
-        del of_anthropic["tool_choice"]
-        assert service.anthropic.messages.create(**of_anthropic).usage.output_tokens > 0
+    forced: Any = {"model": "lorauter", "input": asked, "tools": [tool], "tool_choice": "required"}
+    forced |= {"parallel_tool_calls": False, "max_output_tokens": 99}
+    [call] = of_openai.create(**forced).output
+    jsonschema.validate(json.loads(call.arguments), schema)
+    with of_openai.stream(**forced) as stream:
+        parts = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+        final = stream.get_final_response()
+    assert "".join(parts) == final.output[0].arguments == call.arguments
+    item = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
+    said = [{"role": "user", "content": asked}, call.to_dict(), item]
+    assert of_openai.create(model="lorauter", input=said, tools=[tool], max_output_tokens=8).usage.output_tokens > 0
+    of_anthropic: Any = {
+        "model": "lorauter",
+        "max_tokens": 99,
+        "messages": [{"role": "user", "content": asked}],
+        "tools": [own],
+        "tool_choice": {"type": "tool", "name": "look"},
+    }
+    answer = service.anthropic.messages.create(**of_anthropic)
+    [use] = answer.content
+    assert (use.name, answer.stop_reason) == ("look", "tool_use")
+    assert use.input == json.loads(call.arguments)
+    with service.anthropic.messages.stream(**of_anthropic) as blocks:
+        partial = "".join(event.partial_json for event in blocks if event.type == "input_json")
+        last = blocks.get_final_message()
+    assert json.loads(partial) == last.content[0].input == use.input
+    counted = {name: value for name, value in of_anthropic.items() if name != "max_tokens"}
+    tokens = service.anthropic.messages.count_tokens(**counted).input_tokens
+    assert tokens == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "Rain."}]}
+    of_anthropic["messages"] += [answer.to_param(), result]
+    del of_anthropic["tool_choice"]
+    assert service.anthropic.messages.create(**of_anthropic).usage.output_tokens > 0
