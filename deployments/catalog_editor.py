@@ -24,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.access import Caller
 from deployments.changes import Change
 from deployments.config import AppConfig
+from deployments.logs import join_serve_logs
 from deployments.rights import check_tasks
 from lorauter.adapters import AdapterManifest, AdapterRepository, LoraWeights, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
@@ -89,6 +90,7 @@ class CatalogEditor:
     """
 
     def __init__(self, config: AppConfig, embedder: DeploymentHandle[Any], model: DeploymentHandle[Any]) -> None:
+        join_serve_logs()
         assert config.catalog is not None  # or there is nothing to edit
         self._store = open_store(config.catalog)
         self._repository = AdapterRepository(open_store(config.adapters))

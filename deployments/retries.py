@@ -152,10 +152,9 @@ async def generated(
             if isinstance(error, _Waits):
                 call = replace(call, avoid=tuple({*call.avoid, *error.avoid}))
                 continue
-            refusal = _refusal(error)
-            if refusal and others and others.goes_on(refusal) and refusal.replica not in refused:
-                refused.add(refusal.replica)
-                call = replace(call, avoid=tuple({*call.avoid, str(refusal.replica)}))
+            if isinstance(error, Overloaded) and others and others.goes_on(error) and error.replica not in refused:
+                refused.add(error.replica)
+                call = replace(call, avoid=tuple({*call.avoid, str(error.replica)}))
                 continue
             deaths += 1
             if deaths == _ATTEMPTS or not _is_gone(error):
@@ -204,12 +203,6 @@ def _said(item: Any) -> Any:
     if isinstance(item, LorauterError):
         raise item
     return item
-
-
-def _refusal(error: BaseException) -> Overloaded | None:
-    """A replica's word that it has no room."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return cause if isinstance(cause, Overloaded) else None
 
 
 def _named(error: BaseException) -> Exception:

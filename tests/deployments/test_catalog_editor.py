@@ -62,7 +62,8 @@ def config(tmp_path: Path, make_task: Callable[..., Task]) -> AppConfig:
 
 
 @pytest.fixture
-def editor(config: AppConfig) -> Any:
+def editor(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("deployments.catalog_editor.join_serve_logs", lambda: None)  # this process is no replica
     embedder = SimpleNamespace(embed=Method(ENCODER.encode), name=Method(lambda: ENCODER.name))
     model = SimpleNamespace(shape=Method(lambda: (SHAPE, 4)))
     return CatalogEditor.func_or_class(config, embedder, model)
