@@ -6,6 +6,7 @@ import gzip
 import re
 import shutil
 import subprocess
+import tomllib
 
 import httpx
 import pytest
@@ -61,6 +62,13 @@ def test_the_page_is_small() -> None:
     _, content = files()
     assert sum(map(len, content.values())) < FEW
     assert sum(len(gzip.compress(content[name])) for name in FIRST) < FEW / 4
+
+
+def test_the_page_is_part_of_the_package() -> None:
+    project = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["deployments"]
+    installed = {path.name for pattern in patterns for path in FOLDER.parent.glob(pattern)}
+    assert installed == {path.name for path in FOLDER.iterdir()}
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
