@@ -90,10 +90,10 @@ def test_only_the_head_of_a_long_text_counts() -> None:
 def test_a_huge_text_takes_no_longer_than_its_head(unit) -> None:
     lexicon = Lexicon.fit(TASKS)
     text = unit * 4_000_000
-    started = time.perf_counter()
+    started = time.process_time()
     assert np.isfinite(lexicon.similarity(text, ALL)).all()
     assert np.isfinite(Lexicon.fit([[text], ["b"]]).values).all()
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_the_same_texts_give_the_same_bytes() -> None:

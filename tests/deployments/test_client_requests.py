@@ -144,7 +144,7 @@ class Echo(FakeService):
             if self.first_error and said == "bad":
                 raise self.first_error
             yield Admitted(len(said), cached_tokens=1)
-            await asyncio.sleep(0.01 * (9 - len(said)))
+            await asyncio.sleep(0.05 * (9 - len(said)))
             yield Chunk(said[:1], (1,))
             if self.late_error and said == "bad":
                 raise self.late_error
