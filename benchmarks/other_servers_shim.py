@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from fnmatch import fnmatch
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 from unittest.mock import MagicMock
@@ -25,6 +26,7 @@ from unittest.mock import MagicMock
 import httpx
 import pytest
 import uvicorn
+from other_servers_scope import NOT_CONCERNED
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -35,14 +37,20 @@ TOKENIZER = os.environ["LORAUTER_TOKENIZER"]
 ADAPTERS = ("sst2", "agnews", "dbpedia", "rte")
 _STUBBED = ("vllm", "torch", "fastapi", "sglang", "wget", "tblib", "openai_harmony")
 _SAMPLING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_SHORT = ("/chat/completions", "/completions", "/embeddings", "/responses", "/models")  # as llama.cpp has them too
 _FIXTURES = {"server", "client", "async_client", "server_with_store", "remote_server"}
 
 
 class Names:
-    """The service's models by the names that tests give them."""
+    """The service's models by the names that tests give them.
 
-    def __init__(self) -> None:
+    Args:
+        any_name: whatever name a test gives, or none, is the base model.
+    """
+
+    def __init__(self, *, any_name: bool = False) -> None:
         self.served: dict[str, str] = {}
+        self.any_name = any_name
 
     def add_model(self, name: str) -> None:
         self.served[name] = "base"
@@ -51,7 +59,11 @@ class Names:
         taken = [one for one in self.served.values() if one != "base"]
         self.served[name] = ADAPTERS[len(taken) % len(ADAPTERS)]
 
-    def there(self, name: Any) -> Any:
+    def there(self, name: Any, path: str = "") -> Any:
+        if path == "/v1/embeddings":
+            return "lorauter"  # whose encoder it is
+        if self.any_name or name is None:
+            return "base"
         return self.served.get(name, name) if isinstance(name, str) else name
 
 
@@ -61,20 +73,20 @@ def start_proxy(names: Names) -> str:
 
     async def forward(request: Request) -> Response:
         body, asked = await request.body(), None
+        path = request.url.path
+        path = f"/v1{path}" if path in _SHORT else path
         try:
             content = json.loads(body)
             if isinstance(content, dict):
-                asked = content.get("model") or next(iter(names.served))  # which of these servers needs no name
-                content["model"] = names.there(asked)
-                if request.url.path in _SAMPLING:
+                asked = content.get("model")  # none of these servers needs a name
+                content["model"] = names.there(asked, path)
+                if path in _SAMPLING:
                     content.setdefault("temperature", 1.0)  # as these servers have it
                 body = json.dumps(content).encode()
         except ValueError:
             pass
         headers = {k: v for k, v in request.headers.items() if k not in ("host", "content-length", "accept-encoding")}
-        sent = client.build_request(
-            request.method, request.url.path, params=request.query_params, content=body, headers=headers
-        )
+        sent = client.build_request(request.method, path, params=request.query_params, content=body, headers=headers)
         answering, leaving = (asyncio.ensure_future(one) for one in (client.send(sent, stream=True), request.receive()))
         await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
@@ -188,6 +200,23 @@ class RemoteOpenAIServer:
         return anthropic.AsyncAnthropic(base_url=self.url_root, api_key=self.DUMMY_API_KEY, max_retries=0, **options)
 
 
+def start_any() -> str:
+    """A proxy to which every model is the base model; returns its URL."""
+    return start_proxy(Names(any_name=True))
+
+
+def as_llama_server(utils: Any) -> None:
+    """Put the service in the place of the server that llama.cpp's tests start."""
+    url = httpx.URL(start_any())
+
+    def start(server: Any, *_: Any, **__: Any) -> None:
+        server.server_host, server.server_port, server.process = url.host, url.port, None
+
+    utils.ServerProcess.start = start
+    utils.ServerProcess.stop = lambda server: None
+    utils.ServerPreset.load_all = staticmethod(lambda: None)
+
+
 def get_tokenizer(*_: Any, **__: Any) -> Any:
     """The service's, whatever model is named."""
     from transformers import AutoTokenizer
@@ -251,7 +280,14 @@ sys.modules.setdefault("pybase64", base64)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what asks no server."""
-    own = [item for item in items if _FIXTURES & set(getattr(item, "fixturenames", ()))]
+    """Of vLLM's tests, leave out what asks no server; skip what does not concern this one."""
+    own = []
+    for item in items:
+        name = f"{item.path.name}::{item.name}"
+        reason = next((why for pattern, why in NOT_CONCERNED.items() if fnmatch(name, pattern)), None)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=f"not concerned: {reason}"))
+        if "entrypoints" not in item.path.parts or _FIXTURES & set(getattr(item, "fixturenames", ())):
+            own.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in own])
     items[:] = own
