@@ -158,6 +158,8 @@ class SamplingOptions(TokenOptions):
 
     def sampled(self, default: SamplingParams) -> SamplingParams:
         """The sampling asked for; what was left out is the default's. Raises InvalidRequest."""
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise InvalidRequest("seed: needed a whole number of 64 bits", param="seed")
         asked: dict[str, Any] = {name: getattr(self, name) for name in _SAME_NAMES}
         asked |= {
             "max_tokens": self.token_limit,

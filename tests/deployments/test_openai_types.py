@@ -209,3 +209,12 @@ def test_route_takes_a_text_or_texts_with_options_beside() -> None:
     for wrong in ("{}", '{"input": 5}', '{"input": [5]}', '{"input": "a", "adapters": {"b": 1}}', '{"text": "a"}'):
         with pytest.raises(ValidationError):
             RouteBody.model_validate_json(wrong)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_a_seed_has_64_bits(seed) -> None:
+    assert chat(seed=seed).sampling(**DEFAULTS).seed == seed
+    for beyond in (-(2**63) - 1, 2**63):
+        with pytest.raises(InvalidRequest, match="seed") as refused:
+            chat(seed=beyond).sampling(**DEFAULTS)
+        assert refused.value.param == "seed"
