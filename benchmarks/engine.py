@@ -3,6 +3,7 @@
     python benchmarks/engine.py cpu     # SmolLM2-135M, the adapters of --pool (default ../shared/pool), bf16
     python benchmarks/engine.py gpu     # random weights of the 8B and 135M shapes, one GPU
     python benchmarks/engine.py moving  # requests that come and go, on real prompts; on a CPU or a GPU
+    python benchmarks/engine.py held    # half of a batch held to a JSON schema; on a CPU or a GPU
     python benchmarks/engine.py check   # on a GPU: the engine's tokens against transformers with merged weights
 
 Figures are tokens per second of whole requests, prompts included, where nothing else is said: the median of --repeats
@@ -22,7 +23,7 @@ from engine_common import ROOT, SHAPES, figures
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=["cpu", "gpu", "moving", "check"])
+    parser.add_argument("suite", choices=["cpu", "gpu", "moving", "held", "check"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--shape", choices=list(SHAPES), help="with gpu: one of them; with moving: random weights of it"
