@@ -165,6 +165,8 @@ def serve_forever(
     try:
         with phase("starting Ray"):
             connect(address or LOCAL)
+        for number in previous:
+            signal.signal(number, _interrupt)  # Ray's own handlers would end it beneath the service
         with phase("starting the deployments"):
             app = assemble(config, file.overrides)
             serve.start(

@@ -126,6 +126,7 @@ def test_the_service_runs_against_a_real_s3_server(tmp_path: Path) -> None:
 
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, log.read_text()
+        assert "Aborted" not in log.read_text()  # the shell's word on a service that did not end of itself
         _, left = psutil.wait_procs(family, timeout=30)
         assert all("Agent" in agent.name() for agent in left), left  # Ray's own take their time on a busy machine
     finally:
