@@ -26,7 +26,7 @@ from deployments.openai_types import (
     TemplateKwargs,
     TokenOptions,
 )
-from deployments.options import Body, ByType, JsonObject, Only, Option, TextOrList, build_body, reword
+from deployments.options import Body, ByType, JsonObject, Only, Option, TextOrList, build_body, reworded
 from lorauter.errors import InvalidRequest
 
 
@@ -196,11 +196,8 @@ class CountTokensBody(Body):
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises InvalidRequest."""
-        try:
+        with reworded(named):
             return build_body(ChatBody, self._of_chat())
-        except InvalidRequest as error:
-            reword(error, named)
-            raise
 
     def _of_chat(self) -> dict[str, Any]:
         said, choice = self.turns(), self.tool_choice

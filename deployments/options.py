@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -203,6 +204,16 @@ def reword(error: InvalidRequest, named: Callable[[str], str]) -> None:
         error.param = name
         told = re.sub(rf"^(option )?{re.escape(own)}\b", lambda match: f"{match[1] or ''}{name}", told)
     error.args = (told,)
+
+
+@contextmanager
+def reworded(named: Callable[[str], str]) -> Iterator[None]:
+    """Have the errors that are raised while this is entered call options as another API does."""
+    try:
+        yield
+    except InvalidRequest as error:
+        reword(error, named)
+        raise
 
 
 @dataclass(frozen=True)

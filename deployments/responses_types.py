@@ -28,7 +28,7 @@ from deployments.openai_types import (
     TemplateKwargs,
     TokenOptions,
 )
-from deployments.options import Body, ByType, JsonObject, OneOf, Only, Option, TextOrList, build_body, reword
+from deployments.options import Body, ByType, JsonObject, OneOf, Only, Option, TextOrList, build_body, reworded
 from lorauter.errors import InvalidRequest
 
 LOGPROBS = "message.output_text.logprobs"
@@ -260,11 +260,8 @@ class ResponsesBody(TokenOptions):
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises InvalidRequest."""
-        try:
+        with reworded(named):
             return build_body(ChatBody, self._of_chat())
-        except InvalidRequest as error:
-            reword(error, named)
-            raise
 
     def _of_chat(self) -> dict[str, Any]:
         same: Mapping[str, Any] = {name: getattr(self, name) for name in (*TokenOptions.model_fields, *_SAME)}

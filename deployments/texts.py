@@ -14,7 +14,7 @@ from deployments.bodies import read_json
 from deployments.config import ApiSettings
 from deployments.generation import check_length, scoped, short, tokens_of
 from deployments.openai_types import ROUTED_MODEL
-from deployments.options import parse_body, reword
+from deployments.options import parse_body, reworded
 from deployments.scope import visible
 from deployments.text_types import DetokenizeBody, EmbeddingsBody, RouteBody, TokenizeBody
 from lorauter.encoder import Embeddings, normalised
@@ -109,12 +109,9 @@ class Texts:
     async def count_tokens(self, request: Request) -> Response:
         """`POST /v1/messages/count_tokens`."""
         body = parse_body(CountTokensBody, await self._read(request)).chat()
-        try:
+        with reworded(named):
             [prompt] = body.prompts()
             ids = await self._tokenized(prompt)
-        except InvalidRequest as error:
-            reword(error, named)
-            raise
         return JSONResponse({"input_tokens": len(ids)})
 
     async def detokenize(self, request: Request) -> Response:
