@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from overload import Outcome, ask, questions
+from overload import Outcome, ask, percentile, questions
 from ray import serve
 
 from deployments.app import DEPLOYMENTS, assemble
@@ -58,3 +58,5 @@ def test_who_has_no_room_is_refused_and_all_others_are_answered(url: str) -> Non
     assert refused
     assert all((outcome.retry_after or "").isdigit() and outcome.retry_after != "0" for outcome in refused)
     assert len(answered) / 15 > 0.5 * len(few) / 10
+    waits = [[outcome.seconds for outcome in outcomes] for outcomes in (few, answered)]
+    assert percentile(waits[1], 90) <= 3 * percentile(waits[0], 90)
