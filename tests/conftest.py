@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 import lorauter.adapters.s3
 from lorauter.adapters.store import MemoryStore, ObjectStore, open_store
 from lorauter.adapters.weights import CONFIG_FILE, TARGETS, WEIGHTS_FILE
-from lorauter.cli import main
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import StoreUnavailable
 from lorauter.tasks import Example, Task
+from lorauter_cli.main import main
 
 HIDDEN = 8
 

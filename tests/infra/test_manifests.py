@@ -20,7 +20,7 @@ from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT, DEFA
 
 from deployments.app import DEPLOYMENTS, assemble
 from deployments.launch import ServeFile
-from lorauter.cli import app
+from lorauter_cli.main import app
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 KUBERNETES = "1.33"

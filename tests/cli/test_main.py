@@ -431,6 +431,6 @@ def test_the_console_script_ends_with_one_line_of_error() -> None:
 
 def test_the_command_line_imports_neither_ray_nor_anything_heavy() -> None:
     heavy = {"ray", "deployments", "torch", "transformers", "faiss", "sentence_transformers", "boto3", "numpy"}
-    program = f"import sys, lorauter.cli, lorauter.defaults; print(sorted({heavy} & set(sys.modules)))"
+    program = f"import sys, lorauter_cli.main, lorauter.defaults; print(sorted({heavy} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout == "[]\n", ran.stderr

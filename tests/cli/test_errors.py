@@ -153,7 +153,7 @@ def test_default_is_the_same_in_every_command(cli: Cli, place: Path, monkeypatch
 def test_what_libraries_print_is_in_the_log_and_what_lorauter_warns_of_is_shown(tmp_path: Path) -> None:
     program = """
 import logging, os, sys, warnings
-import lorauter.cli, lorauter.adapters
+import lorauter_cli.main, lorauter.adapters
 def names(self):
     warnings.warn("of a library")
     logging.getLogger("library").warning("of its logger")
@@ -164,7 +164,7 @@ def names(self):
     return []
 lorauter.adapters.AdapterRepository.names = names
 sys.argv = ["lorauter", "adapters", "list", sys.argv[1]]
-lorauter.cli.main()
+lorauter_cli.main.main()
 """
     environment = {**os.environ, "LORAUTER_HOME": str(tmp_path / "home")}
     ran = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, env=environment)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorauter.cli_console import notify
 from lorauter.defaults import check_changeable, resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
+from lorauter_cli.console import notify
 
 if TYPE_CHECKING:
     from lorauter.adapters import AdapterRepository

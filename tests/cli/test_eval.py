@@ -268,7 +268,7 @@ def test_routing_prints_tables_and_writes_figures(cli: Cli, tasks: Path, tmp_pat
 
 def test_answering_loads_neither_index_nor_encoder() -> None:
     code = (
-        "import sys, lorauter.cli_eval, lorauter.evaluation.answering;"
+        "import sys, lorauter_cli.eval, lorauter.evaluation.answering;"
         "print(*{'faiss', 'sentence_transformers', 'ray', 'matplotlib', 'peft'} & set(sys.modules))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from deployments.batch import job
 from deployments.batch.config import BatchConfig
-from lorauter.cli import app
+from lorauter_cli.main import app
 
 
 class Called(Exception):

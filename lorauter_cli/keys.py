@@ -8,9 +8,9 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from lorauter.cli_console import App, notify
 from lorauter.errors import ConfigError
 from lorauter.keys import ApiKey, hash_key, new_key
+from lorauter_cli.console import App, notify
 
 keys_app = App(no_args_is_help=True, help="API keys.")
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lorauter.cli_console import App, notify, phase
-from lorauter.cli_stores import adapters_to_read, adapters_to_use, catalog_to_read
 from lorauter.defaults import DEFAULT, resolve_tasks
 from lorauter.errors import ConfigError
+from lorauter_cli.console import App, notify, phase
+from lorauter_cli.stores import adapters_to_read, adapters_to_use, catalog_to_read
 
 if TYPE_CHECKING:
     from lorauter.evaluation.routing import RememberingCatalogs

@@ -19,14 +19,14 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from lorauter.cli_batch import batch
-from lorauter.cli_catalog import catalog_app
-from lorauter.cli_console import App, console, notify, phase, show_error, warn
-from lorauter.cli_eval import eval_app
-from lorauter.cli_keys import keys_app
-from lorauter.cli_stores import adapters_to_read, adapters_to_write, catalog_to_read, catalog_to_write
 from lorauter.defaults import DEFAULT, check_changeable, resolve_catalog
 from lorauter.errors import AdapterError, ConfigError, Conflict, InvalidRequest, LorauterError
+from lorauter_cli.batch import batch
+from lorauter_cli.catalog import catalog_app
+from lorauter_cli.console import App, console, notify, phase, show_error, warn
+from lorauter_cli.eval import eval_app
+from lorauter_cli.keys import keys_app
+from lorauter_cli.stores import adapters_to_read, adapters_to_write, catalog_to_read, catalog_to_write
 
 app = App(
     no_args_is_help=True,

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorauter.cli_console import App, counting, notify, phase, warn
-from lorauter.cli_stores import adapters_to_use, catalog_to_read, catalog_to_write
 from lorauter.defaults import DEFAULT, check_changeable, resolve_tasks
 from lorauter.errors import CatalogError, ConfigError
+from lorauter_cli.console import App, counting, notify, phase, warn
+from lorauter_cli.stores import adapters_to_use, catalog_to_read, catalog_to_write
 
 if TYPE_CHECKING:
     from lorauter.adapters import AdapterRepository

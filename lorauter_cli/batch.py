@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorauter.cli_console import console, notify, phase
+from lorauter_cli.console import console, notify, phase
 
 
 def batch(
