@@ -39,7 +39,8 @@ from deployments.preflight import check_device, preflight
 from deployments.room import Watch
 from deployments.startup import found_cause
 from deployments.tracing import tracing_config
-from lorauter.defaults import resolve_adapters
+from lorauter.catalog import Catalog
+from lorauter.defaults import BASE_MODEL, DEFAULT, resolve_adapters
 from lorauter.errors import CannotStart, ConfigError
 
 APP_NAME = "lorauter"
@@ -134,7 +135,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def serve_forever(
-    file: ServeFile, *, address: str | None, phase: Phase, notify: Callable[[str], None], ready: Callable[[str], None]
+    file: ServeFile,
+    *,
+    address: str | None,
+    phase: Phase,
+    notify: Callable[[str], None],
+    ready: Callable[[str, str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
@@ -143,21 +149,22 @@ def serve_forever(
         address: a running Ray cluster's address; None starts a local one, and stops it in the end.
         phase: wraps each step that may take long, given what it is.
         notify: is told what is prepared.
-        ready: is told the URL once requests are answered.
+        ready: is told the URL, and what is served there, once requests are answered.
 
     Raises:
         ConfigError: a setting is wrong, the port is taken, or there is no such cluster.
         CatalogError, StoreError: what the settings name is not there.
         CannotStart: a part of the service does not come up.
     """
-    _check_port(file.host, file.port)
+    check_port(file.host, file.port)
     traces = dict(file.traces) if file.traces else tracing_config(os.environ)
     if file.is_open_to_others:
         notify(f"warning: no API keys are configured, and {file.host} lets others in; see docs/access.md")
     config = file.config.with_absolute_paths(Path.cwd())
+    catalog = None
     if address is None:
         with phase("checking the configuration, and preparing what it names"):
-            preflight(config, lambda text: notify(f"warning: {text}"), notify)
+            catalog = preflight(config, lambda text: notify(f"warning: {text}"), notify)
             check_device(config.engine.device, config.engine.dtype)
     runs = False
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -179,7 +186,7 @@ def serve_forever(
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
             _wait_until_running(notify, is_own=address is None)
         runs = True
-        ready(f"http://{file.host}:{file.port}{file.route_prefix.rstrip('/')}")
+        ready(f"http://{_host(file.host)}:{file.port}{file.route_prefix.rstrip('/')}", _described(file.config, catalog))
         while True:
             signal.pause()
     except KeyboardInterrupt:
@@ -191,6 +198,28 @@ def serve_forever(
             _shut_down(config, gently=runs or address is not None)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _host(listening: str) -> str:
+    """What a browser on this machine calls the host that the service listens on."""
+    try:
+        address = ipaddress.ip_address(listening)
+    except ValueError:
+        return listening
+    if address.is_unspecified:
+        return "127.0.0.1"
+    return f"[{address}]" if address.version == 6 else listening
+
+
+def _described(config: AppConfig, catalog: Catalog | None) -> str:
+    """What a service serves, in a line; the catalog is what it starts with, if that is known."""
+    model = BASE_MODEL if config.base_model == DEFAULT else config.base_model
+    if config.catalog is None:
+        return f"{model} with the adapters in {config.adapters}, by name"
+    what = f"{model} with the catalog {config.catalog}"
+    if catalog is None:
+        return what
+    return f"{what}: {len(catalog.tasks)} tasks, {len(catalog.adapters)} adapters, version {catalog.version}"
 
 
 def _interrupt(*_: object) -> None:
@@ -244,7 +273,8 @@ def _shut_down(config: AppConfig, *, gently: bool) -> None:
         ray.shutdown()
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError where one cannot listen there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

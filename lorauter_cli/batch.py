@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lorauter_cli.console import console, notify, phase
+from lorauter_cli.service import make_importable
 
 
 def batch(
@@ -39,6 +40,7 @@ def batch(
 
     What is given here goes before what the configuration says.
     """
+    make_importable()
     with phase("loading Ray"):
         from deployments.batch.config import BatchConfig
         from deployments.batch.job import Status, run_job

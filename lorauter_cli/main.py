@@ -26,6 +26,7 @@ from lorauter_cli.catalog import catalog_app
 from lorauter_cli.console import App, console, notify, phase, show_error, warn
 from lorauter_cli.eval import eval_app
 from lorauter_cli.keys import keys_app
+from lorauter_cli.service import make_importable, shipped_config
 from lorauter_cli.stores import adapters_to_read, adapters_to_write, catalog_to_read, catalog_to_write
 
 app = App(
@@ -223,7 +224,12 @@ def _read_rows(source: Iterable[bytes], path: Path, options: Any) -> Iterator[tu
 
 @app.command()
 def serve(
-    config: Annotated[Path, typer.Option(help="The service's configuration.")] = Path("serve_config.yaml"),
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="The service's configuration; else ./serve_config.yaml, or, where there is none, the shipped one."
+        ),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="In place of the configuration's.")] = None,
     port: Annotated[int | None, typer.Option(help="In place of the configuration's.", min=1, max=65535)] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; none starts a local one.")] = None,
@@ -231,13 +237,15 @@ def serve(
     """Serve in the foreground until Ctrl-C."""
     from dataclasses import replace
 
+    make_importable()
     with phase("loading Ray"):
         from deployments.launch import ServeFile, serve_forever
 
-    file = ServeFile.read(config)
+    file = ServeFile.read(config or shipped_config())
     file = replace(file, host=host or file.host, port=port or file.port)
 
-    def ready(url: str) -> None:
+    def ready(url: str, what: str) -> None:
+        notify(f"serving {what}\n  page        {url}/\n  OpenAI API  {url}/v1")
         question = "Short movie review: a joy to watch. Did the critic think positively or negatively of the movie?"
         hint = f'serving on {url}; stop with Ctrl-C. Try:\n  {sys.argv[0]} chat --url {url} "{question}"'
         notify(hint)

@@ -95,6 +95,8 @@ def test_a_home_that_cannot_be_written_is_a_clear_error(
 )
 def test_a_missing_package_is_named(resolve: object, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(ConfigError, match=f"{package}.*make install"):
         resolve("default")  # type: ignore[operator]
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import yaml
 from local_s3 import free_port
 from otlp import Collector, attributes
 from ray import serve
+from wheels import Wheel
 
 from deployments.config import AccessSettings
 from deployments.embedder import QueryEmbedder
@@ -33,8 +34,11 @@ from lorauter.keys import hash_key, new_key
 
 pytestmark = pytest.mark.integration
 
-_SAID = r".* \.\.\.$|serving on http.*; stop with Ctrl-C\. Try:$|  .*lorauter chat --url"
-"""Phases, and how to ask."""
+_SAID = (
+    r".* \.\.\.$|serving \S+ with the catalog default: 12 tasks, 12 adapters, version \w+$|  (page|OpenAI API)  +http|"
+    r"serving on http.*; stop with Ctrl-C\. Try:$|  .*lorauter chat --url"
+)
+"""Phases, what is served where, and how to ask."""
 BIN = Path(sys.executable).parent
 CANARY = "xylophagous-canary"
 
@@ -50,15 +54,15 @@ def configured(root: Path, folder: Path, port: int, **args: Any) -> Path:
 
 
 @contextmanager
-def started(root: Path, folder: Path) -> Iterator[Any]:
-    """`start(command)`: run it from the repository, its output in a file; ended with all its children afterwards."""
+def started(cwd: Path, folder: Path, environment: Mapping[str, str] = os.environ) -> Iterator[Any]:
+    """`start(command)`: run it, its output in a file in a folder; ended with all its children afterwards."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def run(*command: str) -> tuple[subprocess.Popen[bytes], Path]:
         log = folder / "log"
         with log.open("wb") as out:
-            env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-            process = subprocess.Popen(command, stdout=out, stderr=out, cwd=root, env=env, start_new_session=True)
+            env = {**environment, "RAY_USAGE_STATS_ENABLED": "0"}
+            process = subprocess.Popen(command, stdout=out, stderr=out, cwd=cwd, env=env, start_new_session=True)
         processes.append(process)
         return process, log
 
@@ -115,22 +119,50 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, wheel: Wheel) -> Iterator[Served]:
+    """From the wheel, and far from any checkout."""
     folder, port = tmp_path_factory.mktemp("served"), free_port()
     keys = {"any": new_key(), "few": new_key()}
     rows = [{"name": name, "sha256": hash_key(key)} for name, key in keys.items()]
     rows[1]["requests_per_minute"] = 2
-    with pytest.MonkeyPatch.context() as patch, started(root, folder) as start:
-        collector = Collector()
-        config = configured(root, folder, port, access={"keys_env": "SOME_KEYS"})
-        patch.setenv("SOME_KEYS", yaml.safe_dump(rows))
-        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
-        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
-        process, log = start(str(BIN / "lorauter"), "serve", "--config", str(config))
+    collector = Collector()
+    environment = wheel.environment | {
+        "SOME_KEYS": yaml.safe_dump(rows),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    with started(folder, folder, environment) as start:
+        configured(wheel.shipped, folder, port, adapters="default", access={"keys_env": "SOME_KEYS"})
+        process, log = start(str(wheel.bin / "lorauter"), "serve")
         url = f"http://127.0.0.1:{port}"
         wait_for_answer(url, process, log)
-        yield Served(url, config, keys, process, log, collector)
+        yield Served(url, folder / "serve_config.yaml", keys, process, log, collector)
         collector.close()
+
+
+def test_the_wheel_puts_nothing_but_its_own_names_at_the_top(wheel: Wheel, tmp_path: Path) -> None:
+    code = "import importlib.util as u, lorauter; print(lorauter.__file__, u.find_spec('deployments'))"
+    command = [wheel.bin / "python", "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, env=wheel.environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == f"{wheel.shipped.parent / '__init__.py'} None\n"
+    site = wheel.shipped.parents[1]
+    own = {path.name for path in site.iterdir()} - {"dependencies.pth"}
+    assert {name for name in own if not name.endswith(".dist-info")} == {"lorauter", "lorauter_cli"}
+    assert {path.name for path in wheel.shipped.iterdir()} == {"deployments", "examples", "serve_config.yaml"}
+
+
+def test_the_wheel_answers_the_readmes_question_and_shows_the_page(served: Served, root: Path) -> None:
+    [asked] = re.findall(r'"content": "(Translate to English: [^"]+)"', (root / "README.md").read_text())
+    with httpx.Client(base_url=served.url, headers=served.headers("any"), timeout=120) as http:
+        body = {"model": "lorauter", "messages": [{"role": "user", "content": asked}]}
+        answer = http.post("/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"] == "Two dogs play in the snow."
+        assert answer["lorauter"]["adapters"][0]["name"] == "multi30k_deen"
+        page = http.get("/")
+        assert "<title>lorauter</title>" in page.text
+        parts = re.findall(r'(?:src|href)="([^"#:]+)"', page.text)
+        assert any(part.endswith(".js") for part in parts)
+        assert {http.get(part).status_code for part in parts} == {200}
 
 
 def test_lorauter_chat(served: Served) -> None:
