@@ -79,6 +79,13 @@ def check_device(device: str, dtype: str) -> None:
     Raises:
         ConfigError: there is no such device.
     """
+    place = check_gpu(device)
+    if place.type == "cpu":
+        load_kernels(native_dtype(place) if dtype == "auto" else getattr(torch, dtype))
+
+
+def check_gpu(device: str) -> torch.device:
+    """The device that a setting names. Raises ConfigError: it is a GPU, and there is none."""
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -86,8 +93,7 @@ def check_device(device: str, dtype: str) -> None:
             "install PyTorch with CUDA and the GPU's driver",
             setting="engine.device",
         )
-    if place.type == "cpu":
-        load_kernels(native_dtype(place) if dtype == "auto" else getattr(torch, dtype))
+    return place
 
 
 def _check_writable(folder: Path) -> None:

@@ -24,9 +24,10 @@ from lorauter.errors import AdapterError, ConfigError, Conflict, InvalidRequest,
 from lorauter_cli.batch import batch
 from lorauter_cli.catalog import catalog_app
 from lorauter_cli.console import App, console, notify, phase, show_error, warn
+from lorauter_cli.doctor import doctor
 from lorauter_cli.eval import eval_app
 from lorauter_cli.keys import keys_app
-from lorauter_cli.service import make_importable, shipped_config
+from lorauter_cli.service import CONFIG_HELP, make_importable, shipped_config
 from lorauter_cli.stores import adapters_to_read, adapters_to_write, catalog_to_read, catalog_to_write
 
 app = App(
@@ -41,6 +42,7 @@ app.add_typer(catalog_app, name="catalog")
 app.add_typer(eval_app, name="eval")
 app.add_typer(keys_app, name="keys")
 app.command()(batch)
+app.command()(doctor)
 
 _BATCH = 256
 _DECIDED = ("tasks", "adapters", "confidence", "constrained")
@@ -224,12 +226,7 @@ def _read_rows(source: Iterable[bytes], path: Path, options: Any) -> Iterator[tu
 
 @app.command()
 def serve(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="The service's configuration; else ./serve_config.yaml, or, where there is none, the shipped one."
-        ),
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help=CONFIG_HELP)] = None,
     host: Annotated[str | None, typer.Option(help="In place of the configuration's.")] = None,
     port: Annotated[int | None, typer.Option(help="In place of the configuration's.", min=1, max=65535)] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; none starts a local one.")] = None,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lorauter.defaults import SHIPPED
 
+CONFIG_HELP = "The service's configuration; else ./serve_config.yaml, or, where there is none, the shipped one."
+
 
 def make_importable() -> None:
     """Let this process, and those that it starts, import `deployments`: Ray's workers and Serve import it by name."""

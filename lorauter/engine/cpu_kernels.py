@@ -248,10 +248,16 @@ def load_kernels(dtype: torch.dtype) -> CpuKernels | None:
         return None
 
 
-def _build() -> Path:
+def find_compiler() -> str:
+    """The C++ compiler that this machine has. Raises FileNotFoundError."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("no c++, g++ or clang++ is on the PATH")
+    return compiler
+
+
+def _build() -> Path:
+    compiler = find_compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
     sources = [path.read_text() for path in (_SOURCE, *_HEADERS)]
     made_of = [*sources, *_FLAGS, version, sorted(torch.cpu.get_capabilities().items())]

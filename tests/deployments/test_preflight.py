@@ -13,43 +13,15 @@ from deployments.config import AppConfig
 from deployments.live_catalog import kept_folder
 from deployments.preflight import check_device, preflight
 from lorauter.adapters import AdapterRepository, open_store
-from lorauter.catalog import build_catalog
-from lorauter.encoder import HashingEncoder
 from lorauter.engine import cpu_kernels
 from lorauter.errors import LorauterError
-from lorauter.tasks import Task
 
 Check = Callable[..., list[str]]
 
 
-def folder(path: Path, **files: Any) -> str:
-    path.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        path.joinpath(f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return str(path)
-
-
 @pytest.fixture
-def check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_task: Callable[..., Task], make_adapter: Callable[..., Path]
-) -> Check:
-    """`check(**settings)`: what is warned of in a sound service with other settings: two tasks, and their adapters."""
-    monkeypatch.setenv("LORAUTER_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("deployments.preflight.load_encoder", lambda encoder, device: HashingEncoder(32))
-    names = ("poems", "sums")
-    for name in names:
-        make_adapter(tmp_path / "pool", name, base="org/tiny-base")
-        AdapterRepository(open_store(tmp_path / "adapters")).push(tmp_path / "pool" / name)
-    repository = AdapterRepository(open_store(tmp_path / "adapters"))
-    build_catalog([make_task(n) for n in names], HashingEncoder(), repository=repository).save(tmp_path / "catalog")
-    sound = {
-        "base_model": folder(tmp_path / "tiny-base", config={"model_type": "llama"}),
-        "encoder": folder(tmp_path / "hashing-256", modules=[]),
-        "adapters": str(tmp_path / "adapters"),
-        "catalog": str(tmp_path / "catalog"),
-        "cache": {"directory": str(tmp_path / "cache")},
-    }
+def check(sound: dict[str, Any]) -> Check:
+    """`check(**settings)`: what is warned of in a sound service with other settings."""
 
     def check(**settings: Any) -> list[str]:
         warned: list[str] = []
@@ -92,7 +64,12 @@ CAUSES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("settings", "said"), CAUSES, ids=[said for _, said in CAUSES])
 def test_a_cause_is_told(
-    check: Check, tmp_path: Path, make_adapter: Callable[..., Path], settings: dict[str, Any], said: str
+    check: Check,
+    tmp_path: Path,
+    folder: Callable[..., str],
+    make_adapter: Callable[..., Path],
+    settings: dict[str, Any],
+    said: str,
 ) -> None:
     (tmp_path / "broken.yaml").write_text("- {name: a, sha256: no-hash}")
     (tmp_path / "text").write_text("- [")
@@ -166,7 +143,9 @@ def test_some_missing_adapters_are_told_and_can_be_lived_with(check: Check, tmp_
     assert warned.endswith("though the catalog serves them: sums")
 
 
-def test_a_base_model_of_another_name_is_the_catalogs_by_an_alias(check: Check, tmp_path: Path) -> None:
+def test_a_base_model_of_another_name_is_the_catalogs_by_an_alias(
+    check: Check, folder: Callable[..., str], tmp_path: Path
+) -> None:
     other = folder(tmp_path / "renamed", config={"model_type": "llama"})
     assert check(base_model=other, base_model_aliases=["tiny-base"]) == []
 
