@@ -80,9 +80,12 @@ def build(
     assigned = _read_mapping(mapping) if mapping else None
     with phase("loading the encoder"):
         embedder = load_encoder(encoder)
-    with phase(f"embedding the examples of {len(found)} tasks"):
+    what = f"{'reading the adapters, and ' if adapters else ''}embedding the examples of {len(found)} tasks"
+    with counting(what, "are done") as progress:
         repository = adapters_to_use(adapters) if adapters else None
-        catalog = build_catalog(found, embedder, repository=repository, mapping=assigned, report=warn)
+        catalog = build_catalog(
+            found, embedder, repository=repository, mapping=assigned, report=warn, progress=progress
+        )
     if match and repository is not None:
         catalog = _matched(catalog, found, repository, by, model, scores)
     with phase("publishing the catalog"):
@@ -125,16 +128,17 @@ def change(
         changed = before
         told.clear()
         if added:
-            changed = with_tasks(changed, added, embedder)
+            changed = with_tasks(changed, added, embedder, progress=progress)
         if remove_task:
             changed = without_tasks(changed, remove_task)
         if refresh_adapters:
-            changed = with_adapters(changed, adapters_to_use(refresh_adapters), report=told.append)
+            pool = adapters_to_use(refresh_adapters)
+            changed = with_adapters(changed, pool, report=told.append, progress=progress)
             scored = {name for entry in changed.tasks for name in entry.scores} & before.adapters.keys()
             renewed[:] = sorted(name for name in scored if changed.adapters[name] != before.adapters[name])
         return without_adapters(changed, remove_adapter) if remove_adapter else changed
 
-    with phase("changing the catalog"):
+    with counting("changing the catalog", "are done") as progress:
         tasks = [*(task.name for task in added), *(remove_task or [])]
         changed = change_catalog(catalog, edit, tasks=tasks, adapters=remove_adapter or [])
     for line in told:
@@ -179,7 +183,8 @@ def prune(
     from lorauter.catalog import prune_versions
 
     check_changeable(catalog, "catalog")
-    pruned = prune_versions(catalog_to_read(catalog), keep=keep, older_than_s=older_than * 3600)
+    with phase("looking for old versions"):
+        pruned = prune_versions(catalog_to_read(catalog), keep=keep, older_than_s=older_than * 3600)
     for version in pruned:
         typer.echo(version)
     notify(f"{len(pruned)} versions deleted from {catalog}")
@@ -216,8 +221,10 @@ def _matched(
             load = adapters_in(repository, catalog.adapters)
             scorer = stack.enter_context(scoring.open_scorer(by.value, model, load, tasks))
         what = f"trying {len(catalog.adapters)} adapters on {len(tasks)} tasks"
-        progress = stack.enter_context(counting(what, "evaluations"))
-        matching = match_adapters(tasks, catalog.adapters, scorer, config, table, progress)
+        progress = stack.enter_context(counting(what, "evaluations are made, up to the end of this round"))
+        matching = match_adapters(
+            tasks, catalog.adapters, scorer, config, table, lambda done, left: progress(done, done + left)
+        )
     for name, reason in matching.failures.items():
         warn(f"left out: {name}: {reason}")
     share = matching.spent / matching.exhaustive

@@ -26,6 +26,7 @@ from typer.core import TyperCommand
 from lorauter.defaults import home
 from lorauter.errors import LorauterError
 
+_LINE_S = 10.0  # between two lines where there is no terminal
 _LOG_BYTES = 4 << 20  # of the log file, beyond which a new one is begun
 
 console = Console(stderr=True, highlight=False)
@@ -124,17 +125,45 @@ def phase(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def counting(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a step is: a bar on a terminal, else one line. Yields what is to be called with (done, left)."""
+def counting(what: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show how far a step is: a bar on a terminal, else a line at the start, one now and then, and one at the end.
+
+    Args:
+        unit: what is counted, and has happened to it: "rows are answered".
+
+    Yields:
+        What is to be called with (done, total); a total of None is not known.
+    """
+    words = ""
+
+    def count(done: int, total: int | None) -> None:
+        nonlocal words
+        words = f"{done:,} {unit}" if total is None else f"{done:,} of {total:,} {unit}"
+
     if not console.is_terminal:
         console.print(f"{what} ...", markup=False)
-        yield lambda done, left: None
+        shown = time.monotonic()
+
+        def line(done: int, total: int | None) -> None:
+            nonlocal shown
+            count(done, total)
+            if time.monotonic() - shown >= _LINE_S:
+                shown = time.monotonic()
+                console.print(f"{words} ...", markup=False)
+
+        yield line
+        if words:
+            console.print(words, markup=False)
         return
-    counts = TextColumn(f"{{task.completed:,.0f}} {unit} done, {{task.fields[left]:,}} left in this round")
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), counts, TimeElapsedColumn())
-    with Progress(*columns, console=console, redirect_stderr=False) as progress:
-        bar = progress.add_task(what, total=None, left=0)
-        yield lambda done, left: progress.update(bar, completed=done, total=done + left, left=left)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, redirect_stderr=False) as progress:
+        bar = progress.add_task(what, total=None, words="")
+
+        def move(done: int, total: int | None) -> None:
+            count(done, total)
+            progress.update(bar, completed=done, total=total, words=words)
+
+        yield move
 
 
 def notify(what: str) -> None:

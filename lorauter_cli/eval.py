@@ -6,9 +6,10 @@ Parses arguments and shows progress; the work is `lorauter.evaluation`'s. `answe
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ import typer
 
 from lorauter.defaults import DEFAULT, resolve_tasks
 from lorauter.errors import ConfigError
-from lorauter_cli.console import App, notify, phase
+from lorauter_cli.console import App, counting, notify, phase
 from lorauter_cli.stores import adapters_to_read, adapters_to_use, catalog_to_read
 
 if TYPE_CHECKING:
@@ -138,11 +139,9 @@ def lorahub(
         scorer = open_likelihood_scorer(model, load, found)
     own = {task.name: [task.name] if task.name in pool else [] for task in found}
 
-    def progress(done: int, total: int) -> None:
-        notify(f"{done} of {total} searches are done")
-
     try:
-        weigh(found, pool, scorer, load, out, own=own, budget=budget, progress=progress)
+        with counting(f"searching weights for {len(found)} tasks", "searches are done") as progress:
+            weigh(found, pool, scorer, load, out, own=own, budget=budget, progress=progress)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}", setting="out") from error
 
@@ -199,8 +198,8 @@ def routing(
         catalogs = RememberingCatalogs(load_encoder(encoder))
     figures = {}
     for name, found in sets.items():
-        with phase(f"routing the queries of {len(found)} tasks"):
-            figures[name] = _routing_figures(first_examples(found, examples), catalogs)
+        with counting(f"routing the queries of {len(found)} tasks", "measurements are made") as progress:
+            figures[name] = _routing_figures(first_examples(found, examples), catalogs, progress)
         typer.echo(_routing_tables(name, figures[name]))
     if json_file is not None:
         _write(json_file, json.dumps(figures, indent=1) + "\n")
@@ -273,10 +272,12 @@ def _decide(
     alone = [name for name, adapters in own.items() if not adapters]
     if alone and "oracle" in methods:
         notify(f"no adapter has the name of {', '.join(alone)}: the oracle is the base model there")
-    with phase(f"deciding by {len(methods)} methods for the queries of {len(asked)} tasks"):
-        which = _names(regimes, REGIMES)
-        rows = decide(asked, catalog, model, methods, regimes=which, split=split, own=own, lorahub=weights)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    what = f"deciding by {len(methods)} methods for the queries of {len(asked)} tasks"
+    with counting(what, "decisions are made") as progress:
+        which, lines = _names(regimes, REGIMES), []
+        for row in decide(asked, catalog, model, methods, regimes=which, split=split, own=own, lorahub=weights):
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            progress(len(lines), None)
     _write(out, "".join(lines))
     notify(f"{len(lines)} decisions are in {out}")
 
@@ -313,8 +314,8 @@ def _answer(decisions: Path, adapters: str, out: Path, *, model: str, device: st
     config = EngineConfig(device=device) if max_batch is None else EngineConfig(device=device, max_batch=max_batch)
     with phase("loading the base model"):
         engine = load_engine(resolve_model(model, notify), config, aliases=base_model_aliases(model))
-    with closing(engine):
-        answer(rows, engine, load, out, progress=lambda done, total: notify(f"{done} of {total} rows are answered"))
+    with closing(engine), counting("answering", "rows are answered") as progress:
+        answer(rows, engine, load, out, progress=progress)
 
 
 def _report(decisions: Path, answers: Path, out: Path, *, rouge_for_bleu: bool) -> None:
@@ -333,21 +334,25 @@ def _report(decisions: Path, answers: Path, out: Path, *, rouge_for_bleu: bool) 
     notify(f"the report is in {out}")
 
 
-def _routing_figures(tasks: Sequence[Task], catalogs: RememberingCatalogs) -> dict[str, dict[str, Any]]:
+def _routing_figures(
+    tasks: Sequence[Task], catalogs: RememberingCatalogs, progress: Callable[[int, int], None]
+) -> dict[str, dict[str, Any]]:
     """For each preset what `lorauter.evaluation.routing` measures; None for what the tasks do not allow."""
     from lorauter.evaluation.routing import ambiguous, evaluate_routing, queries_of, strangers, stress
     from lorauter.routing import RoutingConfig
 
-    figures: dict[str, dict[str, Any]] = {}
-    for preset in ("paper", "default"):
-        config = RoutingConfig.model_validate({"preset": preset})
-        joined, unknown = ambiguous(tasks, catalogs, config), strangers(tasks, catalogs, config)
-        figures[preset] = {
-            "routing": vars(evaluate_routing(tasks, queries_of(tasks), catalogs, config)),
-            "stress": stress(tasks, catalogs, config),
-            "ambiguous": joined and vars(joined),
-            "strangers": unknown and vars(unknown),
-        }
+    measured: dict[str, Callable[[RoutingConfig], Any]] = {
+        "routing": lambda config: evaluate_routing(tasks, queries_of(tasks), catalogs, config),
+        "stress": lambda config: stress(tasks, catalogs, config),
+        "ambiguous": lambda config: ambiguous(tasks, catalogs, config),
+        "strangers": lambda config: strangers(tasks, catalogs, config),
+    }
+    presets = ("paper", "default")
+    figures: dict[str, dict[str, Any]] = {preset: {} for preset in presets}
+    for done, (preset, name) in enumerate(product(presets, measured), start=1):
+        found = measured[name](RoutingConfig.model_validate({"preset": preset}))
+        figures[preset][name] = getattr(found, "__dict__", found)  # a result's figures; or they themselves, or None
+        progress(done, len(presets) * len(measured))
     return figures
 
 

@@ -23,7 +23,7 @@ from lorauter.defaults import DEFAULT, check_changeable, resolve_catalog
 from lorauter.errors import AdapterError, ConfigError, Conflict, InvalidRequest, LorauterError
 from lorauter_cli.batch import batch
 from lorauter_cli.catalog import catalog_app
-from lorauter_cli.console import App, console, notify, phase, show_error, warn
+from lorauter_cli.console import App, console, counting, notify, phase, show_error, warn
 from lorauter_cli.doctor import doctor
 from lorauter_cli.eval import eval_app
 from lorauter_cli.keys import keys_app
@@ -82,14 +82,18 @@ def push(
         if current_version(catalog) is None:
             raise ConfigError(f"there is no catalog at {catalog}; build it by 'lorauter catalog build'")
     refused, pushed = 0, []
-    for folder in folders:
-        try:
-            manifest = repository.push(folder.absolute(), force=force, report=warn)
-            pushed.append(manifest)
+    try:
+        with counting(f"pushing {len(folders)} adapters", "adapters are done") as progress:
+            for done, folder in enumerate(folders, start=1):
+                try:
+                    pushed.append(repository.push(folder.absolute(), force=force, report=warn))
+                except (AdapterError, Conflict) as error:
+                    refused += 1
+                    warn(f"refused: {error}")
+                progress(done, len(folders))
+    finally:  # after the bar, and also what went before an error
+        for manifest in pushed:
             typer.echo(f"{manifest.name}\t{manifest.version}\t{manifest.size} bytes")
-        except (AdapterError, Conflict) as error:
-            refused += 1
-            warn(f"refused: {error}")
     if catalog is not None and pushed:
 
         def take_in(before: Catalog) -> Catalog:
@@ -144,7 +148,8 @@ def prune(
         key for catalog in catalogs if catalog != "none" for key in named_adapters(resolve_catalog(catalog, notify))
     }
     repository = adapters_to_read(store)
-    pruned = repository.prune(keep=keep, older_than_s=older_than * 3600)
+    with counting("looking for old versions", "adapters are done") as progress:
+        pruned = repository.prune(keep=keep, older_than_s=older_than * 3600, progress=progress)
     for name, version in pruned:
         typer.echo(f"{name}\t{version}")
     notify(f"{len(pruned)} versions deleted from {repository.store.uri}")
@@ -180,10 +185,14 @@ def route(
     count = 0
     try:
         with (
-            phase(f"routing {input}"),
+            counting(f"routing {input}", "rows are routed") as progress,
             input.open("rb") as source,
             partial.open("w", encoding="utf-8") as out,
         ):
+            total = None  # of what can be read once only
+            if source.seekable():
+                total = sum(1 for line in source if line.strip())
+                source.seek(0)
             rows = _read_rows(source, input, RoutingOptions)
             while batch := list(islice(rows, _BATCH)):
                 decisions = router.route([row["input"] for row, _ in batch], [options for _, options in batch])
@@ -192,6 +201,7 @@ def route(
                     answer = {**row, **{key: decided[key] for key in _DECIDED if key in decided}}
                     out.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 count += len(batch)
+                progress(count, total)
         partial.replace(output)
     except OSError as error:
         raise ConfigError(f"cannot route {input} to {output}: {error}") from error

@@ -339,7 +339,13 @@ class AdapterRepository:
         for version in self._versions(name):
             self._delete_version(name, version, before=math.inf)
 
-    def prune(self, *, keep: Container[AdapterKey], older_than_s: float) -> list[AdapterKey]:
+    def prune(
+        self,
+        *,
+        keep: Container[AdapterKey],
+        older_than_s: float,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[AdapterKey]:
         """Delete the versions that nobody names, are not the newest, and have not been for so many seconds.
 
         Nobody starts to read such a version; who began before has that long to end. What was written lately stays
@@ -347,6 +353,7 @@ class AdapterRepository:
 
         Args:
             keep: what catalogs name.
+            progress: called with the number of adapters that were looked at, and of all.
 
         Returns:
             What was deleted.
@@ -356,7 +363,9 @@ class AdapterRepository:
         """
         before = time.time() - older_than_s
         pruned = []
-        for name in self.names():
+        names = self.names()
+        for done, name in enumerate(names, start=1):
+            progress(done, len(names))
             manifest = None  # of a removal that was cut off, or a plain folder that took a pushed adapter's place
             with suppress(ObjectNotFound):
                 manifest = self.store.read(f"{name}/{MANIFEST_FILE}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -36,6 +36,7 @@ def build_catalog(
     mapping: Mapping[str, Sequence[str]] | None = None,
     scores: Mapping[str, Scores] | None = None,
     report: Report = logger.warning,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Catalog:
     """Represent the tasks and assign the adapters.
 
@@ -47,6 +48,7 @@ def build_catalog(
         scores: `{task: {adapter: {validation example: score}}}`, as matching makes them; tasks that have any rank
             their adapters by `lorauter.catalog.utility.worths`.
         report: is told of adapters that cannot be served, which are left out, and of what is odd about others.
+        progress: called with how many adapters were read, then tasks embedded, and how many there are.
 
     Raises:
         ConfigError: no tasks, two of one name, the mapping names a task or an adapter that is not there, or a score
@@ -54,10 +56,14 @@ def build_catalog(
         AdapterUnavailable, StoreError: the repository cannot be read.
     """
     tasks = sorted_tasks(tasks)
-    pool = read_pool(repository, report) if repository else Pool({})
+    pool = read_pool(repository, report, progress=progress) if repository else Pool({})
+    examples = []
+    for task in tasks:
+        examples.append(embed(task, encoder))
+        progress(len(examples), len(tasks))
     return assemble(
         tasks,
-        [embed(task, encoder) for task in tasks],
+        examples,
         assigned=_assign(tasks, pool, mapping or {}),
         scores=scores or {},
         adapters=pool.versions,

@@ -6,7 +6,7 @@ built anew from the same tasks, adapters, mapping and scores. Knows nothing of h
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository, Report
 from lorauter.catalog.build import assemble, embed, logger, of_own_name, sorted_tasks
@@ -26,6 +26,7 @@ def with_tasks(
     repository: AdapterRepository | None = None,
     scores: Mapping[str, Scores] | None = None,
     report: Report = logger.warning,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Catalog:
     """Add tasks, or replace those of the same names.
 
@@ -36,6 +37,7 @@ def with_tasks(
         repository: adapters are taken from it, as by `with_adapters`; else they are the catalog's.
         scores: `{task: {adapter: {validation example: score}}}` to add.
         report: as for `with_adapters`.
+        progress: called with how many tasks were embedded, then adapters read, and how many there are.
 
     Raises:
         CatalogError: another encoder.
@@ -44,13 +46,14 @@ def with_tasks(
     """
     catalog.check_encoder(encoder)
     known, parts = _scores(catalog), _parts(catalog)
-    for task in sorted_tasks(tasks):
+    for done, task in enumerate(sorted_tasks(tasks), start=1):
         before = parts.get(task.name)
         same = before is not None and before[0].validation == task.validation
         parts[task.name] = task, before[1] if before is not None and same else embed(task, encoder)
         if before is not None and not (same and before[0].metric == task.metric):
             known.pop(task.name)
-    pool = read_pool(repository, report, known=catalog.adapters) if repository else None
+        progress(done, len(tasks))
+    pool = read_pool(repository, report, known=catalog.adapters, progress=progress) if repository else None
     return _changed(catalog, parts=parts, pool=pool, known=known, added=scores)
 
 
@@ -69,6 +72,7 @@ def with_adapters(
     *,
     scores: Mapping[str, Scores] | None = None,
     report: Report = logger.warning,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Catalog:
     """Take the adapters and their versions anew from a repository: new ones come, and those that are gone go.
 
@@ -77,12 +81,14 @@ def with_adapters(
     Args:
         scores: `{task: {adapter: {validation example: score}}}` to add.
         report: is told of adapters that cannot be served, which are left out, and of what is odd about others.
+        progress: called with how many adapters were read, and how many there are.
 
     Raises:
         ConfigError: a score is of no validation example or not finite.
         AdapterUnavailable, StoreError: the repository cannot be read.
     """
-    return _changed(catalog, pool=read_pool(repository, report, known=catalog.adapters), added=scores)
+    pool = read_pool(repository, report, known=catalog.adapters, progress=progress)
+    return _changed(catalog, pool=pool, added=scores)
 
 
 def with_adapter(catalog: Catalog, *adapters: AdapterManifest) -> Catalog:

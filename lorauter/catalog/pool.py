@@ -6,7 +6,7 @@ the engine to say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -31,12 +31,19 @@ class Pool:
     left_out: frozenset[str] = frozenset()
 
 
-def read_pool(repository: AdapterRepository, report: Report, *, known: Mapping[str, str] | None = None) -> Pool:
+def read_pool(
+    repository: AdapterRepository,
+    report: Report,
+    *,
+    known: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Pool:
     """See which adapters there are, and which of them can be served.
 
     Args:
         report: is told which are left out and why, and what else is odd.
         known: `{adapter: version}` that were read before.
+        progress: called with the number of adapters that were looked at, and of all.
 
     Raises:
         AdapterUnavailable, StoreError: the store fails.
@@ -57,7 +64,8 @@ def read_pool(repository: AdapterRepository, report: Report, *, known: Mapping[s
     for name in repository.misnamed():
         report(f"left out: {AdapterRejected(MISNAMED, adapter=name)}")
     with ThreadPoolExecutor(_AT_ONCE) as workers:
-        for name, (found, warnings) in zip(names, workers.map(look, names), strict=True):
+        for done, (name, (found, warnings)) in enumerate(zip(names, workers.map(look, names), strict=True), start=1):
+            progress(done, len(names))
             for warning in warnings:
                 report(f"adapter {name!r}: {warning}")
             if isinstance(found, AdapterManifest):
