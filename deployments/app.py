@@ -25,6 +25,7 @@ from deployments.retriever import TaskRetriever
 from deployments.router import Router
 from lorauter.defaults import DEFAULT, resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
+from lorauter.models import pinned
 
 DEPLOYMENTS = ("Router", "QueryEmbedder", "TaskRetriever", "LoraModel", "CatalogEditor")
 
@@ -44,6 +45,8 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
     config = config.with_absolute_paths(Path.cwd())
     config = config.model_copy(
         update={
+            "base_model": pinned(config.base_model),
+            "encoder": pinned(config.encoder),
             "adapters": resolve_adapters(config.adapters),
             "catalog": None if config.catalog is None else resolve_catalog(config.catalog),
         }

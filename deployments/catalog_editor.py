@@ -39,7 +39,7 @@ from lorauter.catalog import (
 )
 from lorauter.catalog.catalog import PROBE_TEXT, pointed_version, read_adapters
 from lorauter.encoder import Embeddings
-from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, InvalidRequest, TaskNotFound
+from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, InvalidRequest, ReadOnlyStore, TaskNotFound
 from lorauter.tasks import Task
 
 _AT_ONCE = 16
@@ -222,7 +222,7 @@ class CatalogEditor:
         for name in no_adapters:
             try:
                 self._repository.remove(name)
-            except AdapterNotFound:
+            except (AdapterNotFound, ReadOnlyStore):  # one that can only be read keeps it, and nobody is served it
                 if name not in known:
                     raise
         if no_adapters and pointed_version(self._store) != catalog.version:  # somebody may have taken them in again

@@ -123,11 +123,12 @@ class AppConfig(Settings):
     """The `args` of the Serve app.
 
     Attributes:
-        base_model: "default" (SmolLM2-135M-Instruct), a Hugging Face id, or a folder.
+        base_model: "default" (SmolLM2-135M-Instruct), a Hugging Face id, a folder, or a store's URI (`hf://`, `s3://`,
+            `gs://`, `az://`).
         base_model_aliases: further names that adapters may give as their base model.
-        encoder: "default" (all-MiniLM-L6-v2), a Hugging Face id, or a folder.
-        adapters: the adapter store: "default" (the example pool), `s3://bucket/prefix`, or a folder.
-        catalog: "default" (the example tasks), `s3://bucket/prefix`, or a folder; it alone says which adapters are
+        encoder: "default" (all-MiniLM-L6-v2), or as a base model is named.
+        adapters: the adapter store: "default" (the example pool), a folder, or a store's URI.
+        catalog: "default" (the example tasks), a folder, or a store's URI; it alone says which adapters are
             served. Null, or left out where `adapters` is given: all of the store's adapters are served by name, each
             in its newest version, and nothing is routed.
         catalog_refresh_s: seconds between two looks at which version of the catalog is published, or, without one, at

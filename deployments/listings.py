@@ -21,6 +21,7 @@ from deployments.scope import Permitted, is_hidden, visible, visible_tasks
 from deployments.told import without_places
 from lorauter.errors import AdapterNotFound, InvalidRequest, TaskNotFound
 from lorauter.names import AdapterKey
+from lorauter.uris import called
 
 _MOST = 10_000  # rows of a page
 _DETAILED = 1000  # the same, of what is looked up for each row
@@ -65,7 +66,7 @@ class Listings:
     def __init__(self, service: Listed, context: int, base_model: str) -> None:
         self._service = service
         self._context = context
-        self._base_model = base_model.rstrip("/").rsplit("/", 1)[-1]  # a folder's place is nobody's business
+        self._base_model = called(base_model)  # a folder's place is nobody's business
         self._started = int(time.time())
 
     async def models(self, request: Request) -> Response:

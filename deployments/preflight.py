@@ -20,7 +20,7 @@ from deployments.config import AppConfig
 from deployments.fits import check_adapters, check_base_model
 from deployments.live_catalog import kept_folder
 from lorauter.catalog import Catalog
-from lorauter.defaults import load_encoder, resolve_catalog, resolve_encoder, resolve_model
+from lorauter.defaults import describe_model, load_encoder, resolve_catalog, resolve_encoder
 from lorauter.engine.cpu_kernels import load_kernels
 from lorauter.engine.model import ARCHITECTURES
 from lorauter.errors import CatalogError, ConfigError, StoreError
@@ -58,7 +58,7 @@ def checks(
     if config.access.closed:
         yield "keys", lambda: Access(config.access)
     yield "adapter cache", lambda: _check_writable(cache_folder(config.cache))
-    yield "base model", lambda: _check_base_model(resolve_model(config.base_model, notify))
+    yield "base model", lambda: _check_base_model(describe_model(config.base_model, notify))
     yield "encoder", lambda: resolve_encoder(config.encoder, notify)
     if config.catalog is None:
         yield "adapters", lambda: check_adapters(None, config, warn)

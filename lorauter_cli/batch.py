@@ -16,13 +16,11 @@ def batch(
         str, typer.Option(help="A .jsonl, .csv or .parquet file (text also .gz), or a folder of such; local or s3://.")
     ],
     output: Annotated[str, typer.Option(help="A folder for the parts, or s3://bucket/prefix.")],
-    catalog: Annotated[
-        str | None, typer.Option(help="The catalog: a folder, s3://bucket/prefix, or 'default'.")
-    ] = None,
+    catalog: Annotated[str | None, typer.Option(help="The catalog: a folder, a store's URI, or 'default'.")] = None,
     column: Annotated[str | None, typer.Option(help="The column of the prompts.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with any of the job's settings.")] = None,
     adapters: Annotated[
-        str | None, typer.Option(help="The adapter store: a folder, s3://bucket/prefix, or 'default'.")
+        str | None, typer.Option(help="The adapter store: a folder, a store's URI, or 'default'.")
     ] = None,
     format: Annotated[
         str | None, typer.Option(help="Of the output: jsonl, csv, parquet or openai; else the input's.")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 catalog_app = App(no_args_is_help=True, help="Task catalogs.")
 
-_Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
-_Catalog = Annotated[str, typer.Argument(help="The catalog: a folder or s3://bucket/prefix.")]
+_Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, an id, a store's URI, or 'default'.")]
+_Catalog = Annotated[str, typer.Argument(help="The catalog: a folder or a store's URI.")]
 _Tasks = "A folder of task files (.json, .json.gz), or 'default'."
 
 
@@ -41,7 +41,7 @@ class _By(StrEnum):
 @catalog_app.command("build")
 def build(
     tasks: Annotated[Path, typer.Option(help=_Tasks)],
-    out: Annotated[str, typer.Option(help="Where to publish: a folder or s3://bucket/prefix.")],
+    out: Annotated[str, typer.Option(help="Where to publish: a folder or a store's URI.")],
     adapters: Annotated[str | None, typer.Option(help="Their store, or 'default'; none routes to tasks alone.")] = None,
     mapping: Annotated[
         Path | None, typer.Option(help='A JSON file {"task": ["adapter", ...]}, the best adapter first.')
@@ -54,9 +54,9 @@ def build(
     scores: Annotated[
         Path | None, typer.Option(help="JSON lines that keep the scores; a run that was cut off goes on from them.")
     ] = None,
-    model: Annotated[str, typer.Option(help="The base model to try on: a folder, a Hugging Face id, or 'default'.")] = (
-        DEFAULT
-    ),
+    model: Annotated[
+        str, typer.Option(help="The base model to try on: a folder, an id, a store's URI, or 'default'.")
+    ] = (DEFAULT),
 ) -> None:
     """Build a catalog and publish it as the current version.
 

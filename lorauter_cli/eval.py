@@ -30,8 +30,8 @@ eval_app = App(no_args_is_help=True, help="Measure routing, and answers with and
 _CONFIGURED = "configured"
 
 _Tasks = Annotated[Path, typer.Option(help="A folder of task files (.json, .json.gz), or 'default'.")]
-_CatalogUri = Annotated[str, typer.Option(help="The catalog: a folder, s3://bucket/prefix, or 'default'.")]
-_Adapters = Annotated[str, typer.Option(help="The adapter store: a folder, s3://bucket/prefix, or 'default'.")]
+_CatalogUri = Annotated[str, typer.Option(help="The catalog: a folder, a store's URI, or 'default'.")]
+_Adapters = Annotated[str, typer.Option(help="The adapter store: a folder, a store's URI, or 'default'.")]
 _Methods = Annotated[str | None, typer.Option(help="Separated by commas; all, if not given.")]
 _Regimes = Annotated[str | None, typer.Option(help="in-domain, semi-OOD, OOD, separated by commas; all, if not given.")]
 _Split = Annotated[
@@ -40,8 +40,8 @@ _Split = Annotated[
 _Config = Annotated[
     Path | None, typer.Option(help="A YAML file of routing settings, which adds the method 'configured'.")
 ]
-_EncoderName = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
-_Model = Annotated[str, typer.Option(help="Base model: a folder, a Hugging Face id, or 'default'.")]
+_EncoderName = Annotated[str, typer.Option(help="Sentence encoder: a folder, an id, a store's URI, or 'default'.")]
+_Model = Annotated[str, typer.Option(help="Base model: a folder, an id, a store's URI, or 'default'.")]
 _Device = Annotated[str, typer.Option(help="'auto' is the GPU if there is one, else the CPU.")]
 _MaxBatch = Annotated[int | None, typer.Option(help="Queries answered at once.", min=1)]
 _LoraHub = Annotated[

@@ -28,7 +28,7 @@ from lorauter_cli.doctor import doctor
 from lorauter_cli.eval import eval_app
 from lorauter_cli.keys import keys_app
 from lorauter_cli.service import CONFIG_HELP, make_importable, shipped_config
-from lorauter_cli.stores import adapters_to_read, adapters_to_write, catalog_to_read, catalog_to_write
+from lorauter_cli.stores import adapters_from, adapters_to_read, adapters_to_write, catalog_to_read, catalog_to_write
 
 app = App(
     no_args_is_help=True,
@@ -47,7 +47,7 @@ app.command()(doctor)
 _BATCH = 256
 _DECIDED = ("tasks", "adapters", "confidence", "constrained")
 
-_Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, a Hugging Face id, or 'default'.")]
+_Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, an id, a store's URI, or 'default'.")]
 
 
 def main() -> None:
@@ -61,20 +61,23 @@ def main() -> None:
 
 @adapters_app.command("push")
 def push(
-    directory: Annotated[Path, typer.Argument(help="A PEFT adapter's folder, or a folder of such folders.")],
-    to: Annotated[str, typer.Option(help="The store: a folder or s3://bucket/prefix.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A PEFT adapter's folder, a folder of such folders, or another store: hf://owner/name@revision, ..."
+        ),
+    ],
+    to: Annotated[str, typer.Option(help="The store: a folder, s3://bucket/prefix, gs://... or az://...")],
     catalog: Annotated[
         str | None, typer.Option(help="A catalog that is to serve them: all of them become one new version of it.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Send again what the store seems to have.")] = False,
 ) -> None:
     """Validate adapters and publish them in a store, each under its folder's name."""
-    from lorauter.adapters import adapter_folders
-
     repository = adapters_to_write(to)
-    folders = list(adapter_folders(directory))
-    if not folders:
-        raise ConfigError(f"{directory} holds no adapter: no adapter_config.json in it or one level below")
+    adapters = adapters_from(source)
+    if not adapters:
+        raise ConfigError(f"{source} holds no adapter: no adapter_config.json in it or one level below")
     if catalog is not None:
         from lorauter.catalog import Catalog, change_catalog, current_version, with_adapter
 
@@ -83,14 +86,15 @@ def push(
             raise ConfigError(f"there is no catalog at {catalog}; build it by 'lorauter catalog build'")
     refused, pushed = 0, []
     try:
-        with counting(f"pushing {len(folders)} adapters", "adapters are done") as progress:
-            for done, folder in enumerate(folders, start=1):
+        with counting(f"pushing {len(adapters)} adapters", "adapters are done") as progress:
+            for done, adapter in enumerate(adapters, start=1):
                 try:
-                    pushed.append(repository.push(folder.absolute(), force=force, report=warn))
+                    with adapter as folder:
+                        pushed.append(repository.push(folder, force=force, report=warn))
                 except (AdapterError, Conflict) as error:
                     refused += 1
                     warn(f"refused: {error}")
-                progress(done, len(folders))
+                progress(done, len(adapters))
     finally:  # after the bar, and also what went before an error
         for manifest in pushed:
             typer.echo(f"{manifest.name}\t{manifest.version}\t{manifest.size} bytes")
@@ -107,13 +111,13 @@ def push(
         notify(
             "a catalog serves them once 'lorauter catalog change --refresh-adapters' or 'push --catalog' takes them in"
         )
-    notify(f"{len(folders) - refused} of {len(folders)} adapters are in {repository.store.uri}")
+    notify(f"{len(adapters) - refused} of {len(adapters)} adapters are in {repository.store.uri}")
     if refused:
         raise typer.Exit(1)
 
 
 @adapters_app.command("list")
-def list_adapters(store: Annotated[str, typer.Argument(help="A folder, s3://bucket/prefix, or 'default'.")]) -> None:
+def list_adapters(store: Annotated[str, typer.Argument(help="A folder, a store's URI, or 'default'.")]) -> None:
     """List a store's adapters: name, version, rank, bytes, base model."""
     repository = adapters_to_read(store)
     names = repository.names()
@@ -130,7 +134,7 @@ def list_adapters(store: Annotated[str, typer.Argument(help="A folder, s3://buck
 
 @adapters_app.command("prune")
 def prune(
-    store: Annotated[str, typer.Argument(help="A folder or s3://bucket/prefix.")],
+    store: Annotated[str, typer.Argument(help="A folder or a store's URI.")],
     catalogs: Annotated[
         list[str],
         typer.Option("--catalog", help="A catalog of these adapters, once for each: what its versions name stays."),
@@ -157,7 +161,7 @@ def prune(
 
 @app.command()
 def route(
-    catalog: Annotated[str, typer.Option(help="The catalog: a folder, s3://bucket/prefix, or 'default'.")],
+    catalog: Annotated[str, typer.Option(help="The catalog: a folder, a store's URI, or 'default'.")],
     input: Annotated[Path, typer.Option(help='JSON lines {"input": text, "exclude_tasks": [...], ...}.')],
     output: Annotated[
         Path, typer.Option(help="JSON lines: the input rows with `tasks`, `adapters` and `confidence` added.")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorauter.defaults import check_changeable, resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
+from lorauter.uris import is_uri
 from lorauter_cli.console import notify
 
 if TYPE_CHECKING:
@@ -51,6 +55,25 @@ def adapters_to_write(uri: str) -> AdapterRepository:
     return AdapterRepository(open_store(uri))
 
 
+def adapters_from(source: str) -> list[AbstractContextManager[Path]]:
+    """The adapters of a folder, or of another store: a folder of each, which may be there no longer than it is used."""
+    from lorauter.adapters import AdapterRepository, adapter_folders, open_store
+
+    if not is_uri(source):
+        return [nullcontext(folder.absolute()) for folder in adapter_folders(Path(source))]
+    repository = AdapterRepository(open_store(source))
+    return [_fetched(repository, name) for name in repository.newest()]
+
+
+@contextmanager
+def _fetched(repository: AdapterRepository, name: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        folder.mkdir()
+        repository.download(repository.manifest(name), folder)
+        yield folder
+
+
 def _check_folder(uri: str, message: str, setting: str) -> None:
-    if "://" not in uri and not Path(uri).expanduser().is_dir():
+    if not is_uri(uri) and not Path(uri).expanduser().is_dir():
         raise ConfigError(message.format(uri=uri), setting=setting)

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import obstore.store
 import pytest
 import torch
 from command_line import Cli, Ran
+from hub_server import HubServer
 from local_s3 import LocalS3
 from safetensors.torch import save_file
 
 import lorauter.adapters.s3
+from lorauter.adapters.clouds import CloudStore
 from lorauter.adapters.store import MemoryStore, ObjectStore, open_store
 from lorauter.adapters.weights import CONFIG_FILE, TARGETS, WEIGHTS_FILE
 from lorauter.encoder import HashingEncoder
@@ -87,11 +90,34 @@ def bucket(s3: S3Server, tmp_path: Path) -> str:
     return s3.bucket(tmp_path.name.replace("_", "-").lower().strip("-") + "-bucket")
 
 
-@pytest.fixture(params=["memory", "directory", "s3"])
+@pytest.fixture
+def hub_server(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hugging Face hub, empty, that this process and those it starts ask; with an empty cache, and no token."""
+    from huggingface_hub import constants
+
+    server, home = HubServer(), tmp_path_factory.mktemp("hub")
+    server.start()
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setenv("HF_HOME", str(home))
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "directory", "s3", "gs"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     """An empty store of every kind in turn."""
     if request.param == "memory":
         return MemoryStore()
+    if request.param == "gs":  # which az:// is too, but for what talks to it
+        objects = obstore.store.MemoryStore()
+        return CloudStore("gs://bucket/below", (objects, objects))
     return open_store(
         tmp_path / "store" if request.param == "directory" else request.getfixturevalue("bucket") + "/below"
     )

@@ -153,7 +153,7 @@ def test_a_model_stays_as_it_is_where_there_is_one(
     with pytest.raises(ConfigError, match=r"cannot be reached \(no route\)"):
         resolve("org/far")
     assert asked == ["org/model", "org/private", "org/far"]
-    for wrong in ("/a/folder", "s3://bucket/prefix", "a b"):
+    for wrong in ("/a/folder", "s3:bucket/prefix", "a b"):
         with pytest.raises(ConfigError, match="neither a folder nor a Hugging Face id"):
             resolve(wrong)
 

@@ -42,6 +42,7 @@ from deployments.room import Watch, look
 from deployments.startup import explained
 from lorauter.defaults import resolve_encoder, resolve_model
 from lorauter.errors import BatchError, ConfigError, LorauterError
+from lorauter.models import pinned
 
 _Outcomes = queue.Queue[Done | BaseException | None]
 """What comes out of the pipeline: shards, an error, or None in the end."""
@@ -106,6 +107,9 @@ def run_job(
         StoreError: input or output cannot be reached.
     """
     config = resolved(config)
+    config = config.model_copy(
+        update={"base_model": pinned(config.base_model), "encoder": pinned(config.encoder)}  # for as long as it takes
+    )
     input, output = _absolute(input), _absolute(output)
     _check_places(input, output)
     before = read_manifest(output)

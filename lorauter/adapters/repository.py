@@ -13,6 +13,9 @@ a reader sees the old version or the new one, whole, and of two who push at once
 version then comes from the store's own tags of both files, and there is no other: once somebody has overwritten one of
 them, the version that a catalog names is not there any more.
 
+In a store that keeps its own history (`store.Versioned`) a plain folder's version is the commit, and every commit is
+there: an adapter that a catalog names stays what it was, whatever is committed later.
+
 Which version of an adapter is the newest is asked by who makes a catalog. Who serves what a catalog says asks for that
 version, and for no other.
 """
@@ -34,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from lorauter.adapters.foreign import what_is_missing
-from lorauter.adapters.store import ObjectStore
+from lorauter.adapters.store import ObjectStore, Versioned
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
 from lorauter.errors import (
     AdapterNotFound,
@@ -52,6 +55,7 @@ MANIFEST_FILE = "adapter.json"
 _AT_ONCE = 16  # manifests that are read at the same time
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _VERSION = re.compile(r"[0-9a-f]{16}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ATTEMPTS = 3
 
 MISNAMED = f"the name is not allowed; use {RULE}, and none of {sorted(RESERVED)}"
@@ -126,7 +130,7 @@ class AdapterManifest:
                 for row in [data["files"][file]]
             }
             version = data["version"]
-            if data["name"] != name or not _VERSION.fullmatch(version):
+            if data["name"] != name or not (_VERSION.fullmatch(version) or _COMMIT.fullmatch(version)):
                 raise ValueError("name or version is not as expected")
             return cls(name, version, files, str(data.get("base_model", "")), data.get("rank"))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -157,11 +161,12 @@ class AdapterRepository:
         """
         if not _may_be_called(name):
             raise AdapterNotFound(f"no such adapter; a name is {RULE}", adapter=name)
-        if version is not None and not _VERSION.fullmatch(version):
+        if version is not None and not (_VERSION.fullmatch(version) or _COMMIT.fullmatch(version)):
             raise AdapterNotFound(f"{version[:80]!r} is no version", adapter=name)
         try:
-            found = None if version is None else self._read_manifest(name, f"{name}/{version}/{MANIFEST_FILE}")
-            found = found or self._read_manifest(name, f"{name}/{MANIFEST_FILE}") or self._plain_manifest(name)
+            store = self._at(version)
+            found = None if version is None else _read_manifest(store, name, f"{name}/{version}/{MANIFEST_FILE}")
+            found = found or _read_manifest(store, name, f"{name}/{MANIFEST_FILE}") or _plain_manifest(store, name)
         except ObjectNotFound as error:
             raise AdapterNotFound("is not in the store", adapter=name) from error
         except StoreError as error:
@@ -182,7 +187,8 @@ class AdapterRepository:
         Raises:
             StoreError, AdapterUnavailable.
         """
-        tags = self.store.fingerprints(_is_head)
+        store = self._at(None)
+        tags = store.fingerprints(_is_head)
         heads = {name: tag for key, tag in tags.items() for name, file in [key.split("/")] if file == MANIFEST_FILE}
         changed = [name for name, tag in heads.items() if self._heads.get(name, (None,))[0] != tag]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -192,7 +198,7 @@ class AdapterRepository:
         for name in {key.split("/")[0] for key in tags} - heads.keys():
             files = {file: tags[f"{name}/{file}"] for file in _FILES if f"{name}/{file}" in tags}
             if len(files) == len(_FILES):
-                found[name] = _plain_version(files)
+                found[name] = _plain_version(store, files)
         return {name: found[name] for name in sorted(found)}
 
     def _newest_of(self, name: str) -> str | None:
@@ -203,21 +209,11 @@ class AdapterRepository:
             logger.warning("%s", error)
             return None
 
-    def _read_manifest(self, name: str, key: str) -> AdapterManifest | None:
-        try:
-            return AdapterManifest.from_json(json.loads(self.store.read(key)), name=name)
-        except ObjectNotFound:
-            return None
-
-    def _plain_manifest(self, name: str) -> AdapterManifest:
-        tags = {CONFIG_FILE: self.store.fingerprint(f"{name}/{CONFIG_FILE}")}
-        try:
-            tags[WEIGHTS_FILE] = self.store.fingerprint(f"{name}/{WEIGHTS_FILE}")
-        except ObjectNotFound as error:
-            what = what_is_missing(key.removeprefix(f"{name}/") for key in self.store.files(name))
-            raise AdapterRejected(f"{WEIGHTS_FILE} cannot be read: {what}", adapter=name) from error
-        files = {file: StoredFile(f"{name}/{file}", size, None) for file, (size, _) in tags.items()}
-        return AdapterManifest(name, _plain_version(tags), files)
+    def _at(self, version: str | None) -> ObjectStore:
+        """Where a version is, or the newest one, if the store keeps its own history: as it was at that commit."""
+        if isinstance(self.store, Versioned) and (version is None or _COMMIT.fullmatch(version)):
+            return self.store.at(version)
+        return self.store
 
     def download(self, manifest: AdapterManifest, target: Path) -> None:
         """Copy an adapter's files into the folder `target` and verify each by size and hash.
@@ -227,8 +223,9 @@ class AdapterRepository:
             AdapterNotFound: a plain folder was replaced meanwhile. Nothing in `target` may then be used.
         """
         try:
+            store = self._at(manifest.version)
             for name, file in manifest.files.items():
-                self.store.download(file.key, target / name)
+                store.download(file.key, target / name)
         except (StoreError, OSError) as error:
             raise AdapterUnavailable(f"{name} cannot be downloaded: {error}", adapter=manifest.name) from error
         manifest.check_files(target, self.store.uri)
@@ -419,8 +416,28 @@ def _is_head(key: str) -> bool:
     return file in (MANIFEST_FILE, *_FILES) and _may_be_called(name)
 
 
-def _plain_version(tags: Mapping[str, tuple[int, str]]) -> str:
-    """A plain folder's version, by its files' fingerprints, in the order of `_FILES`."""
+def _read_manifest(store: ObjectStore, name: str, key: str) -> AdapterManifest | None:
+    try:
+        return AdapterManifest.from_json(json.loads(store.read(key)), name=name)
+    except ObjectNotFound:
+        return None
+
+
+def _plain_manifest(store: ObjectStore, name: str) -> AdapterManifest:
+    tags = {CONFIG_FILE: store.fingerprint(f"{name}/{CONFIG_FILE}")}
+    try:
+        tags[WEIGHTS_FILE] = store.fingerprint(f"{name}/{WEIGHTS_FILE}")
+    except ObjectNotFound as error:
+        what = what_is_missing(key.removeprefix(f"{name}/") for key in store.files(name))
+        raise AdapterRejected(f"{WEIGHTS_FILE} cannot be read: {what}", adapter=name) from error
+    files = {file: StoredFile(f"{name}/{file}", size, None) for file, (size, _) in tags.items()}
+    return AdapterManifest(name, _plain_version(store, tags), files)
+
+
+def _plain_version(store: ObjectStore, tags: Mapping[str, tuple[int, str]]) -> str:
+    """A plain folder's version: the store's own, or by its files' fingerprints, in the order of `_FILES`."""
+    if isinstance(store, Versioned):
+        return store.commit()
     return hashlib.sha256(json.dumps(tags).encode()).hexdigest()[:16]
 
 

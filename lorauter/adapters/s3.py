@@ -6,16 +6,15 @@ file. `AWS_REQUEST_CHECKSUM_CALCULATION` and `AWS_RESPONSE_CHECKSUM_VALIDATION` 
 stores that break on botocore's default checksums. Knows nothing of what the objects hold.
 
 Not every store has conditional writes, and some ignore the condition without a word (`rclone serve s3`). So nothing
-depends on them alone: writers take turns by `s3_lock`, and the condition comes on top of it.
+depends on them alone: writers take turns by `object_lock`, and the condition comes on top of it.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -33,8 +32,9 @@ from botocore.exceptions import (
     ParamValidationError,
 )
 
-from lorauter.adapters import s3_lock
-from lorauter.adapters.store import LOCKS, Locked
+from lorauter.adapters import object_lock
+from lorauter.adapters.parts import buffered
+from lorauter.adapters.store import Locked
 from lorauter.errors import BucketNotFound, ConfigError, Conflict, ObjectNotFound, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ _ADVICE = {
     401: "; the store takes no such credentials: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     403: "; the store refuses these credentials: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do",
 }
-_PART = 4 << 20  # bytes of a ranged read at least
 _CONNECT_S = 2.0  # of the brief client
 _Kind = Literal["whole", "unchecked", "brief"]
 _client: dict[_Kind, S3Client] | None = None
@@ -60,7 +59,7 @@ def _shared_client(kind: _Kind = "whole") -> S3Client:
 
     The unchecked one asks for no checksums: some stores send the whole object's, which no part of it has, and a fault
     that comes with one botocore cannot read. The brief one, for what is done under a lock, gives up after
-    `s3_lock.REQUEST_S`, and does nothing twice.
+    `object_lock.REQUEST_S`, and does nothing twice.
     """
     global _client, _client_pid
     with _client_lock:
@@ -80,7 +79,7 @@ def _shared_client(kind: _Kind = "whole") -> S3Client:
                     Config(
                         retries={"mode": "standard", "total_max_attempts": 1},
                         connect_timeout=_CONNECT_S,
-                        read_timeout=s3_lock.REQUEST_S - _CONNECT_S,
+                        read_timeout=object_lock.REQUEST_S - _CONNECT_S,
                     )
                 )
                 configs: dict[_Kind, Config] = {"whole": config, "unchecked": unchecked, "brief": brief}
@@ -158,7 +157,7 @@ class S3Store:
 
     def open(self, key: str) -> BinaryIO:
         size, _ = self.fingerprint(key)
-        return io.BufferedReader(_Parts(self, key, size), _PART)
+        return buffered(self, key, size)
 
     def read_part(self, key: str, start: int, length: int) -> bytes:
         """Bytes of an object from `start`; at least one, and none beyond its end may be asked for."""
@@ -220,10 +219,8 @@ class S3Store:
         with self._errors(key):
             _shared_client().delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
-    @contextmanager
-    def locked(self, key: str) -> Iterator[Locked]:
-        with s3_lock.turn(_Claims(self, f"{LOCKS}/{key}/"), f"{self.uri}/{key}") as lease:
-            yield _Held(self, key, lease)
+    def locked(self, key: str) -> AbstractContextManager[Locked]:
+        return object_lock.locked(self, key)
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
         """An object and its ETag."""
@@ -231,14 +228,21 @@ class S3Store:
             answer = _shared_client("unchecked").get_object(Bucket=self._bucket, Key=self._prefix + key)
             return answer["Body"].read(), answer["ETag"]
 
-    def put(self, key: str, content: bytes, **condition: Any) -> str:
-        """Write an object, once and soon or not at all; returns its ETag.
+    def put_once(self, key: str, content: bytes) -> None:
+        """Write an object, soon or not at all."""
+        self._put(key, content)
+
+    def replace_once(self, key: str, content: bytes, tag: str | None) -> str:
+        """The same, if the object's ETag is this one, or if it is not there (None); returns the new one.
 
         Stores that know no conditions ignore them or say that they are not implemented; both are taken for no.
 
         Raises:
-            Conflict: the condition, `IfMatch` or `IfNoneMatch`, does not hold.
+            Conflict: it is another.
         """
+        return self._put(key, content, **({"IfMatch": tag} if tag else {"IfNoneMatch": "*"}))
+
+    def _put(self, key: str, content: bytes, **condition: Any) -> str:
         with self._errors(key):
             where: dict[str, Any] = {"Bucket": self._bucket, "Key": self._prefix + key, "Body": content}
             try:
@@ -261,87 +265,3 @@ class S3Store:
         with self._errors(prefix):
             found = _shared_client("brief").list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix)
         return sorted(entry["Key"].rpartition("/")[2] for entry in found.get("Contents", []))
-
-
-class _Claims:
-    """The objects below one prefix, as `s3_lock` needs them."""
-
-    def __init__(self, store: S3Store, prefix: str) -> None:
-        self._store, self._prefix = store, prefix
-
-    def names(self) -> list[str]:
-        return self._store.claims(self._prefix)
-
-    def put(self, name: str) -> None:
-        self._store.put(f"{self._prefix}{name}", b"")
-
-    def delete(self, name: str) -> None:
-        self._store.delete_once(f"{self._prefix}{name}")
-
-
-class _Held:
-    """A locked object. The store's own condition, where it has one, holds against whoever asks for no lock, too."""
-
-    def __init__(self, store: S3Store, key: str, lease: s3_lock.Lease) -> None:
-        self._store, self._key, self._lease = store, key, lease
-        self.content, self._tag = self._read()
-
-    def write(self, content: bytes) -> None:
-        condition = {"IfMatch": self._tag} if self._tag else {"IfNoneMatch": "*"}
-        for attempt in range(2):
-            self._lease.check()
-            try:
-                self._tag = self._store.put(self._key, content, **condition)
-                break
-            except ObjectNotFound as error:
-                if self._tag is None:  # there is no bucket
-                    raise
-                raise Conflict(f"{self._store.uri}/{self._key} was deleted meanwhile; try again") from error
-            except StoreUnavailable:
-                now, self._tag = self._read()
-                if now == content:  # it came, though the answer did not
-                    break
-                if attempt or now != self.content:
-                    raise
-        self.content = content
-
-    def delete(self, key: str) -> None:
-        self._lease.check()
-        self._store.delete_once(key)
-
-    def _read(self) -> tuple[bytes | None, str | None]:
-        try:
-            return self._store.read_tagged(self._key)
-        except ObjectNotFound:
-            return None, None
-
-
-class _Parts(io.RawIOBase):
-    """An object as a file, read by ranges."""
-
-    def __init__(self, store: S3Store, key: str, size: int) -> None:
-        super().__init__()
-        self._store, self._key, self._size, self._place = store, key, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        self._place = max(0, origin + offset)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._size - self._place)
-        if length <= 0:
-            return 0
-        content = self._store.read_part(self._key, self._place, length)
-        buffer[: len(content)] = content
-        self._place += len(content)
-        return len(content)

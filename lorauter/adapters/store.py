@@ -1,8 +1,8 @@
 """The object-store seam, a directory behind it, and the fake for tests.
 
 A store maps keys (relative, `/`-separated) to bytes. What several writers share, a pointer, they change by turns
-(`locked`), and only if it is still what they saw. Knows nothing of adapters or catalogs. `lorauter.adapters.s3` has
-the S3 store; `open_store` picks one by URI.
+(`locked`), and only if it is still what they saw. Knows nothing of adapters or catalogs. `open_store` picks a store by
+its URI: `lorauter.adapters.s3` has S3's, `clouds` Google's and Azure's, `hub` the Hugging Face hub's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from filelock import FileLock, Timeout
 
 from lorauter.errors import ConfigError, Conflict, ObjectNotFound, StoreUnavailable
+from lorauter.uris import STORES
 
 LOCKS = ".locks"
 """Where a store keeps what its locks need."""
@@ -90,6 +91,17 @@ class ObjectStore(Protocol):
         Raises:
             StoreUnavailable: it is not to be had within WAIT_S.
         """
+
+
+@runtime_checkable
+class Versioned(ObjectStore, Protocol):
+    """A store that keeps its own history, in commits (40 hexadecimal digits)."""
+
+    def commit(self) -> str:
+        """What it is at now. Raises StoreError."""
+
+    def at(self, commit: str | None = None) -> Versioned:
+        """The store as it was at a commit, or stays from now on. Raises ObjectNotFound: there is no such commit."""
 
 
 @dataclass
@@ -318,10 +330,11 @@ class MemoryStore:
 
 
 def open_store(uri: str | Path) -> ObjectStore:
-    """A store by its URI: `s3://bucket/prefix`, `file:///path`, or a path.
+    """A store by its URI: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`,
+    `hf://owner/name@revision/path`, `file:///path`, or a path.
 
     Raises:
-        ConfigError: the scheme is another one, or the S3 URI names no bucket.
+        ConfigError: the scheme is another one, no bucket or repository is named, or what reads it is not installed.
     """
     text = str(uri)
     scheme, separator, rest = text.partition("://")
@@ -330,7 +343,15 @@ def open_store(uri: str | Path) -> ObjectStore:
     if scheme == "file":
         return DirectoryStore(Path(rest))
     if scheme == "s3":
-        from lorauter.adapters.s3 import S3Store  # boto3 loads only where S3 is used
+        from lorauter.adapters.s3 import S3Store  # each loads only where it is used
 
         return S3Store.from_uri(text)
-    raise ConfigError(f"{text!r}: unknown scheme {scheme!r}; use s3://bucket/prefix or a path")
+    if scheme in ("gs", "az"):
+        from lorauter.adapters.clouds import CloudStore
+
+        return CloudStore(text)
+    if scheme == "hf":
+        from lorauter.adapters.hub import HubStore
+
+        return HubStore(text)
+    raise ConfigError(f"{text!r}: unknown scheme {scheme!r}; use {STORES}")

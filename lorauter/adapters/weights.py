@@ -17,6 +17,7 @@ from lorauter.adapters.foreign import WEIGHTS_FILE
 from lorauter.adapters.peft_config import CONFIG_FILE, TARGETS, PeftConfig
 from lorauter.adapters.tensors import NOT_IN_LAYERS, module_of, read_tensors
 from lorauter.errors import AdapterRejected
+from lorauter.uris import called
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +185,7 @@ def model_name(name: str) -> str:
     The last part of a path (also of Windows, and of ModelScope, which writes dots as ___) or of a hub id; of a snapshot
     in the hub's cache (`models--org--name/snapshots/hash`) the model's.
     """
+    name = called(name) if name.startswith("hf://") else name
     parts = name.replace("\\", "/").replace("___", ".").rstrip("/").lower().split("/")
     for below in range(min(3, len(parts))):  # parts behind it: none, "snapshots", or that and a hash
         stem = parts[-1 - below].removeprefix("models--")

@@ -16,7 +16,7 @@ import pytest
 from conditional_s3 import ConditionalS3
 
 import lorauter.adapters.s3
-from lorauter.adapters import s3_lock
+from lorauter.adapters import object_lock
 from lorauter.adapters import store as stores
 from lorauter.adapters.store import DirectoryStore, MemoryStore, ObjectStore, open_store
 from lorauter.errors import Conflict, ObjectNotFound, StoreUnavailable
@@ -96,7 +96,7 @@ def test_who_asks_for_no_lock_is_not_overwritten_where_that_can_be_seen(tmp_path
 def test_who_dies_with_the_lock_gives_it_back(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_lock, "LEASE_S", 2.0)
+    monkeypatch.setattr(object_lock, "LEASE_S", 2.0)
     uri = str(tmp_path) if kind == "directory" else request.getfixturevalue("bucket")
     process = subprocess.Popen([sys.executable, "-c", DYING, uri], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -124,7 +124,7 @@ def test_who_dies_with_the_lock_gives_it_back(
 
 def test_who_waits_too_long_is_told(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "WAIT_S", 0.3)
-    monkeypatch.setattr(s3_lock, "WAIT_S", 0.3)
+    monkeypatch.setattr(object_lock, "WAIT_S", 0.3)
     with (
         store.locked("CURRENT"),
         pytest.raises(StoreUnavailable, match=r"other writers have had their turns.*try again"),
@@ -153,7 +153,7 @@ def test_a_missing_bucket_and_a_store_that_is_down_are_told_soon(s3: Any, bucket
 
 
 def test_a_slow_holder_changes_nothing_once_its_turn_may_be_over(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_lock, "_HOLD_S", 0.2)
+    monkeypatch.setattr(object_lock, "_HOLD_S", 0.2)
     store = open_store(bucket)
     store.write("CURRENT", b"old")
     with store.locked("CURRENT") as held:
@@ -182,17 +182,17 @@ def test_first_come_first_served_whoever_claims_later(monkeypatch: pytest.Monkey
                 self.there.remove(name)
 
     claims = Claims()
-    monkeypatch.setattr(s3_lock, "WAIT_S", 0.3)
-    with pytest.raises(StoreUnavailable), s3_lock.turn(claims, "it"):
+    monkeypatch.setattr(object_lock, "WAIT_S", 0.3)
+    with pytest.raises(StoreUnavailable), object_lock.turn(claims, "it"):
         pass
     assert claims.put_at == [], "nobody claims before who came earlier"
     claims.there[0] = f"{9:020d}".replace("0", "9") + "-a-later-one-1"
-    with pytest.raises(StoreUnavailable), s3_lock.turn(claims, "it"):
+    with pytest.raises(StoreUnavailable), object_lock.turn(claims, "it"):
         pass
     assert len(claims.put_at) >= 1, "a later one is outstayed"
     assert len(claims.there) == 1, "and who leaves takes its claim away"
-    monkeypatch.setattr(s3_lock, "LEASE_S", 0.1)
-    with s3_lock.turn(claims, "it") as lease:
+    monkeypatch.setattr(object_lock, "LEASE_S", 0.1)
+    with object_lock.turn(claims, "it") as lease:
         lease.check()
         assert len(claims.there) == 1
         assert "a-later-one" not in claims.there[0]
@@ -244,12 +244,12 @@ def test_a_writer_that_stood_still_for_longer_than_its_turn_overwrites_nothing(
     conditional: ConditionalS3, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing but the store's own condition can help: the clock was looked at before."""
-    monkeypatch.setattr(s3_lock, "LEASE_S", 0.3)
+    monkeypatch.setattr(object_lock, "LEASE_S", 0.3)
     store = open_store(bucket)
     with store.locked("CURRENT") as sleeper:
         with store.locked("CURRENT") as other:
             other.write(b"of the other")
-        monkeypatch.setattr(s3_lock, "_HOLD_S", 60.0)
+        monkeypatch.setattr(object_lock, "_HOLD_S", 60.0)
         with pytest.raises(Conflict, match="changed meanwhile"):
             sleeper.write(b"of the sleeper")
     assert store.read("CURRENT") == b"of the other"
@@ -259,7 +259,7 @@ def test_a_writer_that_stood_still_for_longer_than_its_turn_overwrites_nothing(
 def test_who_stands_still_with_the_lock_blocks_nobody_for_ever(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_lock, "LEASE_S", 1.0)
+    monkeypatch.setattr(object_lock, "LEASE_S", 1.0)
     monkeypatch.setattr(stores, "WAIT_S", 1.0)
     uri = str(tmp_path) if kind == "directory" else request.getfixturevalue("bucket")
     process = subprocess.Popen([sys.executable, "-c", DYING, uri], stdout=subprocess.PIPE, text=True)

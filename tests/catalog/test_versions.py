@@ -13,7 +13,7 @@ from typing import Any
 import publishing
 import pytest
 
-from lorauter.adapters import AdapterManifest, MemoryStore, ObjectStore, s3_lock
+from lorauter.adapters import AdapterManifest, MemoryStore, ObjectStore, object_lock
 from lorauter.catalog import (
     Catalog,
     build_catalog,
@@ -310,7 +310,7 @@ def test_a_writer_that_is_killed_blocks_nobody_for_long_and_breaks_nothing(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3_lock, "LEASE_S", 2.0)  # for which the others wait
+    monkeypatch.setattr(object_lock, "LEASE_S", 2.0)  # for which the others wait
     uri = str(tmp_path / "catalog") if kind == "directory" else request.getfixturevalue("bucket")
     first.save(uri)
     killed = subprocess.run([sys.executable, "-c", DYING, uri, when], check=False, capture_output=True, text=True)

@@ -5,7 +5,7 @@ so that never two see none but theirs. Who came first keeps its claim and waits 
 claim that stays the same for LEASE_S, by the clock of whoever waits, is a dead writer's, and is taken away; a living
 one begins nothing under a claim that is older than _HOLD_S. This needs no more of a store than that a listing shows
 what was written before. It is no proof against a writer that stands still between its last look at the clock and its
-request: where the store has conditional writes, they are (see `lorauter.adapters.s3`).
+request: where the store has conditional writes, they are on top of it (`locked`). Knows no store.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
-from lorauter.adapters.store import WAIT_S, busy
-from lorauter.errors import Conflict, StoreError, StoreUnavailable
+from lorauter.adapters.store import LOCKS, WAIT_S, Locked, busy
+from lorauter.errors import Conflict, ObjectNotFound, StoreError, StoreUnavailable
 
 REQUEST_S = 7.0
 """Seconds after which a request under a lock has failed."""
@@ -63,6 +63,92 @@ def turn(claims: Claims, uri: str) -> Iterator[Lease]:
         yield Lease(uri, claimant.wait(uri))
     finally:
         claimant.withdraw()
+
+
+class Lockable(Protocol):
+    """A store of objects, as far as a lock needs it. Every request is made once, and has failed after REQUEST_S."""
+
+    @property
+    def uri(self) -> str:
+        """Where this is, for messages."""
+
+    def read_tagged(self, key: str) -> tuple[bytes, Any]:
+        """An object and the tag of its content. Raises ObjectNotFound."""
+
+    def put_once(self, key: str, content: bytes) -> None:
+        """Write an object."""
+
+    def replace_once(self, key: str, content: bytes, tag: Any | None) -> Any:
+        """Write an object whose tag is this, or that is not there (None), and return its new tag.
+
+        Raises Conflict: it is another, where the store can tell.
+        """
+
+    def delete_once(self, key: str) -> None:
+        """Remove an object, if it is there."""
+
+    def claims(self, prefix: str) -> list[str]:
+        """The last parts of the names of the objects below a prefix, a thousand at least, sorted."""
+
+
+@contextmanager
+def locked(store: Lockable, key: str) -> Iterator[Locked]:
+    """An object for one writer at a time; see `ObjectStore.locked`."""
+    with turn(_Claims(store, f"{LOCKS}/{key}/"), f"{store.uri}/{key}") as lease:
+        yield _Held(store, key, lease)
+
+
+class _Claims:
+    """The objects below one prefix."""
+
+    def __init__(self, store: Lockable, prefix: str) -> None:
+        self._store, self._prefix = store, prefix
+
+    def names(self) -> list[str]:
+        return self._store.claims(self._prefix)
+
+    def put(self, name: str) -> None:
+        self._store.put_once(f"{self._prefix}{name}", b"")
+
+    def delete(self, name: str) -> None:
+        self._store.delete_once(f"{self._prefix}{name}")
+
+
+class _Held:
+    """A locked object. The store's own condition, where it has one, holds against whoever asks for no lock, too."""
+
+    def __init__(self, store: Lockable, key: str, lease: Lease) -> None:
+        self._store, self._key, self._lease = store, key, lease
+        self.content, self._tag = self._read()
+
+    def write(self, content: bytes) -> None:
+        tag = self._tag
+        for attempt in range(2):
+            self._lease.check()
+            try:
+                self._tag = self._store.replace_once(self._key, content, tag)
+                break
+            except ObjectNotFound as error:
+                if tag is None:  # there is no bucket
+                    raise
+                raise Conflict(f"{self._store.uri}/{self._key} was deleted meanwhile; try again") from error
+            except StoreUnavailable:
+                now, self._tag = self._read()
+                if now == content:  # it came, though the answer did not
+                    break
+                if attempt or now != self.content:
+                    raise
+        self.content = content
+
+    def delete(self, key: str) -> None:
+        self._lease.check()
+        self._store.delete_once(key)
+
+    def _read(self) -> tuple[bytes | None, Any]:
+        try:
+            return self._store.read_tagged(self._key)
+        except ObjectNotFound:
+            return None, None
 
 
 class _Claimant:
