@@ -201,7 +201,7 @@ class Service:
 
     def __init__(self, config: Path, port: int, folder: Path) -> None:
         self._port, self._log = port, folder / "serve.log"
-        command = [str(Path(sys.executable).parent / "lorauter"), "serve", "--config", str(config)]
+        command = [sys.executable, "-m", "lorauter_cli", "serve", "--config", str(config)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -384,7 +384,7 @@ def random_pool(shape: str, folder: Path) -> dict[str, Any]:
                 tensors[f"{stem}.lora_A.weight"] = torch.randn(16, hidden) / hidden**0.5
                 tensors[f"{stem}.lora_B.weight"] = torch.randn(width, 16) / 64
         safetensors.torch.save_file(tensors, one / "adapter_model.safetensors")
-    command = [str(Path(sys.executable).parent / "lorauter"), "catalog", "build"]
+    command = [sys.executable, "-m", "lorauter_cli", "catalog", "build"]
     command += ["--tasks", str(ROOT / "examples" / "tasks"), "--adapters", str(adapters), "--out", str(catalog)]
     subprocess.run(command, check=True)
     return {"base_model": str(model), "adapters": str(adapters), "catalog": str(catalog)}
