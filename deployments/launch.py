@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,9 +164,11 @@ def serve_forever(
     config = file.config.with_absolute_paths(Path.cwd())
     catalog = None
     if address is None:
-        with phase("checking the configuration, and preparing what it names"):
+        what = "checking the configuration, and preparing what it names"
+        with phase(what), ThreadPoolExecutor(1) as beside:  # the compiler, which runs on a core of its own
+            device = beside.submit(check_device, config.engine.device, config.engine.dtype)
             catalog = preflight(config, lambda text: notify(f"warning: {text}"), notify)
-            check_device(config.engine.device, config.engine.dtype)
+            device.result()
     runs = False
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("OTEL_SERVICE_NAME", "lorauter")
