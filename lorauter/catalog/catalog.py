@@ -82,6 +82,7 @@ class Catalog:
         adapters: version of every adapter that was in the store when the catalog was built.
         encoder: name of the encoder, informational.
         base_model: base model of the adapters, informational.
+        composed: of every adapter that was composed for a task from others, these with the versions that went into it.
     """
 
     tasks: tuple[CatalogTask, ...]
@@ -91,6 +92,7 @@ class Catalog:
     adapters: Mapping[str, str]
     encoder: str
     base_model: str
+    composed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def dimension(self) -> int:
@@ -142,8 +144,19 @@ class Catalog:
             ],
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         }
+        if self.composed:
+            head["composed"] = {name: dict(sources) for name, sources in self.composed.items()}
         files[HEAD_FILE] = json.dumps(head, sort_keys=True, ensure_ascii=False, indent=1).encode()
         return files
+
+    @property
+    def stale(self) -> dict[str, list[str]]:
+        """Composed adapters of which sources are gone or have another version by now: `{adapter: [source, ...]}`."""
+        changed = {
+            name: sorted(source for source, version in sources.items() if self.adapters.get(source) != version)
+            for name, sources in self.composed.items()
+        }
+        return {name: sources for name, sources in changed.items() if sources}
 
     def check_encoder(self, encoder: Encoder) -> None:
         """Raise CatalogError unless `encoder` embeds as the one that the catalog was built with."""
@@ -241,6 +254,7 @@ class Catalog:
             adapters=head["adapters"],
             encoder=head["encoder"],
             base_model=head["base_model"],
+            composed={str(name): dict(sources) for name, sources in head.get("composed", {}).items()},
             **{name: _array(files[f"{name}.npy"]) for name in _ARRAYS},
         )
         rerank = {Path(name).stem: _array(raw) for name, raw in files.items() if name.startswith("rerank/")}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
 from typing import Literal
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorauter.adapters.weights import LoadAdapter, LoraWeights
+from lorauter.catalog.dialogues import Dialogue, check_length, dialogue_of, prompt_of, target_ids
 from lorauter.catalog.scores import Evaluation, Failed, Outcome, Scorer
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine.blocks import blocks_of
@@ -63,11 +63,11 @@ class EngineScorer:
         self._prompts: dict[tuple[str, int], tuple[int, ...]] = {}
         self._sampling: dict[str, SamplingParams] = {}
         for task in tasks:
-            longest = max(len(_target_ids(engine.codec, example.target)) for example in task.validation)
+            longest = max(len(target_ids(engine.codec, example.target)) for example in task.validation)
             self._sampling[task.name] = SamplingParams(max_tokens=min(max_tokens, 2 * longest + 8))
             for i, example in enumerate(task.validation):
-                prompt = self._prompts[task.name, i] = _prompt(engine.codec, example.input)
-                _check_length(len(prompt) + 1, engine.max_model_len, task, i)
+                prompt = self._prompts[task.name, i] = prompt_of(engine.codec, example.input)
+                check_length(len(prompt) + 1, engine.max_model_len, task, i)
 
     def score(self, evaluations: Sequence[Evaluation]) -> dict[Evaluation, Outcome]:
         """See `Scorer.score`; in [0, 1].
@@ -118,19 +118,6 @@ class EngineScorer:
         return {e: completion.text for e, completion in zip(evaluations, completions, strict=True)}
 
 
-@dataclass(frozen=True)
-class _Dialogue:
-    """A prompt and its target as one sequence of token ids."""
-
-    tokens: tuple[int, ...]
-    prompt: int
-
-    @property
-    def outputs(self) -> int:
-        """Tokens to be predicted: the target's, and the end."""
-        return len(self.tokens) - self.prompt + 1
-
-
 class LikelihoodScorer:
     """Scores by the mean log-probability of the target's tokens and of the answer's end, given the prompt.
 
@@ -173,13 +160,11 @@ class LikelihoodScorer:
             decoder.shape, budget_bytes=adapter_bytes, max_rank=max_rank, dtype=decoder.dtype, device=decoder.device
         )
         self._ends = torch.tensor(sorted(codec.eos_ids), device=decoder.device)
-        self._dialogues: dict[tuple[str, int], _Dialogue] = {}
+        self._dialogues: dict[tuple[str, int], Dialogue] = {}
         for task in tasks:
             for i, example in enumerate(task.validation):
-                prompt = _prompt(codec, example.input)
-                dialogue = _Dialogue((*prompt, *_target_ids(codec, example.target)), len(prompt))
-                _check_length(len(dialogue.tokens), decoder.max_positions, task, i)
-                self._dialogues[task.name, i] = dialogue
+                dialogue = self._dialogues[task.name, i] = dialogue_of(codec, example)
+                check_length(len(dialogue.tokens), decoder.max_positions, task, i)
 
     def score(self, evaluations: Sequence[Evaluation]) -> dict[Evaluation, Outcome]:
         """See `Scorer.score`; natural logarithms, at most 0.
@@ -250,7 +235,7 @@ class LikelihoodScorer:
             yield batch
 
     @torch.inference_mode()
-    def _log_likelihoods(self, dialogues: Sequence[_Dialogue], mixture: Mixture) -> list[float] | None:
+    def _log_likelihoods(self, dialogues: Sequence[Dialogue], mixture: Mixture) -> list[float] | None:
         """The mean log-probability of each target and its end, or None if the model's output is not finite."""
         outputs: list[int] = []
         wanted: list[int] = []
@@ -322,27 +307,10 @@ def _by_adapter(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, list[E
         yield name, list(own)
 
 
-def _prompt(codec: TextCodec, text: str) -> tuple[int, ...]:
-    return codec.chat([{"role": "user", "content": text}])
-
-
-def _target_ids(codec: TextCodec, text: str) -> list[int]:
-    ids: list[int] = codec.backend.encode(text, add_special_tokens=False).ids
-    return ids
-
-
 def _check_known(evaluations: Sequence[Evaluation], known: Container[tuple[str, int]]) -> None:
     for evaluation in evaluations:
         if (evaluation.task, evaluation.example) not in known:
             raise TaskError(f"has no validation[{evaluation.example}] among the scorer's tasks", source=evaluation.task)
-
-
-def _check_length(tokens: int, room: int, task: Task, example: int) -> None:
-    if tokens > room:
-        raise TaskError(
-            f"validation[{example}] takes {tokens} tokens with its answer, but the context holds {room}; take it out",
-            source=task.name,
-        )
 
 
 def _padded(length: int) -> int:

@@ -89,6 +89,7 @@ def load_decoder(
     threads: int | None = None,
     aliases: Sequence[str] = (),
     tool_format: FormatSetting = "auto",
+    plain: bool = False,
 ) -> tuple[Decoder, TextCodec]:
     """Load a model and its tokenizer.
 
@@ -100,6 +101,7 @@ def load_decoder(
             (Ray sets it to 1).
         aliases: further names that adapters may give as their base model.
         tool_format: how it calls tools; see `EngineConfig`.
+        plain: see `Decoder`.
 
     Raises:
         ConfigError: the model cannot be loaded or is not served.
@@ -114,7 +116,7 @@ def load_decoder(
         source.to(place).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"base model {model!r} cannot be loaded: {error}", setting="base_model") from error
-    decoder = Decoder(source, names=(model, *aliases))
+    decoder = Decoder(source, names=(model, *aliases), plain=plain)
     codec = TextCodec(tokenizer, eos_ids=_eos_ids(source.generation_config), tool_format=tool_format)
     del source
     gc.collect()

@@ -35,28 +35,33 @@ _PACKED_FOR_ROWS = 32
 
 
 class Linear:
-    """A linear layer, or several of the same input as one; in the layout that is fastest where it runs."""
+    """A linear layer, or several of the same input as one; in the layout that is fastest where it runs.
 
-    def __init__(self, *weights: Tensor, biases: Sequence[Tensor | None] = ()) -> None:
+    Args:
+        plain: in PyTorch's own layout, through which gradients pass.
+    """
+
+    def __init__(self, *weights: Tensor, biases: Sequence[Tensor | None] = (), plain: bool = False) -> None:
         given = [bias.data for bias in biases if bias is not None]
         bias = torch.cat(given) if given else None
         weight = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
-        kernels = load_kernels(weight.dtype) if weight.device.type == "cpu" else None
+        packable = weight.device.type == "cpu" and not plain
+        kernels = load_kernels(weight.dtype) if packable else None
         if kernels is not None and kernels.takes_linear(weight.shape[1]):
             packed = kernels.pack_linear(weight)
             self._product: Callable[[Tensor], Tensor] = partial(
                 kernels.linear, packed=packed, bias=bias, out=weight.shape[0]
             )
-        elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _PACKS:
+        elif packable and weight.dtype == torch.bfloat16 and _PACKS:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
             self._product = lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         else:
             self._product = partial(F.linear, weight=weight, bias=bias)
 
     @classmethod
-    def of(cls, *linears: nn.Linear) -> Linear:
+    def of(cls, *linears: nn.Linear, plain: bool = False) -> Linear:
         """Of transformers' modules."""
-        return cls(*[linear.weight for linear in linears], biases=[linear.bias for linear in linears])
+        return cls(*[linear.weight for linear in linears], biases=[linear.bias for linear in linears], plain=plain)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x)
@@ -93,18 +98,18 @@ class Layer:
     window: int | None
 
     @classmethod
-    def of(cls, layer: Any, window: int | None) -> Layer:
+    def of(cls, layer: Any, window: int | None, *, plain: bool = False) -> Layer:
         """Of a transformers decoder layer."""
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
             attention_norm=Norm.of(layer.input_layernorm),
-            qkv=Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            qkv=Linear.of(attention.q_proj, attention.k_proj, attention.v_proj, plain=plain),
             q_norm=Norm.of(attention.q_norm) if hasattr(attention, "q_norm") else None,
             k_norm=Norm.of(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            o=Linear.of(attention.o_proj),
+            o=Linear.of(attention.o_proj, plain=plain),
             mlp_norm=Norm.of(layer.post_attention_layernorm),
-            gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
-            down=Linear.of(mlp.down_proj),
+            gate_up=Linear.of(mlp.gate_proj, mlp.up_proj, plain=plain),
+            down=Linear.of(mlp.down_proj, plain=plain),
             window=window,
         )
 
@@ -116,12 +121,13 @@ class Decoder:
         model: a transformers causal model of one of ARCHITECTURES, on its device and in its dtype. Its linear
             weights are copied; let it go afterwards.
         names: what adapters may call this base model.
+        plain: keep the weights in PyTorch's own layout, so that gradients pass through `run`.
 
     Raises:
         ConfigError: another architecture, or a variant of one that is not served.
     """
 
-    def __init__(self, model: Any, *, names: tuple[str, ...] = ()) -> None:
+    def __init__(self, model: Any, *, names: tuple[str, ...] = (), plain: bool = False) -> None:
         config = model.config
         architecture = type(model).__name__
         if architecture not in ARCHITECTURES:
@@ -141,11 +147,11 @@ class Decoder:
         self.hidden: int = config.hidden_size
         self.intermediate: int = config.intermediate_size
         self.max_positions: int = config.max_position_embeddings
-        self.layers = [Layer.of(layer, _window(config, i)) for i, layer in enumerate(model.model.layers)]
+        self.layers = [Layer.of(layer, _window(config, i), plain=plain) for i, layer in enumerate(model.model.layers)]
         self._embedding: Tensor = model.model.embed_tokens.weight.data
         self._norm = Norm.of(model.model.norm)
         self._rotary = model.model.rotary_emb
-        self._head = Linear(model.lm_head.weight)
+        self._head = Linear(model.lm_head.weight, plain=plain)
         self._rotary_tables: dict[int, tuple[Tensor, Tensor]] = {}
         first = model.model.layers[0]
         modules = {**dict(first.self_attn.named_children()), **dict(first.mlp.named_children())}
@@ -210,6 +216,10 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, step: Step, batch: StepBatch) -> Tensor:
         """Run the tokens, write their keys and values, and return (m, vocabulary) logits in the model's dtype."""
+        return self.run(step, batch)
+
+    def run(self, step: Step, batch: StepBatch) -> Tensor:
+        """The same, and whether gradients are kept is for the caller to say."""
         x, delta = self._embedding[batch.tokens], None
         for i, layer in enumerate(self.layers):
             x, h = step.add_norm(x, delta, layer.attention_norm)

@@ -161,7 +161,8 @@ class Retriever:
         config = self.config.asked(options)
         logits = ranking.logits if config.rerank else _COSINE_LOGIT * scores.astype(np.float64)
         order = np.argsort(-logits, kind="stable")
-        probabilities, chances = softmax(logits)[order], _chances(ranking, logits, config)[order]
+        probabilities = softmax(logits)[order]
+        own, kindred = (chances[order] for chances in _chances(ranking, logits, config))
         ids, scores = ids[order], scores[order]
         tasks: list[RetrievedTask] = []
         lent = 0
@@ -174,22 +175,31 @@ class Retriever:
                 lent += bool(adapters)
         return Retrieved(
             tuple(tasks),
-            self._utilities(embedding, ids, chances, options),
+            self._utilities(embedding, ids, own, kindred, options),
             ranking.familiarity,
             ranking.familiarity < self._reranker.stranger,
         )
 
     def _utilities(
-        self, embedding: Embeddings, ids: NDArray[np.int64], chances: NDArray[np.float64], options: RoutingOptions
+        self,
+        embedding: Embeddings,
+        ids: NDArray[np.int64],
+        own: NDArray[np.float64],
+        kindred: NDArray[np.float64],
+        options: RoutingOptions,
     ) -> tuple[AdapterUtility, ...]:
-        """Each adapter's worth for a task, times the chance of the task, summed."""
+        """Each adapter's worth for a task, times the chance of the task, summed.
+
+        What was composed for a task is of use to that task alone: on unseen ones it does worse than what it is of.
+        """
         totals: dict[str, float] = {}
-        for place, (task_id, chance) in enumerate(zip(ids, chances, strict=True)):
+        for place, (task_id, known, chance) in enumerate(zip(ids, own, own + kindred, strict=True)):
             names, worth = self._worth[task_id]
             if self._scores and place < _SELECTED_TASKS and self._scores[task_id] is not None:
                 worth = self._worths_nearby(embedding, task_id)
             for name, value in zip(names, worth, strict=True):
-                totals[name] = totals.get(name, 0.0) + float(chance) * float(value)
+                share = known if name in self.catalog.composed else chance
+                totals[name] = totals.get(name, 0.0) + float(share) * float(value)
         allowed = [(name, total) for name, total in totals.items() if total > 0 and options.allows(name)]
         allowed.sort(key=lambda item: (-item[1], item[0]))
         return tuple(AdapterUtility(name, total) for name, total in allowed[:_MAX_ADAPTERS])
@@ -209,13 +219,15 @@ class Retriever:
         return np.asarray(worth + share * (nearby - means))
 
 
-def _chances(ranking: Ranking, logits: NDArray[np.float64], config: RoutingConfig) -> NDArray[np.float64]:
-    """Of each candidate, the probability that its adapters are those to use: as the query is one of it, or one of
-    a task that the catalog lacks and that is most like it."""
+def _chances(
+    ranking: Ranking, logits: NDArray[np.float64], config: RoutingConfig
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each candidate, the probability that its adapters are those to use: as the query is one of it, and as it is
+    one of a task that the catalog lacks and that is most like it."""
     own = softmax(logits)
     if not config.rerank:
-        return own
-    return ranking.familiarity * own + (1 - ranking.familiarity) * softmax(_KINDRED_LOGIT * ranking.words)
+        return own, np.zeros_like(own)
+    return ranking.familiarity * own, (1 - ranking.familiarity) * softmax(_KINDRED_LOGIT * ranking.words)
 
 
 def _worths(entry: CatalogTask) -> tuple[list[str], NDArray[np.float64]]:

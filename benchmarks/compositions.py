@@ -1,0 +1,211 @@
+"""Compositions of a pool, by settings: how their answers score on validation examples and on test queries.
+
+    python benchmarks/compositions.py --tasks DIR --adapters URI --out DIR [--examples 20] [--only a,b] [--test]
+        [--jobs semi-OOD/layers,in-domain/layers,...]
+
+The first validation examples of each task are what everything is made of: every adapter's score on every task, the
+catalog, the compositions with the task's own adapter (in-domain) and without it (semi-OOD), by each setting. The others
+are asked, to choose a setting by; with --test the test queries too. What is in the folder is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from lorauter.adapters import AdapterRepository, open_store
+from lorauter.catalog import build_catalog
+from lorauter.catalog.composed import Composed, with_composed
+from lorauter.catalog.provenance import model_digest
+from lorauter.catalog.scores import Evaluation, ScoreTable, score_all
+from lorauter.catalog.scoring import EngineScorer
+from lorauter.compositions.config import ComposeConfig
+from lorauter.compositions.make import Composer, Made, Wanted
+from lorauter.compositions.starts import example_mixtures
+from lorauter.defaults import base_model_aliases, load_encoder, resolve_model
+from lorauter.engine import EngineConfig, load_engine
+from lorauter.engine.load import load_decoder
+from lorauter.evaluation.answering import adapters_in, answer
+from lorauter.evaluation.methods import decide
+from lorauter.evaluation.report import evaluate
+from lorauter.evaluation.rows import DecisionRow, ScoredRow, read_answers
+from lorauter.routing import RoutingConfig
+from lorauter.tasks import read_tasks
+
+BASE = ComposeConfig()
+VARIANTS = {
+    "layers": BASE,
+    "targets": replace(BASE, per_target=True),
+    "pull": replace(BASE, pull=0.3),
+    "ten-groups": replace(BASE, layer_groups=10),
+    "positive": replace(BASE, non_negative=True),
+    "adapters": replace(BASE, layer_groups=1),
+}
+started = time.perf_counter()
+
+
+def say(what: str) -> None:
+    print(f"[{time.perf_counter() - started:6.1f} s] {what}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=Path, required=True)
+    parser.add_argument("--adapters", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--examples", type=int, default=20)
+    parser.add_argument("--only", help="compose for these tasks alone")
+    parser.add_argument(
+        "--jobs", default="semi-OOD/layers,in-domain/layers", help="regimes and settings, in this order"
+    )
+    parser.add_argument("--steps", type=int, help="in place of the default")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no further setting is begun")
+    parser.add_argument("--fit", action="store_true", help="answer nothing")
+    parser.add_argument("--test", action="store_true")
+    parser.add_argument("--scored", type=int, help="examples of each task that adapters are scored on")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    every = read_tasks(args.tasks)
+    tasks = [replace(task, validation=task.validation[: args.examples], test=()) for task in every]
+    repository = AdapterRepository(open_store(args.adapters))
+    pool = repository.names()
+    load = adapters_in(repository)
+    chosen = args.only.split(",") if args.only else [task.name for task in tasks if task.name in pool]
+
+    def engine():
+        model = resolve_model("default", say)
+        config = EngineConfig(max_batch=args.batch, max_queue=8192)
+        return load_engine(model, config, aliases=base_model_aliases("default"))
+
+    table = ScoreTable(args.out / "scores.jsonl")
+    wanted = [
+        Evaluation(adapter, task.name, i)
+        for adapter in pool
+        for task in tasks
+        for i in range(len(task.validation))[: args.scored]
+    ]
+    missing = [one for one in wanted if not table.has(one)]
+    if missing:
+        say(f"{len(missing)} of {len(wanted)} scores are to be made")
+        with closing(engine()) as running:
+            scorer = EngineScorer(running, load, tasks)
+            score_all(missing, scorer, table, lambda left: say(f"{left} scores are left"), chunk_size=4096)
+    say("building the catalog")
+    encoder = load_encoder("default")
+    catalog = build_catalog(tasks, encoder, repository=repository, scores=table.by_task())
+
+    decoder, codec = load_decoder(resolve_model("default"), aliases=base_model_aliases("default"), plain=True)
+    sources = [load(name) for name in pool]
+    base = model_digest("default")
+    made: dict[tuple[str, str], list[Made]] = {}
+    for job in args.jobs.split(","):
+        regime, variant = job.split("/")
+        config = VARIANTS[variant] if args.steps is None else replace(VARIANTS[variant], steps=args.steps)
+        begun = time.perf_counter()
+        if begun - started > args.seconds:
+            say(f"{regime} {variant}: left out, as the time is up")
+            continue
+        barred = {name: frozenset({name} if regime == "semi-OOD" else ()) for name in chosen}
+        mixtures = example_mixtures(catalog, RoutingConfig(), barred)
+        composer = Composer(decoder, codec, sources, args.out / "made", base_model=base, config=config)
+        todo = [
+            Wanted(f"{task.name}.{regime}.{variant}", task, mixtures[task.name], barred[task.name])
+            for task in tasks
+            if task.name in chosen
+        ]
+
+        def told(done: int, total: int, what: str, label: str = f"{regime} {variant}") -> None:
+            say(f"{label}: {done}/{total} {what[:110]}")
+
+        made[regime, variant] = composer.make(todo, told)
+        took = time.perf_counter() - begun
+        held = sum(one.holds for one in made[regime, variant])
+        say(f"{regime} {variant}: {len(todo)} tasks in {took:.1f} s; {held} hold")
+        for one in made[regime, variant]:
+            p = one.provenance
+            say(
+                f"  {p.task:22} {p.score_before:7.3f} -> {p.score_after:7.3f} gain {p.gain:6.3f} +- {p.error:5.3f} "
+                f"step {p.step:2} rank {p.rank} energy {p.energy:.4f} {'holds' if one.holds else '-'}"
+            )
+    del decoder, sources
+    if torch.cuda.is_available():
+        say(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the device")
+        torch.cuda.empty_cache()
+    if args.fit:
+        return
+
+    rows = []
+    for split in ("validation", "test") if args.test else ("validation",):
+        asked = [task for task in every if task.name in chosen]
+        plain = list(decide(asked, catalog, encoder, {"oracle": None, "base": None, "default": None}, split=split))
+        rows += [{**row, "split": split} for row in plain]
+        for (regime, variant), of in made.items():
+            held = {one.provenance.task: Composed(one.name, "0", {}) for one in of if one.holds}
+            routed = with_composed(catalog, held)
+            others = frozenset(one.name for one in held.values())
+            of_task = {one.provenance.task: one for one in of}
+            for task in asked:
+                own = {task.name} if regime == "semi-OOD" else set()
+                mine = {held[task.name].name} if task.name in held else set()
+                away = {*own, *(others - mine if regime == "semi-OOD" else ())}
+                method = {f"default+{variant}": RoutingConfig()}
+                for row in decide(
+                    [task], routed, encoder, method, regimes=["semi-OOD"], split=split, own={task.name: away}
+                ):
+                    rows.append({**row, "split": split, "regime": regime, "id": row["id"].replace("semi-OOD", regime)})
+            for row in plain:
+                if row["method"] == "default" and row["regime"] == regime:
+                    name = f"{variant} alone"
+                    mixture = {of_task[row["task"]].name: 1.0}
+                    rows.append(
+                        {**row, "adapters": mixture, "method": name, "split": split, "id": f"{name}/{row['id']}"}
+                    )
+    folders = {one.name: one.folder for of in made.values() for one in of}
+    for row in rows:
+        row["id"] = f"{row['split']}/{row['id']}"
+    (args.out / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def load_any(name: str):
+        if name in folders:
+            from lorauter.adapters import LoraWeights
+
+            return LoraWeights.load(folders[name], name=name, version=str(folders[name]))
+        return load(name)
+
+    say(f"{len(rows)} rows to answer")
+    with closing(engine()) as running:
+        asked_rows = [DecisionRow.from_json(row, source="row") for row in rows]
+        answer(
+            asked_rows, running, load_any, args.out / "answers.jsonl", progress=lambda d, t: say(f"{d} of {t} answered")
+        )
+    answers = read_answers(args.out / "answers.jsonl")
+    report = {}
+    for split in dict.fromkeys(row["split"] for row in rows):
+        scored = [ScoredRow.from_json(row, source="row") for row in rows if row["split"] == split]
+        print(f"\n{split}: share of the oracle's score")
+        for result in evaluate(scored, answers, rouge_for_bleu=True):
+            share = f"{100 * result.of_oracle:6.1f} %" if result.of_oracle is not None else "-"
+            low, high = result.interval
+            print(f"{result.method:20} {result.regime:10} {result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
+            report[f"{split}/{result.method}/{result.regime}"] = asdict(result)
+    fits = {f"{r}/{v}": {one.provenance.task: one.provenance.to_json() for one in of} for (r, v), of in made.items()}
+    for of in fits.values():
+        for provenance in of.values():
+            provenance["sources"] = [
+                {"name": s["name"], "weights": [round(float(torch.tensor(s["weights"]).mean()), 3)]}
+                for s in provenance["sources"]
+            ]
+    (args.out / "report.json").write_text(json.dumps({"results": report, "fits": fits}))
+    say("done")
+
+
+if __name__ == "__main__":
+    main()

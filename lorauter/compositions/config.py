@@ -1,0 +1,60 @@
+"""How compositions are fitted and cut. Validated values, no logic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorauter.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ComposeConfig:
+    """The settings of a composition.
+
+    Attributes:
+        steps: of Adam, at most.
+        check_every: steps between two looks at the examples that were left out.
+        patience: looks without a better one that end a fit.
+        learning_rate: of the first step; it falls to a fifth.
+        folds: parts of the examples, each of which is left out of one fit.
+        pull: towards the start: this times the squared distance, in the mean over layers, is added to the loss.
+        layer_groups: groups of neighbouring layers that share their weights; 0 gives each layer its own.
+        per_target: whether q, k, v and so on of a layer have weights of their own.
+        non_negative: whether weights under 0 are barred.
+        margin: standard errors by which a composition has to beat the default mixture on examples that were left out.
+        energy: share of the squared singular values that the rank has to keep.
+        max_rank: of what is written, whatever share that keeps.
+        seed: of the folds.
+    """
+
+    steps: int = 30
+    check_every: int = 2
+    patience: int = 4
+    learning_rate: float = 0.03
+    folds: int = 4
+    pull: float = 0.0
+    layer_groups: int = 0
+    per_target: bool = False
+    non_negative: bool = False
+    margin: float = 1.0
+    energy: float = 0.99
+    max_rank: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "check_every": 1, "patience": 1, "folds": 2, "layer_groups": 0, "max_rank": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(
+                    f"compose.{name} is {getattr(self, name)}; it must be at least {value}", setting=f"compose.{name}"
+                )
+        if not 0 < self.energy <= 1:
+            raise ConfigError(
+                f"compose.energy is {self.energy}; it must be over 0 and at most 1", setting="compose.energy"
+            )
+        if not self.learning_rate > 0 or not self.pull >= 0:
+            raise ConfigError(
+                f"compose.learning_rate is {self.learning_rate} and compose.pull {self.pull}; the first must be over "
+                "0, and the other at least 0",
+                setting="compose.learning_rate",
+            )

@@ -1,0 +1,213 @@
+"""The loss of examples under mixtures of stacked adapters, through the project's own decoder, with gradients.
+
+A row's mixture has a weight for each adapter, layer and target. Rows are filled up to one length, after their tokens,
+where causal attention does not look. Knows nothing of how weights are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor
+
+from lorauter.catalog.dialogues import Dialogue
+from lorauter.compositions.stack import AdapterStack
+from lorauter.engine.model import Decoder
+from lorauter.engine.step import RmsNorm, StepBatch
+
+_LENGTH_STEP = 32  # lengths are multiples of it: the model keeps its rotary tables for each
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one pass, on the device.
+
+    Attributes:
+        members: (rows, members) float32, 1 where a row takes a member's weights.
+        share: (rows,) float32, of each row's loss in what is summed up.
+        length: positions of a row.
+        tokens: (rows * length,).
+        outputs: (m,) places of the tokens that predict a target's or its end.
+        wanted: (m,) what they should predict; whatever where it is the end.
+        ends: (m,) whether it is the end.
+        means: (rows, m) float32, that make each row's mean of its outputs.
+        places: which of the rows that were given they are.
+    """
+
+    members: Tensor
+    share: Tensor
+    length: int
+    tokens: Tensor
+    outputs: Tensor
+    wanted: Tensor
+    ends: Tensor
+    means: Tensor
+    places: tuple[int, ...]
+
+
+Example = tuple[Dialogue, int, float]
+"""A dialogue, the member whose weights it takes, and its share of the sum."""
+
+
+def passes(rows: Sequence[Example], members: int, *, tokens: int, outputs: int, device: torch.device) -> list[Rows]:
+    """Share out rows into passes of at most so many positions and outputs; a longer row goes alone.
+
+    Args:
+        members: how many have weights.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0].tokens), i))
+    found: list[Rows] = []
+    batch: list[int] = []
+    for i in order:
+        length = _padded(len(rows[i][0].tokens))  # the longest so far
+        full = sum(rows[j][0].outputs for j in (*batch, i)) > outputs or (len(batch) + 1) * length > tokens
+        if batch and full:
+            found.append(_rows(rows, batch, members, device))
+            batch = []
+        batch.append(i)
+    return [*found, _rows(rows, batch, members, device)] if batch else found
+
+
+def _rows(rows: Sequence[Example], batch: Sequence[int], members: int, device: torch.device) -> Rows:
+    chosen = [rows[i] for i in batch]
+    length = _padded(max(len(dialogue.tokens) for dialogue, _, _ in chosen))
+    tokens, one = torch.zeros(len(chosen), length, dtype=torch.long), torch.zeros(len(chosen), members)
+    outputs: list[int] = []
+    wanted: list[int] = []
+    ends: list[bool] = []
+    means = torch.zeros(len(chosen), sum(dialogue.outputs for dialogue, _, _ in chosen))
+    for row, (dialogue, member, _) in enumerate(chosen):
+        tokens[row, : len(dialogue.tokens)] = torch.tensor(dialogue.tokens)
+        one[row, member] = 1
+        means[row, len(outputs) : len(outputs) + dialogue.outputs] = 1 / dialogue.outputs
+        outputs += range(row * length + dialogue.prompt - 1, row * length + len(dialogue.tokens))
+        wanted += [*dialogue.tokens[dialogue.prompt :], 0]
+        ends += [False] * (dialogue.outputs - 1) + [True]
+    return Rows(
+        one.to(device),
+        torch.tensor([share for _, _, share in chosen], device=device),
+        length,
+        tokens.view(-1).to(device),
+        torch.tensor(outputs, device=device),
+        torch.tensor(wanted, device=device),
+        torch.tensor(ends, device=device),
+        means.to(device),
+        tuple(batch),
+    )
+
+
+def row_losses(
+    decoder: Decoder, end_ids: Tensor, stack: AdapterStack, columns: Mapping[str, Tensor], rows: Rows
+) -> Tensor:
+    """The mean negative log-probability of each row's target and its end: (rows,) float32.
+
+    Args:
+        decoder: a plain one.
+        end_ids: tokens that end an answer, whose probabilities are added up.
+        columns: of every member, as `AdapterStack.columns` gives them: by target (members, layers, R).
+    """
+    count = rows.members.shape[0]
+    weights = {
+        target: (rows.members @ of.flatten(1)).view(count, *of.shape[1:]).to(decoder.dtype)
+        for target, of in columns.items()
+    }
+    positions = torch.arange(rows.length, device=decoder.device).repeat(count)
+    batch = StepBatch(rows.tokens, positions, positions, 0, (), rows.outputs)
+    logits = decoder.run(GradientStep(decoder, stack, weights, count, rows.length), batch).float()
+    whole = logits.logsumexp(-1)
+    ending = logits[:, end_ids].logsumexp(-1)
+    chosen = logits.gather(1, rows.wanted[:, None])[:, 0]
+    return rows.means @ (whole - torch.where(rows.ends, ending, chosen))
+
+
+def losses_of(
+    decoder: Decoder, end_ids: Tensor, stack: AdapterStack, weights: Tensor, batches: Iterable[Rows]
+) -> Iterator[tuple[Rows, Tensor]]:
+    """The losses of passes under weights (members, layers, targets, adapters)."""
+    columns = stack.columns(weights)
+    for rows in batches:
+        yield rows, row_losses(decoder, end_ids, stack, columns, rows)
+
+
+class GradientStep:
+    """See `lorauter.engine.step.Step`: rows of one length, whole, without a cache, and gradients pass."""
+
+    def __init__(
+        self, decoder: Decoder, stack: AdapterStack, weights: Mapping[str, Tensor], rows: int, length: int
+    ) -> None:
+        self._decoder = decoder
+        self._stack = stack
+        self._weights = weights
+        self._rows = rows
+        self._length = length
+        # Made without gradients, which autograd takes no copy of.
+        self._cos, self._sin = (table.clone()[:, None] for table in decoder.rotary_table(length))
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+        """See `Step.add_norm`."""
+        x = x if delta is None else x + delta
+        return x, norm(x)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Step.silu_mul`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
+        """See `Step.begin_lora`."""
+
+    def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
+        """See `Step.add_lora`."""
+        if first not in self._weights:
+            return
+        stack = self._stack
+        group = next(group for group in stack.groups if group.first == first)
+        inner = x.view(self._rows, self._length, -1) @ stack.a[first][layer].T
+        inner = (inner * self._weights[first][:, None, layer]).flatten(0, 1)
+        parts = dict(
+            zip(
+                stack.parts[first],
+                torch.split(inner, [stack.b[target].shape[1] for target in stack.parts[first]], -1),
+                strict=True,
+            )
+        )
+        # One addition: into slices, autograd would copy all of y for each.
+        y += torch.cat(
+            [
+                parts[target] @ stack.b[target][layer] if target in parts else y.new_zeros(y.shape[0], width)
+                for target, width in zip(group.targets, group.widths, strict=True)
+            ],
+            -1,
+        )
+
+    def attention(
+        self, layer: int, qkv: Tensor, q_norm: RmsNorm | None, k_norm: RmsNorm | None, window: int | None
+    ) -> Tensor:
+        """See `Step.attention`."""
+        decoder = self._decoder
+        heads = qkv.view(self._rows, self._length, -1, decoder.head_dim)
+        q, k, v = torch.split(heads, [decoder.heads, decoder.kv_heads, decoder.kv_heads], dim=2)
+        if q_norm is not None and k_norm is not None:
+            q, k = q_norm(q), k_norm(k)
+        group = decoder.heads // decoder.kv_heads
+        turned = self._rotate(torch.cat((q, k), 2)).transpose(1, 2)
+        q, k = torch.split(turned, [decoder.heads, decoder.kv_heads], 1)
+        k, v = k.repeat_interleave(group, 1), v.transpose(1, 2).repeat_interleave(group, 1)
+        near = None
+        if window is not None and window < self._length:
+            places = torch.arange(self._length, device=q.device)
+            apart = places[:, None] - places
+            near = (apart >= 0) & (apart < window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=near, is_causal=near is None)
+        return out.transpose(1, 2).reshape(qkv.shape[0], -1)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * self._cos + torch.cat((-second, first), dim=-1) * self._sin
+
+
+def _padded(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP

@@ -1,0 +1,243 @@
+"""Makes compositions of tasks: fits, cuts, writes, and never makes again what is there.
+
+Every composition has a folder by what it is made of (examples, sources with versions, settings, base model), which
+appears whole or not at all. Knows nothing of catalogs, nor of how mixtures to begin with come about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorauter.adapters.weights import LoraWeights
+from lorauter.catalog.dialogues import Dialogue, check_length, dialogue_of
+from lorauter.catalog.provenance import task_digests
+from lorauter.compositions.config import ComposeConfig
+from lorauter.compositions.cut import Cut, Cutter
+from lorauter.compositions.fit import Fit, Fitter, Problem, Weights
+from lorauter.compositions.stack import AdapterStack
+from lorauter.compositions.written import CompositionProvenance, Source, write_adapter
+from lorauter.engine.model import Decoder
+from lorauter.engine.text import TextCodec
+from lorauter.errors import ConfigError
+from lorauter.tasks import Task
+
+_FILE = "composition.json"
+_CPU_BYTES = 3 << 30  # of activations
+_DIGITS = 4  # of a weight in the provenance
+
+Progress = Callable[[int, int, str], None]
+"""Is told how many compositions are made, of how many, and what is going on."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A composition that is to be made.
+
+    Attributes:
+        name: of the adapter that comes of it.
+        mixtures: what the router answers each validation example with now.
+        barred: adapters that may not be a source.
+    """
+
+    name: str
+    task: Task
+    mixtures: Sequence[Weights]
+    barred: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A composition on disk.
+
+    Attributes:
+        folder: the PEFT adapter's.
+        holds: whether it beats the mixtures on examples that it has not seen.
+    """
+
+    name: str
+    folder: Path
+    provenance: CompositionProvenance
+    holds: bool
+
+
+class Composer:
+    """Makes compositions of one pool.
+
+    Args:
+        decoder: a plain one.
+        codec: its tokenizer.
+        adapters: the pool, all of which fit the model.
+        base_model: its digest.
+        work: where compositions lie, one folder each.
+
+    Raises:
+        ConfigError: the pool is empty, or the model has no token that ends an answer.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        codec: TextCodec,
+        adapters: Sequence[LoraWeights],
+        work: Path,
+        *,
+        base_model: str,
+        config: ComposeConfig | None = None,
+    ) -> None:
+        if not adapters:
+            raise ConfigError("there is no adapter to compose from", setting="adapters")
+        if not codec.eos_ids:
+            raise ConfigError("the base model has no token that ends an answer", setting="base_model")
+        self.config = config or ComposeConfig()
+        self._decoder = decoder
+        self._codec = codec
+        self._adapters = sorted(adapters, key=lambda adapter: adapter.name)
+        self._work = work
+        self._base_model = base_model
+
+    def make(self, wanted: Sequence[Wanted], progress: Progress = lambda done, total, what: None) -> list[Made]:
+        """Make what is not there yet.
+
+        Raises:
+            ConfigError: a task has but one example, from which none can be left out.
+            TaskError: an example does not fit the model's context.
+            InvalidRequest: the model has no chat template.
+        """
+        missing = [one for one in wanted if not (self._folder(one) / _FILE).is_file()]
+        dialogues = {one.name: self._dialogues(one.task) for one in missing}
+        done = len(wanted) - len(missing)
+        progress(done, len(wanted), "")
+        if missing:
+            with _repeatable(self._decoder.device):
+                limits = self._limits()
+                stack = AdapterStack(
+                    self._adapters, self._decoder.shape, dtype=self._decoder.dtype, device=self._decoder.device
+                )
+                fitter = Fitter(self._decoder, list(self._codec.eos_ids), stack, self.config, **limits)
+                cutter = Cutter(stack, energy=self.config.energy, max_rank=self.config.max_rank)
+                for group in _groups(missing, dialogues, 2 * limits["tokens"], self.config.folds):
+
+                    def told(step: int, loss: float, group: Sequence[Wanted] = group, done: int = done) -> None:
+                        names = ", ".join(one.task.name for one in group)
+                        progress(done, len(wanted), f"step {step}: left-out loss {loss:.4f} of {names}")
+
+                    problems = [Problem(o.task.name, dialogues[o.name], o.mixtures, o.barred) for o in group]
+                    for one, fit in zip(group, fitter.fit(problems, told), strict=True):
+                        self._write(one, fit, cutter.cut(fit.weights), stack)
+                        done += 1
+                        progress(done, len(wanted), "")
+        return [self._read(one) for one in wanted]
+
+    def _dialogues(self, task: Task) -> list[Dialogue]:
+        if len(task.validation) < 2:
+            raise ConfigError(
+                f"task {task.name!r} has one validation example; a composition needs two at least, to leave one out",
+                setting="tasks",
+            )
+        found = [dialogue_of(self._codec, example) for example in task.validation]
+        for i, dialogue in enumerate(found):
+            check_length(len(dialogue.tokens), self._decoder.max_positions, task, i)
+        return found
+
+    def _limits(self) -> dict[str, int]:
+        """Positions and outputs of a pass, by the memory that there is."""
+        decoder = self._decoder
+        width = sum(a + b for a, b in decoder.shape.linears.values())
+        ranks = sum(sum(adapter.ranks.values()) for adapter in self._adapters)
+        position = decoder.shape.layers * (3 * width + 3 * ranks + 8 * decoder.hidden) * decoder.dtype.itemsize
+        free = torch.cuda.mem_get_info(decoder.device)[0] // 2 if decoder.device.type == "cuda" else _CPU_BYTES
+        return {"tokens": max(256, free // position), "outputs": max(64, free // (8 * 16 * decoder.vocabulary))}
+
+    def _folder(self, one: Wanted) -> Path:
+        made_of = {
+            "name": one.name,
+            "task": task_digests([one.task]),
+            "mixtures": [dict(sorted(mixture.items())) for mixture in one.mixtures],
+            "sources": [list(adapter.key) for adapter in self._adapters if adapter.name not in one.barred],
+            "base_model": self._base_model,
+            "config": asdict(self.config),
+        }
+        return self._work / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+
+    def _write(self, one: Wanted, fit: Fit, cut: Cut, stack: AdapterStack) -> None:
+        provenance = CompositionProvenance(
+            task=one.task.name,
+            base_model=self._base_model,
+            examples=task_digests([one.task])[one.task.name],
+            sources=_sources(fit.weights, stack),
+            targets=stack.targets,
+            settings=asdict(self.config),
+            score_before=-sum(fit.before) / len(fit.before),
+            score_after=-sum(fit.after) / len(fit.after),
+            error=fit.error,
+            energy=cut.kept,
+            rank=max(a.shape[0] for a, _ in cut.pairs.values()),
+            step=fit.step,
+            history=tuple(round(loss, _DIGITS) for loss in fit.history),
+        )
+        self._work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._work, prefix=".making-") as making:
+            folder = Path(making) / "whole"
+            base_model = next((a.base_model for a in self._adapters if a.base_model), "")
+            write_adapter(folder / one.name, cut, provenance, base_model=base_model, dtype=torch.bfloat16)
+            (folder / _FILE).write_text(json.dumps(provenance.to_json()), encoding="utf-8")
+            folder.rename(self._folder(one))
+
+    def _read(self, one: Wanted) -> Made:
+        folder = self._folder(one)
+        provenance = CompositionProvenance.from_json(json.loads((folder / _FILE).read_bytes()))
+        holds = provenance.gain > self.config.margin * provenance.error
+        return Made(one.name, folder / one.name, provenance, holds)
+
+
+def _sources(weights: Tensor, stack: AdapterStack) -> tuple[Source, ...]:
+    """Weights (layers, targets, sources) as the provenance has them."""
+    alike = bool((weights == weights[:, :1]).all())
+    found = []
+    for i, adapter in enumerate(stack.sources):
+        own = weights[:, :, i]
+        if own.any():
+            rows = [[round(value, _DIGITS) for value in row] for row in own.tolist()]
+            kept = tuple(row[0] for row in rows) if alike else tuple(map(tuple, rows))
+            found.append(Source(adapter.name, adapter.version, kept))
+    return tuple(found)
+
+
+def _groups(
+    wanted: Sequence[Wanted], dialogues: Mapping[str, Sequence[Dialogue]], tokens: int, folds: int
+) -> Iterator[list[Wanted]]:
+    """Those of about the same length together, as many as keep the device busy."""
+    sizes = {name: (folds - 1) * sum(len(d.tokens) for d in of) for name, of in dialogues.items()}
+    group: list[Wanted] = []
+    for one in sorted(wanted, key=lambda one: (sizes[one.name], one.name)):
+        if group and sum(sizes[o.name] for o in (*group, one)) > tokens:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """The same numbers every time, on a GPU too."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

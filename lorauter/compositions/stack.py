@@ -1,0 +1,81 @@
+"""The sources of compositions on a device, rank beside rank, as one pair of matrices for each layer and target.
+
+Knows adapters and the model's shape; knows nothing of weights or examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorauter.adapters.weights import LoraWeights, ModelShape
+from lorauter.engine.slots import groups_of
+
+
+class AdapterStack:
+    """Adapters side by side.
+
+    Args:
+        adapters: at least one, all of which fit the model.
+        shape: the model's.
+        dtype, device: of the matrices.
+
+    Attributes:
+        sources: the adapters.
+        targets: those that any of them changes, in the order of the model's groups.
+        parts: by the first target of a group, those of its targets that are changed.
+        a: by the first target of a group, (layers, R, in); R is the sum over its parts of the adapters' largest ranks,
+            part after part. Layers and ranks that an adapter lacks are 0.
+        b: by target, (layers, columns of the part, out), with the adapters' own scaling.
+        spread: by target, (adapters, columns of the part) float32, 1 where a column is an adapter's.
+    """
+
+    def __init__(
+        self, adapters: Sequence[LoraWeights], shape: ModelShape, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.sources = tuple(adapters)
+        self.shape = shape
+        self.groups = groups_of(shape)
+        self.a: dict[str, Tensor] = {}
+        self.b: dict[str, Tensor] = {}
+        self.spread: dict[str, Tensor] = {}
+        self.parts: dict[str, tuple[str, ...]] = {}
+        for group in self.groups:
+            changed = tuple(target for target in group.targets if any(target in of.ranks for of in adapters))
+            if changed:
+                self.parts[group.first] = changed
+                found = [self._stacked(target) for target in changed]
+                self.a[group.first] = torch.cat([a for a, _, _ in found], 1).to(device, dtype)
+                for target, (_, b, spread) in zip(changed, found, strict=True):
+                    self.b[target], self.spread[target] = b.to(device, dtype), spread.to(device)
+        self.targets = tuple(self.b)
+
+    def columns(self, weights: Tensor) -> dict[str, Tensor]:
+        """Weights of adapters as weights of columns.
+
+        Args:
+            weights: (..., layers, targets, adapters) float32.
+
+        Returns:
+            By the first target of a group (..., layers, R) float32.
+        """
+        of = {target: weights[..., i, :] @ self.spread[target] for i, target in enumerate(self.targets)}
+        return {first: torch.cat([of[target] for target in parts], -1) for first, parts in self.parts.items()}
+
+    def _stacked(self, target: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the spread of one target."""
+        inputs, outputs = self.shape.linears[target]
+        ranks = [adapter.ranks.get(target, 0) for adapter in self.sources]
+        a, b = torch.zeros(self.shape.layers, sum(ranks), inputs), torch.zeros(self.shape.layers, sum(ranks), outputs)
+        spread, first = torch.zeros(len(ranks), sum(ranks)), 0
+        for i, (adapter, rank) in enumerate(zip(self.sources, ranks, strict=True)):
+            for layer in range(self.shape.layers):
+                if (layer, target) in adapter.tensors:
+                    own_a, own_b = adapter.tensors[layer, target]
+                    a[layer, first : first + own_a.shape[0]] = own_a.float()
+                    b[layer, first : first + own_a.shape[0]] = own_b.float().T
+            spread[i, first : first + rank] = 1
+            first += rank
+        return a, b, spread

@@ -1,0 +1,275 @@
+"""Mixtures are fitted to left-out examples through the project's own model, and written as adapters that PEFT loads."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from lorauter.adapters.weights import TARGETS, LoraWeights
+from lorauter.catalog.dialogues import dialogue_of
+from lorauter.catalog.scoring import LikelihoodScorer
+from lorauter.compositions.config import ComposeConfig
+from lorauter.compositions.cut import Cutter
+from lorauter.compositions.fit import Fitter, Problem
+from lorauter.compositions.make import Composer, Wanted
+from lorauter.compositions.stack import AdapterStack
+from lorauter.compositions.written import write_adapter
+from lorauter.engine.model import Decoder
+from lorauter.engine.text import TextCodec
+from lorauter.errors import ConfigError
+from lorauter.tasks import Example, Task
+
+EOS, END = 256, 257  # after one id for each byte
+CHAT = "{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}assistant:"
+WORDS = ("cat", "a dog", "two of them", "none", "it is", "why", "seven", "or not")
+TASK = Task("upper", "tests", "em", tuple(Example(word, word.upper()) for word in WORDS))
+FEW = ComposeConfig(steps=6, check_every=2, folds=2, learning_rate=0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The model is far too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base():
+    config = transformers.LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.4)
+        parameter.requires_grad_(False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def decoder(base):
+    return Decoder(base, names=("tiny-base",), plain=True)
+
+
+@pytest.fixture(scope="module")
+def codec():
+    backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=["<end>"], chat_template=CHAT
+    )
+    return TextCodec(tokenizer, eos_ids=[END])
+
+
+def adapter(decoder, name, *, targets=TARGETS, rank=2, layers=(0, 1), seed=0):
+    draw = torch.Generator().manual_seed(seed)
+
+    def drawn(*size):
+        return torch.randn(*size, generator=draw) * 0.3
+
+    shapes = decoder.shape.linears
+    tensors = {(i, t): (drawn(rank, shapes[t][0]), drawn(shapes[t][1], rank)) for i in layers for t in targets}
+    return LoraWeights(name, f"{seed:016x}", "tiny-base", tensors)
+
+
+@pytest.fixture(scope="module")
+def pool(decoder):
+    """Ranks, targets and layers differ."""
+    return [
+        adapter(decoder, "all", seed=1),
+        adapter(decoder, "some", targets=("q_proj", "v_proj"), rank=3, seed=2),
+        adapter(decoder, "late", targets=("v_proj", "down_proj"), rank=1, layers=(1,), seed=3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def stack(decoder, pool):
+    return AdapterStack(pool, decoder.shape, dtype=decoder.dtype, device=decoder.device)
+
+
+@pytest.fixture(scope="module")
+def dialogues(codec):
+    return [dialogue_of(codec, example) for example in TASK.validation]
+
+
+def fitter(decoder, codec, stack, config=FEW, tokens=4096):
+    return Fitter(decoder, list(codec.eos_ids), stack, config, tokens=tokens, outputs=64)
+
+
+def test_a_mixtures_loss_is_the_engines_likelihood(base, decoder, codec, pool, stack, dialogues):
+    mixture = {"all": 0.5, "some": 0.7, "late": -0.2}
+    by_name = {one.name: one for one in pool}
+    scorer = LikelihoodScorer(Decoder(base, names=("tiny-base",)), codec, by_name.__getitem__, [TASK])
+    packed = [(scorer.pack(by_name[name]), weight) for name, weight in mixture.items()]
+    expected = scorer.score_mixture(packed, [("upper", i) for i in range(len(WORDS))])
+    for tokens in (4096, 100):  # in one pass, and in many
+        [fit] = fitter(decoder, codec, stack, replace(FEW, steps=1), tokens).fit(
+            [Problem("upper", dialogues, [mixture] * len(WORDS))]
+        )
+        assert fit.before == pytest.approx([-value for value in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("config", [FEW, replace(FEW, layer_groups=1), replace(FEW, per_target=True)])
+def test_weights_are_fitted_to_examples_that_others_are_left_out_of(decoder, codec, stack, dialogues, config):
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS))
+    [fit] = fitter(decoder, codec, stack, config).fit([problem])
+    assert fit.history[-1] < fit.history[0]
+    assert fit.gain > 0
+    assert sorted(fit.fold_of) == [0] * 4 + [1] * 4
+    assert torch.allclose(fit.weights, fit.folds.mean(0))
+    [again] = fitter(decoder, codec, stack, config).fit([problem])
+    assert torch.equal(fit.weights, again.weights)  # to the bit
+    if config.layer_groups == 1:
+        assert (fit.weights == fit.weights[:1]).all()
+    assert bool((fit.weights == fit.weights[:, :1]).all()) is not config.per_target
+
+
+def test_what_is_left_out_of_a_fold_has_no_part_in_it(decoder, codec, stack, dialogues):
+    """Whatever the examples of one fold say, weights that have not seen them are the same."""
+    mixtures = [{"some": 1.0}] * len(WORDS)
+    config = replace(FEW, patience=99)
+    one = fitter(decoder, codec, stack, config).fit([Problem("upper", dialogues, mixtures)])[0]
+    changed = [
+        dialogue_of(codec, Example("oh, " + example.input, example.target)) if fold == 0 else dialogue
+        for example, dialogue, fold in zip(TASK.validation, dialogues, one.fold_of, strict=True)
+    ]
+    config = replace(config, steps=2)
+    first, second = (
+        fitter(decoder, codec, stack, config).fit([Problem("upper", of, mixtures)])[0] for of in (dialogues, changed)
+    )
+    assert first.step == second.step == 2
+    torch.testing.assert_close(first.folds[0], second.folds[0])
+    assert not torch.allclose(first.folds[1], second.folds[1])
+
+
+def test_tasks_that_are_fitted_together_fare_as_alone(decoder, codec, stack, dialogues):
+    problems = [
+        Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS)),
+        Problem("few", dialogues[:3], [{"all": 0.5}] * 3, frozenset({"some"})),
+    ]
+    together = fitter(decoder, codec, stack).fit(problems)
+    for problem, fit in zip(problems, together, strict=True):
+        [alone] = fitter(decoder, codec, stack).fit([problem])
+        assert fit.step == alone.step
+        torch.testing.assert_close(fit.weights, alone.weights, atol=1e-4, rtol=1e-3)
+    assert not together[1].weights[:, :, 1].any()  # it may not use that one
+
+
+def test_weights_under_zero_can_be_barred(decoder, codec, stack, dialogues):
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS))
+    free, barred = (
+        fitter(decoder, codec, stack, replace(FEW, non_negative=value)).fit([problem])[0] for value in (False, True)
+    )
+    assert free.folds.min() < 0 <= barred.folds.min()
+
+
+def test_a_pull_keeps_weights_near_the_start(decoder, codec, stack, dialogues):
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS))
+    start = torch.tensor([0.0, 1.0, 0.0])
+    far, near = (
+        fitter(decoder, codec, stack, replace(FEW, pull=value, patience=99)).fit([problem])[0] for value in (0.0, 100.0)
+    )
+    assert (near.weights - start).norm() < (far.weights - start).norm()
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.arange(3, 40)[None]).logits
+
+
+def merged(base, decoder, stack, weights):
+    """The base model with W + sum_k w_k s_k B_k A_k in place of W."""
+    model = transformers.LlamaForCausalLM(base.config).eval()
+    model.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        for i, target in enumerate(stack.targets):
+            for k, source in enumerate(stack.sources):
+                for layer in range(decoder.shape.layers):
+                    if (layer, target) in source.tensors:
+                        a, b = source.tensors[layer, target]
+                        block = "self_attn" if target in TARGETS[:4] else "mlp"
+                        module = model.get_submodule(f"model.layers.{layer}.{block}.{target}")
+                        module.weight += weights[layer, i, k] * b @ a
+    return model
+
+
+def test_peft_computes_the_mixture(base, decoder, stack, tmp_path):
+    weights = torch.randn(2, len(stack.targets), 3, generator=torch.Generator().manual_seed(5))
+    cut = Cutter(stack, energy=1.0, max_rank=64).cut(weights)
+    assert cut.kept == pytest.approx(1)
+    write_adapter(tmp_path / "mixed", cut, None, base_model="tiny-base", dtype=torch.float32)
+    expected = merged(base, decoder, stack, weights)
+    fresh = transformers.LlamaForCausalLM(base.config)
+    fresh.load_state_dict(base.state_dict())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        peft = PeftModel.from_pretrained(fresh, tmp_path / "mixed").eval()
+    assert not [warning for warning in told if "key" in str(warning.message)]  # that are missing, or unknown
+    torch.testing.assert_close(logits(peft), logits(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_the_rank_is_the_smallest_that_keeps_the_energy(stack):
+    weights = torch.ones(2, len(stack.targets), 3)
+    weights[:, :, 1:] = 1e-4  # all but nothing is of the first adapter, of rank 2
+    cut = Cutter(stack, energy=0.99, max_rank=64).cut(weights)
+    assert {a.shape[0] for a, _ in cut.pairs.values()} <= {1, 2}
+    assert 0.99 <= cut.kept <= 1
+    assert {a.shape[0] for a, _ in Cutter(stack, energy=1.0, max_rank=1).cut(weights).pairs.values()} == {1}
+
+
+def composer(decoder, codec, pool, work, config=FEW):
+    return Composer(decoder, codec, pool, work, base_model="digest", config=config)
+
+
+WANTED = Wanted("upper.composed", TASK, [{"some": 1.0}] * len(WORDS), frozenset({"late"}))
+
+
+def test_a_composition_says_what_it_is_made_of_and_what_it_gains(base, decoder, codec, pool, tmp_path):
+    [made] = composer(decoder, codec, pool, tmp_path).make([WANTED])
+    assert made.holds
+    provenance = made.provenance
+    assert [(source.name, source.version) for source in provenance.sources] == [pool[0].key, pool[1].key]
+    assert all(len(source.weights) == 2 for source in provenance.sources)  # one for each layer
+    assert provenance.score_after > provenance.score_before
+    assert 0.99 <= provenance.energy <= 1
+    weights = LoraWeights.load(made.folder, name=made.name, version="1")
+    weights.check_fits(decoder.shape, max_rank=64)
+    assert weights.warnings == ()
+    assert json.loads((made.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-base"
+
+
+def test_what_is_made_is_not_made_again(decoder, codec, pool, tmp_path):
+    told = []
+    composer(decoder, codec, pool, tmp_path).make([WANTED])
+    [before] = tmp_path.iterdir()
+    stamp = (before / "composition.json").stat().st_mtime_ns
+    composer(decoder, codec, pool, tmp_path).make([WANTED], lambda *state: told.append(state))
+    assert told == [(1, 1, "")]
+    assert (before / "composition.json").stat().st_mtime_ns == stamp
+    newer = [replace(pool[0], version="f" * 16), *pool[1:]]
+    composer(decoder, codec, newer, tmp_path).make([WANTED])
+    assert len(list(tmp_path.iterdir())) == 2  # of other sources it is another one
+    barred = [*pool[:2], replace(pool[2], version="f" * 16)]
+    composer(decoder, codec, barred, tmp_path).make([WANTED])
+    assert len(list(tmp_path.iterdir())) == 2  # this one it may not use
+
+
+def test_one_example_is_too_few(decoder, codec, pool, tmp_path):
+    task = replace(TASK, validation=TASK.validation[:1])
+    with pytest.raises(ConfigError, match="'upper' has one validation example"):
+        composer(decoder, codec, pool, tmp_path).make([Wanted("one", task, [{}])])
+
+
+def test_an_empty_pool_is_told(decoder, codec, tmp_path):
+    with pytest.raises(ConfigError, match="no adapter to compose from"):
+        composer(decoder, codec, [], tmp_path)
