@@ -67,6 +67,7 @@ class ApiSettings(Settings):
         ping_s: seconds of silence in a streamed answer after which a comment is sent (`: ping`), so that nobody on the
             way takes the connection for dead; null sends none.
         metrics_of: whose metrics `GET /metrics` has: those of the ingress's node, or of all nodes of the cluster.
+        vllm_metrics: whether `GET /metrics` has vLLM's names too, which gateways and dashboards read.
         first_token_s: seconds until an answer begins, or a part of the service answers, at most, the wait for a
             replica in a dead one's place included; then the request is answered with 503.
     """
@@ -81,6 +82,7 @@ class ApiSettings(Settings):
     max_inputs: Positive = 256
     ping_s: Annotated[float, Field(gt=0, le=86400)] | None = 15.0
     metrics_of: Literal["node", "cluster"] = "node"
+    vllm_metrics: bool = True
     first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 

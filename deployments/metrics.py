@@ -74,6 +74,7 @@ TOKEN_SECONDS = _histogram("time_per_token_seconds", "Mean seconds between an an
 PROMPT_TOKENS = _counter("prompt_tokens", "Tokens of the prompts answered.")
 COMPLETION_TOKENS = _counter("completion_tokens", "Tokens of the answers.")
 REUSED_TOKENS = _counter("prompt_tokens_reused", "Tokens of prompts that were found computed.")
+ANSWERS = _counter("answers", "Answers by why they ended: stop, length, or abort (by an error or a client).", "reason")
 CACHE_USED = _gauge("cache_used", "Share of a replica's key-value cache that running requests hold.")
 PREEMPTIONS = _counter("preemptions", "Running requests that had to wait again, as the key-value cache was full.")
 RUNNING = _gauge("requests_running", "Requests that a replica generates for.")

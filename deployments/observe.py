@@ -28,8 +28,9 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments import metrics
+from deployments import genai, metrics
 from deployments.metrics import Metric
+from lorauter.engine.types import SamplingParams
 from lorauter.names import is_valid_name
 
 logger = logging.getLogger("lorauter.requests")
@@ -60,6 +61,8 @@ class RequestRecord:
         key_name: whose key it came with.
         model: what is to answer, if that is a name.
         adapters: how many adapters are in the mixture; None until that is decided.
+        asked: answers that were taken on; `sampling` is how their tokens are chosen.
+        ends: why those that ended have.
         broken: the status of the error that ended an answer after its own status was sent.
     """
 
@@ -71,6 +74,10 @@ class RequestRecord:
     confidence: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    asked: int = 0
+    sampling: SamplingParams | None = None
+    ends: list[str] = field(default_factory=list)
     first_token: float | None = None
     last_token: float | None = None
     broken: int | None = None
@@ -81,12 +88,14 @@ class RequestRecord:
         self.adapters = adapters
         self.confidence = confidence
 
-    def token_arrived(self, count: int) -> None:
-        """Note that tokens of the answer are here."""
+    def token_arrived(self, count: int, end: str | None = None) -> None:
+        """Note that tokens of an answer are here, and why it ends with them, if it does."""
         self.last_token = time.perf_counter()
         if self.first_token is None:
             self.first_token = self.last_token
         self.completion_tokens += count
+        if end is not None:
+            self.ends.append(end)
 
     def facts(self, status: int, outcome: Outcome) -> dict[str, Any]:
         """What the log line says."""
@@ -133,6 +142,10 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with genai.operation(scope["path"]) as operation:
+            await self._noted(scope, receive, send, operation)
+
+    async def _noted(self, scope: Scope, receive: Receive, send: Send, operation: genai.Operation | None) -> None:
         record = RequestRecord()
         token = _record.set(record)
         status: int | None = None
@@ -160,16 +173,21 @@ class Observed:
         finally:
             _record.reset(token)
             if record.broken is not None:
-                self._finish(record, record.broken, "broken")
+                ended: tuple[int, Outcome] = record.broken, "broken"
             elif left and not whole:  # nobody ends an answer early but for want of a listener
-                self._finish(record, LEFT, "left")
+                ended = LEFT, "left"
             else:
-                self._finish(record, status or 500, _outcome(status or 500))
+                ended = status or 500, _outcome(status or 500)
+            self._finish(record, *ended)
+            if operation is not None:
+                operation.end(record, *ended)
 
     def _finish(self, record: RequestRecord, status: int, outcome: Outcome) -> None:
         recorder = self._recorder
         recorder.add(metrics.REQUESTS, endpoint=record.endpoint, status=str(status), outcome=outcome)
         recorder.observe(metrics.REQUEST_SECONDS, time.perf_counter() - record.started, endpoint=record.endpoint)
+        for reason in (*record.ends, *["abort"] * (record.asked - len(record.ends))):
+            recorder.add(metrics.ANSWERS, reason=reason)
         if record.prompt_tokens:
             recorder.add(metrics.PROMPT_TOKENS, record.prompt_tokens)
         if record.first_token is not None and record.last_token is not None:

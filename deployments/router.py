@@ -39,8 +39,10 @@ from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted
 from deployments.startup import tells_why
 from deployments.tracing import span
+from deployments.vllm_metrics import Loras, as_vllm
 from deployments.warmup import demand_for
 from lorauter.catalog.catalog import PROBE_TEXT
+from lorauter.defaults import BASE_MODEL, DEFAULT
 from lorauter.encoder import Embeddings
 from lorauter.engine import Chunk
 from lorauter.engine.types import Prompt
@@ -49,8 +51,10 @@ from lorauter.names import AdapterKey
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text
 from lorauter.routing.compose import cause_of
 from lorauter.tasks import Task
+from lorauter.uris import called
 
 _RETRY_AFTER_S = 1.0
+_LORAS_S = 2.0  # for which what is on the devices is no old news: gateways ask many times a second
 _DEMAND = 4096  # adapters of which each node tells how much they were wanted
 _TOGETHER = 64  # texts to be embedded that go together
 
@@ -97,6 +101,7 @@ class Router:
         self._tokenize, self._detokenize = model.tokenize, model.detokenize
         self._editor = _EditorClient(editor) if editor is not None else None
         self._admission = Admission(model)
+        self._loras_seen: Loras | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         config = self._config
@@ -165,10 +170,12 @@ class Router:
         try:
             async for item in stream:
                 if isinstance(item, Admitted):
+                    record.asked, record.sampling = record.asked + len(call.choices), call.sampling
                     record.prompt_tokens += item.prompt_tokens
+                    record.cached_tokens += item.cached_tokens
                     self._metrics.left_out(adapter.cause for adapter in item.left_out)
                 else:
-                    record.token_arrived(len(item.token_ids))
+                    record.token_arrived(len(item.token_ids), item.finish_reason)
                 yield item
         except Exception as error:
             translated = _translated(error)
@@ -225,8 +232,23 @@ class Router:
         ]
 
     async def metrics(self) -> str:
-        """This node's metrics, or all nodes'."""
-        return await read_metrics(all_nodes=self._config.api.metrics_of == "cluster")
+        """This node's metrics, or all nodes'; under vLLM's names too, unless that is switched off."""
+        text = await read_metrics(all_nodes=self._config.api.metrics_of == "cluster")
+        if not self._config.api.vllm_metrics:
+            return text
+        base = BASE_MODEL if self._config.base_model == DEFAULT else self._config.base_model
+        return text + await asyncio.to_thread(as_vllm, text, called(base), await self._loras())
+
+    async def _loras(self) -> Loras:
+        """The adapters wanted lately that are on a device of some replica, as they were a moment ago at most."""
+        if self._loras_seen is not None and time.time() - self._loras_seen.seen < _LORAS_S:
+            return self._loras_seen
+        placement = placement_of(str(self._model.deployment_id))
+        wanted = await demand_for(CacheSpec(self._config.adapters, self._config.cache), _DEMAND)
+        there = [key.name for key in wanted if placement is not None and "device" in placement.whereabouts(str(key))]
+        running = sorted(set(there))
+        self._loras_seen = Loras(running, max(self._config.engine.max_batch, len(running)), time.time())
+        return self._loras_seen
 
     async def _asked(self, send: Callable[[], Any], *passed_on: Callable[[Any], Any]) -> Any:
         try:

@@ -90,3 +90,8 @@ def _span(name: str, *, current: bool) -> Iterator[Any]:
         yield made
     finally:
         made.end()
+
+
+def tracer() -> Any:
+    """What makes spans; None if there are no traces."""
+    return _tracer

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from google.protobuf.json_format import MessageToJson
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 
@@ -21,6 +22,11 @@ class Collector:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path.endswith("/v1/metrics"):
+                    collector.text += MessageToJson(ExportMetricsServiceRequest.FromString(raw))
+                    self.send_response(200)
+                    self.end_headers()
+                    return
                 batch = ExportTraceServiceRequest.FromString(raw)
                 collector.text += MessageToJson(batch)
                 for resource in batch.resource_spans:

@@ -70,3 +70,14 @@ def test_every_metric_exists_after_some_traffic(service: Any, s3: Any, root: Pat
             assert set(metric.labels) <= set(row), metric.name
     for row in labels("ray_lorauter_requests_total"):
         assert row["deployment"] == "Router"
+    with service.http() as http:
+        shown = http.get("/metrics").text
+    vllms = {name: float(value) for name, value in re.findall(r"^(vllm:\w+)(?:{.*})? (\S+)$", shown, re.M)}
+    assert {"vllm:num_requests_running", "vllm:kv_cache_usage_perc"} <= vllms.keys()
+    for name in ("prompt_tokens_total", "generation_tokens_total", "prefix_cache_hits_total"):
+        assert vllms[f"vllm:{name}"] > 0, name
+    assert vllms["vllm:time_to_first_token_seconds_count"] > 0
+    loras = re.search(r'^vllm:lora_requests_info{.*running_lora_adapters="([^"]*)".*} (\S+)$', shown, re.M)
+    assert loras is not None
+    assert "sst2" in loras[1].split(",")
+    assert time.time() - float(loras[2]) < 60

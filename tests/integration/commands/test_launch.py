@@ -200,10 +200,16 @@ def test_a_requests_spans_reach_the_collector_as_one_trace(served: Served) -> No
         spans = [span for span in list(collector.spans) if span.name.startswith("lorauter.")]
         return [span for span in spans if attributes(span).get("request_id") == "traced-1"]
 
+    def answered() -> list[Any]:
+        traces = {span.trace_id for span in ours()}
+        return [span for span in list(collector.spans) if span.name == "chat lorauter" and span.trace_id in traces]
+
     deadline = time.monotonic() + 60
-    while not names <= {span.name for span in ours()}:
+    while not (names <= {span.name for span in ours()} and answered()):
         assert time.monotonic() < deadline, {span.name for span in collector.spans}
         time.sleep(0.5)
+    [said] = map(attributes, answered())
+    assert said["gen_ai.operation.name"] == "chat" and said["gen_ai.usage.output_tokens"] > 0
     assert {span.name for span in ours()} == names
     assert len({span.trace_id for span in ours()}) == 1
     for span in ours():
