@@ -189,18 +189,14 @@ def test_thousands_of_adapters_do_not_make_thousands_of_series(spans, reader) ->
 
 
 def test_metrics_leave_by_otlp_unless_they_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
-
     genai._instruments.cache_clear()
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
     assert genai._instruments() is None
     monkeypatch.delenv("OTEL_METRICS_EXPORTER")
-    collector, readers = Collector(), []
+    collector, providers = Collector(), []
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
-    begun = PeriodicExportingMetricReader.__init__
-    monkeypatch.setattr(
-        PeriodicExportingMetricReader, "__init__", lambda self, *a: (readers.append(self), begun(self, *a))[1]
-    )
+    begun = MeterProvider.__init__
+    monkeypatch.setattr(MeterProvider, "__init__", lambda self, *a: (providers.append(self), begun(self, *a))[1])
     genai._instruments.cache_clear()
     try:
         made = genai._instruments()
@@ -208,11 +204,11 @@ def test_metrics_leave_by_otlp_unless_they_are_switched_off(monkeypatch: pytest.
         record = observe.RequestRecord()
         record.decided("sst2", 0, None)
         made.measure("chat", record, {})
-        assert readers[0].force_flush()
+        assert providers[0].force_flush()
         assert "gen_ai.server.request.duration" in collector.text
     finally:
-        for one in readers:
-            one.shutdown()
+        for provider in providers:
+            provider.shutdown()
         genai._instruments.cache_clear()
         collector.close()
 
