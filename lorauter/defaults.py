@@ -8,11 +8,13 @@ nothing of how they are used.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +213,7 @@ def _once(folder: Path, make: Callable[[Path, Notify], None], notify: Notify) ->
 
 def _convert_model(target: Path, notify: Notify) -> None:
     """Dequantise the packaged GGUF to bfloat16 safetensors."""
-    with packaged(_MODEL_PACKAGE, "*.gguf", target.parent, notify) as gguf:
+    with packaged(_MODEL_PACKAGE, "*.gguf", target.parent, notify) as gguf, _gguf_read_once():
         notify(f"converting the base model {_MODEL_FOLDER} (once)")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -225,6 +227,21 @@ def _convert_model(target: Path, notify: Notify) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Have transformers parse the file once, not three times, and name its tensors once, not for every module."""
+    import gguf
+
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in own.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(gguf, name, function)
 
 
 def _copy_encoder(target: Path, notify: Notify) -> None:
