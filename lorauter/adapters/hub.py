@@ -27,6 +27,7 @@ import httpx2
 from huggingface_hub import (
     HfApi,
     HfFileMetadata,
+    constants,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
@@ -158,22 +159,46 @@ class HubStore:
             self._listings.pop(next(iter(self._listings)))
 
     def _ask(self, revision: str | None) -> _Listing:
+        if constants.is_offline_mode():
+            return self._cached_listing(revision or constants.DEFAULT_REVISION)
         with self._errors(""):
             api = HfApi()
             ask = api.dataset_info if self._kind == "dataset" else api.model_info
             found = ask(self._repo, revision=revision, timeout=_API_S, files_metadata=True)
         if found.sha is None:
             raise StoreError("the hub names no commit; does HF_ENDPOINT speak the hub's API?", uri=self.uri)
-        below = f"{self._path}/" if self._path else ""
-        files = {}
+        files = []
         for file in found.siblings or []:
-            if file.rfilename.startswith(below):
-                size, tag = (file.lfs.size, file.lfs.sha256) if file.lfs else (file.size, file.blob_id)
-                files[file.rfilename.removeprefix(below)] = _File(file.rfilename, size, tag)
-        if _ALONE in files:
-            files = {f"{self.name}/{key}": file for key, file in files.items()}
-        modified = found.last_modified.timestamp() if found.last_modified else 0.0
-        return _Listing(found.sha, modified, files)
+            size, tag = (file.lfs.size, file.lfs.sha256) if file.lfs else (file.size, file.blob_id)
+            files.append(_File(file.rfilename, size, tag))
+        return self._listed(found.sha, found.last_modified.timestamp() if found.last_modified else 0.0, files)
+
+    def _cached_listing(self, revision: str) -> _Listing:
+        """What the hub's cache on this machine has of a revision, which may be less than all."""
+        folder = Path(constants.HF_HUB_CACHE) / f"{self._kind}s--{self._repo.replace('/', '--')}"
+        ref = folder / "refs" / revision
+        commit = ref.read_text().strip() if ref.is_file() else revision
+        snapshot = folder / "snapshots" / commit
+        if not (_COMMIT.fullmatch(commit) and snapshot.is_dir()):
+            raise StoreUnavailable(
+                f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} has no {revision!r} of it; run: hf download "
+                f"{self._repo} --revision {revision}",
+                uri=self.uri,
+            )
+        files = [
+            _File(path.relative_to(snapshot).as_posix(), path.stat().st_size, path.resolve().name)
+            for path in snapshot.rglob("*")
+            if path.is_file()
+        ]
+        return self._listed(commit, snapshot.stat().st_mtime, files)
+
+    def _listed(self, commit: str, modified: float, files: list[_File]) -> _Listing:
+        """The files below the path, by key."""
+        below = f"{self._path}/" if self._path else ""
+        found = {file.path.removeprefix(below): file for file in files if file.path.startswith(below)}
+        if _ALONE in found:
+            found = {f"{self.name}/{key}": file for key, file in found.items()}
+        return _Listing(commit, modified, found)
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:

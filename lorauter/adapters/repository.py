@@ -215,6 +215,16 @@ class AdapterRepository:
             return self.store.at(version)
         return self.store
 
+    def is_same(self, name: str, before: str, now: str) -> bool:
+        """Whether an adapter is the same at two commits of a store that keeps its own history. Raises StoreError."""
+        if not (isinstance(self.store, Versioned) and _COMMIT.fullmatch(before) and _COMMIT.fullmatch(now)):
+            return False
+        try:
+            was, is_ = ([self.store.at(at).fingerprint(f"{name}/{file}") for file in _FILES] for at in (before, now))
+        except ObjectNotFound:  # at one of them it is not there
+            return False
+        return was == is_
+
     def download(self, manifest: AdapterManifest, target: Path) -> None:
         """Copy an adapter's files into the folder `target` and verify each by size and hash.
 
@@ -308,7 +318,7 @@ class AdapterRepository:
     def check_current(self, pushed: AdapterManifest) -> None:
         """Raise Conflict unless what was pushed is the adapter's current version still."""
         now = self.manifest(pushed.name)
-        if now.version != pushed.version:
+        if now.version != pushed.version and not self.is_same(pushed.name, pushed.version, now.version):
             raise Conflict(
                 f"adapter {pushed.name!r}: somebody else pushed version {now.version} meanwhile, in place of "
                 f"{pushed.version}; theirs stays: look at it, then push yours again if it is to replace it"

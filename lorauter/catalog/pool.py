@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorauter.adapters.repository import MISNAMED, AdapterManifest, AdapterRepository, Report
 from lorauter.errors import AdapterNotFound, AdapterRejected
@@ -51,8 +51,10 @@ def read_pool(
 
     def look(name: str) -> tuple[AdapterManifest | AdapterRejected | None, tuple[str, ...]]:
         try:
-            manifest = repository.manifest(name)
-            read = (known or {}).get(name) == manifest.version or all(file.sha256 for file in manifest.files.values())
+            manifest, before = repository.manifest(name), (known or {}).get(name)
+            if before is not None and repository.is_same(name, before, manifest.version):
+                return replace(manifest, version=before), ()  # a commit that did not concern it is no news
+            read = before == manifest.version or all(file.sha256 for file in manifest.files.values())
             return manifest, () if read else repository.load(manifest).warnings
         except AdapterNotFound:  # some other folder in the store
             return None, ()

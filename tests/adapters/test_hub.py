@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 from hub_server import GOOD_TOKEN, HubServer, files_below
+from huggingface_hub import hf_hub_download
 
 from lorauter.adapters import AdapterDiskCache, AdapterRepository, MemoryStore, hub, open_store
 from lorauter.adapters.hub import HubStore
+from lorauter.catalog.pool import read_pool
 from lorauter.errors import (
     AdapterNotFound,
     AdapterUnavailable,
     BucketNotFound,
     ConfigError,
+    Conflict,
     ObjectNotFound,
     ReadOnlyStore,
     StoreError,
@@ -193,6 +196,38 @@ def test_what_is_not_there_is_not_found(hub_server, pool) -> None:
     with pytest.raises(ObjectNotFound, match="no branch, tag or commit"):
         open_store("hf://team/pool@none").children()
     assert open_store("hf://team/pool/none").children() == []
+
+
+def test_offline_the_hubs_cache_is_the_store(hub_server, pool, tmp_path, monkeypatch) -> None:
+    store = HubStore("hf://team/pool")
+    for file in SST2:
+        hf_hub_download("team/pool", f"sst2/{file}")
+    tags = {key: store.fingerprint(key) for key in store.files("sst2")}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_server.stop()
+    for uri in ("hf://team/pool", f"hf://team/pool@{pool}"):
+        repository = AdapterRepository(open_store(uri))
+        assert repository.newest() == {"sst2": pool}
+        assert {key: repository.store.fingerprint(key) for key in repository.store.files()} == tags
+        repository.download(repository.manifest("sst2", pool), tmp_path)
+        assert files_below(tmp_path) == SST2
+    for missing in ("hf://team/pool@other", "hf://team/none"):
+        with pytest.raises(StoreUnavailable, match=r"HF_HUB_OFFLINE is set, and .* run: hf download"):
+            open_store(missing).children()
+
+
+def test_a_commit_that_does_not_concern_an_adapter_gives_it_no_version(hub_server, pool, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "_FRESH_S", 0.0)
+    repository = AdapterRepository(open_store("hf://team/pool"))
+    before = read_pool(repository, print).versions
+    pushed = repository.manifest("rte")
+    later = hub_server.commit("team/pool", folder_of(sst2=RTE, rte=RTE, new=SST2))
+    assert read_pool(repository, print, known=before).versions == {"new": later, "rte": pool, "sst2": later}
+    assert read_pool(repository, print).versions == dict.fromkeys(("new", "rte", "sst2"), later)
+    repository.check_current(pushed)
+    hub_server.commit("team/pool", folder_of(rte=SST2))
+    with pytest.raises(Conflict):
+        repository.check_current(pushed)
 
 
 @pytest.mark.parametrize("trouble", ["down", "offline", 429, 500, 503])

@@ -29,6 +29,7 @@ from lorauter.errors import (
     Conflict,
     InvalidRequest,
     PermissionDenied,
+    ReadOnlyStore,
     TaskNotFound,
 )
 from lorauter.keys import ApiKey
@@ -429,5 +430,36 @@ def test_another_version_becomes_current_as_it_is(
         with pytest.raises(CatalogError):
             await editor.use_version("0" * 16)
         assert Catalog.load(config.catalog).version == without
+
+    asyncio.run(scenario())
+
+
+def test_adapters_of_the_hub_are_taken_in_and_out_of_the_catalog_and_stay_there(
+    config: AppConfig, files: Callable[..., Any], hub_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def committed(*names: str) -> str:
+        made = {f"{name}/{file}": raw.tobytes() for name in names for file, raw in files(name).items()}
+        commit: str = hub_server.commit("team/pool", made)
+        return commit
+
+    first = committed("sums")
+    monkeypatch.setattr("deployments.catalog_editor.join_serve_logs", lambda: None)
+    monkeypatch.setattr("lorauter.adapters.hub._FRESH_S", 0.0)
+    model = SimpleNamespace(shape=Method(lambda: (SHAPE, 4)))
+    editor = CatalogEditor.func_or_class(config.model_copy(update={"adapters": "hf://team/pool"}), None, model)
+
+    async def scenario() -> None:
+        taken = await editor.put_adapter(ANYBODY, "sums", None)
+        assert taken["tasks"] == ["sums"]
+        assert Catalog.load(config.catalog).adapters == {"sums": first}
+        with pytest.raises(ReadOnlyStore, match="only reads from the hub"):
+            await editor.put_adapter(ANYBODY, "mine", files("mine"))
+        second = committed("sums", "poems")
+        await editor.put_adapter(ANYBODY, "poems", None)
+        assert Catalog.load(config.catalog).adapters == {"sums": first, "poems": second}, "sums was not asked for"
+        await editor.remove_adapter(ANYBODY, "sums")
+        assert Catalog.load(config.catalog).adapters == {"poems": second}
+        with pytest.raises(ReadOnlyStore):  # which is not served, and cannot be deleted
+            await editor.remove_adapter(ANYBODY, "sums")
 
     asyncio.run(scenario())
