@@ -1,6 +1,6 @@
 """The command line. Parses arguments, shows progress, and turns errors into one line; the work is the library's.
 
-`serve` and `batch` alone need Ray, and import it only then.
+`serve`, `batch` and `doctor` alone need Ray, and import it only then.
 """
 
 from __future__ import annotations

@@ -15,9 +15,13 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import DEPLOYMENTS, build
 from deployments.config import AppConfig
-from deployments.launch import ServeFile, _wait_until_running, serve_forever
+from deployments.launch import ServeFile, _described, _host, _wait_until_running, serve_forever
 from deployments.room import Watch
+from lorauter.catalog import build_catalog
+from lorauter.defaults import BASE_MODEL
+from lorauter.encoder import HashingEncoder
 from lorauter.errors import CannotStart, ConfigError
+from lorauter.tasks import Task
 
 SHIPPED = Path(__file__).resolve().parents[2] / "serve_config.yaml"
 
@@ -281,3 +285,20 @@ def test_the_logs_are_as_the_file_says(read: Callable[[object], ServeFile]) -> N
     for wrong in ({"surprise": 1}, {"log_level": "LOUD"}, {"encoding": "XML"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             read({"applications": [application], "logging_config": wrong})
+
+
+@pytest.mark.parametrize(
+    ("listening", "called"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "[::1]"), ("here", "here")],
+)
+def test_the_address_that_is_told_is_one_to_open(listening: str, called: str) -> None:
+    assert _host(listening) == called
+
+
+def test_what_is_served_is_told_by_name(make_task: Callable[..., Task]) -> None:
+    catalog = build_catalog([make_task("poems"), make_task("sums")], HashingEncoder())
+    default = _described(AppConfig(), catalog)
+    assert default == f"{BASE_MODEL} with the catalog default: 2 tasks, 0 adapters, version {catalog.version}"
+    assert _described(AppConfig(catalog="s3://b/c"), None).endswith("with the catalog s3://b/c")
+    own = AppConfig(base_model="org/model", adapters="s3://b/a")
+    assert _described(own, None) == "org/model with the adapters in s3://b/a, by name"
