@@ -4,14 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SERVER := $(VENV)/.server
 INSTALLED := $(VENV)/.installed
-# Errors only. Python compiles a module when it is first imported; pip would compile ten times as many.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: install serve dev test check lint types clients clean
 
 install: $(INSTALLED)
 
-# What a server needs.
+# What a server needs. Python compiles a module when it is first imported; pip would compile ten times as many.
 $(SERVER): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	  f"lorauter needs Python 3.11 or newer, this is {sys.version.split()[0]}; run: make PYTHON=/path/to/python")'
@@ -24,10 +23,12 @@ $(SERVER): pyproject.toml setup.py
 	@$(PIP) install --no-deps --group default-models --no-compile
 	@touch $(SERVER)
 
-# And what tests, benchmarks and tools need.
+# And what tests, benchmarks and tools need. In tests warnings are errors, those of compiling others' modules too: none
+# may be left to compile.
 $(INSTALLED): $(SERVER)
 	@echo "installing what the tests need ..."
 	@$(PIP) install --group dev --no-compile
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compiled.log 2>&1 || true
 	@touch $(INSTALLED)
 
 serve: $(SERVER)
