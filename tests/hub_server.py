@@ -20,7 +20,7 @@ _LARGE = (".safetensors",)
 
 @dataclass
 class Repo:
-    """A repository. `gate` is "private" or "gated"; a gated one is open to nobody, a private one to the good token."""
+    """A repository. `gate` is "private" (to all but the good token) or "gated": what is there is seen, and not read."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
@@ -126,14 +126,14 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
 
-    def _commit(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+    def _commit(self, repo: str, revision: str, *, to_read: bool) -> tuple[str, dict[str, bytes]] | None:
         """A revision's files; None once it is said why not."""
         found = self.server_hub.repos.get(repo)
         if self.token not in (None, f"Bearer {GOOD_TOKEN}"):
             self._answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
         elif found is None or (found.gate == "private" and self.token is None):
             self._answer(404 if self.token else 401, {"X-Error-Code": "RepoNotFound"})
-        elif found.gate == "gated":
+        elif to_read and found.gate == "gated":
             self._answer(403 if self.token else 401, {"X-Error-Code": "GatedRepo"})
         elif (commit := found.branches.get(revision, revision)) not in found.commits:
             self._answer(404, {"X-Error-Code": "RevisionNotFound"})
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _info(self, repo: str, revision: str) -> None:
-        if (at := self._commit(repo, revision)) is None:
+        if (at := self._commit(repo, revision, to_read=False)) is None:
             return
         siblings = []
         for name, content in at[1].items():
@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"Content-Type": "application/json"}, json.dumps({**info, "siblings": siblings}).encode())
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:
-        if (at := self._commit(repo, revision)) is None:
+        if (at := self._commit(repo, revision, to_read=True)) is None:
             return
         commit, files = at
         head = {"X-Repo-Commit": commit}

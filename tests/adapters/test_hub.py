@@ -182,12 +182,13 @@ def test_the_token_opens_a_private_repository_and_no_other_host_sees_it(hub_serv
 
 
 @pytest.mark.parametrize("token", [None, GOOD_TOKEN])
-def test_a_gated_repository_says_what_to_do(hub_server, monkeypatch, token) -> None:
+def test_a_gated_repository_says_what_to_do(hub_server, tmp_path, monkeypatch, token) -> None:
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     hub_server.commit("team/gated", folder_of(sst2=SST2), gate="gated")
-    with pytest.raises(StoreError, match=r"is gated: ask for access on its page .* HF_TOKEN"):
-        open_store("hf://team/gated").children()
+    repository = AdapterRepository(open_store("hf://team/gated"))
+    with pytest.raises(AdapterUnavailable, match=r"is gated: ask for access on its page .* HF_TOKEN"):
+        repository.download(repository.manifest("sst2"), tmp_path)
 
 
 def test_what_is_not_there_is_not_found(hub_server, pool) -> None:
