@@ -232,12 +232,14 @@ class Router:
         ]
 
     async def metrics(self) -> str:
-        """This node's metrics, or all nodes'; under vLLM's names too, unless that is switched off."""
-        text = await read_metrics(all_nodes=self._config.api.metrics_of == "cluster")
+        """This node's metrics, or all nodes'; under vLLM's names too, of the service, unless they are left out."""
+        of_all = self._config.api.metrics_of == "cluster"
+        text = await read_metrics(all_nodes=of_all)
         if not self._config.api.vllm_metrics:
             return text
+        whole = text if of_all else await read_metrics(all_nodes=True)  # who asks knows of one endpoint, this one
         base = BASE_MODEL if self._config.base_model == DEFAULT else self._config.base_model
-        return text + await asyncio.to_thread(as_vllm, text, called(base), await self._loras())
+        return text + await asyncio.to_thread(as_vllm, whole, called(base), await self._loras())
 
     async def _loras(self) -> Loras:
         """The adapters wanted lately that are on a device of some replica, as they were a moment ago at most."""
