@@ -96,6 +96,7 @@ class CatalogEditor:
         self._repository = AdapterRepository(open_store(config.adapters))
         self._embedder = embedder
         self._model = model
+        self._last: Catalog | None = None  # as it was made or read: the next change reads what differs from it
         self._worker = ThreadPoolExecutor(1)  # changes wait for each other, and one that began ends, whoever hung up
 
     async def change(self, caller: Caller, changes: Sequence[Change]) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class CatalogEditor:
         known: list[str] = []
 
         def edit(before: Catalog) -> Catalog:
-            check_tasks(caller, names[0], _serving(before))
+            check_tasks(caller, names[0], _serving(before, names[0]))
             after = before
             if encoder is not None:
                 after = with_tasks(after, tasks, encoder)
@@ -251,24 +252,25 @@ class CatalogEditor:
     def _change(
         self, edit: Callable[[Catalog], Catalog], *, tasks: Sequence[str] = (), adapters: Sequence[str] = ()
     ) -> Catalog:
-        return change_catalog(self._store, edit, tasks=tasks, adapters=adapters)
+        self._last = change_catalog(self._store, edit, tasks=tasks, adapters=adapters, known=self._last)
+        return self._last
 
 
 def _without(catalog: Catalog, tasks: Sequence[str], adapters: Sequence[str]) -> Catalog:
     """A catalog without some of it. Raises TaskNotFound, InvalidRequest (no task would be left)."""
-    names = {entry.name for entry in catalog.tasks}
     for name in tasks:
-        if name not in names:
+        if catalog.place(name) is None:
             raise TaskNotFound(name)
-    if names <= set(tasks):
+    if len(catalog) <= len(set(tasks)):
         raise InvalidRequest(f"task {tasks[0]!r} is the catalog's last; add another first", param="name")
     catalog = without_tasks(catalog, tasks) if tasks else catalog
     return without_adapters(catalog, adapters) if adapters else catalog
 
 
-def _serving(catalog: Catalog) -> dict[str, list[str]]:
-    """The names of the adapters that serve each task."""
-    return {entry.name: [adapter.name for adapter in entry.adapters] for entry in catalog.tasks}
+def _serving(catalog: Catalog, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """The names of the adapters that serve each of these tasks, of those that are there."""
+    places = {name: place for name in tasks if (place := catalog.place(name)) is not None}
+    return {name: [a.name for a in catalog.entries[place].adapters] for name, place in places.items()}
 
 
 def _row(change: Change, catalog: Catalog, taken: Mapping[str, _Taken]) -> dict[str, Any]:
@@ -276,12 +278,11 @@ def _row(change: Change, catalog: Catalog, taken: Mapping[str, _Taken]) -> dict[
     head: dict[str, Any] = {"id": change.name, "object": change.kind}
     if change.remove:
         return {**head, "deleted": True}
-    serving = _serving(catalog)
     if change.kind == "task":
-        return {**head, "adapters": serving[change.name]}
+        return {**head, "adapters": _serving(catalog, [change.name])[change.name]}
     manifest, warnings = taken[change.name].manifest, list(taken[change.name].warnings)
     head |= {"version": manifest.version, "bytes": manifest.size}
-    serves = [task for task, adapters in serving.items() if change.name in adapters]
+    serves = [catalog.names[place] for place in catalog.served_by(lambda name: name == change.name).nonzero()[0]]
     return {**head, "rank": manifest.rank, "tasks": serves, **({"warnings": warnings} if warnings else {})}
 
 

@@ -47,7 +47,7 @@ def check_adapters(catalog: Catalog | None, config: AppConfig, warn: Callable[[s
                 setting="adapters",
             )
         return
-    wanted = {adapter.name for entry in catalog.tasks for adapter in entry.adapters}
+    wanted = {adapter.name for entry in catalog.entries for adapter in entry.adapters}
     if wanted and wanted.isdisjoint(stored):
         raise ConfigError(
             f"none of the {len(wanted)} adapters that the catalog serves ({_some(wanted)}) is in {uri}, which holds "

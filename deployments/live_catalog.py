@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lorauter.adapters.store import DirectoryStore, ObjectStore
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog, current_version
+from lorauter.catalog.parts import FOLDER, digest_of, key_of
 from lorauter.defaults import home
 from lorauter.encoder import Embeddings
 from lorauter.errors import CatalogError, LorauterError, ServiceUnavailable, StoreError, StoreUnavailable
@@ -137,13 +138,18 @@ class LiveCatalog:
         self._refused_at = time.monotonic()
 
     def _load(self, version: str) -> Retriever:
-        retriever = self._retriever(Catalog.load(_Kept(self._keep, self._store), version=version))
+        before = self.retriever.catalog if hasattr(self, "retriever") else None
+        catalog = Catalog.load(_Kept(self._keep, self._store), version=version, known=before)
+        catalog.read_whole(known=before)
+        retriever = self._retriever(catalog)
         with suppress(StoreError, OSError):  # a full disk is no reason to refuse a catalog
             kept = DirectoryStore(self._keep)
             kept.write(CURRENT_FILE, version.encode())
             for other in kept.children():
-                if other != version:
+                if other not in (version, FOLDER):
                     shutil.rmtree(self._keep / other, ignore_errors=True)
+            for key in kept.files(FOLDER).keys() - set(map(key_of, catalog.parts)):
+                kept.delete(key)
         return retriever
 
     def _retriever(self, catalog: Catalog) -> Retriever:
@@ -159,7 +165,7 @@ class LiveCatalog:
 
 
 class _Kept(DirectoryStore):
-    """A store, of which whatever is read is kept in a folder."""
+    """A store, of which whatever is read is kept in a folder; parts are read from there, if they are what they were."""
 
     def __init__(self, root: Path, source: ObjectStore) -> None:
         super().__init__(root)
@@ -170,6 +176,10 @@ class _Kept(DirectoryStore):
         return self._source.uri
 
     def read(self, key: str) -> bytes:
+        with suppress(StoreError):
+            content = super().read(key) if key.startswith(f"{FOLDER}/") else b""
+            if key == key_of(digest_of(content)):
+                return content
         content = self._source.read(key)
         with suppress(StoreError, OSError):
             self.write(key, content)

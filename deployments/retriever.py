@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -24,7 +25,7 @@ from deployments.live_catalog import LiveCatalog, kept_folder
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.routing_metrics import RoutingMetrics
-from deployments.scope import Permitted, is_hidden
+from deployments.scope import Permitted, visible_places
 from deployments.startup import tells_why
 from deployments.tracing import span
 from lorauter.adapters import open_store
@@ -113,21 +114,28 @@ class TaskRetriever:
             {
                 "id": entry.name,
                 "object": "task",
-                "domain": entry.task.domain,
-                "metric": entry.task.metric,
-                "description": entry.task.description,
-                "validation_examples": len(entry.task.validation),
-                "answers": entry.task.answers,
+                "domain": entry.domain,
+                "metric": entry.metric,
+                "description": entry.description,
+                "validation_examples": entry.examples,
+                "answers": entry.answers,
                 "adapters": [vars(adapter) for adapter in entry.adapters],
             }
-            for entry in catalog.tasks
+            for entry in catalog.entries
         ]
         return CatalogDescription(catalog.version, tasks, sorted(catalog.adapters), self._live.refused)
 
     async def examples(self, names: list[str], most: int) -> dict[str, list[dict[str, str]]]:
         """The first validation examples of tasks; without those that the catalog does not know."""
-        tasks = {entry.name: entry.task for entry in self._live.retriever.catalog.tasks}
-        return {name: [vars(example) for example in tasks[name].validation[:most]] for name in names if name in tasks}
+        return await asyncio.to_thread(self._examples, names, most)
+
+    def _examples(self, names: list[str], most: int) -> dict[str, list[dict[str, str]]]:
+        catalog = self._live.retriever.catalog
+        places = {name: place for name in names if (place := catalog.place(name)) is not None}
+        return {
+            name: [vars(example) for example in catalog.tasks[place].task.validation[:most]]
+            for name, place in places.items()
+        }
 
     async def layout(self, permitted: Permitted, named: list[str]) -> dict[str, Any]:
         """The tasks in two dimensions (see `lorauter.catalog.layout`), of those that a caller may see."""
@@ -137,11 +145,7 @@ class TaskRetriever:
         catalog = self._live.retriever.catalog
         known = self._layouts.setdefault(catalog, {})
         if permitted not in known:
-            visible = (
-                i
-                for i, entry in enumerate(catalog.tasks)
-                if not is_hidden((adapter.name for adapter in entry.adapters), permitted)
-            )
+            visible = np.flatnonzero(visible_places(catalog, permitted)).tolist()
             known[permitted] = Layout.of(catalog, visible)
         return known[permitted].to_json(catalog, named)
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorauter.catalog import Catalog
-from lorauter.catalog.subset import TaskSubset
+from lorauter.catalog.index import TaskSubset
 from lorauter.routing.options import RoutingOptions
 
 Permitted = tuple[str, ...] | None
@@ -52,15 +53,18 @@ class ScopedOptions(RoutingOptions):
         """The tasks that the caller may see; None is all of them."""
         known = _subsets.setdefault(catalog, {})
         if self.permitted not in known:
-            hidden = [
-                is_hidden((adapter.name for adapter in entry.adapters), self.permitted) for entry in catalog.tasks
-            ]
-            known[self.permitted] = TaskSubset(~np.array(hidden)) if any(hidden) else None
+            seen = visible_places(catalog, self.permitted)
+            known[self.permitted] = None if seen.all() else TaskSubset(seen)
         return known[self.permitted]
 
     def allows(self, adapter: str) -> bool:
         """Whether an adapter may be used."""
         return permits(self.permitted, adapter) and super().allows(adapter)
+
+    @property
+    def adapters_key(self) -> Hashable:
+        """The same for options that allow the same adapters."""
+        return self.permitted, super().adapters_key
 
 
 _subsets: WeakKeyDictionary[Catalog, dict[tuple[str, ...], TaskSubset | None]] = WeakKeyDictionary()  # by identity
@@ -69,6 +73,13 @@ _subsets: WeakKeyDictionary[Catalog, dict[tuple[str, ...], TaskSubset | None]] =
 def is_hidden(adapters: Iterable[str], permitted: Permitted) -> bool:
     """Whether a task with these adapters is to be hidden: none of them is permitted, though not all adapters are."""
     return permitted is not None and "*" not in permitted and not any(permits(permitted, name) for name in adapters)
+
+
+def visible_places(catalog: Catalog, permitted: Permitted) -> NDArray[np.bool_]:
+    """Which of a catalog's tasks are not hidden: (tasks,)."""
+    if not is_hidden((), permitted):
+        return np.ones(len(catalog), np.bool_)
+    return catalog.served_by(lambda name: permits(permitted, name))
 
 
 def visible_tasks(tasks: Iterable[dict[str, Any]], permitted: Permitted) -> list[dict[str, Any]]:

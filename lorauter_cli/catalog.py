@@ -191,8 +191,8 @@ def prune(
 
 
 def _summary(catalog: Catalog) -> str:
-    served = sum(bool(entry.adapters) for entry in catalog.tasks)
-    return f"{len(catalog.tasks)} tasks, {len(catalog.adapters)} adapters, {served} tasks with an adapter"
+    served = sum(bool(entry.adapters) for entry in catalog.entries)
+    return f"{len(catalog)} tasks, {len(catalog.adapters)} adapters, {served} tasks with an adapter"
 
 
 def _matched(
@@ -215,7 +215,7 @@ def _matched(
             digest = provenance.model_digest(model)
         made_of = provenance.Provenance(digest, by.value, provenance.task_digests(tasks), catalog.adapters)
         table.bind(made_of)
-    config = MatchConfig(candidates={entry.name: [a.name for a in entry.adapters] for entry in catalog.tasks})
+    config = MatchConfig(candidates={entry.name: [a.name for a in entry.adapters] for entry in catalog.entries})
     with ExitStack() as stack:
         with phase("loading the base model"):
             load = adapters_in(repository, catalog.adapters)

@@ -167,7 +167,7 @@ def plots(
         else:
             notify("the catalog has no scores, so there is no heat map; build it with --match")
         if len(names) > 1:
-            task_map(found.centroids, names, [entry.task.domain for entry in found.tasks], out / "tasks.png")
+            task_map(found.centroids, names, [entry.domain for entry in found.entries], out / "tasks.png")
             drawn.append("tasks.png")
         else:
             notify("the catalog has one task, so there is no map of tasks")

@@ -11,14 +11,16 @@ import logging
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from lorauter.adapters.repository import AdapterRepository, Report
-from lorauter.catalog.catalog import PROBE_TEXT, Catalog, CatalogTask, RankedAdapter
+from lorauter.catalog.catalog import PROBE_TEXT, Catalog
 from lorauter.catalog.pool import Pool, read_pool
+from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Segment, TaskRow, runs
 from lorauter.catalog.utility import Scores, shrunken_scores, worths
-from lorauter.encoder import Embeddings, Encoder, normalised
+from lorauter.encoder import Encoder, normalised
 from lorauter.errors import ConfigError
 from lorauter.tasks import Task
 
@@ -57,59 +59,55 @@ def build_catalog(
     """
     tasks = sorted_tasks(tasks)
     pool = read_pool(repository, report, progress=progress) if repository else Pool({})
-    examples = []
+    assigned = _assign(tasks, pool, mapping or {})
+    drafts = []
     for task in tasks:
-        examples.append(embed(task, encoder))
-        progress(len(examples), len(tasks))
-    return assemble(
-        tasks,
-        examples,
-        assigned=_assign(tasks, pool, mapping or {}),
-        scores=scores or {},
-        adapters=pool.versions,
-        probe=encoder.encode([PROBE_TEXT])[0],
-        encoder=encoder.name,
-        base_model=pool.base_model,
+        own = tuple(assigned[task.name]), (scores or {}).get(task.name, {})
+        drafts.append(Draft(task, *own, embed(task, encoder)))
+        progress(len(drafts), len(tasks))
+    spans = runs([task.name for task in tasks])
+    return Catalog(
+        tuple(make_segment(drafts[start:end], pool.versions) for start, end in spans),
+        encoder.encode([PROBE_TEXT])[0],
+        {name: pool.versions[name] for name in sorted(pool.versions)},
+        encoder.name,
+        pool.base_model,
     )
 
 
-def assemble(
-    tasks: Sequence[Task],
-    examples: Sequence[Embeddings],
-    *,
-    assigned: Mapping[str, Sequence[str]],
-    scores: Mapping[str, Scores],
-    adapters: Mapping[str, str],
-    probe: Embeddings,
-    encoder: str,
-    base_model: str,
-) -> Catalog:
-    """Make a catalog of parts; the same parts make the same bytes.
+class Draft(NamedTuple):
+    """A task that is to be in a catalog.
+
+    Attributes:
+        assigned: the adapters that were made for it, the best first.
+        scores: as `build_catalog` takes them.
+        examples: as `embed` gives them.
+    """
+
+    task: Task
+    assigned: tuple[str, ...]
+    scores: Scores
+    examples: Examples
+
+
+def make_segment(drafts: Sequence[Draft], adapters: Container[str]) -> Segment:
+    """Rank the adapters of some tasks, whose scores speak for each other; the same drafts make the same bytes.
 
     Args:
-        tasks: as `sorted_tasks` gives them.
-        examples: of each task, as `embed` gives them.
-        assigned: `{task: [adapter, ...]}`, the best first, for every task: those that were made for it.
-        scores: as for `build_catalog`.
-        adapters: the version of each.
-        probe: the embedding of PROBE_TEXT.
-        encoder, base_model: their names.
+        adapters: those that there are.
 
     Raises:
         ConfigError: a score is of no validation example, or is not finite.
     """
-    names = sorted(adapters)
-    centroids = normalised(np.stack([rows.mean(axis=0) for rows in examples]))
-    return Catalog(
-        tasks=_entries(
-            tasks, assigned, [_known(task, scores.get(task.name, {}), adapters) for task in tasks], centroids, names
-        ),
-        centroids=centroids,
-        examples=np.concatenate(examples),
-        probe=probe,
-        adapters={name: adapters[name] for name in names},
-        encoder=encoder,
-        base_model=base_model,
+    known = [_known(draft.task, draft.scores, adapters) for draft in drafts]
+    names = sorted({name for scores in known for name in scores})
+    centroids = normalised(np.stack([draft.examples.embeddings.mean(axis=0) for draft in drafts]))
+    shrunken = shrunken_scores(known, names, centroids)
+    return Segment.of(
+        [
+            TaskRow(_entry(draft, own, dict(zip(names, row.tolist(), strict=True))), draft.examples)
+            for draft, own, row in zip(drafts, known, shrunken, strict=True)
+        ]
     )
 
 
@@ -124,9 +122,9 @@ def sorted_tasks(tasks: Sequence[Task]) -> list[Task]:
     return tasks
 
 
-def embed(task: Task, encoder: Encoder) -> Embeddings:
+def embed(task: Task, encoder: Encoder) -> Examples:
     """Embed a task's validation inputs; by themselves, as what shares a batch may change an embedding's last bits."""
-    return encoder.encode([example.input for example in task.validation])
+    return Examples.of(task, encoder.encode([example.input for example in task.validation]))
 
 
 def of_own_name(task: str, adapters: Container[str]) -> list[str]:
@@ -150,26 +148,16 @@ def _known(task: Task, scores: Scores, adapters: Container[str]) -> dict[str, di
     return known
 
 
-def _entries(
-    tasks: Sequence[Task],
-    assigned: Mapping[str, Sequence[str]],
-    scores: Sequence[dict[str, dict[int, float]]],
-    centroids: Embeddings,
-    adapters: Sequence[str],
-) -> tuple[CatalogTask, ...]:
-    shrunken = shrunken_scores(scores, adapters, centroids)
-    entries = []
-    for task, row, own in zip(tasks, shrunken, scores, strict=True):
-        declared = tuple(assigned[task.name])
-        ranked = tuple(map(RankedAdapter, declared))
-        if own:
-            values = dict(zip(adapters, map(float, row), strict=True))
-            found = [RankedAdapter(name, values[name] if name in own else None) for name in {*own, *declared}]
-            worth = worths([adapter.score for adapter in found], [adapter.name in declared for adapter in found])
-            order = sorted(range(len(found)), key=lambda i: (-worth[i], found[i].name))[:MAX_RANKED]
-            ranked = tuple(found[i] for i in order)
-        entries.append(CatalogTask(task, ranked, own, declared))
-    return tuple(entries)
+def _entry(draft: Draft, scores: dict[str, dict[int, float]], values: Mapping[str, float]) -> CatalogTask:
+    """A task with its adapters by their worth: `values` has what each score comes to."""
+    declared = draft.assigned
+    ranked = tuple(map(RankedAdapter, declared))
+    if scores:
+        found = [RankedAdapter(name, values[name] if name in scores else None) for name in {*scores, *declared}]
+        worth = worths([adapter.score for adapter in found], [adapter.name in declared for adapter in found])
+        order = sorted(range(len(found)), key=lambda i: (-worth[i], found[i].name))[:MAX_RANKED]
+        ranked = tuple(found[i] for i in order)
+    return CatalogTask(draft.task, ranked, scores, declared)
 
 
 def _assign(tasks: Sequence[Task], pool: Pool, mapping: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

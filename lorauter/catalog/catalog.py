@@ -3,71 +3,49 @@
 Below the root of a store:
 
     CURRENT                     the version that readers take
-    <version>/catalog.json      tasks, rankings, identities, and the hashes of the other files
-    <version>/*.npy             embeddings
-    <version>/rerank/*.npy      the reranker that was fitted to them
-    <version>/index.faiss       the FAISS index over the tasks
+    <version>/catalog.json      identities, what was fitted, and of which parts it is made
+    parts/<sha256>              segments of tasks (`lorauter.catalog.segments`) and of adapters, and what they share
 
-The version is the hash of `catalog.json`, and so of everything. `lorauter.catalog.versions` makes one current.
-Knows nothing of how embeddings and rankings come about, nor of routing.
+The version is the hash of `catalog.json`, which has the hashes of the parts, and so of everything. Versions share the
+parts in which they do not differ: a change writes the segment that it changes, and readers that have another version
+read no more. `lorauter.catalog.versions` makes one current. Knows nothing of how embeddings and rankings come about,
+nor of routing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from lorauter.adapters.store import ObjectStore, open_store
-from lorauter.catalog.rerank import Reranker
+from lorauter.catalog.index import TaskIndex
+from lorauter.catalog.parts import Arrays, Parts, digest_of, pack, text_in, texts_of
+from lorauter.catalog.rerank import Candidates, Reranker
+from lorauter.catalog.sample import Sample, choose
+from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Segment, TaskEntry, TaskRow, runs
 from lorauter.encoder import Embeddings, Encoder
 from lorauter.errors import BucketNotFound, CatalogError, ObjectNotFound
 from lorauter.names import is_valid_name
-from lorauter.tasks import Task
 
-FORMAT = 3
+__all__ = ["Catalog", "CatalogTask", "RankedAdapter", "TaskEntry"]
+
+FORMAT = 4
 HEAD_FILE = "catalog.json"
 CURRENT_FILE = "CURRENT"
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 _MIN_PROBE_SIMILARITY = 0.99
-_ARRAYS = ("centroids", "examples", "probe")
-
-
-@dataclass(frozen=True)
-class RankedAdapter:
-    """An adapter that serves a task. `score` is that of `lorauter.catalog.utility`, if it was tried on the task."""
-
-    name: str
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class CatalogTask:
-    """A task, and the adapters that serve it, the best first.
-
-    Attributes:
-        scores: `{adapter: {validation example: score}}`, of all that were tried on it.
-        declared: adapters that were made for it, by their name or a mapping.
-    """
-
-    task: Task
-    adapters: tuple[RankedAdapter, ...]
-    scores: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    declared: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The task's name."""
-        return self.task.name
+_ADAPTERS = 4096  # in a part, about
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,79 +53,183 @@ class Catalog:
     """Tasks with their representations and adapters.
 
     Attributes:
-        tasks: T tasks.
-        centroids: (T, d) float32; row t is the normalised mean of task t's example embeddings.
-        examples: (N, d) float32 unit rows: every validation input, task after task in the order of `tasks`.
+        segments: the tasks, run after run.
         probe: (d,) float32, the encoder's embedding of PROBE_TEXT; tells whether another encoder is the same.
         adapters: version of every adapter that was in the store when the catalog was built.
         encoder: name of the encoder, informational.
         base_model: base model of the adapters, informational.
         composed: of every adapter that was composed for a task from others, these with the versions that went into it.
+        known_sample: a sample that this one's has much of.
     """
 
-    tasks: tuple[CatalogTask, ...]
-    centroids: Embeddings
-    examples: Embeddings
+    segments: tuple[Segment, ...]
     probe: Embeddings
     adapters: Mapping[str, str]
     encoder: str
     base_model: str
     composed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    known_sample: Callable[[], Sample | None] = lambda: None
+
+    @classmethod
+    def of(
+        cls,
+        tasks: Sequence[CatalogTask],
+        examples: Sequence[Embeddings],
+        probe: Embeddings,
+        adapters: Mapping[str, str],
+        encoder: str = "",
+        base_model: str = "",
+    ) -> Catalog:
+        """Make one of tasks, in their order, and the (n, d) unit rows of each one's validation inputs."""
+        rows = [TaskRow(entry, Examples.of(entry.task, of)) for entry, of in zip(tasks, examples, strict=True)]
+        segments = (Segment.of(rows[start:end]) for start, end in runs([task.name for task in tasks]))
+        return cls(tuple(segments), probe, adapters, encoder, base_model)
+
+    def __len__(self) -> int:
+        """How many tasks there are."""
+        return self._starts[-1]
 
     @property
     def dimension(self) -> int:
         """d, the length of an embedding."""
-        return int(self.centroids.shape[1])
-
-    @cached_property
-    def index(self) -> faiss.Index:
-        """A FAISS inner-product index over `centroids`."""
-        index = faiss.IndexFlatIP(self.dimension)
-        index.add(self.centroids)
-        return index
+        return int(self.segments[0].centroids.shape[1])
 
     @property
-    def task_examples(self) -> list[Embeddings]:
-        """`examples`, task by task."""
-        return np.split(self.examples, np.cumsum([len(entry.task.validation) for entry in self.tasks])[:-1])
+    def tasks(self) -> Sequence[CatalogTask]:
+        """The tasks; each is read when it is asked for. Raises CatalogError, StoreError then."""
+        return _Rows(self, Segment.task)
+
+    @property
+    def entries(self) -> Sequence[TaskEntry]:
+        """The tasks without their examples."""
+        return _Rows(self, Segment.entry)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return tuple(name for segment in self.segments for name in segment.names)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.names)}
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(map(len, self.segments))]
+
+    def place(self, name: str) -> int | None:
+        """Where a task is among the others; None where it is not."""
+        return self._places.get(name)
+
+    def at(self, place: int) -> tuple[Segment, int]:
+        """The segment that has a task, and where."""
+        at = bisect_right(self._starts, place) - 1
+        return self.segments[at], place - self._starts[at]
+
+    def examples(self, place: int) -> Examples:
+        """A task's validation inputs. Raises CatalogError, StoreError."""
+        segment, i = self.at(place)
+        return segment.examples(i)
+
+    @property
+    def centroids(self) -> Embeddings:
+        """(tasks, d) float32: the normalised means of their examples' embeddings, put together when asked for."""
+        return np.concatenate([segment.centroids for segment in self.segments])
+
+    def centroids_at(self, places: Iterable[int]) -> Embeddings:
+        """(n, d): those of some tasks."""
+        found = [segment.centroids[i] for segment, i in map(self.at, places)]
+        return np.stack(found) if found else np.zeros((0, self.dimension), np.float32)
+
+    def served_by(self, allows: Callable[[str], bool]) -> NDArray[np.bool_]:
+        """(tasks,): which of them an adapter serves that is allowed."""
+        return np.concatenate(
+            [segment.served_by(np.fromiter(map(allows, segment.adapters), np.bool_)) for segment in self.segments]
+        )
+
+    @cached_property
+    def index(self) -> TaskIndex:
+        """Finds the tasks that are nearest to a query."""
+        return TaskIndex(self.segments)
+
+    def places(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Where tasks are, all of which are there."""
+        return np.array([self._places[name] for name in names], np.int64)
+
+    def nearest(self, queries: Embeddings, depth: int) -> NDArray[np.int64]:
+        """See `TaskIndex.search`."""
+        return self.index.search(queries, depth)
+
+    def candidates(self, places: NDArray[np.int64]) -> Candidates:
+        """What the reranker needs of tasks."""
+        at = [self.at(place) for place in places.tolist()]
+        return Candidates(
+            np.stack([segment.centroids[i] for segment, i in at]),
+            np.array([segment.lengths[i] for segment, i in at]),
+            [segment.words(i) for segment, i in at],
+        )
+
+    @cached_property
+    def sample(self) -> Sample:
+        """What is global is fitted to it. Raises CatalogError, StoreError: it cannot be read."""
+        keys = [(segment.names[i], int(segment.task_digests[i])) for segment, i in map(self.at, self._sampled[0])]
+        return Sample.take(keys, lambda name: self.examples(self._places[name]), self.known_sample())
+
+    @cached_property
+    def _sampled(self) -> tuple[list[int], bool]:
+        return choose(self.names, np.concatenate([segment.sizes for segment in self.segments]))
+
+    def row(self, place: int) -> TaskRow:
+        """All that is known of a task. Raises CatalogError, StoreError."""
+        segment, i = self.at(place)
+        return segment.row(i)
+
+    def successor(self, segments: Sequence[Segment], adapters: Mapping[str, str], base_model: str) -> Catalog:
+        """Another catalog of the same encoder, with much the same tasks."""
+        sample = self.__dict__.get("sample")  # by itself, or each would hold the one before
+        return replace(
+            self,
+            segments=tuple(segments),
+            adapters=adapters,
+            base_model=base_model,
+            composed={n: of for n, of in self.composed.items() if adapters.get(n) == self.adapters.get(n)},
+            known_sample=self.known_sample if sample is None else lambda: sample,
+        )
 
     @cached_property
     def reranker(self) -> Reranker:
         """Fitted to the examples; read, where the catalog was read."""
-        texts = [[example.input for example in entry.task.validation] for entry in self.tasks]
-        return Reranker.fit(self.task_examples, texts)
+        return Reranker.fit(self.sample, self)
 
     @cached_property
     def version(self) -> str:
         """Identifies the content: 16 hexadecimal digits."""
-        return hashlib.sha256(self._files[HEAD_FILE]).hexdigest()[:16]
+        return hashlib.sha256(self._head).hexdigest()[:16]
 
     @cached_property
-    def _files(self) -> dict[str, bytes]:
-        files = {f"{name}.npy": _npy(getattr(self, name)) for name in _ARRAYS}
-        files |= {f"rerank/{name}.npy": _npy(array) for name, array in self.reranker.arrays().items()}
-        files["index.faiss"] = faiss.serialize_index(self.index).tobytes()
+    def _head(self) -> bytes:
         head = {
             "format": FORMAT,
             "encoder": self.encoder,
             "dimension": self.dimension,
             "base_model": self.base_model,
-            "adapters": dict(self.adapters),
-            "tasks": [
-                {
-                    "task": entry.task.to_json(),
-                    "adapters": [vars(adapter) for adapter in entry.adapters],
-                    "scores": {name: {str(i): s for i, s in sorted(of.items())} for name, of in entry.scores.items()},
-                    "declared": list(entry.declared),
-                }
-                for entry in self.tasks
-            ],
-            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+            "counts": {"tasks": len(self), "adapters": len(self.adapters)},
+            "segments": [segment.digests for segment in self.segments],
+            **{kind: list(files) for kind, files in self._own.items()},
         }
-        if self.composed:
-            head["composed"] = {name: dict(sources) for name, sources in self.composed.items()}
-        files[HEAD_FILE] = json.dumps(head, sort_keys=True, ensure_ascii=False, indent=1).encode()
-        return files
+        return json.dumps(head, sort_keys=True, ensure_ascii=False, indent=1).encode()
+
+    @cached_property
+    def _own(self) -> dict[str, dict[str, bytes]]:
+        """The parts that are no segments', by kind and digest."""
+        composed = {name: dict(of) for name, of in self.composed.items()}
+        kinds: dict[str, list[Arrays]] = {
+            "adapters": _by_name(self.adapters),
+            "composed": _by_name(composed),
+            "sample": [] if self._sampled[1] else [self.sample.arrays()],
+            "shared": [{"probe": self.probe, **self.reranker.arrays()}],
+        }
+        return {kind: {digest_of(raw): raw for raw in map(pack, of)} for kind, of in kinds.items()}
 
     @property
     def stale(self) -> dict[str, list[str]]:
@@ -157,6 +239,26 @@ class Catalog:
             for name, sources in self.composed.items()
         }
         return {name: sources for name, sources in changed.items() if sources}
+
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """The digests of all parts."""
+        return parts_of(json.loads(self._head))
+
+    def read_whole(self, *, known: Catalog | None = None, keep: bool = False) -> None:
+        """Read and verify the tasks' examples too.
+
+        Args:
+            known: a catalog that was read as a whole: what it has is left out.
+            keep: hold them in memory.
+
+        Raises:
+            CatalogError, StoreError: they are not there, or damaged.
+        """
+        there = set() if known is None else set(known.segments)
+        for segment in self.segments:
+            if segment not in there:
+                segment.read(keep=keep)
 
     def check_encoder(self, encoder: Encoder) -> None:
         """Raise CatalogError unless `encoder` embeds as the one that the catalog was built with."""
@@ -171,21 +273,24 @@ class Catalog:
                 uri=self.version,
             )
 
-    def upload(self, store: ObjectStore) -> None:
-        """Write every file, which makes nothing current. Raises StoreError, CatalogError (it cannot be written)."""
-        if hashlib.sha256(self._files[HEAD_FILE]).hexdigest()[:16] != self.version:
-            raise CatalogError("was written by other libraries, which make other bytes of it", uri=self.version)
-        for name, content in self._files.items():
-            store.write(f"{self.version}/{name}", content)
+    def upload(self, store: ObjectStore, *, but: Collection[str] = ()) -> None:
+        """Write every part but some, then the head, which makes nothing current. Raises StoreError, CatalogError."""
 
-    def is_whole_in(self, store: ObjectStore) -> bool:
-        """Whether a store has every file. Raises StoreUnavailable."""
-        names = {HEAD_FILE, "index.faiss", *(f"{name}.npy" for name in _ARRAYS)}
-        names |= {f"rerank/{name}.npy" for name in self.reranker.arrays()}
-        try:
-            return {f"{self.version}/{name}" for name in names} <= store.files(self.version).keys()
-        except ObjectNotFound:
-            return False
+        def contents() -> Iterator[bytes]:
+            for segment in self.segments:
+                yield from segment.packed(but=but)
+            for files in self._own.values():
+                yield from (raw for digest, raw in files.items() if digest not in but)
+
+        head = self._head
+        if {digest for files in self._own.values() for digest in files} - self.parts:
+            raise CatalogError("was written by other libraries, which make other bytes of it", uri=self.version)
+        Parts(store).write(contents())
+        store.write(f"{self.version}/{HEAD_FILE}", head)
+
+    def missing_in(self, store: ObjectStore) -> set[str]:
+        """The parts that a store has not. Raises StoreUnavailable."""
+        return Parts(store).missing(self.parts)
 
     def save(self, to: str | Path | ObjectStore) -> str:
         """Publish over whatever version is current, as `lorauter.catalog.publish` does; returns the own version."""
@@ -195,8 +300,15 @@ class Catalog:
         return publish(self, store, over=pointed_version(store))
 
     @classmethod
-    def load(cls, source: str | Path | ObjectStore, *, version: str | None = None) -> Catalog:
-        """Read the current version, or the one that is named, verifying every hash.
+    def load(
+        cls, source: str | Path | ObjectStore, *, version: str | None = None, known: Catalog | None = None
+    ) -> Catalog:
+        """Read the current version, or the one that is named, verifying every hash of what is read.
+
+        The examples are read, and verified, when they are asked for.
+
+        Args:
+            known: another version, whose segments need not be read again.
 
         Raises:
             CatalogError: it is not there, or damaged.
@@ -206,75 +318,134 @@ class Catalog:
         while True:
             pointer = version.encode() if version is not None else _pointer(store)
             try:
-                return cls._pointed_at(store, pointer)
+                return cls._pointed_at(store, pointer, known)
             except CatalogError:
                 if version is not None or _pointer(store) == pointer:
                     raise  # else it was replaced, and deleted, while it was read
 
     @classmethod
-    def _pointed_at(cls, store: ObjectStore, pointer: bytes | None) -> Catalog:
+    def _pointed_at(cls, store: ObjectStore, pointer: bytes | None, known: Catalog | None) -> Catalog:
         try:
             if pointer is None:
                 raise ObjectNotFound(f"{store.uri}/{CURRENT_FILE}")
             version = pointer.decode().strip()
             if not is_valid_name(version):
                 raise CatalogError(f"{version!r} is no version", uri=store.uri)
-            raw = store.read(f"{version}/{HEAD_FILE}")
-            if hashlib.sha256(raw).hexdigest()[:16] != version:
-                raise CatalogError("catalog.json does not have the version's hash; publish it again", uri=store.uri)
-            return cls._from_files(json.loads(raw), store, version)
+            return cls._from_head(read_head(store, version), store, version, known)
         except BucketNotFound:
             raise
         except ObjectNotFound as error:
             raise CatalogError(
                 f"is not there or incomplete ({error}); build it with 'lorauter catalog build'", uri=store.uri
             ) from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CatalogError(f"is malformed: {error!r}", uri=store.uri) from error
 
     @classmethod
-    def _from_files(cls, head: dict[str, Any], store: ObjectStore, version: str) -> Catalog:
-        if head["format"] != FORMAT:
-            raise CatalogError(f"has format {head['format']}, this lorauter reads {FORMAT}", uri=store.uri)
-        files = {}
-        for name, digest in head["sha256"].items():
-            files[name] = store.read(f"{version}/{name}")
-            if hashlib.sha256(files[name]).hexdigest() != digest:
-                raise CatalogError(f"{name} is damaged; publish the catalog again", uri=store.uri)
-        catalog = cls(
-            tasks=tuple(
-                CatalogTask(
-                    Task.from_json(row["task"], source=f"{store.uri}/{version}"),
-                    tuple(RankedAdapter(**adapter) for adapter in row["adapters"]),
-                    {name: {int(i): score for i, score in of.items()} for name, of in row["scores"].items()},
-                    tuple(row["declared"]),
-                )
-                for row in head["tasks"]
-            ),
-            adapters=head["adapters"],
-            encoder=head["encoder"],
-            base_model=head["base_model"],
-            composed={str(name): dict(sources) for name, sources in head.get("composed", {}).items()},
-            **{name: _array(files[f"{name}.npy"]) for name in _ARRAYS},
-        )
-        rerank = {Path(name).stem: _array(raw) for name, raw in files.items() if name.startswith("rerank/")}
-        catalog.__dict__["reranker"] = Reranker.from_arrays(rerank)
-        catalog.__dict__["index"] = faiss.deserialize_index(np.frombuffer(files["index.faiss"], np.uint8))
-        catalog.__dict__["version"] = version
-        if unknown := {a.name for entry in catalog.tasks for a in entry.adapters} - catalog.adapters.keys():
+    def _from_head(cls, raw: bytes, store: ObjectStore, version: str, known: Catalog | None) -> Catalog:
+        head, parts = json.loads(raw), Parts(store)
+        adapters, composed = _named(parts, head["adapters"]), _named(parts, head["composed"])
+        [shared] = parts.read_all(head["shared"])
+        digests = [(routing, examples) for routing, examples in head["segments"]]
+        there = {segment.digests: segment for segment in known.segments} if known is not None else {}
+        new = [pair for pair in digests if pair not in there]
+        for pair, routing in zip(new, parts.read_all([pair[0] for pair in new]), strict=True):
+            there[pair] = Segment.stored(routing, pair, parts)
+        if not digests:
+            raise ValueError("it has no tasks")
+        if unknown := {name for pair in digests for name in there[pair].adapters} - adapters.keys():
             raise CatalogError(f"has no version of {', '.join(sorted(unknown)[:5])}; build it anew", uri=store.uri)
+        stored = head["sample"]
+        catalog = cls(
+            tuple(there[pair] for pair in digests),
+            shared["probe"],
+            adapters,
+            head["encoder"],
+            head["base_model"],
+            composed,
+            (lambda: Sample.from_arrays(parts.read(stored[0]))) if stored else lambda: None,
+        )
+        catalog.__dict__.update(reranker=Reranker.from_arrays(shared), version=version, _head=raw)
         return catalog
+
+
+class _Rows(Sequence[Row]):
+    """Something of each task, made when it is asked for."""
+
+    def __init__(self, catalog: Catalog, make: Callable[[Segment, int], Row]) -> None:
+        self._catalog = catalog
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._catalog)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, place: int | slice) -> Row | tuple[Row, ...]:
+        if isinstance(place, slice):
+            return tuple(self[i] for i in range(*place.indices(len(self))))
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self._make(*self._catalog.at(int(place) % len(self)))
+
+    def __iter__(self) -> Iterator[Row]:
+        for segment in self._catalog.segments:
+            for i in range(len(segment)):
+                yield self._make(segment, i)
+
+
+def read_head(store: ObjectStore, version: str) -> bytes:
+    """A version's `catalog.json`.
+
+    Raises:
+        CatalogError: it is damaged, or of another lorauter.
+        StoreError: it is not to be had; ObjectNotFound: not there.
+    """
+    raw = store.read(f"{version}/{HEAD_FILE}")
+    if hashlib.sha256(raw).hexdigest()[:16] != version:
+        raise CatalogError("catalog.json does not have the version's hash; publish it again", uri=store.uri)
+    found = json.loads(raw)["format"]
+    if found != FORMAT:
+        raise CatalogError(
+            f"has format {found}, this lorauter reads {FORMAT}: build it anew with 'lorauter catalog build'",
+            uri=store.uri,
+        )
+    return raw
+
+
+def parts_of(head: Mapping[str, Any]) -> frozenset[str]:
+    """The digests that a head has. Raises KeyError, TypeError."""
+    if head["format"] < FORMAT:  # as they came before there were parts
+        return frozenset()
+    own = {digest for kind in ("adapters", "composed", "sample", "shared") for digest in head[kind]}
+    return frozenset(own | {digest for pair in head["segments"] for digest in pair})
 
 
 def read_adapters(store: ObjectStore, version: str) -> dict[str, str]:
     """The adapters of a version with theirs, and no more of it. Raises CatalogError, StoreUnavailable."""
     try:
-        adapters = json.loads(store.read(f"{version}/{HEAD_FILE}"))["adapters"]
-        return {str(name): str(of) for name, of in adapters.items()}
+        return _named(Parts(store), json.loads(read_head(store, version))["adapters"])
     except ObjectNotFound:  # its removal, or its making, is under way
         return {}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CatalogError(f"version {version} is malformed: {error!r}", uri=store.uri) from error
+
+
+def _by_name(values: Mapping[str, Any]) -> list[Arrays]:
+    """What is known of adapters by their names, in parts."""
+    names = sorted(values)
+    spans = runs(names, least=_ADAPTERS // 2, mean=_ADAPTERS // 2)
+    return [texts_of([{name: values[name] for name in names[start:end]}]) for start, end in spans]
+
+
+def _named(parts: Parts, digests: Sequence[str]) -> dict[str, Any]:
+    """The inverse of `_by_name`. Raises KeyError, ValueError, CatalogError, StoreError."""
+    values: dict[str, Any] = {}
+    for part in parts.read_all(digests):
+        values |= text_in(part, 0)
+    return values
 
 
 def current_version(source: str | Path | ObjectStore) -> str | None:
@@ -312,13 +483,3 @@ def _pointer(store: ObjectStore) -> bytes | None:
 
 def _store(source: str | Path | ObjectStore) -> ObjectStore:
     return open_store(source) if isinstance(source, str | Path) else source
-
-
-def _array(raw: bytes) -> Any:
-    return np.load(io.BytesIO(raw), allow_pickle=False)
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()

@@ -1,19 +1,22 @@
 """Changes to a catalog, each of which gives a new one.
 
-A change embeds no more than the examples that are new. What comes out is, byte for byte, the catalog that would be
-built anew from the same tasks, adapters, mapping and scores. Knows nothing of how scores are made.
+A change embeds no more than the examples that are new, and makes no more segments than those whose tasks or adapters
+change. What comes out is, byte for byte, the catalog that would be built anew from the same tasks, adapters, mapping
+and scores. Knows nothing of how scores are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository, Report
-from lorauter.catalog.build import assemble, embed, logger, of_own_name, sorted_tasks
+from lorauter.catalog.build import Draft, embed, logger, make_segment, of_own_name, sorted_tasks
 from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.pool import Pool, read_pool
+from lorauter.catalog.segments import Examples, runs
 from lorauter.catalog.utility import Scores
-from lorauter.encoder import Embeddings, Encoder
+from lorauter.encoder import Encoder
 from lorauter.errors import ConfigError
 from lorauter.tasks import Task
 
@@ -45,25 +48,28 @@ def with_tasks(
         AdapterUnavailable, StoreError: the repository cannot be read.
     """
     catalog.check_encoder(encoder)
-    known, parts = _scores(catalog), _parts(catalog)
+    put = {}
     for done, task in enumerate(sorted_tasks(tasks), start=1):
-        before = parts.get(task.name)
-        same = before is not None and before[0].validation == task.validation
-        parts[task.name] = task, before[1] if before is not None and same else embed(task, encoder)
-        if before is not None and not (same and before[0].metric == task.metric):
-            known.pop(task.name)
+        place = catalog.place(task.name)
+        before = None if place is None else catalog.row(place)
+        same = before is not None and before.entry.task.validation == task.validation
+        put[task.name] = _Put(
+            task,
+            before.examples if before is not None and same else embed(task, encoder),
+            before is not None and same and before.entry.task.metric == task.metric,
+        )
         progress(done, len(tasks))
     pool = read_pool(repository, report, known=catalog.adapters, progress=progress) if repository else None
-    return _changed(catalog, parts=parts, pool=pool, known=known, added=scores)
+    return _changed(catalog, put=put, pool=pool, added=scores)
 
 
 def without_tasks(catalog: Catalog, names: Iterable[str]) -> Catalog:
     """Take tasks out. Raises ConfigError: one is not there, or none would be left."""
-    names, parts = set(names), _parts(catalog)
-    _check_there(names, parts, "task")
-    if names == parts.keys():
+    names = set(names)
+    _check_there(names, catalog.names, "task")
+    if len(names) == len(catalog):
         raise ConfigError("a catalog needs at least one task; the last one cannot be taken out", setting="tasks")
-    return _changed(catalog, parts={name: part for name, part in parts.items() if name not in names})
+    return _changed(catalog, gone=names)
 
 
 def with_adapters(
@@ -115,61 +121,61 @@ def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
     return _changed(catalog, added=scores)
 
 
-_Parts = dict[str, tuple[Task, Embeddings]]
+class _Put(NamedTuple):
+    """A task that comes, with its examples' embeddings, and whether the scores of the one before are of it too."""
+
+    task: Task
+    examples: Examples
+    scored: bool
 
 
 def _changed(
     catalog: Catalog,
     *,
-    parts: _Parts | None = None,
+    put: Mapping[str, _Put] | None = None,
+    gone: Collection[str] = (),
     pool: Pool | None = None,
-    known: Mapping[str, Scores] | None = None,
     added: Mapping[str, Scores] | None = None,
 ) -> Catalog:
-    """The catalog with some of it replaced: tasks, adapters with their base model, scores; and with scores added."""
-    parts = dict(sorted((_parts(catalog) if parts is None else parts).items()))
+    """The catalog with some of it replaced: tasks, adapters with their base model; and with scores added."""
+    put, added = put or {}, added or {}
     pool = pool or Pool(catalog.adapters, catalog.base_model)
     adapters = pool.versions
     renewed = {name for name, version in adapters.items() if catalog.adapters.get(name) != version}
-    return assemble(
-        [task for task, _ in parts.values()],
-        [examples for _, examples in parts.values()],
-        assigned=_assigned(catalog, parts, adapters),
-        scores=_merged(_scores(catalog) if known is None else known, added or {}, renewed),
-        adapters=adapters,
-        probe=catalog.probe,
-        encoder=catalog.encoder,
-        base_model=pool.base_model,
-    )
+    left = catalog.adapters.keys() - adapters.keys()
+    touched = {*put, *added, *left, *(renewed - catalog.adapters.keys())}  # adapters, as tasks of their names
+    names = sorted((set(catalog.names) - set(gone)) | put.keys())
+    known = {segment.names: segment for segment in catalog.segments if left.isdisjoint(segment.adapters)}
+
+    def draft(name: str) -> Draft:
+        place = catalog.place(name)
+        before = None if place is None else catalog.row(place)
+        new = put.get(name)
+        scores = before.entry.scores if before is not None and (new is None or new.scored) else {}
+        assigned = of_own_name(name, adapters)
+        if before is not None and list(before.entry.declared) != of_own_name(name, catalog.adapters):
+            assigned = [adapter for adapter in before.entry.declared if adapter in adapters]  # by a mapping
+        merged = _merged(scores, added.get(name, {}), renewed)
+        if new is not None:
+            return Draft(new.task, tuple(assigned), merged, new.examples)
+        assert before is not None
+        return Draft(before.entry.task, tuple(assigned), merged, before.examples)
+
+    segments = []
+    for start, end in runs(names):
+        within = tuple(names[start:end])
+        segment = known.get(within)
+        if segment is None or not touched.isdisjoint(within):
+            segment = make_segment([draft(name) for name in within], adapters)
+        segments.append(segment)
+    return catalog.successor(segments, {name: adapters[name] for name in sorted(adapters)}, pool.base_model)
 
 
-def _parts(catalog: Catalog) -> _Parts:
-    pairs = zip(catalog.tasks, catalog.task_examples, strict=True)
-    return {entry.name: (entry.task, examples) for entry, examples in pairs}
-
-
-def _scores(catalog: Catalog) -> dict[str, Scores]:
-    return {entry.name: entry.scores for entry in catalog.tasks}
-
-
-def _merged(
-    known: Mapping[str, Scores], added: Mapping[str, Scores], renewed: Container[str]
-) -> dict[str, dict[str, dict[int, float]]]:
-    merged = {task: {name: dict(of) for name, of in scores.items()} for task, scores in known.items()}
-    for task, scores in added.items():
-        own = merged.setdefault(task, {})
-        for name, of in scores.items():
-            own[name] = dict(of) if name in renewed else own.get(name, {}) | dict(of)
+def _merged(known: Scores, added: Scores, renewed: Container[str]) -> dict[str, dict[int, float]]:
+    merged = {name: dict(of) for name, of in known.items()}
+    for name, of in added.items():
+        merged[name] = dict(of) if name in renewed else merged.get(name, {}) | dict(of)
     return merged
-
-
-def _assigned(catalog: Catalog, tasks: Iterable[str], adapters: Container[str]) -> dict[str, list[str]]:
-    """Adapters that were made for each task: a mapping's stay as far as they are there, else it goes by the names."""
-    mapped = {}
-    for entry in catalog.tasks:
-        if list(entry.declared) != of_own_name(entry.name, catalog.adapters):
-            mapped[entry.name] = [name for name in entry.declared if name in adapters]
-    return {task: mapped.get(task, of_own_name(task, adapters)) for task in tasks}
 
 
 def _check_there(names: Iterable[str], there: Container[str], what: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lorauter.catalog.catalog import Catalog, RankedAdapter
+from lorauter.catalog.segments import Segment, TaskRow
 
 
 @dataclass(frozen=True)
@@ -19,20 +20,22 @@ class Composed:
 
 def with_composed(catalog: Catalog, composed: Mapping[str, Composed]) -> Catalog:
     """The catalog with compositions, `{task: composition}`, before all other adapters of their tasks."""
-    tasks = tuple(
-        replace(
-            entry,
-            adapters=(RankedAdapter(composed[entry.name].name), *entry.adapters),
-            declared=(composed[entry.name].name, *entry.declared),
-        )
-        if entry.name in composed
-        else entry
-        for entry in catalog.tasks
-    )
+
+    def row(place: int) -> TaskRow:
+        entry, examples = catalog.row(place)
+        if of := composed.get(entry.name):
+            adapters, declared = (RankedAdapter(of.name), *entry.adapters), (of.name, *entry.declared)
+            entry = replace(entry, adapters=adapters, declared=declared)
+        return TaskRow(entry, examples)
+
+    segments, start = [], 0
+    for segment in catalog.segments:
+        places = range(start, start := start + len(segment))
+        segments.append(segment if composed.keys().isdisjoint(segment.names) else Segment.of(list(map(row, places))))
     adapters = {**catalog.adapters, **{of.name: of.version for of in composed.values()}}
     changed = replace(
         catalog,
-        tasks=tasks,
+        segments=tuple(segments),
         adapters={name: adapters[name] for name in sorted(adapters)},
         composed={**catalog.composed, **{of.name: dict(of.sources) for of in composed.values()}},
     )

@@ -1,48 +1,33 @@
 """What a store's versions of a catalog hold, when they were written, and what changed from one to the next.
 
-Reads the versions' heads alone, and each once: a version never changes. Knows nothing of how a version becomes current.
+Reads the versions' heads, and of what differs between two the segments in which they do; each once, as a version never
+changes. Knows nothing of how a version becomes current.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorauter.adapters.store import ObjectStore
-from lorauter.catalog.catalog import HEAD_FILE, current_version
+from lorauter.catalog.catalog import HEAD_FILE, current_version, read_head
+from lorauter.catalog.parts import Arrays, Parts, text_in
 from lorauter.catalog.versions import catalog_versions
 from lorauter.errors import CatalogError, InvalidRequest, ObjectNotFound
 
 _NAMES = 50  # that a change lists of each kind
-_KEPT = 256  # versions whose contents are remembered
+_KEPT = 256  # versions of which it is remembered what they hold
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a version holds: of each task a hash of all that is known of it, and each adapter's version."""
+class Contents(NamedTuple):
+    """How many tasks and adapters a version holds, and the digests of the parts that have them."""
 
-    tasks: Mapping[str, str]
-    adapters: Mapping[str, str]
-
-    @classmethod
-    def of(cls, raw: bytes) -> Contents:
-        """Of a version's `catalog.json`. Raises ValueError, KeyError, TypeError, AttributeError: it is none."""
-        head = json.loads(raw)
-        tasks = {
-            row["task"]["name"]: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
-            for row in head["tasks"]
-        }
-        return cls(tasks, {str(name): str(version) for name, version in head["adapters"].items()})
-
-    def changes_since(self, before: Contents) -> dict[str, Any]:
-        """What was added, removed and changed, by kind: how many, and the first names."""
-        return {
-            "tasks": _difference(before.tasks, self.tasks),
-            "adapters": _difference(before.adapters, self.adapters),
-        }
+    tasks: int
+    adapters: int
+    segments: frozenset[str]
+    adapter_parts: frozenset[str]
 
 
 @dataclass
@@ -55,6 +40,7 @@ class History:
 
     store: ObjectStore
     _known: dict[str, Contents | None] = field(default_factory=dict)
+    _changes: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     def page(self, limit: int, after: str | None = None) -> dict[str, Any]:
         """A page of the versions, each with what changed since the one that was written before it.
@@ -87,9 +73,8 @@ class History:
             if contents is None:
                 row["problem"] = "it is incomplete or damaged"
             else:
-                before = self._contents(versions[place + 1]) if place + 1 < len(versions) else None
-                row |= {"tasks": len(contents.tasks), "adapters": len(contents.adapters)}
-                row["changes"] = contents.changes_since(before) if before is not None else None
+                row |= {"tasks": contents.tasks, "adapters": contents.adapters}
+                row["changes"] = self._difference(versions[place + 1], version) if place + 1 < len(versions) else None
             rows.append(row)
         return {"object": "list", "data": rows, "total": len(versions), "has_more": start + limit < len(versions)}
 
@@ -104,17 +89,62 @@ class History:
         """None where it cannot be read."""
         if version not in self._known:
             try:
-                self._known[version] = Contents.of(self.store.read(f"{version}/{HEAD_FILE}"))
+                head = json.loads(read_head(self.store, version))
+                segments = frozenset(routing for routing, _ in head["segments"])
+                counts = head["counts"]
+                self._known[version] = Contents(
+                    int(counts["tasks"]), int(counts["adapters"]), segments, frozenset(head["adapters"])
+                )
             except ObjectNotFound:
                 return None
             except (CatalogError, ValueError, KeyError, TypeError, AttributeError):
                 self._known[version] = None
-            while len(self._known) > _KEPT:
-                del self._known[next(iter(self._known))]
+            _shorten(self._known)
         return self._known[version]
 
+    def _difference(self, before: str, after: str) -> dict[str, Any] | None:
+        """What was added, removed and changed: how many, and the first names. None where it cannot be known."""
+        if (before, after) not in self._changes:
+            was, now = self._contents(before), self._contents(after)
+            if was is None or now is None:
+                return None
+            try:
+                self._changes[before, after] = {
+                    "tasks": _difference(*self._differing(was.segments, now.segments, _tasks)),
+                    "adapters": _difference(*self._differing(was.adapter_parts, now.adapter_parts, _adapters)),
+                }
+            except (CatalogError, ObjectNotFound):
+                return None
+            _shorten(self._changes)
+        return self._changes[before, after]
 
-def _difference(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+    def _differing(
+        self, was: frozenset[str], now: frozenset[str], rows: Callable[[Arrays], Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rows of the parts that one version has and the other has not."""
+        sides: list[dict[str, Any]] = []
+        for digests in (was - now, now - was):
+            parts = Parts(self.store).read_all(sorted(digests))
+            sides.append({name: value for part in parts for name, value in rows(part).items()})
+        return sides[0], sides[1]
+
+
+def _tasks(segment: Arrays) -> Mapping[str, int]:
+    """The tasks of a segment, with a digest of all that is known of each."""
+    return dict(zip(text_in(segment, 0), segment["digests"].tolist(), strict=True))
+
+
+def _adapters(part: Arrays) -> Mapping[str, str]:
+    found: dict[str, str] = text_in(part, 0)
+    return found
+
+
+def _shorten(known: dict[Any, Any]) -> None:
+    while len(known) > _KEPT:
+        del known[next(iter(known))]
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     kinds = {
         "added": [name for name in after if name not in before],
         "removed": [name for name in before if name not in after],

@@ -6,7 +6,7 @@ a picture is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,21 +48,23 @@ class Layout:
         components = np.zeros((2, catalog.dimension), np.float32)
         if not len(chosen):
             return cls(there, chosen, components[0], components)
-        centroids = catalog.centroids[chosen]
+        centroids = catalog.centroids_at(chosen.tolist())
         mean = centroids.mean(axis=0)
         found = np.linalg.svd(centroids - mean, full_matrices=False)[2][: min(2, len(chosen) - 1)]
         for place, row in enumerate(found):
             components[place] = row * np.sign(row[np.abs(row).argmax()])  # else either direction would do
         return cls(there, chosen, mean, components)
 
-    def to_json(self, catalog: Catalog, named: Container[str] = ()) -> dict[str, Any]:
+    def to_json(self, catalog: Catalog, named: Iterable[str] = ()) -> dict[str, Any]:
         """As the HTTP API shows it: the chosen tasks, and those that are named, as far as they count."""
-        also = [i for i in self.visible.tolist() if catalog.tasks[i].name in named]
+        also = {place for name in named if (place := catalog.place(name)) is not None}.intersection(
+            self.visible.tolist()
+        )
         shown = sorted({*self.chosen.tolist(), *also})
-        points = (catalog.centroids[shown] - self.mean) @ self.components.T
+        points = (catalog.centroids_at(shown) - self.mean) @ self.components.T
         rows = [
-            {"id": entry.name, "object": "task", "domain": entry.task.domain, "x": x, "y": y}
-            for entry, (x, y) in zip([catalog.tasks[i] for i in shown], _short(points), strict=True)
+            {"id": entry.name, "object": "task", "domain": entry.domain, "x": x, "y": y}
+            for entry, (x, y) in zip([catalog.entries[i] for i in shown], _short(points), strict=True)
         ]
         return {
             "object": "list",

@@ -1,17 +1,18 @@
 """The words of tasks: how near a text is to each task's examples by TF-IDF over hashed words and word pairs.
 
-Instructions and formats are worded alike within a task, which a sentence embedding blurs. Knows texts; knows
-nothing of embeddings, adapters or routing.
+Instructions and formats are worded alike within a task, which a sentence embedding blurs. What is kept of a task is how
+often each word comes in its examples, each of which counts as a unit vector; the words' weights (IDF) come from
+outside, and weigh what is kept when it is asked for, so that they may change. Knows texts; knows nothing of
+embeddings, adapters or routing.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,55 +25,20 @@ Grams = NDArray[np.int64]
 _WORDS = re.compile(r"\w+|[^\w\s]")
 
 
-@dataclass(frozen=True, eq=False)
-class Lexicon:
-    """The normalised mean of each task's TF-IDF vectors, sparse.
+class Words(NamedTuple):
+    """A task's words: `buckets` (w,), each once, and their `weights` (w,) float32."""
 
-    Attributes:
-        idf: (buckets,) float32.
-        starts: (T + 1,) int64, where each task's entries begin.
-        buckets, values: (entries,) int32 and float32.
-    """
-
-    idf: NDArray[np.float32]
-    starts: NDArray[np.int64]
-    buckets: NDArray[np.int32]
-    values: NDArray[np.float32]
+    buckets: NDArray[np.uint16]
+    weights: NDArray[np.float32]
 
     @classmethod
-    def fit(cls, texts: Sequence[Sequence[str]]) -> Lexicon:
-        """Of the texts of each task."""
-        return cls.fit_grams([[grams_of(text) for text in task] for task in texts])
-
-    @classmethod
-    def fit_grams(cls, grams: Sequence[Sequence[Grams]]) -> Lexicon:
-        """The same, of texts that were taken apart before."""
-        seen = np.zeros(_BUCKETS)
-        for task in grams:
-            for ids in task:
-                seen[ids] += 1
-        idf = (np.log((1 + sum(map(len, grams))) / (1 + seen)) + 1).astype(np.float32)
-        starts, buckets, values = [0], [], []
-        for task in grams:
-            total = np.zeros(_BUCKETS, np.float32)
-            for ids in task:
-                total[ids] += _weights(ids, idf)
-            used = np.flatnonzero(total)
-            buckets.append(used.astype(np.int32))
-            values.append(total[used] / max(float(np.linalg.norm(total)), 1e-12))
-            starts.append(starts[-1] + len(used))
-        return cls(idf, np.array(starts), np.concatenate(buckets), np.concatenate(values).astype(np.float32))
-
-    def similarity(self, text: str, tasks: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
-        """The cosine of a text to each of these tasks: (len(tasks),) float32."""
-        return self.similarity_of_grams(grams_of(text), tasks)
-
-    def similarity_of_grams(self, ids: Grams, tasks: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
-        """The same, of a text that was taken apart before."""
-        query = np.zeros(_BUCKETS, np.float32)
-        query[ids] = _weights(ids, self.idf)
-        spans = [slice(self.starts[task], self.starts[task + 1]) for task in tasks]
-        return np.array([query[self.buckets[span]] @ self.values[span] for span in spans], np.float32)
+    def of(cls, grams: Sequence[Grams], idf: NDArray[np.float32]) -> Words:
+        """Of a task's examples; `idf` tells the length of each."""
+        if not sum(map(len, grams)):
+            return cls(np.zeros(0, np.uint16), np.zeros(0, np.float32))
+        shares = np.concatenate([np.full(len(ids), 1 / np.linalg.norm(idf[ids])) for ids in grams if len(ids)])
+        buckets, places = np.unique(np.concatenate(grams), return_inverse=True)
+        return cls(buckets.astype(np.uint16), np.bincount(places, shares).astype(np.float32))
 
 
 def grams_of(text: str) -> Grams:
@@ -82,6 +48,24 @@ def grams_of(text: str) -> Grams:
     return np.unique(np.fromiter((zlib.crc32(gram.encode()) % _BUCKETS for gram in grams), np.int64, len(grams)))
 
 
-def _weights(ids: Grams, idf: NDArray[np.float32]) -> NDArray[np.float32]:
-    weights = idf[ids]
-    return weights / np.float32(max(float(np.linalg.norm(weights)), 1e-12))
+def idf_of(grams: Iterable[Grams]) -> NDArray[np.float32]:
+    """(buckets,): the rarer a word is among these texts, the more it says."""
+    seen, texts = np.zeros(_BUCKETS), 0
+    for ids in grams:
+        seen[ids] += 1
+        texts += 1
+    return (np.log((1 + texts) / (1 + seen)) + 1).astype(np.float32)
+
+
+def similarities(grams: Grams, tasks: Sequence[Words], idf: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The cosines of a text to tasks: (len(tasks),)."""
+    if not tasks:
+        return np.zeros(0, np.float32)
+    query = np.zeros(len(idf), np.float32)
+    query[grams] = idf[grams]
+    buckets = np.concatenate([words.buckets for words in tasks])
+    values = idf[buckets] * np.concatenate([words.weights for words in tasks])
+    owner = np.repeat(np.arange(len(tasks)), [len(words.buckets) for words in tasks])
+    dots = np.bincount(owner, query[buckets] * values, len(tasks))
+    lengths = np.sqrt(np.bincount(owner, values * values, len(tasks))) * np.linalg.norm(query)
+    return np.asarray(dots / np.maximum(lengths, 1e-12), np.float32)

@@ -1,8 +1,10 @@
 """The reranker: which of the retrieved tasks a query belongs to, and whether to any.
 
-Fitted to nothing but the catalog's validation examples. A task's logit is a weighted sum of three parts: a linear
-discriminant with a shrunken covariance over the embeddings (Friedman 1989), the cosine to the task's words
-(`lorauter.catalog.lexicon`), and the cosine to its centroid. The weights minimise the contrastive loss
+Fitted to nothing but the catalog's validation examples, to a sample of its tasks where they are many
+(`lorauter.catalog.sample`), whose held-out examples are told from all of the catalog's tasks. A task's logit is a
+weighted sum of three parts: a linear discriminant with a shrunken covariance over the embeddings (Friedman 1989), the
+cosine to the task's words (`lorauter.catalog.lexicon`), and the cosine to its centroid. The weights minimise the
+contrastive loss
 
     -log exp(logit of the own task) / sum over tasks of exp(logit)
 
@@ -19,24 +21,26 @@ one busy core, where a refit may take half a minute; and each catalog would have
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from lorauter.catalog.lexicon import Grams, Lexicon, grams_of
-from lorauter.encoder import Embeddings, normalised
+from lorauter.catalog.lexicon import Grams, Words, grams_of, idf_of, similarities
+from lorauter.catalog.sample import Sample
+from lorauter.encoder import Embeddings
 
 Floats = NDArray[np.float64]
 
 _SHRINKAGE = 0.3
 _SPREAD = 0.5  # mean square distance of examples to their task's mean, where there is nothing to tell it from
 _FOLDS = 5
-_MAX_HELD_OUT = 4000  # examples: enough for seven numbers, of however many tasks
+_MAX_HELD_OUT = 1000  # examples: enough for seven numbers, of however many tasks
 _RIVALS = 64  # nearest tasks that a held-out example is told apart from
 _MAX_GAP = 20.0  # between the first two logits; more says no more
 # Where there are too few tasks or examples to hold any out: the values that 40 tasks of 20 examples gave.
@@ -44,6 +48,39 @@ _COEFFICIENTS = np.array([0.09, 55.0, 0.0])
 _FAMILIAR = np.array([-5.0, 25.0, 4.0, 0.3])
 _STRANGER = 0.01
 _STRANGEST = 0.02  # share of the held-out examples, their task taken out, that are stranger than `stranger`
+
+
+class Candidates(NamedTuple):
+    """Tasks that a query may be one of: unit `centroids` (c, d), the `lengths` (c,) of the means that they are the
+    directions of, and their `words`."""
+
+    centroids: Embeddings
+    lengths: NDArray[np.float32]
+    words: Sequence[Words]
+
+    @classmethod
+    def of(
+        cls, examples: Sequence[Embeddings], grams: Sequence[Sequence[Grams]], idf: NDArray[np.float32]
+    ) -> Candidates:
+        """Tasks with these examples: of each (n, d) unit rows, and n texts taken apart; `idf` is as for `Words`."""
+        means = np.stack([rows.mean(axis=0) for rows in examples])
+        lengths = np.linalg.norm(means, axis=1)
+        centroids = means / np.maximum(lengths, 1e-12)[:, None]
+        words = [Words.of(task, idf) for task in grams]
+        return cls(centroids.astype(np.float32), lengths.astype(np.float32), words)
+
+
+class Tasks(Protocol):
+    """All of a catalog's tasks."""
+
+    def places(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Where tasks are."""
+
+    def nearest(self, queries: Embeddings, depth: int) -> NDArray[np.int64]:
+        """The places of the tasks nearest to n queries: (n, depth at most), -1 where there are no more."""
+
+    def candidates(self, places: NDArray[np.int64]) -> Candidates:
+        """The tasks at these places."""
 
 
 @dataclass(frozen=True)
@@ -54,89 +91,61 @@ class Ranking:
         logits: (c,) of the candidates, in their order.
         familiarity: the probability that the query belongs to one of them.
         words: (c,) cosines to the candidates' words: which of them asks for answers of the same kind.
+        cosines: (c,) to their centroids.
     """
 
     logits: Floats
     familiarity: float
     words: Floats
+    cosines: Floats
 
 
 @dataclass(frozen=True, eq=False)
 class Reranker:
-    """See the module.
+    """See the module. What it knows of a task it is told with the candidates.
 
     Attributes:
-        discriminant: (T, d) float32, and `bias` (T,) float32.
-        lexicon: the tasks' words.
+        precision: (d, d) float32, the inverse of the covariance that the tasks share.
+        idf: (buckets,) float32, of words.
         coefficients: (3,) of discriminant, words and cosine.
         familiar: (4,) of the logistic regression: constant, largest word cosine, largest cosine, gap between the
             first two logits.
         stranger: familiarity below which a query is stranger than nearly all whose task the catalog lacks.
     """
 
-    discriminant: Embeddings
-    bias: NDArray[np.float32]
-    lexicon: Lexicon
+    precision: Embeddings
+    idf: NDArray[np.float32]
     coefficients: Floats
     familiar: Floats
     stranger: float
 
     @classmethod
-    def fit(cls, examples: Sequence[Embeddings], texts: Sequence[Sequence[str]]) -> Reranker:
-        """Fit to T tasks.
-
-        Args:
-            examples: of each task, (n, d) float32 unit rows.
-            texts: the same examples' inputs.
-        """
-        grams = [[grams_of(text) for text in task] for task in texts]
-        parts = _held_out(examples, grams)
+    def fit(cls, sample: Sample, tasks: Tasks) -> Reranker:
+        """Fit to a sample of tasks, among all of them."""
+        parts = _held_out(sample, tasks)
         coefficients, familiar, stranger = _COEFFICIENTS, _FAMILIAR, _STRANGER
         if len(parts) and parts.shape[1] > 1:
             coefficients = _fit_coefficients(parts)
             familiar, stranger = _fit_familiar(parts, coefficients)
-        rows, bias = _discriminant(examples)
-        return cls(rows, bias, Lexicon.fit_grams(grams), coefficients, familiar, stranger)
+        idf = idf_of(ids for task in sample.grams for ids in task)
+        return cls(_precision(sample.examples), idf, coefficients, familiar, stranger)
 
-    def rank(self, embedding: Embeddings, text: str, tasks: NDArray[np.int64], cosines: NDArray[Any]) -> Ranking:
-        """Judge candidates for a query.
-
-        Args:
-            embedding: (d,) of the query.
-            text: the query.
-            tasks: (c,) their numbers, at least one.
-            cosines: (c,) to their centroids.
-        """
-        parts = np.stack(
-            [
-                self.discriminant[tasks] @ embedding + self.bias[tasks],
-                self.lexicon.similarity(text, tasks),
-                cosines,
-            ],
-            axis=-1,
-        ).astype(np.float64)
+    def rank(self, embedding: Embeddings, text: str, candidates: Candidates) -> Ranking:
+        """Judge candidates, at least one, for a query: its (d,) embedding and its text."""
+        parts = _parts(embedding, grams_of(text), candidates, self.precision, self.idf)
         logits = parts @ self.coefficients
         chance = _sigmoid(_features(parts[None], logits[None]) @ self.familiar)
-        return Ranking(logits, float(chance[0]), parts[:, 1])
+        return Ranking(logits, float(chance[0]), parts[:, 1], parts[:, 2])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What `from_arrays` takes."""
-        lexicon = {f"lexicon_{name}": array for name, array in vars(self.lexicon).items()}
-        own = {name: getattr(self, name) for name in ("discriminant", "bias", "coefficients", "familiar")}
-        return {**own, **lexicon, "stranger": np.array(self.stranger)}
+        return {name: np.asarray(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Reranker:
         """The inverse of `arrays`. Raises KeyError."""
-        lexicon = Lexicon(**{name: arrays[f"lexicon_{name}"] for name in ("idf", "starts", "buckets", "values")})
-        return cls(
-            arrays["discriminant"],
-            arrays["bias"],
-            lexicon,
-            arrays["coefficients"],
-            arrays["familiar"],
-            float(arrays["stranger"]),
-        )
+        own = {name: arrays[name] for name in ("precision", "idf", "coefficients", "familiar")}
+        return cls(**own, stranger=float(arrays["stranger"]))
 
 
 def softmax(logits: Floats) -> Floats:
@@ -149,41 +158,68 @@ def _sigmoid(x: Floats) -> Floats:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
 
 
-def _discriminant(examples: Sequence[Embeddings]) -> tuple[Embeddings, NDArray[np.float32]]:
-    means = np.stack([rows.mean(axis=0) for rows in examples]).astype(np.float64)
-    spread = np.concatenate([rows - mean for rows, mean in zip(examples, means, strict=True)])
-    dimension = means.shape[1]
-    covariance = spread.T @ spread / max(1, len(spread) - len(means))
-    known = len(spread) > len(means)  # else no task has two examples, and nothing is known of their spread
+def _parts(
+    embedding: Embeddings, grams: Grams, candidates: Candidates, precision: Embeddings, idf: NDArray[np.float32]
+) -> Floats:
+    """(c, 3): of each candidate discriminant, words and cosine.
+
+    The discriminant of a task with mean m under the precision P is q P m - m P m / 2.
+    """
+    cosines = candidates.centroids @ embedding
+    means = candidates.centroids * candidates.lengths[:, None]
+    discriminant = ((means @ precision) * (embedding - 0.5 * means)).sum(axis=1)
+    words = similarities(grams, candidates.words, idf)
+    return np.stack([discriminant, words, cosines], axis=-1).astype(np.float64)
+
+
+def _precision(examples: Sequence[Embeddings]) -> Embeddings:
+    dimension, count = examples[0].shape[1], sum(map(len, examples))
+    spread = np.concatenate([rows - rows.mean(axis=0, dtype=np.float64) for rows in examples])
+    covariance = spread.T @ spread / max(1, count - len(examples))
+    known = count > len(examples)  # else no task has two examples, and nothing is known of their spread
     variance = max(float(np.trace(covariance)) if known else _SPREAD, 1e-6 * dimension) / dimension
     shrunken = (1 - _SHRINKAGE) * covariance + _SHRINKAGE * variance * np.eye(dimension)
-    rows = np.linalg.solve(shrunken, means.T).T
-    return rows.astype(np.float32), (-0.5 * (rows * means).sum(axis=1)).astype(np.float32)
+    return np.linalg.inv(shrunken).astype(np.float32)
 
 
-def _held_out(examples: Sequence[Embeddings], grams: Sequence[Sequence[Grams]]) -> NDArray[np.float64]:
+def _held_out(sample: Sample, tasks: Tasks) -> Floats:
     """The parts of logits, (held out, rivals, 3), of examples under fits without them; the own task comes first."""
+    step = math.ceil(sum(map(len, sample.examples)) / _MAX_HELD_OUT)
+    folds = [
+        [np.arange(len(rows)) % _FOLDS != f if len(rows) > 1 else np.ones(1, bool) for rows in sample.examples]
+        for f in range(_FOLDS)
+    ]
+    out = [[(t, int(i)) for t, mask in enumerate(kept) for i in np.flatnonzero(~mask)][::step] for kept in folds]
+    if not any(out):
+        return np.zeros((0, 0, 3))
+    own = tasks.places(sample.names)
+    rivals = tasks.nearest(np.stack([sample.examples[t][i] for fold in out for t, i in fold]), _RIVALS)
+    sampled = {int(place): i for i, place in enumerate(own)}
     parts: list[Floats] = []
-    rivals = min(_RIVALS, len(examples))
-    step = max(1, sum(map(len, grams)) // _MAX_HELD_OUT)
-    for fold in range(_FOLDS):
-        kept = [np.arange(len(rows)) % _FOLDS != fold if len(rows) > 1 else np.ones(1, bool) for rows in examples]
-        out = [(task, int(i)) for task, mask in enumerate(kept) for i in np.flatnonzero(~mask)][::step]
-        if not out:
+    row = iter(rivals)
+    for kept, fold in zip(folds, out, strict=True):
+        if not fold:
             continue
-        inside = [rows[mask] for rows, mask in zip(examples, kept, strict=True)]
-        lexicon = Lexicon.fit_grams([list(compress(task, mask)) for task, mask in zip(grams, kept, strict=True)])
-        rows, bias = _discriminant(inside)
-        centroids = normalised(np.stack([r.mean(axis=0) for r in inside]))
-        for task, i in out:
-            cosines = centroids @ examples[task][i]
-            cosines[task] += 4  # the first, whatever the others
-            chosen = np.argsort(-cosines, kind="stable")[:rivals]
-            cosines[task] -= 4
-            scores = rows[chosen] @ examples[task][i] + bias[chosen]
-            parts.append(
-                np.stack([scores, lexicon.similarity_of_grams(grams[task][i], chosen), cosines[chosen]], axis=-1)
-            )
+        examples = [rows[mask] for rows, mask in zip(sample.examples, kept, strict=True)]
+        grams = [list(compress(task, mask)) for task, mask in zip(sample.grams, kept, strict=True)]
+        precision, idf = _precision(examples), idf_of(ids for task in grams for ids in task)
+        inside: dict[int, Candidates] = {}
+        for task, i in fold:
+            found = next(row)
+            others = found[(found != own[task]) & (found >= 0)]
+            places = np.concatenate([own[task : task + 1], others])[: rivals.shape[1]]
+            if len(places) < rivals.shape[1]:  # a search that did not find as many
+                continue
+            candidates = tasks.candidates(places)
+            words = list(candidates.words)
+            for n, t in enumerate(map(sampled.get, places.tolist())):
+                if t is not None:  # as it is without the examples that are held out
+                    if t not in inside:
+                        inside[t] = Candidates.of([examples[t]], [grams[t]], idf)
+                    candidates.centroids[n], candidates.lengths[n] = inside[t].centroids[0], inside[t].lengths[0]
+                    words[n] = inside[t].words[0]
+            candidates = candidates._replace(words=words)
+            parts.append(_parts(sample.examples[task][i], sample.grams[task][i], candidates, precision, idf))
     return np.array(parts, np.float64)
 
 

@@ -17,10 +17,11 @@ def example_mixtures(
     """
     retriever = Retriever(catalog, config)
     found = {}
-    for entry, embeddings in zip(catalog.tasks, catalog.task_examples, strict=True):
+    for place, entry in enumerate(catalog.tasks):
         if entry.name in barred:
             texts = [example.input for example in entry.task.validation]
             options = RoutingOptions(exclude_adapters=frozenset({*barred[entry.name], *catalog.composed}))
+            embeddings = catalog.examples(place).embeddings
             retrieved = retriever.retrieve(embeddings, texts, [options] * len(texts))
             decisions = [
                 compose(one, options, config, catalog_version="", versions=catalog.adapters) for one in retrieved

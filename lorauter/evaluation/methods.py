@@ -145,7 +145,7 @@ def _fixed(
         draw = random.Random(f"{task} {options}")
         return [{draw.choice(allowed): 1.0} for _ in range(count)]
     # LoraRetriever embeds adapters by samples of what they were trained on: here, of the task of their name.
-    names = [entry.name for entry in catalog.tasks if entry.name in allowed]
-    rows = [i for i, entry in enumerate(catalog.tasks) if entry.name in allowed]
-    top = (-(embeddings @ catalog.centroids[rows].T)).argsort(axis=1, kind="stable")[:, : LORA_RETRIEVER[method]]
+    names = [name for name in catalog.names if name in allowed]
+    rows = [place for place, name in enumerate(catalog.names) if name in allowed]
+    top = (-(embeddings @ catalog.centroids_at(rows).T)).argsort(axis=1, kind="stable")[:, : LORA_RETRIEVER[method]]
     return [{names[i]: 1 / len(row) for i in row} for row in top]

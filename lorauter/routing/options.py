@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 if TYPE_CHECKING:
     from lorauter.catalog.catalog import Catalog
-    from lorauter.catalog.subset import TaskSubset
+    from lorauter.catalog.index import TaskSubset
 
 TopK = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[FiniteFloat, Field(gt=0, le=100)]
@@ -114,3 +114,8 @@ class RoutingOptions(BaseModel):
     def allows(self, adapter: str) -> bool:
         """Whether an adapter may be used."""
         return adapter not in self.exclude_adapters and (self.allow_adapters is None or adapter in self.allow_adapters)
+
+    @property
+    def adapters_key(self) -> Hashable:
+        """The same for options that allow the same adapters."""
+        return self.exclude_adapters, self.allow_adapters

@@ -1,20 +1,22 @@
 """Retrieval: the catalog's tasks nearest to a query, reranked, and what each adapter is worth for it.
 
-Knows the catalog, its FAISS index, its reranker and its scores; knows nothing of encoders, and does not weigh
+Knows the catalog, its index, its reranker and its scores; knows nothing of encoders, and does not weigh
 adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorauter.catalog.catalog import Catalog, CatalogTask
+from lorauter.catalog.index import TaskSubset
 from lorauter.catalog.rerank import Ranking, softmax
+from lorauter.catalog.segments import Segment
 from lorauter.catalog.utility import PRIOR_EXAMPLES, best_score, worths
 from lorauter.encoder import Embeddings
 from lorauter.errors import InvalidRequest
@@ -28,6 +30,11 @@ _KINDRED_LOGIT = 50.0  # a logit is that many cosines of words
 _NEIGHBOUR_TEMPERATURE = 0.2  # of the cosines that make a task's examples a query's neighbours
 _SELECTED_TASKS = 8  # likeliest tasks whose single examples are looked at
 _MAX_ADAPTERS = 64
+_KNOWN = 10_000  # tasks that are remembered as they were looked up
+_KNOWN_LENDERS = 256  # sets of adapters, of which it is remembered whom they serve
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -85,18 +92,18 @@ class Retriever:
         self.catalog = catalog
         self.config = config
         self._index = catalog.index
-        self._examples = catalog.task_examples
-        self._worth = [_worths(entry) for entry in catalog.tasks]
-        self._scores = [_matrix(entry) for entry in catalog.tasks] if config.selection == "similar" else []
         self._reranker = catalog.reranker
+        self._known: dict[int, _Known] = {}
+        self._matrices: dict[int, Any] = {}
+        self._lenders: dict[Hashable, TaskSubset] = {}
 
     def retrieve(
         self, embeddings: Embeddings, texts: Sequence[str], options: Sequence[RoutingOptions]
     ) -> list[Retrieved]:
         """What there is for n queries.
 
-        At least `num_tasks` tasks each, as far as there are; more where it takes more to find `top_k` tasks that
-        have an adapter left to lend.
+        At least `num_tasks` tasks each, as far as there are; where they have not `top_k` adapters that may be used,
+        the nearest tasks too that lend one.
 
         Args:
             embeddings: (n, d) float32, unit rows.
@@ -115,27 +122,46 @@ class Retriever:
         results = [Retrieved()] * len(options)
         subsets = [option.among(self.catalog) for option in options]
         wanted = [self._wanted(option) for option in options]
+        excluded = [{place for n in o.exclude_tasks if (place := self.catalog.place(n)) is not None} for o in options]
         alike: dict[int, list[int]] = {}
         for i, subset in enumerate(subsets):
             alike.setdefault(id(subset), []).append(i)
-        for pending in alike.values():
-            subset = subsets[pending[0]]
-            total, params = (len(self.catalog.tasks), None) if subset is None else (subset.size, subset.search)
-            while pending and total:
-                depth = min(total, max(wanted[i] + len(options[i].exclude_tasks) for i in pending))
-                queries = np.ascontiguousarray(embeddings[pending])
-                scores, ids = self._index.search(queries, depth, params=params)
-                unfilled = []
-                for i, row_scores, row_ids in zip(pending, scores, ids, strict=True):
-                    excluded = options[i].exclude_tasks
-                    kept = [j for j, t in enumerate(row_ids) if self.catalog.tasks[t].name not in excluded]
-                    kept = kept[: wanted[i]]  # as many whatever is excluded and whoever shares the batch
-                    results[i] = self._judge(embeddings[i], texts[i], row_ids[kept], row_scores[kept], options[i])
-                    if wanted[i] < total and not self._filled(results[i], options[i]):
-                        unfilled.append(i)
-                        wanted[i] *= 4
-                pending = unfilled
+        for together in alike.values():
+            depth = max(wanted[i] + len(excluded[i]) for i in together)
+            found = self._index.search(embeddings[together], depth, subsets[together[0]])
+            for i, row in zip(together, found, strict=True):
+                # As many whatever is excluded and whoever shares the batch.
+                places = [place for place in row.tolist() if place >= 0 and place not in excluded[i]][: wanted[i]]
+                results[i] = self._judge(embeddings[i], texts[i], places, options[i])
+                if not self._filled(results[i], options[i]):
+                    lenders = self._nearest_lenders(embeddings[i], subsets[i], options[i])
+                    more = self._as_many_as_needed(places, (p for p in lenders if p not in excluded[i]), options[i])
+                    if more:
+                        results[i] = self._judge(embeddings[i], texts[i], [*places, *more], options[i])
         return results
+
+    def _nearest_lenders(self, embedding: Embeddings, subset: TaskSubset | None, options: RoutingOptions) -> list[int]:
+        """The nearest tasks that have an adapter which may be used."""
+        lenders = _remembered(
+            self._lenders, _KNOWN_LENDERS, options.adapters_key, lambda: self._serving(options, subset)
+        )
+        depth = self._wanted(options) + self._top_k(options) + len(options.exclude_tasks)
+        row: list[int] = self._index.search(embedding[None], depth, lenders)[0].tolist()
+        return [place for place in row if place >= 0]
+
+    def _as_many_as_needed(self, places: list[int], lenders: Iterable[int], options: RoutingOptions) -> list[int]:
+        """Of tasks that lend an adapter the first that are not among `places`, until there are adapters enough."""
+        utility, needed = self.config.asked(options).composition == "utility", self._top_k(options)
+        usable = [{name for name in self._look(place).names if options.allows(name)} for place in places]
+        lent, adapters, more = sum(map(bool, usable)), set().union(*usable), list[int]()
+        for place in lenders:
+            if lent >= needed or (utility and len(adapters) >= needed):
+                break
+            if place not in places:
+                more.append(place)
+                lent += 1
+                adapters |= {name for name in self._look(place).names if options.allows(name)}
+        return more
 
     def _wanted(self, options: RoutingOptions) -> int:
         config = self.config.asked(options)
@@ -145,37 +171,37 @@ class Retriever:
         return options.top_k or self.config.asked(options).top_k
 
     def _filled(self, result: Retrieved, options: RoutingOptions) -> bool:
-        """Whether the search went deep enough."""
+        """Whether there are adapters enough."""
         lending = sum(bool(task.adapters) for task in result.tasks) if self.catalog.adapters else self._top_k(options)
-        config = self.config.asked(options)
-        if config.composition == "utility":
+        if self.config.asked(options).composition == "utility":
             lending = max(lending, len(result.adapters))
-        return len(result.tasks) >= config.num_tasks and lending >= self._top_k(options)
+        return lending >= self._top_k(options)
 
-    def _judge(
-        self, embedding: Embeddings, text: str, ids: NDArray[np.int64], scores: Embeddings, options: RoutingOptions
-    ) -> Retrieved:
-        if not len(ids):
+    def _judge(self, embedding: Embeddings, text: str, found: list[int], options: RoutingOptions) -> Retrieved:
+        if not found:
             return Retrieved()
-        ranking = self._reranker.rank(embedding, text, ids, scores)
+        places = np.array(found, np.int64)
+        ranking = self._reranker.rank(embedding, text, self.catalog.candidates(places))
         config = self.config.asked(options)
-        logits = ranking.logits if config.rerank else _COSINE_LOGIT * scores.astype(np.float64)
+        logits = ranking.logits if config.rerank else _COSINE_LOGIT * ranking.cosines
         order = np.argsort(-logits, kind="stable")
         probabilities = softmax(logits)[order]
         own, kindred = (chances[order] for chances in _chances(ranking, logits, config))
-        ids, scores = ids[order], scores[order]
+        places, scores = places[order], ranking.cosines[order]
         tasks: list[RetrievedTask] = []
         lent = 0
-        for task_id, score, probability in zip(ids, scores, probabilities, strict=True):
-            entry = self.catalog.tasks[task_id]
-            adapters = tuple(adapter.name for adapter in entry.adapters if options.allows(adapter.name))
-            if len(tasks) < config.num_tasks or (adapters and lent < self._top_k(options)):
-                found = RetrievedTask(entry.name, float(score), adapters, float(probability), entry.task.answers)
-                tasks.append(found)
+        for place, score, probability in zip(places.tolist(), scores, probabilities, strict=True):
+            if len(tasks) >= config.num_tasks and lent >= self._top_k(options):
+                break
+            adapters = tuple(name for name in self._look(place).names if options.allows(name))
+            if len(tasks) < config.num_tasks or adapters:
+                segment, i = self.catalog.at(place)
+                answers = segment.answers(i)
+                tasks.append(RetrievedTask(segment.names[i], float(score), adapters, float(probability), answers))
                 lent += bool(adapters)
         return Retrieved(
             tuple(tasks),
-            self._utilities(embedding, ids, own, kindred, options),
+            self._utilities(embedding, places, own, kindred, options),
             ranking.familiarity,
             ranking.familiarity < self._reranker.stranger,
         )
@@ -183,7 +209,7 @@ class Retriever:
     def _utilities(
         self,
         embedding: Embeddings,
-        ids: NDArray[np.int64],
+        places: NDArray[np.int64],
         own: NDArray[np.float64],
         kindred: NDArray[np.float64],
         options: RoutingOptions,
@@ -193,46 +219,64 @@ class Retriever:
         What was composed for a task is of use to that task alone: on unseen ones it does worse than what it is of.
         """
         totals: dict[str, float] = {}
-        for place, (task_id, known, chance) in enumerate(zip(ids, own, own + kindred, strict=True)):
-            names, worth = self._worth[task_id]
-            if self._scores and place < _SELECTED_TASKS and self._scores[task_id] is not None:
-                worth = self._worths_nearby(embedding, task_id)
+        chances = zip(places.tolist(), own.tolist(), (own + kindred).tolist(), strict=True)
+        for nth, (place, known, chance) in enumerate(chances):
+            names, worth = self._look(place)
+            if self.config.selection == "similar" and nth < _SELECTED_TASKS and self._scores(place) is not None:
+                worth = self._worths_nearby(embedding, place).tolist()
             for name, value in zip(names, worth, strict=True):
                 share = known if name in self.catalog.composed else chance
-                totals[name] = totals.get(name, 0.0) + float(share) * float(value)
+                totals[name] = totals.get(name, 0.0) + share * value
         allowed = [(name, total) for name, total in totals.items() if total > 0 and options.allows(name)]
         allowed.sort(key=lambda item: (-item[1], item[0]))
         return tuple(AdapterUtility(name, total) for name, total in allowed[:_MAX_ADAPTERS])
 
-    def _worths_nearby(self, embedding: Embeddings, task_id: int) -> NDArray[np.float64]:
+    def _worths_nearby(self, embedding: Embeddings, place: int) -> NDArray[np.float64]:
         """The worths of a task's adapters with more weight on examples that resemble the query.
 
         Of n examples that an adapter met, each counts by softmax(cosine / temperature) among them, in place of 1 / n.
         """
-        values, tried, counts = self._scores[task_id]
-        _, worth = self._worth[task_id]
-        nearness = np.exp((self._examples[task_id] @ embedding - 1).astype(np.float64) / _NEIGHBOUR_TEMPERATURE)
+        values, tried, counts = self._scores(place)
+        _, worth = self._look(place)
+        examples = self.catalog.examples(place).embeddings
+        nearness = np.exp((examples @ embedding - 1).astype(np.float64) / _NEIGHBOUR_TEMPERATURE)
         mass = tried @ nearness
         nearby = np.divide(values @ nearness, mass, out=np.zeros_like(mass), where=mass > 0)
         share = counts / (counts + PRIOR_EXAMPLES)
         means = np.divide(values.sum(axis=1), counts, out=np.zeros_like(mass), where=counts > 0)
         return np.asarray(worth + share * (nearby - means))
 
+    def _look(self, place: int) -> _Known:
+        return _remembered(self._known, _KNOWN, place, lambda: _known(*self.catalog.at(place)))
 
-def _chances(
-    ranking: Ranking, logits: NDArray[np.float64], config: RoutingConfig
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of each candidate, the probability that its adapters are those to use: as the query is one of it, and as it is
-    one of a task that the catalog lacks and that is most like it."""
-    own = softmax(logits)
-    if not config.rerank:
-        return own, np.zeros_like(own)
-    return ranking.familiarity * own, (1 - ranking.familiarity) * softmax(_KINDRED_LOGIT * ranking.words)
+    def _scores(self, place: int) -> Any:
+        return _remembered(self._matrices, _KNOWN, place, lambda: _matrix(self.catalog.tasks[place]))
+
+    def _serving(self, options: RoutingOptions, subset: TaskSubset | None) -> TaskSubset:
+        mask = self.catalog.served_by(options.allows)
+        return TaskSubset(mask if subset is None else mask & subset.mask)
 
 
-def _worths(entry: CatalogTask) -> tuple[list[str], NDArray[np.float64]]:
-    names = [adapter.name for adapter in entry.adapters]
-    return names, worths([adapter.score for adapter in entry.adapters], [name in entry.declared for name in names])
+class _Known(NamedTuple):
+    """A task's adapters, and their worths."""
+
+    names: list[str]
+    worth: list[float]
+
+
+def _known(segment: Segment, i: int) -> _Known:
+    adapters, declared = segment.ranked(i)
+    worth = worths([adapter.score for adapter in adapters], declared)
+    return _Known([adapter.name for adapter in adapters], worth.tolist())
+
+
+def _remembered(known: dict[Key, Value], most: int, key: Key, make: Callable[[], Value]) -> Value:
+    """What a key stands for; of what was made, so much is remembered."""
+    if key not in known:
+        if len(known) >= most:
+            known.clear()
+        known[key] = make()
+    return known[key]
 
 
 def _matrix(entry: CatalogTask) -> Any:
@@ -246,3 +290,14 @@ def _matrix(entry: CatalogTask) -> Any:
         for example, score in entry.scores.get(adapter.name, {}).items():
             values[row, example], tried[row, example] = score, 1
     return values / best_score(adapter.score for adapter in entry.adapters), tried, tried.sum(axis=1)
+
+
+def _chances(
+    ranking: Ranking, logits: NDArray[np.float64], config: RoutingConfig
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each candidate, the probability that its adapters are those to use: as the query is one of it, and as it is
+    one of a task that the catalog lacks and that is most like it."""
+    own = softmax(logits)
+    if not config.rerank:
+        return own, np.zeros_like(own)
+    return ranking.familiarity * own, (1 - ranking.familiarity) * softmax(_KINDRED_LOGIT * ranking.words)

@@ -2,19 +2,35 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from lorauter.catalog.lexicon import Lexicon
+from lorauter.catalog.lexicon import Words, grams_of, idf_of, similarities
 
 TASKS = [
     ["Is this film good? It was great.", "Is this film bad? It was slow, so slow."],
     ["Translate to English: Zwei Hunde spielen.", "Translate to English: Eine Katze schläft.", "Translate: Ja!"],
     ["Sort the numbers 3, 1, 2"],
 ]
-ALL = [0, 1, 2]
+
+
+@dataclass
+class Lexicon:
+    """Tasks' words, weighted by how rare they are in all of them."""
+
+    tasks: list[list[str]]
+
+    def __post_init__(self) -> None:
+        grams = [[grams_of(text) for text in task] for task in self.tasks]
+        self.idf = idf_of(ids for task in grams for ids in task)
+        self.words = [Words.of(task, self.idf) for task in grams]
+
+    def similarity(self, text: str, tasks: Iterable[int] = range(3)) -> np.ndarray:
+        return similarities(grams_of(text), [self.words[task] for task in tasks], self.idf)
 
 
 def grams(text: str) -> set[str]:
@@ -54,56 +70,51 @@ def naive_similarity(text: str) -> list[float]:
     ],
 )
 def test_the_similarity_is_the_cosine_of_tf_idf(text, monkeypatch) -> None:
-    shared = Lexicon.fit(TASKS).similarity(text, ALL)
-    np.testing.assert_allclose(shared, naive_similarity(text), atol=0.06)  # grams may share a bucket
-    monkeypatch.setattr("lorauter.catalog.lexicon._BUCKETS", 1 << 22)
-    got = Lexicon.fit(TASKS).similarity(text, ALL)
+    shared = Lexicon(TASKS).similarity(text)
+    np.testing.assert_allclose(shared, naive_similarity(text), atol=0.06)  # words may share a bucket
+    monkeypatch.setattr("lorauter.catalog.lexicon._BUCKETS", 65521)  # none do
+    got = Lexicon(TASKS).similarity(text)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, naive_similarity(text), atol=1e-5)
 
 
 def test_it_is_one_for_a_tasks_only_text_and_does_not_depend_on_the_other_tasks_asked_about() -> None:
-    lexicon = Lexicon.fit(TASKS)
+    lexicon = Lexicon(TASKS)
     assert lexicon.similarity(TASKS[2][0], [2]) == pytest.approx(1)
-    every = lexicon.similarity("Is this film English", ALL)
+    every = lexicon.similarity("Is this film English")
     np.testing.assert_array_equal(lexicon.similarity("Is this film English", np.array([2, 0])), every[[2, 0]])
     assert lexicon.similarity("Is this film English", []).shape == (0,)
 
 
 @pytest.mark.parametrize("text", ["...", ".", "_", "\u200b", "\x00", "", " \n", "🙂", "東京"])
 def test_a_text_of_hardly_anything_is_similar_to_nothing(text) -> None:
-    np.testing.assert_array_less(np.abs(Lexicon.fit(TASKS).similarity(text, ALL)), 0.2)
-    own = Lexicon.fit([[text], ["quite another text"]]).similarity(text, [0, 1])
+    np.testing.assert_array_less(np.abs(Lexicon(TASKS).similarity(text)), 0.2)
+    own = Lexicon([[text], ["quite another text"]]).similarity(text, [0, 1])
     assert own[0] == pytest.approx(1 if text.strip() else 0)
     assert own[1] == 0
-    assert Lexicon.fit([[text]]).similarity("a word", [0]).shape == (1,)
+    assert Lexicon([[text]]).similarity("a word", [0]).shape == (1,)
 
 
 def test_only_the_head_of_a_long_text_counts() -> None:
-    lexicon = Lexicon.fit(TASKS)
+    lexicon = Lexicon(TASKS)
     head = "film " * 2000
-    np.testing.assert_array_equal(lexicon.similarity(head + "numbers", ALL), lexicon.similarity(head, ALL))
-    assert lexicon.similarity(head[5:] + "numbers", ALL)[2] > lexicon.similarity(head, ALL)[2]
+    np.testing.assert_array_equal(lexicon.similarity(head + "numbers"), lexicon.similarity(head))
+    assert lexicon.similarity(head[5:] + "numbers")[2] > lexicon.similarity(head)[2]
 
 
 @pytest.mark.parametrize("unit", ["word ", "x", ".", "\n", "a."])
 def test_a_huge_text_takes_no_longer_than_its_head(unit) -> None:
-    lexicon = Lexicon.fit(TASKS)
+    lexicon = Lexicon(TASKS)
     text = unit * 4_000_000
     started = time.process_time()
-    assert np.isfinite(lexicon.similarity(text, ALL)).all()
-    assert np.isfinite(Lexicon.fit([[text], ["b"]]).values).all()
+    assert np.isfinite(lexicon.similarity(text)).all()
+    assert np.isfinite(Lexicon([[text], ["b"]]).words[0].weights).all()
     assert time.process_time() - started < 1
 
 
-def test_the_same_texts_give_the_same_bytes() -> None:
-    one, two = Lexicon.fit(TASKS), Lexicon.fit([list(task) for task in TASKS])
-    for name, array in vars(one).items():
-        assert array.tobytes() == vars(two)[name].tobytes(), name
-    assert one.similarity("Is it?", ALL).tobytes() == two.similarity("Is it?", ALL).tobytes()
-    assert {name: array.dtype for name, array in vars(one).items()} == {
-        "idf": np.float32,
-        "starts": np.int64,
-        "buckets": np.int32,
-        "values": np.float32,
-    }
+def test_what_is_kept_of_a_task_is_its_own_and_the_same_bytes() -> None:
+    one, two = Lexicon(TASKS), Lexicon([list(task) for task in reversed(TASKS)])
+    for mine, other in zip(one.words, reversed(two.words), strict=True):
+        assert [array.tobytes() for array in mine] == [array.tobytes() for array in other]
+        assert (mine.buckets.dtype, mine.weights.dtype) == (np.uint16, np.float32)
+    assert one.idf.tobytes() == two.idf.tobytes()

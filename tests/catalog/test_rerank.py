@@ -1,10 +1,13 @@
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from lorauter.catalog.rerank import Ranking, Reranker, softmax
+from lorauter.catalog.lexicon import grams_of, idf_of
+from lorauter.catalog.rerank import Candidates, Ranking, Reranker, softmax
+from lorauter.catalog.sample import Sample
 from lorauter.encoder import normalised
 
 
@@ -46,10 +49,34 @@ class World:
         return embeddings, [[self.text(task) for _ in range(n)] for task, n in enumerate(numbers)]
 
 
-def rank(reranker: Reranker, examples, embedding, text: str, tasks=None) -> Ranking:
-    tasks = np.arange(len(examples)) if tasks is None else np.asarray(tasks)
-    centroids = normalised(np.stack([rows.mean(axis=0) for rows in examples]))
-    return reranker.rank(embedding, text, tasks, (centroids @ embedding)[tasks])
+@dataclass
+class Fitted:
+    """A reranker that is fitted to tasks, and these."""
+
+    examples: list[np.ndarray]
+    texts: list[list[str]]
+    among: Callable[[np.ndarray], np.ndarray] = lambda cosines: cosines  # how near tasks are, as a search sees it
+
+    def __post_init__(self) -> None:
+        self.grams = [tuple(map(grams_of, task)) for task in self.texts]
+        self.all = Candidates.of(self.examples, self.grams, idf_of(ids for task in self.grams for ids in task))
+        names = tuple(map(str, range(len(self.examples))))
+        sample = Sample(names, (0,) * len(names), tuple(self.examples), tuple(self.grams))
+        self.reranker = Reranker.fit(sample, self)
+
+    def places(self, names: Sequence[str]) -> np.ndarray:
+        return np.array(list(map(int, names)))
+
+    def nearest(self, queries: np.ndarray, depth: int) -> np.ndarray:
+        return np.argsort(-self.among(queries @ self.all.centroids.T), axis=1)[:, :depth]
+
+    def candidates(self, places: np.ndarray) -> Candidates:
+        words = [self.all.words[place] for place in places]
+        return Candidates(self.all.centroids[places], self.all.lengths[places], words)
+
+    def rank(self, embedding: np.ndarray, text: str, tasks: Sequence[int] | None = None) -> Ranking:
+        places = np.arange(len(self.examples)) if tasks is None else np.asarray(tasks)
+        return self.reranker.rank(embedding, text, self.candidates(places))
 
 
 def assert_sound(ranking: Ranking, size: int) -> None:
@@ -62,9 +89,9 @@ def assert_sound(ranking: Ranking, size: int) -> None:
 def test_the_own_task_wins_where_tasks_are_apart() -> None:
     world = World(8, noise=0.5)
     examples, texts = world.examples(*[10] * 8)
-    reranker = Reranker.fit(examples, texts)
+    fitted = Fitted(examples, texts)
     for task in [*range(8)] * 5:
-        chances = softmax(rank(reranker, examples, world.embed(task), world.text(task)).logits)
+        chances = softmax(fitted.rank(world.embed(task), world.text(task)).logits)
         assert chances.argmax() == task
         assert chances[task] > 0.8
 
@@ -75,21 +102,22 @@ def test_either_words_or_embeddings_alone_tell_tasks_apart(told_by) -> None:
     if told_by == "words":
         world.centres[:] = world.centres[0]
     examples, texts = world.examples(*[20] * 6)
-    reranker = Reranker.fit(examples, texts)
-    right = [rank(reranker, examples, world.embed(t), world.text(t)).logits.argmax() == t for t in [*range(6)] * 20]
+    fitted = Fitted(examples, texts)
+    right = [fitted.rank(world.embed(t), world.text(t)).logits.argmax() == t for t in [*range(6)] * 20]
     assert np.mean(right) > 0.9
 
 
 def test_the_discriminant_is_fishers_with_a_shrunken_covariance() -> None:
     """Two points differ in their scores for a task by as much as in their log-densities under a shared Gaussian."""
     examples, texts = World(3, dimension=4).examples(5, 9, 7)
-    reranker = Reranker.fit(examples, texts)
+    fitted = Fitted(examples, texts)
     means = [rows.mean(axis=0).astype(np.float64) for rows in examples]
     covariance = sum((rows - mean).T @ (rows - mean) for rows, mean in zip(examples, means, strict=True)) / (21 - 3)
     covariance = 0.7 * covariance + 0.3 * np.trace(covariance) / 4 * np.eye(4)
-    query = np.array([0.3, -0.2, 0.9, 0.1])
+    query = np.array([0.3, -0.2, 0.9, 0.1], np.float32)
     densities = np.array([-0.5 * (query - m) @ np.linalg.solve(covariance, query - m) for m in means])
-    scores = reranker.discriminant @ query + reranker.bias
+    alone = replace(fitted.reranker, coefficients=np.array([1.0, 0.0, 0.0]))
+    scores = alone.rank(query, "", fitted.candidates(np.arange(3))).logits
     np.testing.assert_allclose(scores - scores[0], densities - densities[0], rtol=1e-3, atol=1e-3)
 
 
@@ -102,13 +130,13 @@ def test_it_beats_the_nearest_centroid_where_the_noise_has_a_direction() -> None
 
     examples, texts = world.examples(*[20] * 10)
     examples = [bent(rows) for rows in examples]
-    reranker = Reranker.fit(examples, texts)
+    fitted = Fitted(examples, texts)
     centroids = normalised(np.stack([rows.mean(axis=0) for rows in examples]))
     nearest, reranked = [], []
     for task in [*range(10)] * 20:
         (query,) = bent(world.embed(task)[None])
         nearest.append((centroids @ query).argmax() == task)
-        reranked.append(rank(reranker, examples, query, world.text(task)).logits.argmax() == task)
+        reranked.append(fitted.rank(query, world.text(task)).logits.argmax() == task)
     assert np.mean(reranked) > np.mean(nearest) + 0.05
 
 
@@ -116,10 +144,10 @@ def test_it_beats_the_nearest_centroid_where_the_noise_has_a_direction() -> None
 def test_probabilities_are_calibrated(noise) -> None:
     world = World(12, noise=noise, own=0.08)
     examples, texts = world.examples(*[20] * 12)
-    reranker = Reranker.fit(examples, texts)
+    fitted = Fitted(examples, texts)
     sure, right = [], []
     for task in [*range(12)] * 50:
-        chances = softmax(rank(reranker, examples, world.embed(task), world.text(task)).logits)
+        chances = softmax(fitted.rank(world.embed(task), world.text(task)).logits)
         sure.append(chances.max())
         right.append(chances.argmax() == task)
     assert np.mean(sure) == pytest.approx(np.mean(right), abs=0.1)
@@ -130,25 +158,25 @@ def test_probabilities_are_calibrated(noise) -> None:
 def test_a_query_is_less_familiar_with_its_task_taken_out() -> None:
     world = World(15, noise=1.0)
     examples, texts = world.examples(*[12] * 15)
-    reranker = Reranker.fit(examples, texts)
+    fitted = Fitted(examples, texts)
     known, unknown = [], []
     for task in [*range(15)] * 20:
         query, text = world.embed(task), world.text(task)
         others = np.delete(np.arange(15), task)
-        known.append(rank(reranker, examples, query, text).familiarity)
-        unknown.append(rank(reranker, examples, query, text, others).familiarity)
+        known.append(fitted.rank(query, text).familiarity)
+        unknown.append(fitted.rank(query, text, others).familiarity)
     assert np.mean(np.array(known) > np.array(unknown)) > 0.95
     assert np.mean(known) > 0.8
     assert np.mean(unknown) < 0.2
-    assert np.mean(np.array(unknown) < reranker.stranger) < 0.1
-    assert np.mean(np.array(known) < reranker.stranger) < 0.01
+    assert np.mean(np.array(unknown) < fitted.reranker.stranger) < 0.1
+    assert np.mean(np.array(known) < fitted.reranker.stranger) < 0.01
 
 
 def test_the_fit_is_the_same_to_the_byte_and_does_not_touch_what_it_is_given() -> None:
     examples, texts = World(9).examples(*[7] * 9)
     before = [rows.copy() for rows in examples]
-    one = Reranker.fit(examples, texts).arrays()
-    two = Reranker.fit([rows.copy() for rows in examples], [list(task) for task in texts]).arrays()
+    one = Fitted(examples, texts).reranker.arrays()
+    two = Fitted([rows.copy() for rows in examples], [list(task) for task in texts]).reranker.arrays()
     assert set(one) == set(two)
     for name in one:
         assert one[name].tobytes() == two[name].tobytes(), name
@@ -160,31 +188,60 @@ def test_the_fit_is_the_same_to_the_byte_and_does_not_touch_what_it_is_given() -
 def test_it_is_the_same_after_it_was_taken_apart() -> None:
     world = World(9)
     examples, texts = world.examples(*range(1, 10))
-    reranker = Reranker.fit(examples, texts)
-    again = Reranker.from_arrays(reranker.arrays())
-    assert again.stranger == reranker.stranger
+    fitted = Fitted(examples, texts)
+    again = Reranker.from_arrays(fitted.reranker.arrays())
+    assert again.stranger == fitted.reranker.stranger
     for task in range(9):
         query, text = world.embed(task), world.text(task)
-        one, two = rank(reranker, examples, query, text), rank(again, examples, query, text)
+        one, two = fitted.rank(query, text), again.rank(query, text, fitted.candidates(np.arange(9)))
         np.testing.assert_array_equal(one.logits, two.logits)
         assert one.familiarity == two.familiarity
-    arrays = reranker.arrays()
-    del arrays["lexicon_starts"]
-    with pytest.raises(KeyError, match="lexicon_starts"):
+    arrays = fitted.reranker.arrays()
+    del arrays["idf"]
+    with pytest.raises(KeyError, match="idf"):
         Reranker.from_arrays(arrays)
+
+
+def test_it_is_the_same_where_tasks_beyond_its_sample_are_told_by_a_search() -> None:
+    """A search that finds the tasks in another order, or a sample of all tasks in another, gives the same fit."""
+    examples, texts = World(30, noise=1.2).examples(*[8] * 30)
+    one, two = Fitted(examples, texts), Fitted(examples, texts, lambda cosines: -cosines)
+    np.testing.assert_allclose(two.reranker.coefficients, one.reranker.coefficients, rtol=1e-4)
+    np.testing.assert_allclose(two.reranker.familiar, one.reranker.familiar, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_of_many_tasks_gives_nearly_the_fit_of_all() -> None:
+    world = World(300, noise=1.2)
+    examples, texts = world.examples(*[8] * 300)
+    whole = Fitted(examples, texts)
+    part = list(range(0, 300, 2))
+    sample = Sample(
+        tuple(map(str, part)), (0,) * 150, tuple(examples[t] for t in part), tuple(whole.grams[t] for t in part)
+    )
+    sampled = Reranker.fit(sample, whole)
+    tasks, agree, sure = whole.candidates(np.arange(300)), [], []
+    for task in range(0, 300, 3):
+        query, text = world.embed(task), world.text(task)
+        one, two = whole.reranker.rank(query, text, tasks), sampled.rank(query, text, tasks)
+        agree.append(one.logits.argmax() == two.logits.argmax())
+        sure.append((softmax(one.logits).max(), softmax(two.logits).max(), one.familiarity, two.familiarity))
+    assert np.mean(agree) > 0.9
+    means = np.mean(sure, axis=0)
+    assert means[0] == pytest.approx(means[1], abs=0.08)
+    assert means[2] == pytest.approx(means[3], abs=0.08)
 
 
 def test_the_order_of_the_candidates_does_not_matter() -> None:
     world = World(9)
     examples, texts = world.examples(*[5] * 9)
-    reranker = Reranker.fit(examples, texts)
+    fitted = Fitted(examples, texts)
     query, text = world.embed(3), world.text(3)
-    one = rank(reranker, examples, query, text)
-    two = rank(reranker, examples, query, text, np.arange(9)[::-1])
-    np.testing.assert_allclose(two.logits[::-1], one.logits, rtol=1e-5)
+    one = fitted.rank(query, text)
+    two = fitted.rank(query, text, np.arange(9)[::-1])
+    np.testing.assert_allclose(two.logits[::-1], one.logits, rtol=1e-5, atol=1e-5)
     assert two.familiarity == pytest.approx(one.familiarity, rel=1e-5)
-    few = rank(reranker, examples, query, text, [3, 7])
-    np.testing.assert_allclose(few.logits, one.logits[[3, 7]], rtol=1e-5)
+    few = fitted.rank(query, text, [3, 7])
+    np.testing.assert_allclose(few.logits, one.logits[[3, 7]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +250,11 @@ def test_the_order_of_the_candidates_does_not_matter() -> None:
 def test_any_numbers_of_tasks_and_examples_will_do(numbers) -> None:
     world = World(len(numbers), noise=0.4)
     examples, texts = world.examples(*numbers)
-    reranker = Reranker.fit(examples, texts)
-    assert all(np.isfinite(array).all() for array in reranker.arrays().values())
+    fitted = Fitted(examples, texts)
+    assert all(np.isfinite(array).all() for array in fitted.reranker.arrays().values())
     right = 0
     for task in range(len(numbers)):
-        ranking = rank(reranker, examples, world.embed(task), world.text(task))
+        ranking = fitted.rank(world.embed(task), world.text(task))
         assert_sound(ranking, len(numbers))
         right += ranking.logits.argmax() == task
     assert right >= 0.75 * len(numbers)
@@ -208,10 +265,10 @@ def test_few_examples_do_not_make_it_too_sure(each) -> None:
     """With one or two examples a task nothing, or hardly anything, tells how far examples lie from their task."""
     world = World(10, noise=1.5, own=0.05)
     examples, texts = world.examples(*[each] * 10)
-    reranker = Reranker.fit(examples, texts)
+    fitted = Fitted(examples, texts)
     sure, right = [], []
     for task in [*range(10)] * 40:
-        chances = softmax(rank(reranker, examples, world.embed(task), world.text(task)).logits)
+        chances = softmax(fitted.rank(world.embed(task), world.text(task)).logits)
         sure.append(chances.max())
         right.append(chances.argmax() == task)
     assert np.mean(right) > 0.35
@@ -232,18 +289,18 @@ def test_degenerate_examples_never_make_nan(change, text) -> None:
     world = World(5)
     examples, texts = world.examples(*[6] * 5)
     examples, texts = [change(rows) for rows in examples], [[text] * 6 for _ in texts]
-    reranker = Reranker.fit(examples, texts)
-    assert all(np.isfinite(array).all() for array in reranker.arrays().values())
+    fitted = Fitted(examples, texts)
+    assert all(np.isfinite(array).all() for array in fitted.reranker.arrays().values())
     for query in (world.embed(0), np.zeros(32, np.float32), -examples[0][0]):
         for words in ("...", world.text(0), text):
-            assert_sound(rank(reranker, examples, query, words), 5)
-            assert_sound(rank(reranker, examples, query, words, [2]), 1)
+            assert_sound(fitted.rank(query, words), 5)
+            assert_sound(fitted.rank(query, words, [2]), 1)
 
 
 def test_it_fits_fifty_tasks_in_seconds() -> None:
     examples, texts = World(50, dimension=384).examples(*[20] * 50)
     started = time.perf_counter()
-    Reranker.fit(examples, texts)
+    Fitted(examples, texts)
     assert time.perf_counter() - started < 15
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from lorauter.catalog import (
     without_tasks,
 )
 from lorauter.catalog.catalog import CURRENT_FILE, HEAD_FILE
+from lorauter.catalog.parts import FOLDER, key_of
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import CatalogError, Conflict, StoreUnavailable
 from lorauter.tasks import Task
@@ -44,7 +46,7 @@ def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "before the lock":
     publishing._make_current = die
 else:
-    Catalog.is_whole_in = die
+    Catalog.missing_in = die
 change_catalog(sys.argv[1], lambda before: without_tasks(before, ["poems"]))
 """
 
@@ -103,7 +105,7 @@ def test_versions_and_the_way_back(tasks: dict[str, Task]) -> None:
     assert catalog_versions(store) == sorted([first.version, second.version])
     assert current_version(store) == second.version
     assert use_version(store, first.version).version == first.version == current_version(store)
-    store.objects[f"{second.version}/examples.npy"] = b"damaged"
+    store.objects[key_of(second.segments[0].digests[1])] = b"damaged"
     for version in (second.version, "0" * 16, "../etc"):
         with pytest.raises(CatalogError):
             use_version(store, version)
@@ -116,6 +118,7 @@ def test_what_any_version_of_a_catalog_names_is_known(tasks: dict[str, Task]) ->
         with_adapter(catalog, AdapterManifest("wic", version, {})).save(store)
     assert named_adapters(store) == {("wic", "1" * 16), ("wic", "2" * 16)}
     store.objects = {key: content for key, content in store.objects.items() if not key.endswith(HEAD_FILE)}
+    store.write(f"{'3' * 16}/{HEAD_FILE}.part", b"of a version that has no head yet")
     assert named_adapters(store) == set()
     with pytest.raises(CatalogError, match="there is none"):
         named_adapters(MemoryStore())
@@ -130,13 +133,75 @@ def test_old_versions_are_pruned_and_never_the_current_one(tasks: dict[str, Task
         store.times |= dict.fromkeys(store.files(catalog.version), 1000.0 - age)
     current, *others = (catalog.version for catalog in reversed(made))
     use_version(store, current)
-    store.write(f"{'0' * 16}/examples.npy", b"a version on its way into the store")
+    store.write(f"{'0' * 16}/examples.npy", b"of a version that an older lorauter began")
     assert prune_versions(store, keep=2, older_than_s=3600) == [others[2], others[1]]
     assert prune_versions(store, keep=2, older_than_s=3600) == []
     assert sorted(catalog_versions(store)) == sorted([current, others[0], "0" * 16])
     assert Catalog.load(store, version=others[0]).version == others[0]
     assert prune_versions(store, keep=0, older_than_s=0) == [others[0], "0" * 16]
     assert Catalog.load(store).version == current
+
+
+def test_parts_go_with_the_last_version_that_has_them(tasks: dict[str, Task]) -> None:
+    store, first = MemoryStore(), build_catalog([tasks["poems"], tasks["rain"]], ENCODER)
+    second = dataclasses.replace(first, encoder="another")
+    assert first.parts == second.parts
+    third = with_tasks(first, [tasks["sums"]], ENCODER)
+    for catalog in (first, second, third):
+        catalog.save(store)
+    store.write(key_of("0" * 64), b"of a version on its way into the store")
+    times = dict(store.times)
+    store.times |= dict.fromkeys(store.times, 1000.0) | {key_of("0" * 64): time.time()}
+    store.times[f"{second.version}/{HEAD_FILE}"] = 1001.0
+    use_version(store, third.version)
+    assert prune_versions(store, keep=1, older_than_s=3600) == [first.version]
+    assert Catalog.load(store, version=second.version).tasks[0] == first.tasks[0]
+    assert prune_versions(store, keep=0, older_than_s=3600) == [second.version]
+    assert set(store.files(FOLDER)) == {key_of(digest) for digest in (*third.parts, "0" * 64)}
+    store.times = times | {key_of("0" * 64): 1000.0}
+    store.write(f"{'1' * 16}/{HEAD_FILE}", b'{"format": 999, "parts": ["' + b"0" * 64 + b'"]}')
+    prune_versions(store, keep=5, older_than_s=3600)
+    assert key_of("0" * 64) in store.objects, "a version of a newer lorauter may have it"
+
+
+def test_a_change_writes_what_it_changes_and_reads_no_more(
+    make_task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorauter.catalog.segments._LEAST", 4)
+    monkeypatch.setattr("lorauter.catalog.segments._MEAN", 4)
+    monkeypatch.setattr("lorauter.catalog.sample.MOST_EXAMPLES", 20)
+    store, many = Counted(), [make_task(f"task{i}", f"a question {i}", f"question {i} again") for i in range(100, 160)]
+    before = build_catalog(many, ENCODER)
+    before.save(store)
+    assert len(before.segments) > 6
+    assert before.sample.names != before.names
+    outside = next(task for task in many if task.name not in before.sample.names)
+    store.reads, store.writes = [], []
+    after = change_catalog(store, adding(make_task(outside.name, "another question")))
+    assert len(store.writes) == 5, "its segment's two parts, what all share, the head and the pointer"
+    routing = {segment.digests[0] for segment in before.segments}
+    examples = {segment.digests[1] for segment in before.segments}
+    read = {key.rpartition("/")[2] for key in store.reads}
+    assert routing < read
+    assert len(examples & read) == 1, "the examples of its segment alone"
+    store.reads, store.writes = [], []
+    again = change_catalog(store, lambda catalog: without_tasks(catalog, [outside.name]), known=after)
+    assert (routing | examples).isdisjoint({key.rpartition("/")[2] for key in store.reads} - again.parts)
+    assert len(store.writes) <= 7
+    anew = build_catalog([task for task in many if task.name != outside.name], ENCODER)
+    assert anew.version == again.version
+
+
+class Counted(MemoryStore):
+    """One that remembers what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        self.writes.append(key)
+        super().write(key, content)
 
 
 def test_a_pointer_that_names_nothing_is_told_and_mended(memory: MemoryStore, first: Catalog) -> None:
@@ -150,7 +215,7 @@ def test_a_pointer_that_names_nothing_is_told_and_mended(memory: MemoryStore, fi
         current_version(memory)
 
 
-@pytest.mark.parametrize("key", [HEAD_FILE, ".npy", CURRENT_FILE])
+@pytest.mark.parametrize("key", [HEAD_FILE, "", CURRENT_FILE])
 def test_who_publishes_during_an_upload_or_just_before_the_swap_loses_nothing(
     memory: MemoryStore, tasks: dict[str, Task], key: str
 ) -> None:
@@ -291,8 +356,10 @@ def test_a_store_that_fails_at_the_swap_keeps_what_was_current(
     memory: MemoryStore, first: Catalog, tasks: dict[str, Task], break_writes: Callable[[ObjectStore, int], None]
 ) -> None:
     mine = with_tasks(first, [tasks["sums"]], ENCODER)
+    before = dict(memory.objects)
     mine.upload(memory)
-    break_writes(memory, len(memory.files(mine.version)))
+    break_writes(memory, len(mine.parts) + 1)
+    assert memory.objects.keys() > before.keys()
     with pytest.raises(StoreUnavailable):
         publish(mine, memory, over=first.version)
     assert Catalog.load(memory).version == first.version

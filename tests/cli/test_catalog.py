@@ -19,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, current_version, with_tasks
+from lorauter.catalog.parts import key_of
 from lorauter.catalog.scores import Evaluation, Failed, ScoreTable
 from lorauter.catalog.scoring import open_scorer
 from lorauter.encoder import HashingEncoder
@@ -369,9 +370,12 @@ def test_versions_are_listed_and_used_again(cli: Cli, catalog: Path) -> None:
     used = cli("use", catalog, first)
     assert (used.code, used.out) == (0, f"{first}\t3 tasks, 3 adapters, 2 tasks with an adapter\n")
     assert current_version(catalog) == first
-    (catalog / str(second) / "examples.npy").write_bytes(b"damaged")
+    part, examples = Catalog.load(catalog, version=str(second)).segments[0].digests
+    (catalog / key_of(examples)).write_bytes(b"damaged")
+    cli("use", catalog, second).refused(f"{key_of(examples)} is damaged")
+    (catalog / key_of(part)).write_bytes(b"damaged")
     assert f"{second}\t-\tcatalog " in cli("versions", catalog).out
-    cli("use", catalog, second).refused("examples.npy is damaged")
+    cli("use", catalog, second).refused(f"{key_of(part)} is damaged")
     cli("use", catalog, "0" * 16).refused("is not there")
     assert current_version(catalog) == first
 

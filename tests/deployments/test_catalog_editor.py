@@ -406,8 +406,8 @@ def test_two_changes_at_once_of_the_command_line_and_the_editor_are_both_there(
     """As `lorauter catalog change` published between the editor's check of CURRENT and its write."""
     real, others = Catalog.upload, [make_task("of-the-command-line")]
 
-    def upload(catalog: Catalog, store: Any) -> None:
-        real(catalog, store)
+    def upload(catalog: Catalog, store: Any, **but: Any) -> None:
+        real(catalog, store, **but)
         if others:
             with_tasks(Catalog.load(store), [others.pop()], ENCODER).save(store)
 

@@ -13,6 +13,7 @@ from deployments.live_catalog import LiveCatalog
 from lorauter.adapters import MemoryStore
 from lorauter.catalog import Catalog, build_catalog, use_version, with_tasks
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT
+from lorauter.catalog.parts import FOLDER, key_of
 from lorauter.encoder import Embeddings, HashingEncoder
 from lorauter.errors import CatalogError, ServiceUnavailable, StoreUnavailable
 from lorauter.routing import RoutingConfig
@@ -98,13 +99,13 @@ def test_it_looks_by_itself(
 
 def damaged(store: MemoryStore, catalog: Catalog) -> str:
     catalog.save(store)
-    store.objects[f"{catalog.version}/centroids.npy"] += b"x"
+    store.objects[key_of(catalog.segments[0].digests[0])] += b"x"
     return catalog.version
 
 
 def incomplete(store: MemoryStore, catalog: Catalog) -> str:
     catalog.save(store)
-    del store.objects[f"{catalog.version}/index.faiss"]
+    del store.objects[key_of(catalog.segments[0].digests[1])]
     return catalog.version
 
 
@@ -214,7 +215,8 @@ def test_only_the_last_one_is_kept(
     live = make_live()
     second.save(store)
     live.look()
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted([CURRENT_FILE, second.version])
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted([CURRENT_FILE, second.version, FOLDER])
+    assert {path.name for path in (tmp_path / "kept" / FOLDER).iterdir()} == second.parts
     assert Catalog.load(tmp_path / "kept").version == second.version
 
 

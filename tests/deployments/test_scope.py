@@ -26,7 +26,7 @@ def catalog(make_task: Callable[..., Any]) -> Catalog:
         CatalogTask(make_task(name), tuple(map(RankedAdapter, adapters.split()))) for name, adapters in served.items()
     )
     adapters = dict.fromkeys(("a-1", "a-2", "b-1"), "0a1b2c3d")
-    return Catalog(tasks, centroids, np.repeat(centroids, 2, axis=0), centroids[0], adapters, "flat", "")
+    return Catalog.of(tasks, [row[None] for row in centroids], centroids[0], adapters)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_routing_among_few_of_many_tasks_is_as_if_there_were_only_those(
     def catalog(kept: list[int]) -> Catalog:
         adapters = dict.fromkeys((tasks[i].adapters[0].name for i in kept), "0a1b2c3d")
         rows = vectors[kept]
-        return Catalog(tuple(tasks[i] for i in kept), rows, np.repeat(rows, 2, axis=0), rows[0], adapters, "flat", "")
+        return Catalog.of([tasks[i] for i in kept], [row[None] for row in rows], rows[0], adapters)
 
     config = RoutingConfig.model_validate({"preset": "paper", "composition": composition, "top_k": 3, "num_tasks": 5})
     everything, alone = Retriever(catalog(list(range(400))), config), Retriever(catalog(own), config)

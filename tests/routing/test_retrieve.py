@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lorauter.catalog import Catalog, CatalogTask, RankedAdapter
+from lorauter.catalog.lexicon import grams_of, similarities
 from lorauter.catalog.rerank import Reranker, softmax
 from lorauter.encoder import HashingEncoder, normalised
 from lorauter.errors import InvalidRequest
@@ -31,7 +32,7 @@ def make_retriever(make_task):
             CatalogTask(make_task(f"t{i}"), tuple(map(RankedAdapter, adapters.get(i, "").split()))) for i in range(size)
         )
         named = {name: "0a1b2c3d" for served in adapters.values() for name in served.split()}
-        catalog = Catalog(tasks, centroids, np.repeat(centroids, 2, axis=0), centroids[0], named, "flat", "")
+        catalog = Catalog.of(tasks, [row[None] for row in centroids], centroids[0], named)
         return Retriever(catalog, RoutingConfig(**{"preset": "paper", **config}))
 
     return make
@@ -122,8 +123,7 @@ def test_it_agrees_with_a_plain_search(make_task) -> None:
     numbers = np.random.default_rng(0)
     centroids = normalised(numbers.standard_normal((300, 16)).astype(np.float32))
     tasks = tuple(CatalogTask(make_task(f"t{i}"), (RankedAdapter("a"),) * (i % 7 == 0)) for i in range(300))
-    examples = np.repeat(centroids, 2, axis=0)
-    catalog = Catalog(tasks, centroids, examples, centroids[0], {"a": "0a1b2c3d"}, "flat", "")
+    catalog = Catalog.of(tasks, [row[None] for row in centroids], centroids[0], {"a": "0a1b2c3d"})
     queries = normalised(numbers.standard_normal((20, 16)).astype(np.float32))
     config = RoutingConfig(preset="paper", num_tasks=5, top_k=4)
     results = Retriever(catalog, config).retrieve(queries, ["a query"] * 20, [ANY] * 20)
@@ -171,9 +171,14 @@ def catalog(make_task) -> Catalog:
         if name == "law":
             ranked = [RankedAdapter("lawyer"), RankedAdapter("writer")]
         tasks.append(CatalogTask(make_task(name, *texts), tuple(ranked), SCORES.get(name, {})))
-    centroids = normalised(np.stack([rows.mean(axis=0) for rows in embeddings.values()]))
     named = dict.fromkeys(("critic", "editor", "lawyer", "writer"), "0a1b2c3d")
-    return Catalog(tuple(tasks), centroids, np.concatenate([*embeddings.values()]), centroids[0], named, "", "")
+    return Catalog.of(tasks, list(embeddings.values()), embeddings["films"][0], named)
+
+
+def with_films(catalog: Catalog, films: CatalogTask) -> Catalog:
+    """The same with the first task otherwise."""
+    examples = [catalog.examples(place).embeddings for place in range(3)]
+    return Catalog.of([films, *catalog.tasks[1:]], examples, catalog.probe, catalog.adapters)
 
 
 def retrieve(catalog: Catalog, text: str, options: RoutingOptions = ANY, **config: Any) -> Retrieved:
@@ -216,7 +221,7 @@ def test_without_the_reranker_utilities_are_expected_over_the_tasks(catalog, tex
 @pytest.mark.parametrize("familiarity", [0.0, 0.25, 1.0])
 def test_the_adapters_of_kindred_tasks_serve_what_may_be_of_no_task(catalog, text, familiarity, monkeypatch) -> None:
     """The own task as far as there may be one; else those whose words are nearest."""
-    words = catalog.reranker.lexicon.similarity(text, range(3)).astype(float)
+    words = similarities(grams_of(text), catalog.candidates(np.arange(3)).words, catalog.reranker.idf).astype(float)
     kindred = dict(zip(TEXTS, softmax(50 * words), strict=True))
     rank = Reranker.rank
     monkeypatch.setattr(Reranker, "rank", lambda *args: replace(rank(*args), familiarity=familiarity))
@@ -234,7 +239,7 @@ def test_a_declared_adapter_comes_before_a_luckier_one_and_counts_as_the_best_un
         (replace(films, declared=("writer",)), {"critic": 1, "writer": 0.5 / 0.75 + 0.5}),
         (replace(films, adapters=untried, declared=("editor",)), {"editor": 1.5, "critic": 1, "writer": 0.5 / 0.75}),
     ):
-        changed = replace(catalog, tasks=(entry, *catalog.tasks[1:]))
+        changed = with_films(catalog, entry)
         got = utilities(retrieve(changed, "which of these", only, selection=selection))
         assert got == pytest.approx(expected, rel=0.2 if selection == "similar" else 1e-6)
         assert next(iter(got)) == entry.declared[0]
@@ -244,7 +249,7 @@ def test_tasks_come_in_the_order_of_the_reranker_with_their_cosines(catalog) -> 
     text = "does the contract make news"
     (query,) = ENCODER.encode([text])
     cosines = catalog.centroids @ query
-    ranking = catalog.reranker.rank(query, text, np.arange(3), cosines)
+    ranking = catalog.reranker.rank(query, text, catalog.candidates(np.arange(3)))
     result = retrieve(catalog, text, rerank=True)
     order = np.argsort(-ranking.logits)
     assert [task.name for task in result.tasks] == [catalog.tasks[i].name for i in order]
@@ -264,7 +269,7 @@ def test_the_reranker_may_put_another_task_first_than_the_cosine(make_task) -> N
     texts = [f"the same {i}" for i in range(20)]
     tasks = tuple(CatalogTask(make_task(name, *texts), ()) for name in ("minus", "plus"))
     centroids = normalised(np.stack([part.mean(axis=0) for part in rows]))
-    catalog = Catalog(tasks, centroids, np.concatenate(rows), centroids[0], {}, "", "")
+    catalog = Catalog.of(tasks, rows, centroids[0], {})
     towards_minus = np.sign(centroids[0, 0] - centroids[1, 0])
     query = normalised(np.array([[towards_minus * 0.9, 0.1, 1]], np.float32))
     assert query[0] @ centroids[0] > query[0] @ centroids[1]
@@ -303,8 +308,7 @@ def test_the_worth_nearby_by_hand(catalog) -> None:
 
 def test_a_task_where_nothing_works_makes_no_adapter_look_skilled(catalog) -> None:
     bad = (RankedAdapter("critic", 0.01), RankedAdapter("writer", 0.0))
-    tasks = (CatalogTask(catalog.tasks[0].task, bad, {"critic": {0: 0.01}, "writer": {0: 0.0}}), *catalog.tasks[1:])
-    failed = Catalog(tasks, catalog.centroids, catalog.examples, catalog.probe, catalog.adapters, "", "")
+    failed = with_films(catalog, CatalogTask(catalog.tasks[0].task, bad, {"critic": {0: 0.01}, "writer": {0: 0.0}}))
     only = RoutingOptions(exclude_tasks=frozenset({"news", "law"}))
     for selection in ("mean", "similar"):
         assert utilities(retrieve(failed, "a film", only, selection=selection)) == pytest.approx({"critic": 0.2})
@@ -385,8 +389,7 @@ def test_a_thousand_tasks_answer_in_milliseconds(make_task) -> None:
         scores = {names[a]: {i: float(random.random()) for i in range(3)} for a in random.choice(1000, 10, False)}
         ranked = sorted((RankedAdapter(n, sum(of.values()) / 3) for n, of in scores.items()), key=lambda a: -a.score)
         tasks.append(CatalogTask(make_task(f"t{task}", *(text(task) for _ in range(3))), tuple(ranked), scores))
-    centroids = normalised(examples.reshape(1000, 3, 384).mean(axis=1))
-    catalog = Catalog(tuple(tasks), centroids, examples, centroids[0], dict.fromkeys(names, "0a1b2c3d"), "", "")
+    catalog = Catalog.of(tasks, list(examples.reshape(1000, 3, 384)), examples[0], dict.fromkeys(names, "0a1b2c3d"))
     retriever = Retriever(catalog, RoutingConfig())
     took = []
     for task in range(60):
