@@ -70,7 +70,7 @@ def test_every_metric_exists_after_some_traffic(service: Any, s3: Any, root: Pat
             assert set(metric.labels) <= set(row), metric.name
     for row in labels("ray_lorauter_requests_total"):
         assert row["deployment"] == "Router"
-    with service.http() as http:
+    with service.http as http:
         shown = http.get("/metrics").text
     vllms = {name: float(value) for name, value in re.findall(r"^(vllm:\w+)(?:{.*})? (\S+)$", shown, re.M)}
     assert {"vllm:num_requests_running", "vllm:kv_cache_usage_perc"} <= vllms.keys()
