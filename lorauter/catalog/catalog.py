@@ -23,6 +23,7 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.catalog.index import TaskIndex
 from lorauter.catalog.parts import Arrays, Parts, digest_of, pack, text_in, texts_of
-from lorauter.catalog.rerank import Candidates, Reranker
+from lorauter.catalog.rerank import Candidates, Reranker, norms_of
 from lorauter.catalog.sample import Sample, choose
 from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Segment, TaskEntry, TaskRow, runs
 from lorauter.encoder import Embeddings, Encoder
@@ -46,6 +47,7 @@ PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 _MIN_PROBE_SIMILARITY = 0.99
 _ADAPTERS = 4096  # in a part, about
 Row = TypeVar("Row")
+_norms: WeakKeyDictionary[Segment, tuple[bytes, Embeddings]] = WeakKeyDictionary()  # of those in use, and under what
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +202,16 @@ class Catalog:
     def reranker(self) -> Reranker:
         """Fitted to the examples; read, where the catalog was read."""
         return Reranker.fit(self.sample, self)
+
+    @cached_property
+    def norms(self) -> Embeddings:
+        """(tasks,): what the reranker says of each by itself (see `lorauter.catalog.rerank.norms_of`)."""
+        precision = self.reranker.precision
+        key = hashlib.sha256(precision.tobytes()).digest()
+        for segment in self.segments:
+            if segment not in _norms or _norms[segment][0] != key:
+                _norms[segment] = key, norms_of(segment.centroids, segment.lengths, precision)
+        return np.concatenate([_norms[segment][1] for segment in self.segments])
 
     @cached_property
     def version(self) -> str:

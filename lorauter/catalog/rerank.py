@@ -130,9 +130,17 @@ class Reranker:
         idf = idf_of(ids for task in sample.grams for ids in task)
         return cls(_precision(sample.examples), idf, coefficients, familiar, stranger)
 
-    def rank(self, embedding: Embeddings, text: str, candidates: Candidates) -> Ranking:
-        """Judge candidates, at least one, for a query: its (d,) embedding and its text."""
-        parts = _parts(embedding, grams_of(text), candidates, self.precision, self.idf)
+    def rank(
+        self, embedding: Embeddings, text: str, candidates: Candidates, norms: Embeddings | None = None
+    ) -> Ranking:
+        """Judge candidates, at least one, for a query: its (d,) embedding and its text.
+
+        Args:
+            norms: (c,) what `norms_of` says of the candidates, if that is known.
+        """
+        if norms is None:
+            norms = norms_of(candidates.centroids, candidates.lengths, self.precision)
+        parts = _parts(embedding, grams_of(text), candidates, norms, self.precision, self.idf)
         logits = parts @ self.coefficients
         chance = _sigmoid(_features(parts[None], logits[None]) @ self.familiar)
         return Ranking(logits, float(chance[0]), parts[:, 1], parts[:, 2])
@@ -158,16 +166,25 @@ def _sigmoid(x: Floats) -> Floats:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
 
 
+def norms_of(centroids: Embeddings, lengths: NDArray[np.float32], precision: Embeddings) -> Embeddings:
+    """(n,): m P m of tasks with the means m under the precision P."""
+    return np.asarray(((centroids @ precision) * centroids).sum(axis=1) * lengths * lengths)
+
+
 def _parts(
-    embedding: Embeddings, grams: Grams, candidates: Candidates, precision: Embeddings, idf: NDArray[np.float32]
+    embedding: Embeddings,
+    grams: Grams,
+    candidates: Candidates,
+    norms: Embeddings,
+    precision: Embeddings,
+    idf: NDArray[np.float32],
 ) -> Floats:
     """(c, 3): of each candidate discriminant, words and cosine.
 
     The discriminant of a task with mean m under the precision P is q P m - m P m / 2.
     """
     cosines = candidates.centroids @ embedding
-    means = candidates.centroids * candidates.lengths[:, None]
-    discriminant = ((means @ precision) * (embedding - 0.5 * means)).sum(axis=1)
+    discriminant = candidates.lengths * (candidates.centroids @ (precision @ embedding)) - 0.5 * norms
     words = similarities(grams, candidates.words, idf)
     return np.stack([discriminant, words, cosines], axis=-1).astype(np.float64)
 
@@ -204,6 +221,7 @@ def _held_out(sample: Sample, tasks: Tasks) -> Floats:
         grams = [list(compress(task, mask)) for task, mask in zip(sample.grams, kept, strict=True)]
         precision, idf = _precision(examples), idf_of(ids for task in grams for ids in task)
         inside: dict[int, Candidates] = {}
+        told: list[tuple[int, int, Candidates]] = []
         for task, i in fold:
             found = next(row)
             others = found[(found != own[task]) & (found >= 0)]
@@ -218,8 +236,14 @@ def _held_out(sample: Sample, tasks: Tasks) -> Floats:
                         inside[t] = Candidates.of([examples[t]], [grams[t]], idf)
                     candidates.centroids[n], candidates.lengths[n] = inside[t].centroids[0], inside[t].lengths[0]
                     words[n] = inside[t].words[0]
-            candidates = candidates._replace(words=words)
-            parts.append(_parts(sample.examples[task][i], sample.grams[task][i], candidates, precision, idf))
+            told.append((task, i, candidates._replace(words=words)))
+        if told:  # at once, as small products of matrices take longer
+            centroids = np.concatenate([candidates.centroids for _, _, candidates in told])
+            lengths = np.concatenate([candidates.lengths for _, _, candidates in told])
+            norms = norms_of(centroids, lengths, precision).reshape(len(told), -1)
+            for (task, i, candidates), norm in zip(told, norms, strict=True):
+                embedding, ids = sample.examples[task][i], sample.grams[task][i]
+                parts.append(_parts(embedding, ids, candidates, norm, precision, idf))
     return np.array(parts, np.float64)
 
 

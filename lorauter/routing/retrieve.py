@@ -93,6 +93,7 @@ class Retriever:
         self.config = config
         self._index = catalog.index
         self._reranker = catalog.reranker
+        self._norms = catalog.norms
         self._known: dict[int, _Known] = {}
         self._matrices: dict[int, Any] = {}
         self._lenders: dict[Hashable, TaskSubset] = {}
@@ -181,7 +182,7 @@ class Retriever:
         if not found:
             return Retrieved()
         places = np.array(found, np.int64)
-        ranking = self._reranker.rank(embedding, text, self.catalog.candidates(places))
+        ranking = self._reranker.rank(embedding, text, self.catalog.candidates(places), self._norms[places])
         config = self.config.asked(options)
         logits = ranking.logits if config.rerank else _COSINE_LOGIT * ranking.cosines
         order = np.argsort(-logits, kind="stable")
