@@ -36,9 +36,9 @@ pytestmark = pytest.mark.integration
 
 _SAID = (
     r".* \.\.\.$|serving \S+ with the catalog default: 12 tasks, 12 adapters, version \w+$|  (page|OpenAI API)  +http|"
-    r"serving on http.*; stop with Ctrl-C\. Try:$|  .*lorauter chat --url"
+    r"serving on http.*; stop with Ctrl-C\. Try:$|  .*lorauter chat --url|(building|converting|copying) the "
 )
-"""Phases, what is served where, and how to ask."""
+"""Phases, what is made ready once, what is served where, and how to ask."""
 BIN = Path(sys.executable).parent
 CANARY = "xylophagous-canary"
 
