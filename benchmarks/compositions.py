@@ -21,7 +21,6 @@ import torch
 
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import build_catalog
-from lorauter.catalog.composed import Composed, with_composed
 from lorauter.catalog.provenance import model_digest
 from lorauter.catalog.scores import Evaluation, ScoreTable, score_all
 from lorauter.catalog.scoring import EngineScorer
@@ -32,7 +31,8 @@ from lorauter.defaults import base_model_aliases, load_encoder, resolve_model
 from lorauter.engine import EngineConfig, load_engine
 from lorauter.engine.load import load_decoder
 from lorauter.evaluation.answering import adapters_in, answer
-from lorauter.evaluation.methods import decide
+from lorauter.evaluation.composing import ComposedFor
+from lorauter.evaluation.methods import COMPOSED, decide
 from lorauter.evaluation.report import evaluate
 from lorauter.evaluation.rows import DecisionRow, ScoredRow, read_answers
 from lorauter.routing import RoutingConfig
@@ -148,19 +148,21 @@ def main() -> None:
         plain = list(decide(asked, catalog, encoder, {"oracle": None, "base": None, "default": None}, split=split))
         rows += [{**row, "split": split} for row in plain]
         for (regime, variant), of in made.items():
-            held = {one.provenance.task: Composed(one.name, "0", {}) for one in of if one.holds}
-            routed = with_composed(catalog, held)
-            others = frozenset(one.name for one in held.values())
+            held = [
+                ComposedFor(
+                    one.name,
+                    regime,
+                    one.provenance.task,
+                    {s.name: s.version for s in one.provenance.sources},
+                    one.folder,
+                )
+                for one in of
+                if one.holds
+            ]
             of_task = {one.provenance.task: one for one in of}
-            for task in asked:
-                own = {task.name} if regime == "semi-OOD" else set()
-                mine = {held[task.name].name} if task.name in held else set()
-                away = {*own, *(others - mine if regime == "semi-OOD" else ())}
-                method = {f"default+{variant}": RoutingConfig()}
-                for row in decide(
-                    [task], routed, encoder, method, regimes=["semi-OOD"], split=split, own={task.name: away}
-                ):
-                    rows.append({**row, "split": split, "regime": regime, "id": row["id"].replace("semi-OOD", regime)})
+            for row in decide(asked, catalog, encoder, {COMPOSED: None}, regimes=[regime], split=split, composed=held):
+                method = f"default+{variant}"
+                rows.append({**row, "split": split, "method": method, "id": f"{method}/{row['id']}"})
             for row in plain:
                 if row["method"] == "default" and row["regime"] == regime:
                     name = f"{variant} alone"

@@ -92,7 +92,14 @@ class TaskRetriever:
         catalog = retriever.catalog
         with self._metrics.step("compose"), span("compose"):
             decisions = [
-                compose(one, option, retriever.config, catalog_version=catalog.version, versions=catalog.adapters)
+                compose(
+                    one,
+                    option,
+                    retriever.config,
+                    catalog_version=catalog.version,
+                    versions=catalog.adapters,
+                    composed=catalog.composed,
+                )
                 for one, option in zip(found, options, strict=True)
             ]
         seconds = {"retrieve": time.perf_counter() - started}
@@ -110,6 +117,8 @@ class TaskRetriever:
     async def describe(self) -> CatalogDescription:
         """What the catalog holds, and what is published in vain."""
         catalog = self._live.retriever.catalog
+        stale = catalog.stale
+        marks = {name: {"composed": True, "stale": name in stale} for name in catalog.composed}
         tasks = [
             {
                 "id": entry.name,
@@ -119,7 +128,7 @@ class TaskRetriever:
                 "description": entry.description,
                 "validation_examples": entry.examples,
                 "answers": entry.answers,
-                "adapters": [vars(adapter) for adapter in entry.adapters],
+                "adapters": [{**vars(adapter), **marks.get(adapter.name, {})} for adapter in entry.adapters],
             }
             for entry in catalog.entries
         ]

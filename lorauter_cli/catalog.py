@@ -18,7 +18,7 @@ import typer
 from lorauter.defaults import DEFAULT, check_changeable, resolve_tasks
 from lorauter.errors import CatalogError, ConfigError
 from lorauter_cli.console import App, counting, notify, phase, warn
-from lorauter_cli.stores import adapters_to_use, catalog_to_read, catalog_to_write
+from lorauter_cli.stores import adapters_to_use, adapters_to_write, catalog_to_read, catalog_to_write
 
 if TYPE_CHECKING:
     from lorauter.adapters import AdapterRepository
@@ -54,6 +54,12 @@ def build(
     scores: Annotated[
         Path | None, typer.Option(help="JSON lines that keep the scores; a run that was cut off goes on from them.")
     ] = None,
+    compose: Annotated[
+        bool,
+        typer.Option(
+            "--compose", help="Compose adapters for tasks that have none or a poor one, and push them to the store."
+        ),
+    ] = False,
     model: Annotated[
         str, typer.Option(help="The base model to try on: a folder, an id, a store's URI, or 'default'.")
     ] = (DEFAULT),
@@ -62,7 +68,8 @@ def build(
 
     An adapter serves the task of its own name, or those that --mapping gives it. With --match every adapter meets a
     few examples of every task, and the best of them more and more (successive halving); those of a task's name or
-    mapping meet all of its examples.
+    mapping meet all of its examples. With --compose tasks without an adapter of their own, whose best one scores under
+    a half, or whose composition is stale, get one that is composed from the others, where it beats their mixture.
     """
     from lorauter.adapters import open_store
     from lorauter.catalog import build_catalog, publish
@@ -74,6 +81,9 @@ def build(
         raise ConfigError("--match needs adapters to try; name their store with --adapters", setting="adapters")
     if scores is not None and not match:
         raise ConfigError("--scores is of use only with --match", setting="scores")
+    if compose and adapters is None:
+        raise ConfigError("--compose needs adapters to compose from; name their store with --adapters")
+    target = adapters_to_write(adapters) if compose and adapters else None
     out = catalog_to_write(out)
     over = pointed_version(open_store(out))  # who publishes another one in its place meanwhile is not overwritten
     found = read_tasks(resolve_tasks(tasks))
@@ -88,6 +98,9 @@ def build(
         )
     if match and repository is not None:
         catalog = _matched(catalog, found, repository, by, model, scores)
+    if target is not None:
+        catalog = _composed(catalog, target, model)
+    _tell_stale(catalog)
     with phase("publishing the catalog"):
         version = publish(catalog, out, over=over)
     typer.echo(f"{version}\t{_summary(catalog)}")
@@ -143,6 +156,7 @@ def change(
         changed = change_catalog(catalog, edit, tasks=tasks, adapters=remove_adapter or [])
     for line in told:
         warn(line)
+    _tell_stale(changed)
     for name in renewed:
         notify(f"adapter {name!r} has another version, and keeps the scores of the one before")
     typer.echo(f"{changed.version}\t{_summary(changed)}")
@@ -190,6 +204,27 @@ def prune(
     notify(f"{len(pruned)} versions deleted from {catalog}")
 
 
+def _composed(catalog: Catalog, repository: AdapterRepository, model: str) -> Catalog:
+    """The catalog with what is composed for the tasks that want it, which is in the store then."""
+    from lorauter.catalog import with_adapter
+    from lorauter.compositions.pool import wanting
+    from lorauter_cli.compose import composed
+
+    tasks = wanting(catalog)
+    if not tasks:
+        notify("every task has a good adapter of its own: nothing is composed")
+        return catalog
+    held = [made for made in composed(catalog, tasks, repository, model=model) if made.holds]
+    pushed = [repository.push(made.folder, report=warn) for made in held]
+    return with_adapter(catalog, *pushed) if pushed else catalog
+
+
+def _tell_stale(catalog: Catalog) -> None:
+    for name, sources in catalog.stale.items():
+        what = ", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")
+        warn(f"adapter {name!r} is stale: {what} changed since it was composed of them; compose it anew")
+
+
 def _summary(catalog: Catalog) -> str:
     served = sum(bool(entry.adapters) for entry in catalog.entries)
     return f"{len(catalog)} tasks, {len(catalog.adapters)} adapters, {served} tasks with an adapter"
@@ -215,21 +250,25 @@ def _matched(
             digest = provenance.model_digest(model)
         made_of = provenance.Provenance(digest, by.value, provenance.task_digests(tasks), catalog.adapters)
         table.bind(made_of)
-    config = MatchConfig(candidates={entry.name: [a.name for a in entry.adapters] for entry in catalog.entries})
+    # What was composed of a task's examples is told nothing by its answers to them.
+    adapters = {name: version for name, version in catalog.adapters.items() if name not in catalog.composed}
+    config = MatchConfig(
+        candidates={e.name: [a.name for a in e.adapters if a.name in adapters] for e in catalog.entries}
+    )
     with ExitStack() as stack:
         with phase("loading the base model"):
-            load = adapters_in(repository, catalog.adapters)
+            load = adapters_in(repository, adapters)
             scorer = stack.enter_context(scoring.open_scorer(by.value, model, load, tasks))
-        what = f"trying {len(catalog.adapters)} adapters on {len(tasks)} tasks"
+        what = f"trying {len(adapters)} adapters on {len(tasks)} tasks"
         progress = stack.enter_context(counting(what, "evaluations are made, up to the end of this round"))
         matching = match_adapters(
-            tasks, catalog.adapters, scorer, config, table, lambda done, left: progress(done, done + left)
+            tasks, adapters, scorer, config, table, lambda done, left: progress(done, done + left)
         )
     for name, reason in matching.failures.items():
         warn(f"left out: {name}: {reason}")
     share = matching.spent / matching.exhaustive
     notify(f"{matching.spent} evaluations, {share:.1%} of the {matching.exhaustive} of every adapter on every example")
-    if len(matching.failures) == len(catalog.adapters):
+    if len(matching.failures) == len(adapters):
         raise ConfigError(f"no adapter can be used on the base model {model!r}; is it theirs?", setting="model")
     return without_adapters(with_scores(catalog, _worth(table, by)), matching.failures)
 

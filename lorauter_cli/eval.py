@@ -17,7 +17,7 @@ import typer
 
 from lorauter.defaults import DEFAULT, resolve_tasks
 from lorauter.errors import ConfigError
-from lorauter_cli.console import App, counting, notify, phase
+from lorauter_cli.console import App, counting, notify, phase, warn
 from lorauter_cli.stores import adapters_to_read, adapters_to_use, catalog_to_read
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ _MaxBatch = Annotated[int | None, typer.Option(help="Queries answered at once.",
 _LoraHub = Annotated[
     Path | None, typer.Option(help="Weights, as 'eval lorahub' writes them, which add the method 'lorahub'.")
 ]
+_Composed = Annotated[
+    Path | None,
+    typer.Option(help="Compositions, a folder as 'eval compose' makes it, which add the method 'default+composed'."),
+]
 _Rouge = Annotated[bool, typer.Option("--rouge-for-bleu", help="Score BLEU tasks by ROUGE-L.")]
 
 
@@ -60,11 +64,15 @@ def decide(
     split: _Split = "test",
     config: _Config = None,
     lorahub: _LoraHub = None,
+    composed: _Composed = None,
     encoder: _EncoderName = DEFAULT,
 ) -> None:
     """Decide by every method, in every regime, which adapters answer each query; needs no model."""
-    chosen = _methods(methods, config, lorahub)
-    _decide(tasks, catalog, out, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, encoder=encoder)
+    chosen = _methods(methods, config, lorahub, composed)
+    _decide(
+        tasks, catalog, out, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, composed=composed,
+        encoder=encoder,
+    )  # fmt: skip
 
 
 @eval_app.command("answer")
@@ -72,12 +80,13 @@ def answer(
     decisions: Annotated[Path, typer.Option(help="JSON lines, as 'decide' writes them.")],
     adapters: _Adapters,
     out: Annotated[Path, typer.Option(help="JSON lines; what it holds already is not answered again.")],
+    composed: _Composed = None,
     model: _Model = DEFAULT,
     device: _Device = "auto",
     max_batch: _MaxBatch = None,
 ) -> None:
     """Answer decided queries; a run that was cut off goes on where it stopped."""
-    _answer(decisions, adapters, out, model=model, device=device, max_batch=max_batch)
+    _answer(decisions, adapters, out, composed=composed, model=model, device=device, max_batch=max_batch)
 
 
 @eval_app.command("report")
@@ -102,6 +111,7 @@ def answers(
     split: _Split = "test",
     config: _Config = None,
     lorahub: _LoraHub = None,
+    composed: _Composed = None,
     encoder: _EncoderName = DEFAULT,
     model: _Model = DEFAULT,
     device: _Device = "auto",
@@ -110,9 +120,12 @@ def answers(
 ) -> None:
     """Decide, answer and report, in one folder; a run that was cut off goes on where it stopped."""
     decided, answered = out / "decisions.jsonl", out / "answers.jsonl"
-    chosen = _methods(methods, config, lorahub)
-    _decide(tasks, catalog, decided, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, encoder=encoder)
-    _answer(decided, adapters, answered, model=model, device=device, max_batch=max_batch)
+    chosen = _methods(methods, config, lorahub, composed)
+    _decide(
+        tasks, catalog, decided, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, composed=composed,
+        encoder=encoder,
+    )  # fmt: skip
+    _answer(decided, adapters, answered, composed=composed, model=model, device=device, max_batch=max_batch)
     _report(decided, answered, out, rouge_for_bleu=rouge_for_bleu)
 
 
@@ -144,6 +157,34 @@ def lorahub(
             weigh(found, pool, scorer, load, out, own=own, budget=budget, progress=progress)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}", setting="out") from error
+
+
+@eval_app.command("compose")
+def compose(
+    catalog: _CatalogUri,
+    adapters: _Adapters,
+    out: Annotated[Path, typer.Option(help="A folder; what it holds already is not composed again.")],
+    task: Annotated[list[str] | None, typer.Option(help="A task; may be given again. All, if none is given.")] = None,
+    model: _Model = DEFAULT,
+    device: _Device = "auto",
+) -> None:
+    """Compose an adapter for each task of a catalog, with the task's own adapter and without it."""
+    from lorauter.catalog import Catalog
+    from lorauter.evaluation.answering import adapters_in
+    from lorauter.evaluation.composing import compose_regimes, read_composed
+
+    repository = adapters_to_use(adapters)
+    with phase("reading the catalog"):
+        found = Catalog.load(catalog_to_read(catalog))
+    chosen = task or list(found.names)
+    own = {name: [name] if name in found.adapters else [] for name in chosen}
+    with counting(f"composing for {len(chosen)} tasks", "steps are made") as progress:
+        compose_regimes(
+            found, chosen, adapters_in(repository, found.adapters), out, own=own, model=model, device=device,
+            progress=lambda done, total, _: progress(done, total), report=warn,
+        )  # fmt: skip
+    held = read_composed(out)
+    notify(f"{len(held)} of {2 * len(chosen)} compositions beat the router's mixtures")
 
 
 @eval_app.command("plots")
@@ -205,9 +246,11 @@ def routing(
         _write(json_file, json.dumps(figures, indent=1) + "\n")
 
 
-def _methods(methods: str | None, config: Path | None, lorahub: Path | None) -> dict[str, RoutingConfig | None]:
+def _methods(
+    methods: str | None, config: Path | None, lorahub: Path | None, composed: Path | None
+) -> dict[str, RoutingConfig | None]:
     """The methods that are asked for, and those that have settings. Raises ConfigError."""
-    from lorauter.evaluation.methods import LORAHUB, METHODS
+    from lorauter.evaluation.methods import COMPOSED, LORAHUB, METHODS
 
     chosen: dict[str, RoutingConfig | None] = dict.fromkeys(_names(methods, METHODS))
     if config is not None:
@@ -219,6 +262,14 @@ def _methods(methods: str | None, config: Path | None, lorahub: Path | None) -> 
             "the method 'lorahub' needs weights; search them with 'lorauter eval lorahub', and give their file "
             "with --lorahub",
             setting="lorahub",
+        )
+    if composed is not None:
+        chosen[COMPOSED] = None
+    elif COMPOSED in chosen:
+        raise ConfigError(
+            f"the method {COMPOSED!r} needs compositions; make them with 'lorauter eval compose', and give their "
+            "folder with --composed",
+            setting="composed",
         )
     return chosen
 
@@ -250,16 +301,19 @@ def _decide(
     regimes: str | None,
     split: str,
     lorahub: Path | None,
+    composed: Path | None,
     encoder: str,
 ) -> None:
     from lorauter.catalog import Catalog
     from lorauter.defaults import load_encoder
+    from lorauter.evaluation.composing import read_composed
     from lorauter.evaluation.methods import decide
     from lorauter.evaluation.regimes import REGIMES
     from lorauter.evaluation.weighing import read_weights
     from lorauter.tasks import read_tasks
 
     found, weights = read_tasks(resolve_tasks(tasks)), read_weights(lorahub) if lorahub is not None else None
+    made = read_composed(composed) if composed is not None else None
     with phase("loading the encoder and the catalog"):
         model = load_encoder(encoder)
         catalog = Catalog.load(catalog_to_read(catalog_uri))
@@ -275,7 +329,9 @@ def _decide(
     what = f"deciding by {len(methods)} methods for the queries of {len(asked)} tasks"
     with counting(what, "decisions are made") as progress:
         which, lines = _names(regimes, REGIMES), []
-        for row in decide(asked, catalog, model, methods, regimes=which, split=split, own=own, lorahub=weights):
+        for row in decide(
+            asked, catalog, model, methods, regimes=which, split=split, own=own, lorahub=weights, composed=made
+        ):
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             progress(len(lines), None)
     _write(out, "".join(lines))
@@ -303,14 +359,26 @@ def _read_config(path: Path) -> RoutingConfig:
         raise ConfigError(f"{path} cannot be read: {error}", setting="config") from error
 
 
-def _answer(decisions: Path, adapters: str, out: Path, *, model: str, device: str, max_batch: int | None) -> None:
+def _answer(
+    decisions: Path,
+    adapters: str,
+    out: Path,
+    *,
+    composed: Path | None,
+    model: str,
+    device: str,
+    max_batch: int | None,
+) -> None:
     from lorauter.defaults import base_model_aliases, resolve_model
     from lorauter.engine import EngineConfig, load_engine
     from lorauter.evaluation.answering import adapters_in, answer
+    from lorauter.evaluation.composing import composed_or, read_composed
     from lorauter.evaluation.rows import read_decisions
 
     rows = read_decisions(decisions)
     load = adapters_in(adapters_to_read(adapters))
+    if composed is not None:
+        load = composed_or(read_composed(composed), load)
     config = EngineConfig(device=device) if max_batch is None else EngineConfig(device=device, max_batch=max_batch)
     with phase("loading the base model"):
         engine = load_engine(resolve_model(model, notify), config, aliases=base_model_aliases(model))

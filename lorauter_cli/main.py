@@ -23,6 +23,7 @@ from lorauter.defaults import DEFAULT, check_changeable, resolve_catalog
 from lorauter.errors import AdapterError, ConfigError, Conflict, InvalidRequest, LorauterError
 from lorauter_cli.batch import batch
 from lorauter_cli.catalog import catalog_app
+from lorauter_cli.compose import compose
 from lorauter_cli.console import App, console, counting, notify, phase, show_error, warn
 from lorauter_cli.doctor import doctor
 from lorauter_cli.eval import eval_app
@@ -37,6 +38,7 @@ app = App(
     pretty_exceptions_enable=False,
 )
 adapters_app = App(no_args_is_help=True, help="Adapters in an object store.")
+adapters_app.command("compose")(compose)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(eval_app, name="eval")

@@ -70,7 +70,7 @@ function adapterBars(adapters) {
         {},
         h(
           "span",
-          { class: "name", title: `version ${adapter.version}` },
+          { class: "name", title: `version ${adapter.version}${adapter.composed ? ", composed from others" : ""}` },
           adapter.name,
         ),
         h("span", { class: "tier", title: TIERS[adapter.tier] }, adapter.tier),

@@ -69,6 +69,11 @@ function adapterTable(adapters) {
   );
 }
 
+function described(adapter) {
+  const score = adapter.score === null ? "" : ` ${adapter.score.toFixed(2)}`;
+  return `${adapter.name}${score}${adapter.composed ? (adapter.stale ? " (composed, stale)" : " (composed)") : ""}`;
+}
+
 function taskTable(tasks) {
   return table(
     "Tasks",
@@ -83,7 +88,7 @@ function taskTable(tasks) {
         h("td", {}, task.domain),
         h("td", {}, task.metric),
         h("td", { class: "number" }, task.validation_examples),
-        h("td", {}, task.adapters.slice(0, 4).map((adapter) => (adapter.score === null ? adapter.name : `${adapter.name} ${adapter.score.toFixed(2)}`)).join(", ") || h("span", { class: "muted" }, "none")),
+        h("td", {}, task.adapters.slice(0, 4).map(described).join(", ") || h("span", { class: "muted" }, "none")),
         h("td", {}, button),
       );
       return [row, below];

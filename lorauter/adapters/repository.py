@@ -74,13 +74,17 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class AdapterManifest:
-    """One version of one adapter in a store. `base_model` and `rank` are informational."""
+    """One version of one adapter in a store.
+
+    `base_model` and `rank` are informational; `provenance` is what a composed adapter was made of.
+    """
 
     name: str
     version: str
     files: Mapping[str, StoredFile]
     base_model: str = ""
     rank: int | None = None
+    provenance: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> AdapterKey:
@@ -118,7 +122,10 @@ class AdapterManifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest file's content."""
-        return {**vars(self), "files": {name: vars(file) for name, file in self.files.items()}}
+        content = {**vars(self), "files": {name: vars(file) for name, file in self.files.items()}}
+        if self.provenance is None:
+            del content["provenance"]
+        return content
 
     @classmethod
     def from_json(cls, data: Any, *, name: str) -> AdapterManifest:
@@ -132,7 +139,10 @@ class AdapterManifest:
             version = data["version"]
             if data["name"] != name or not (_VERSION.fullmatch(version) or _COMMIT.fullmatch(version)):
                 raise ValueError("name or version is not as expected")
-            return cls(name, version, files, str(data.get("base_model", "")), data.get("rank"))
+            provenance = data.get("provenance")
+            if provenance is not None and not isinstance(provenance, dict):
+                raise ValueError("the provenance is no object")
+            return cls(name, version, files, str(data.get("base_model", "")), data.get("rank"), provenance)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterRejected(f"its {MANIFEST_FILE} is malformed: {error!r}", adapter=name) from error
 
@@ -296,7 +306,7 @@ class AdapterRepository:
             file: StoredFile(f"{name}/{version}/{file}", (folder / file).stat().st_size, digests[file])
             for file in _FILES
         }
-        manifest = AdapterManifest(name, version, files, weights.base_model, weights.rank)
+        manifest = AdapterManifest(name, version, files, weights.base_model, weights.rank, weights.provenance)
         content = json.dumps(manifest.to_json(), indent=1, sort_keys=True).encode()
         if not force and before == content and self._has(manifest, content):
             return manifest

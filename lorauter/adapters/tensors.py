@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorauter.adapters.foreign import WEIGHTS_FILE, what_is_there
 from lorauter.adapters.peft_config import TARGETS, PeftConfig
+from lorauter.adapters.provenance import provenance_in
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +55,13 @@ class AdapterTensors:
         pairs: `{(layer, target): (A, B)}`, the scaling in B.
         base: `{parameter of the base model: what it would be in each precision}`.
         warnings: what is not used.
+        provenance: what a composed adapter says that it was made of.
     """
 
     pairs: Mapping[Where, Pair]
     base: Mapping[str, Mapping[torch.dtype, Fingerprint]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] | None = None
 
 
 def module_of(layer: int, target: str) -> str:
@@ -120,7 +123,8 @@ def _read(file: Any, config: PeftConfig) -> AdapterTensors:
             )
         a, b = (file.get_tensor(sides[side]) for side in "AB")
         pairs[where] = _checked(a, b, module=module, rank=ranks[module], scaling=scalings[module])
-    return AdapterTensors(pairs, _fingerprints(file, own), _warnings(keys, used, lora, places, own))
+    told = _warnings(keys, used, lora, places, own)
+    return AdapterTensors(pairs, _fingerprints(file, own), told, provenance_in(file.metadata()))
 
 
 def _place(module: str) -> Where | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorauter.adapters.foreign import WEIGHTS_FILE
 from lorauter.adapters.peft_config import CONFIG_FILE, TARGETS, PeftConfig
@@ -56,6 +56,7 @@ class LoraWeights:
         config: what it was read by, if it was read.
         base: parameters of the base model that are in the file: they have to be the base's own.
         warnings: what is in the files and has no effect.
+        provenance: what a composed adapter says that it was made of; see `lorauter.adapters.provenance`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LoraWeights:
     config: PeftConfig | None = None
     base: Mapping[str, Mapping[torch.dtype, Fingerprint]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -103,7 +105,7 @@ class LoraWeights:
         except ValueError as error:
             raise AdapterRejected(str(error), adapter=name) from error
         warnings = (*config.warnings, *read.warnings)
-        return cls(name, version, config.base_model, read.pairs, config, read.base, warnings)
+        return cls(name, version, config.base_model, read.pairs, config, read.base, warnings, read.provenance)
 
     def check_fits(self, shape: ModelShape, *, max_rank: int) -> tuple[str, ...]:
         """Check that the adapter was made for a model of this name and shape.

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lorauter.adapters.provenance import Composition
 from lorauter.adapters.repository import AdapterRepository, Report
 from lorauter.catalog.catalog import PROBE_TEXT, Catalog
 from lorauter.catalog.pool import Pool, read_pool
@@ -62,8 +63,9 @@ def build_catalog(
     assigned = _assign(tasks, pool, mapping or {})
     drafts = []
     for task in tasks:
+        composed = composed_for(task.name, assigned[task.name], pool.composed)
         own = tuple(assigned[task.name]), (scores or {}).get(task.name, {})
-        drafts.append(Draft(task, *own, embed(task, encoder)))
+        drafts.append(Draft(task, *own, embed(task, encoder), *composed))
         progress(len(drafts), len(tasks))
     spans = runs([task.name for task in tasks])
     return Catalog(
@@ -72,6 +74,7 @@ def build_catalog(
         {name: pool.versions[name] for name in sorted(pool.versions)},
         encoder.name,
         pool.base_model,
+        {name: pool.composed[name] for name in sorted(pool.composed)},
     )
 
 
@@ -82,12 +85,15 @@ class Draft(NamedTuple):
         assigned: the adapters that were made for it, the best first.
         scores: as `build_catalog` takes them.
         examples: as `embed` gives them.
+        ahead, behind: what was composed for it, as `composed_for` gives it.
     """
 
     task: Task
     assigned: tuple[str, ...]
     scores: Scores
     examples: Examples
+    ahead: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
 
 
 def make_segment(drafts: Sequence[Draft], adapters: Container[str]) -> Segment:
@@ -99,7 +105,7 @@ def make_segment(drafts: Sequence[Draft], adapters: Container[str]) -> Segment:
     Raises:
         ConfigError: a score is of no validation example, or is not finite.
     """
-    known = [_known(draft.task, draft.scores, adapters) for draft in drafts]
+    known = [_known(draft, adapters) for draft in drafts]
     names = sorted({name for scores in known for name in scores})
     centroids = normalised(np.stack([draft.examples.embeddings.mean(axis=0) for draft in drafts]))
     shrunken = shrunken_scores(known, names, centroids)
@@ -109,6 +115,19 @@ def make_segment(drafts: Sequence[Draft], adapters: Container[str]) -> Segment:
             for draft, own, row in zip(drafts, known, shrunken, strict=True)
         ]
     )
+
+
+def composed_for(
+    task: str, assigned: Sequence[str], composed: Mapping[str, Composition]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What was composed for a task: what ranks before its other adapters, and what ranks behind them.
+
+    What was composed has beaten the mixture with the adapters that it is made of; one that was made for the task and
+    came later, it has not.
+    """
+    mine = [name for name in sorted(composed) if composed[name].task == task and name not in assigned]
+    ahead = tuple(name for name in mine if set(assigned) <= composed[name].sources.keys())
+    return ahead, tuple(name for name in mine if name not in ahead)
 
 
 def sorted_tasks(tasks: Sequence[Task]) -> list[Task]:
@@ -132,19 +151,23 @@ def of_own_name(task: str, adapters: Container[str]) -> list[str]:
     return [task] if task in adapters else []
 
 
-def _known(task: Task, scores: Scores, adapters: Container[str]) -> dict[str, dict[int, float]]:
-    """A task's scores of adapters that are there, checked, and in an order that does not depend on theirs."""
-    known = {}
-    for name in sorted(scores):
-        if name not in adapters or not scores[name]:
+def _known(draft: Draft, adapters: Container[str]) -> dict[str, dict[int, float]]:
+    """A task's scores of adapters that are there, checked, and in an order that does not depend on theirs.
+
+    What was composed of the task's examples is told nothing by its scores on them.
+    """
+    task, known = draft.task, {}
+    for name in sorted(draft.scores):
+        scores = draft.scores[name]
+        if name not in adapters or not scores or name in (*draft.ahead, *draft.behind):
             continue
-        for example, score in scores[name].items():
+        for example, score in scores.items():
             where = f"the score of adapter {name!r} on task {task.name!r}, example {example}"
             if not 0 <= example < len(task.validation):
                 raise ConfigError(f"{where}: the task has {len(task.validation)} validation examples", setting="scores")
             if not math.isfinite(score):
                 raise ConfigError(f"{where}, is {score}; it must be finite", setting="scores")
-        known[name] = {example: float(score) for example, score in sorted(scores[name].items())}
+        known[name] = {example: float(score) for example, score in sorted(scores.items())}
     return known
 
 
@@ -157,7 +180,8 @@ def _entry(draft: Draft, scores: dict[str, dict[int, float]], values: Mapping[st
         worth = worths([adapter.score for adapter in found], [adapter.name in declared for adapter in found])
         order = sorted(range(len(found)), key=lambda i: (-worth[i], found[i].name))[:MAX_RANKED]
         ranked = tuple(found[i] for i in order)
-    return CatalogTask(draft.task, ranked, scores, declared)
+    ahead, behind = (tuple(map(RankedAdapter, names)) for names in (draft.ahead, draft.behind))
+    return CatalogTask(draft.task, (*ahead, *ranked, *behind), scores, (*draft.ahead, *declared, *draft.behind))
 
 
 def _assign(tasks: Sequence[Task], pool: Pool, mapping: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

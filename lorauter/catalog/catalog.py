@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from lorauter.adapters.provenance import Composition
 from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.catalog.index import TaskIndex
 from lorauter.catalog.parts import Arrays, Parts, digest_of, pack, text_in, texts_of
@@ -60,7 +61,7 @@ class Catalog:
         adapters: version of every adapter that was in the store when the catalog was built.
         encoder: name of the encoder, informational.
         base_model: base model of the adapters, informational.
-        composed: of every adapter that was composed for a task from others, these with the versions that went into it.
+        composed: of every adapter that was composed from others, for what task and of what.
         known_sample: a sample that this one's has much of.
     """
 
@@ -69,7 +70,7 @@ class Catalog:
     adapters: Mapping[str, str]
     encoder: str
     base_model: str
-    composed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    composed: Mapping[str, Composition] = field(default_factory=dict)
     known_sample: Callable[[], Sample | None] = lambda: None
 
     @classmethod
@@ -186,7 +187,13 @@ class Catalog:
         segment, i = self.at(place)
         return segment.row(i)
 
-    def successor(self, segments: Sequence[Segment], adapters: Mapping[str, str], base_model: str) -> Catalog:
+    def successor(
+        self,
+        segments: Sequence[Segment],
+        adapters: Mapping[str, str],
+        base_model: str,
+        composed: Mapping[str, Composition],
+    ) -> Catalog:
         """Another catalog of the same encoder, with much the same tasks."""
         sample = self.__dict__.get("sample")  # by itself, or each would hold the one before
         return replace(
@@ -194,7 +201,7 @@ class Catalog:
             segments=tuple(segments),
             adapters=adapters,
             base_model=base_model,
-            composed={n: of for n, of in self.composed.items() if adapters.get(n) == self.adapters.get(n)},
+            composed=composed,
             known_sample=self.known_sample if sample is None else lambda: sample,
         )
 
@@ -234,7 +241,7 @@ class Catalog:
     @cached_property
     def _own(self) -> dict[str, dict[str, bytes]]:
         """The parts that are no segments', by kind and digest."""
-        composed = {name: dict(of) for name, of in self.composed.items()}
+        composed = {name: {"task": of.task, "sources": dict(of.sources)} for name, of in self.composed.items()}
         kinds: dict[str, list[Arrays]] = {
             "adapters": _by_name(self.adapters),
             "composed": _by_name(composed),
@@ -247,8 +254,8 @@ class Catalog:
     def stale(self) -> dict[str, list[str]]:
         """Composed adapters of which sources are gone or have another version by now: `{adapter: [source, ...]}`."""
         changed = {
-            name: sorted(source for source, version in sources.items() if self.adapters.get(source) != version)
-            for name, sources in self.composed.items()
+            name: sorted(source for source, version in of.sources.items() if self.adapters.get(source) != version)
+            for name, of in self.composed.items()
         }
         return {name: sources for name, sources in changed.items() if sources}
 
@@ -374,7 +381,7 @@ class Catalog:
             adapters,
             head["encoder"],
             head["base_model"],
-            composed,
+            {name: Composition(of["task"], of["sources"]) for name, of in composed.items()},
             (lambda: Sample.from_arrays(parts.read(stored[0]))) if stored else lambda: None,
         )
         catalog.__dict__.update(reranker=Reranker.from_arrays(shared), version=version, _head=raw)

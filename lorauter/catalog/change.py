@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from lorauter.adapters.provenance import Composition
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository, Report
-from lorauter.catalog.build import Draft, embed, logger, make_segment, of_own_name, sorted_tasks
+from lorauter.catalog.build import Draft, composed_for, embed, logger, make_segment, of_own_name, sorted_tasks
 from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.pool import Pool, read_pool
 from lorauter.catalog.segments import Examples, runs
@@ -59,7 +60,7 @@ def with_tasks(
             before is not None and same and before.entry.task.metric == task.metric,
         )
         progress(done, len(tasks))
-    pool = read_pool(repository, report, known=catalog.adapters, progress=progress) if repository else None
+    pool = read_pool(repository, report, known=_pool(catalog), progress=progress) if repository else None
     return _changed(catalog, put=put, pool=pool, added=scores)
 
 
@@ -93,7 +94,7 @@ def with_adapters(
         ConfigError: a score is of no validation example or not finite.
         AdapterUnavailable, StoreError: the repository cannot be read.
     """
-    pool = read_pool(repository, report, known=catalog.adapters, progress=progress)
+    pool = read_pool(repository, report, known=_pool(catalog), progress=progress)
     return _changed(catalog, pool=pool, added=scores)
 
 
@@ -101,7 +102,10 @@ def with_adapter(catalog: Catalog, *adapters: AdapterManifest) -> Catalog:
     """Add an adapter or some, or another version of them, which keeps the scores of the one before."""
     bases = {*catalog.base_model.split(", "), *(adapter.base_model for adapter in adapters)} - {""}
     versions = {adapter.name: adapter.version for adapter in adapters}
-    return _changed(catalog, pool=Pool({**catalog.adapters, **versions}, ", ".join(sorted(bases))))
+    composed = {name: of for name, of in catalog.composed.items() if name not in versions}
+    composed |= {a.name: of for a in adapters if (of := Composition.of(a.provenance)) is not None}
+    pool = Pool({**catalog.adapters, **versions}, ", ".join(sorted(bases)), composed=composed)
+    return _changed(catalog, pool=pool)
 
 
 def without_adapters(catalog: Catalog, names: Iterable[str]) -> Catalog:
@@ -109,7 +113,8 @@ def without_adapters(catalog: Catalog, names: Iterable[str]) -> Catalog:
     names = set(names)
     _check_there(names, catalog.adapters, "adapter")
     left = {name: version for name, version in catalog.adapters.items() if name not in names}
-    return _changed(catalog, pool=Pool(left, catalog.base_model if left else ""))
+    composed = {name: of for name, of in catalog.composed.items() if name in left}
+    return _changed(catalog, pool=Pool(left, catalog.base_model if left else "", composed=composed))
 
 
 def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
@@ -139,11 +144,13 @@ def _changed(
 ) -> Catalog:
     """The catalog with some of it replaced: tasks, adapters with their base model; and with scores added."""
     put, added = put or {}, added or {}
-    pool = pool or Pool(catalog.adapters, catalog.base_model)
+    pool = pool or _pool(catalog)
     adapters = pool.versions
     renewed = {name for name, version in adapters.items() if catalog.adapters.get(name) != version}
     left = catalog.adapters.keys() - adapters.keys()
     touched = {*put, *added, *left, *(renewed - catalog.adapters.keys())}  # adapters, as tasks of their names
+    # And tasks for which something was composed, or is no more.
+    touched |= {of.task for _, of in pool.composed.items() ^ catalog.composed.items()}
     names = sorted((set(catalog.names) - set(gone)) | put.keys())
     known = {segment.names: segment for segment in catalog.segments if left.isdisjoint(segment.adapters)}
 
@@ -153,13 +160,16 @@ def _changed(
         new = put.get(name)
         scores = before.entry.scores if before is not None and (new is None or new.scored) else {}
         assigned = of_own_name(name, adapters)
-        if before is not None and list(before.entry.declared) != of_own_name(name, catalog.adapters):
-            assigned = [adapter for adapter in before.entry.declared if adapter in adapters]  # by a mapping
+        if before is not None:
+            declared = [adapter for adapter in before.entry.declared if not _is_for(name, adapter, catalog)]
+            if declared != of_own_name(name, catalog.adapters):
+                assigned = [adapter for adapter in declared if adapter in adapters]  # by a mapping
         merged = _merged(scores, added.get(name, {}), renewed)
+        composed = composed_for(name, assigned, pool.composed)
         if new is not None:
-            return Draft(new.task, tuple(assigned), merged, new.examples)
+            return Draft(new.task, tuple(assigned), merged, new.examples, *composed)
         assert before is not None
-        return Draft(before.entry.task, tuple(assigned), merged, before.examples)
+        return Draft(before.entry.task, tuple(assigned), merged, before.examples, *composed)
 
     segments = []
     for start, end in runs(names):
@@ -168,7 +178,18 @@ def _changed(
         if segment is None or not touched.isdisjoint(within):
             segment = make_segment([draft(name) for name in within], adapters)
         segments.append(segment)
-    return catalog.successor(segments, {name: adapters[name] for name in sorted(adapters)}, pool.base_model)
+    composed = {name: pool.composed[name] for name in sorted(pool.composed)}
+    return catalog.successor(segments, {name: adapters[name] for name in sorted(adapters)}, pool.base_model, composed)
+
+
+def _pool(catalog: Catalog) -> Pool:
+    return Pool(catalog.adapters, catalog.base_model, composed=catalog.composed)
+
+
+def _is_for(task: str, adapter: str, catalog: Catalog) -> bool:
+    """Whether an adapter was composed for a task."""
+    composition = catalog.composed.get(adapter)
+    return composition is not None and composition.task == task
 
 
 def _merged(known: Scores, added: Scores, renewed: Container[str]) -> dict[str, dict[int, float]]:

@@ -6,10 +6,11 @@ the engine to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from lorauter.adapters.provenance import Composition
 from lorauter.adapters.repository import MISNAMED, AdapterManifest, AdapterRepository, Report
 from lorauter.errors import AdapterNotFound, AdapterRejected
 
@@ -24,38 +25,44 @@ class Pool:
         versions: of each adapter.
         base_model: the names of their base models, as far as manifests say.
         left_out: the names of those that cannot be served.
+        composed: of what, those that were composed.
     """
 
     versions: Mapping[str, str]
     base_model: str = ""
     left_out: frozenset[str] = frozenset()
+    composed: Mapping[str, Composition] = field(default_factory=dict)
 
 
 def read_pool(
     repository: AdapterRepository,
     report: Report,
     *,
-    known: Mapping[str, str] | None = None,
+    known: Pool | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pool:
     """See which adapters there are, and which of them can be served.
 
     Args:
         report: is told which are left out and why, and what else is odd.
-        known: `{adapter: version}` that were read before.
+        known: those that were read before.
         progress: called with the number of adapters that were looked at, and of all.
 
     Raises:
         AdapterUnavailable, StoreError: the store fails.
     """
 
+    known = known or Pool({})
+
     def look(name: str) -> tuple[AdapterManifest | AdapterRejected | None, tuple[str, ...]]:
         try:
-            manifest, before = repository.manifest(name), (known or {}).get(name)
+            manifest, before = repository.manifest(name), known.versions.get(name)
             if before is not None and repository.is_same(name, before, manifest.version):
                 return replace(manifest, version=before), ()  # a commit that did not concern it is no news
-            read = before == manifest.version or all(file.sha256 for file in manifest.files.values())
-            return manifest, () if read else repository.load(manifest).warnings
+            if before == manifest.version or all(file.sha256 for file in manifest.files.values()):
+                return manifest, ()
+            weights = repository.load(manifest)
+            return replace(manifest, provenance=weights.provenance), weights.warnings
         except AdapterNotFound:  # some other folder in the store
             return None, ()
         except AdapterRejected as error:
@@ -77,4 +84,13 @@ def read_pool(
                 report(f"left out: {found}")
     base_models = sorted({manifest.base_model for manifest in manifests} - {""})
     versions = {manifest.name: manifest.version for manifest in manifests}
-    return Pool(versions, ", ".join(base_models), frozenset(left_out))
+    return Pool(versions, ", ".join(base_models), frozenset(left_out), _composed(manifests, known))
+
+
+def _composed(manifests: Iterable[AdapterManifest], known: Pool) -> dict[str, Composition]:
+    found = {}
+    for manifest in manifests:
+        before = known.composed.get(manifest.name) if known.versions.get(manifest.name) == manifest.version else None
+        if composition := Composition.of(manifest.provenance) or before:
+            found[manifest.name] = composition
+    return found

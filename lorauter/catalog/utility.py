@@ -22,6 +22,9 @@ Scores = Mapping[str, Mapping[int, float]]
 PRIOR_EXAMPLES = 4.0
 _SIMILARITY_TEMPERATURE = 0.05
 _DECLARED = 0.5  # of the best score; chosen on four splits of the validation examples (0.3 to 1 do as well)
+COMPOSED = 0.5
+"""By how much what was composed for a task is worth more than the others that it was held against."""
+
 _LEAST_BEST = 0.05  # a task's best score counts as no less: else noise would look like skill
 _BLOCK = 256  # tasks compared with all others at once
 

@@ -36,7 +36,7 @@ _CPU_BYTES = 3 << 30  # of activations
 _DIGITS = 4  # of a weight in the provenance
 
 Progress = Callable[[int, int, str], None]
-"""Is told how many compositions are made, of how many, and what is going on."""
+"""Is told how many steps of fits are made or spared, of how many, and what is going on."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ class Composer:
         """
         missing = [one for one in wanted if not (self._folder(one) / _FILE).is_file()]
         dialogues = {one.name: self._dialogues(one.task) for one in missing}
-        done = len(wanted) - len(missing)
-        progress(done, len(wanted), "")
+        steps = self.config.steps
+        done, total = (len(wanted) - len(missing)) * steps, len(wanted) * steps
+        progress(done, total, "")
         if missing:
             with _repeatable(self._decoder.device):
                 limits = self._limits()
@@ -129,13 +130,13 @@ class Composer:
 
                     def told(step: int, loss: float, group: Sequence[Wanted] = group, done: int = done) -> None:
                         names = ", ".join(one.task.name for one in group)
-                        progress(done, len(wanted), f"step {step}: left-out loss {loss:.4f} of {names}")
+                        progress(done + step * len(group), total, f"left-out loss {loss:.4f} of {names}")
 
                     problems = [Problem(o.task.name, dialogues[o.name], o.mixtures, o.barred) for o in group]
                     for one, fit in zip(group, fitter.fit(problems, told), strict=True):
                         self._write(one, fit, cutter.cut(fit.weights), stack)
-                        done += 1
-                        progress(done, len(wanted), "")
+                        done += steps
+                    progress(done, total, "")
         return [self._read(one) for one in wanted]
 
     def _dialogues(self, task: Task) -> list[Dialogue]:

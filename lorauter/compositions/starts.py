@@ -1,30 +1,51 @@
-"""Where fits begin: the mixtures that the router answers a task's own examples with. Knows no models."""
+"""What the router says of a task's own examples: where fits begin, and which adapters are likely to be of use.
+
+Knows no models. Composed adapters are never part of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from lorauter.catalog.catalog import Catalog
-from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
+from lorauter.routing import Retrieved, Retriever, RoutingConfig, RoutingOptions, compose
+
+Barred = Mapping[str, Collection[str]]
+"""Of each task that is asked about, which the catalog has, the adapters that it may not use."""
 
 
-def example_mixtures(
-    catalog: Catalog, config: RoutingConfig, barred: Mapping[str, Collection[str]]
-) -> dict[str, list[dict[str, float]]]:
-    """What the validation examples of tasks are answered with, without the adapters that are barred for each.
-
-    Composed adapters are never among them.
-    """
-    retriever = Retriever(catalog, config)
-    found = {}
-    for place, entry in enumerate(catalog.tasks):
-        if entry.name in barred:
-            texts = [example.input for example in entry.task.validation]
-            options = RoutingOptions(exclude_adapters=frozenset({*barred[entry.name], *catalog.composed}))
-            embeddings = catalog.examples(place).embeddings
-            retrieved = retriever.retrieve(embeddings, texts, [options] * len(texts))
-            decisions = [
-                compose(one, options, config, catalog_version="", versions=catalog.adapters) for one in retrieved
-            ]
-            found[entry.name] = [{a.name: a.weight for a in decision.adapters} for decision in decisions]
+def example_mixtures(catalog: Catalog, config: RoutingConfig, barred: Barred) -> dict[str, list[dict[str, float]]]:
+    """What the validation examples of each task are answered with."""
+    versions, found = catalog.adapters, {}
+    for name, options, retrieved in _retrieved(catalog, config, barred):
+        decisions = [compose(one, options, config, catalog_version="", versions=versions) for one in retrieved]
+        found[name] = [{a.name: a.weight for a in decision.adapters} for decision in decisions]
     return found
+
+
+def likeliest_sources(catalog: Catalog, config: RoutingConfig, barred: Barred, count: int) -> dict[str, list[str]]:
+    """The adapters that are expected to be worth most for each task, so many of them at most, by name.
+
+    Where the router knows of fewer, others follow in the order of their names.
+    """
+    found = {}
+    for name, options, retrieved in _retrieved(catalog, config, barred):
+        totals = dict.fromkeys((adapter for adapter in catalog.adapters if options.allows(adapter)), 0.0)
+        for one in retrieved:
+            for adapter in one.adapters:
+                totals[adapter.name] += adapter.utility
+        found[name] = sorted(sorted(totals, key=lambda adapter: (-totals[adapter], adapter))[:count])
+    return found
+
+
+def _retrieved(
+    catalog: Catalog, config: RoutingConfig, barred: Barred
+) -> Iterator[tuple[str, RoutingOptions, Sequence[Retrieved]]]:
+    retriever = Retriever(catalog, config)
+    for name in sorted(barred):
+        place = catalog.place(name)
+        assert place is not None
+        texts = [example.input for example in catalog.tasks[place].task.validation]
+        options = RoutingOptions(exclude_adapters=frozenset({*barred[name], *catalog.composed}))
+        embeddings = catalog.examples(place).embeddings
+        yield name, options, retriever.retrieve(embeddings, texts, [options] * len(texts))

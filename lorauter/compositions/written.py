@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorauter.adapters.peft_config import CONFIG_FILE
+from lorauter.adapters.provenance import PROVENANCE
 from lorauter.adapters.weights import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     import torch
 
     from lorauter.compositions.cut import Cut
-
-PROVENANCE = "lorauter.composition"
-"""The key of the provenance among a weights file's metadata."""
 
 
 @dataclass(frozen=True)

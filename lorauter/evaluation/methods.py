@@ -15,6 +15,7 @@ from typing import Any
 from lorauter.catalog.catalog import Catalog
 from lorauter.encoder import Encoder
 from lorauter.errors import ConfigError
+from lorauter.evaluation.composing import ComposedFor, with_composed
 from lorauter.evaluation.regimes import REGIMES, options_for
 from lorauter.evaluation.report import ORACLE
 from lorauter.evaluation.weighing import Weights, weights_for
@@ -29,6 +30,9 @@ METHODS = ("base", ORACLE, "random", "uniform", *LORA_RETRIEVER, "arrow", "spect
 
 LORAHUB = "lorahub"
 """Needs the weights of `lorauter.evaluation.weighing`."""
+
+COMPOSED = "default+composed"
+"""The preset "default" with what was composed for each task, by `lorauter.evaluation.composing`."""
 
 MIXING = {"loraretriever-fusion": "matrices", "arrow": "arrow", "spectr": "spectr"}
 """How methods mix adapters that do not mix their outputs by weights: of `lorauter.evaluation.rows.MIXINGS`."""
@@ -46,6 +50,7 @@ def decide(
     split: str = "test",
     own: Mapping[str, Collection[str]] | None = None,
     lorahub: Weights | None = None,
+    composed: Sequence[ComposedFor] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for every method, regime and query, as `lorauter.evaluation.rows` reads them.
 
@@ -59,6 +64,7 @@ def decide(
         split: "test", or "validation": the examples of a task file that the catalog does not have.
         own: adapters of each task that the regimes take away; by default the one of its name.
         lorahub: the weights of the method LORAHUB.
+        composed: the compositions of the method COMPOSED.
 
     Raises:
         ConfigError: a method or task is unknown, or has no LoraHub weights.
@@ -68,9 +74,11 @@ def decide(
         if task.name not in held:
             raise ConfigError(f"task {task.name!r} is not in the catalog; build it from the same tasks")
     for name, config in methods.items():
-        if config is None and name not in (*METHODS, LORAHUB):
-            raise ConfigError(f"method {name!r} is none of {', '.join((*METHODS, LORAHUB))}; give it routing settings")
+        if config is None and name not in (*METHODS, LORAHUB, COMPOSED):
+            known = ", ".join((*METHODS, LORAHUB, COMPOSED))
+            raise ConfigError(f"method {name!r} is none of {known}; give it routing settings")
     owned = own or {task.name: [task.name] for task in tasks}
+    compositions = {} if COMPOSED not in methods else _compositions(catalog, composed or (), owned)
     retrievers = {name: Retriever(catalog, config) for name, config in _configs(methods).items()}
     for task in tasks:
         seen = {example.input for example in held[task.name].validation}
@@ -85,11 +93,17 @@ def decide(
             for method in methods:
                 if method in ("base", ORACLE) and regime != REGIMES[0]:
                     continue
-                if method in retrievers:
-                    config = retrievers[method].config
-                    found = retrievers[method].retrieve(embeddings, texts, [options] * len(texts))
+                if method in retrievers or method == COMPOSED:
+                    retriever, asked = retrievers.get(method), options
+                    if retriever is None:
+                        retriever, of = compositions[regime]
+                        # Others' are made of this task's adapters too, where the regime takes these away.
+                        others = () if regime == REGIMES[0] else {name for name, t in of.items() if t != task.name}
+                        asked = options.model_copy(update={"exclude_adapters": options.exclude_adapters.union(others)})
+                    found = retriever.retrieve(embeddings, texts, [asked] * len(texts))
                     decisions = [
-                        compose(f, options, config, catalog_version="", versions=catalog.adapters) for f in found
+                        compose(f, asked, retriever.config, catalog_version="", versions=retriever.catalog.adapters)
+                        for f in found
                     ]
                     mixtures: Iterable[dict[str, float]] = [
                         {adapter.name: adapter.weight for adapter in decision.adapters} for decision in decisions
@@ -117,6 +131,17 @@ def decide(
                         "metric": task.metric,
                         "target": example.target,
                     }
+
+
+def _compositions(
+    catalog: Catalog, composed: Sequence[ComposedFor], own: Mapping[str, Collection[str]]
+) -> dict[str, tuple[Retriever, dict[str, str]]]:
+    """Of each regime the router, and the task of every composition that it knows."""
+    catalogs = {REGIMES[2]: catalog, **with_composed(catalog, composed, own)}
+    return {
+        regime: (Retriever(of, RoutingConfig()), {name: what.task for name, what in of.composed.items()})
+        for regime, of in catalogs.items()
+    }
 
 
 def _configs(methods: Mapping[str, RoutingConfig | None]) -> dict[str, RoutingConfig]:

@@ -7,7 +7,7 @@ embeddings or catalogs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -31,16 +31,21 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class AdapterWeight:
-    """A version of an adapter, and its share in the mixture."""
+    """A version of an adapter, its share in the mixture, and whether it was composed from others."""
 
     name: str
     version: str
     weight: float
+    composed: bool = False
 
     @property
     def key(self) -> AdapterKey:
         """Name and version."""
         return AdapterKey(self.name, self.version)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is shown; `composed` where it was."""
+        return {key: value for key, value in vars(self).items() if value or key != "composed"}
 
 
 Cause = Literal["not_found", "rejected", "unavailable"]
@@ -116,7 +121,7 @@ class RoutingDecision:
         return {
             "catalog_version": self.catalog_version,
             "tasks": [vars(task) for task in self.tasks],
-            "adapters": [vars(adapter) for adapter in self.adapters],
+            "adapters": [adapter.to_json() for adapter in self.adapters],
             "confidence": self.confidence,
             **left_out,
             **constrained,
@@ -141,6 +146,7 @@ def compose(
     *,
     catalog_version: str,
     versions: Mapping[str, str],
+    composed: Container[str] = (),
 ) -> RoutingDecision:
     """Weigh adapters.
 
@@ -154,6 +160,7 @@ def compose(
 
     Args:
         catalog_version, versions: of the catalog that it was retrieved from, and of its adapters.
+        composed: those of its adapters that were composed from others.
     """
     config = config.asked(options)
     tasks = retrieved.tasks[: config.num_tasks]
@@ -178,7 +185,11 @@ def compose(
     return RoutingDecision(
         catalog_version,
         tuple(TaskScore(task.name, task.score, task.probability) for task in tasks),
-        tuple(AdapterWeight(n, versions[n], w) for n, w in sorted(weights.items(), key=lambda item: -item[1]) if w),
+        tuple(
+            AdapterWeight(name, versions[name], weight, name in composed)
+            for name, weight in sorted(weights.items(), key=lambda item: -item[1])
+            if weight
+        ),
         confidence,
         constrain=options.constrain,
         answers=retrieved.tasks[0].answers if options.constrain and retrieved.tasks and not stranger else None,

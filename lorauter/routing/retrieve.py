@@ -6,7 +6,7 @@ adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from lorauter.catalog.catalog import Catalog, CatalogTask
 from lorauter.catalog.index import TaskSubset
 from lorauter.catalog.rerank import Ranking, softmax
 from lorauter.catalog.segments import Segment
-from lorauter.catalog.utility import PRIOR_EXAMPLES, best_score, worths
+from lorauter.catalog.utility import COMPOSED, PRIOR_EXAMPLES, best_score, worths
 from lorauter.encoder import Embeddings
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingConfig, RoutingOptions
@@ -248,7 +248,7 @@ class Retriever:
         return np.asarray(worth + share * (nearby - means))
 
     def _look(self, place: int) -> _Known:
-        return _remembered(self._known, _KNOWN, place, lambda: _known(*self.catalog.at(place)))
+        return _remembered(self._known, _KNOWN, place, lambda: _known(*self.catalog.at(place), self.catalog.composed))
 
     def _scores(self, place: int) -> Any:
         return _remembered(self._matrices, _KNOWN, place, lambda: _matrix(self.catalog.tasks[place]))
@@ -265,10 +265,16 @@ class _Known(NamedTuple):
     worth: list[float]
 
 
-def _known(segment: Segment, i: int) -> _Known:
+def _known(segment: Segment, i: int, composed: Container[str]) -> _Known:
+    """What was composed for a task has beaten the others that it ranks before, and takes nothing from them."""
     adapters, declared = segment.ranked(i)
-    worth = worths([adapter.score for adapter in adapters], declared)
-    return _Known([adapter.name for adapter in adapters], worth.tolist())
+    names = [adapter.name for adapter in adapters]
+    others = [i for i, name in enumerate(names) if name not in composed]
+    found = worths([adapters[i].score for i in others], [declared[i] for i in others])
+    best, first = found.max(initial=1.0), min(others, default=len(names))
+    worth = np.where(np.arange(len(names)) < first, best + COMPOSED, best / 2)
+    worth[others] = found
+    return _Known(names, worth.tolist())
 
 
 def _remembered(known: dict[Key, Value], most: int, key: Key, make: Callable[[], Value]) -> Value:

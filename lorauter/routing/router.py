@@ -70,7 +70,14 @@ class Router:
             return []
         retrieved = self._retriever.retrieve(self._encoder.encode(texts), texts, options)
         return [
-            compose(found, option, self.config, catalog_version=self.catalog.version, versions=self.catalog.adapters)
+            compose(
+                found,
+                option,
+                self.config,
+                catalog_version=self.catalog.version,
+                versions=self.catalog.adapters,
+                composed=self.catalog.composed,
+            )
             for found, option in zip(retrieved, options, strict=True)
         ]
 

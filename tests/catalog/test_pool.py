@@ -8,7 +8,7 @@ from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import DirectoryStore
 from lorauter.adapters.weights import WEIGHTS_FILE
 from lorauter.catalog import build_catalog, with_adapters
-from lorauter.catalog.pool import read_pool
+from lorauter.catalog.pool import Pool, read_pool
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import AdapterUnavailable
 
@@ -57,7 +57,7 @@ def test_what_was_read_before_is_not_read_again(plain, monkeypatch) -> None:
     read: list[str] = []
     load = AdapterRepository.load
     monkeypatch.setattr(AdapterRepository, "load", lambda self, m: (read.append(m.name), load(self, m))[1])
-    assert read_pool(plain, print, known=known).versions == known
+    assert read_pool(plain, print, known=Pool(known)).versions == known
     assert sorted(read) == ["dora", "nan", "pointer"]
 
 

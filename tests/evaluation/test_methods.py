@@ -1,5 +1,6 @@
 """Which adapters each method takes, in each regime."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import build_catalog
 from lorauter.encoder import HashingEncoder
-from lorauter.errors import ConfigError
-from lorauter.evaluation.methods import LORAHUB, METHODS, decide
+from lorauter.errors import ConfigError, InvalidRequest
+from lorauter.evaluation.composing import ComposedFor, read_composed
+from lorauter.evaluation.methods import COMPOSED, LORAHUB, METHODS, decide
 from lorauter.evaluation.rows import DecisionRow, ScoredRow, check_unique
 from lorauter.routing import RoutingConfig, RoutingOptions
 from lorauter.routing.router import Router
@@ -130,3 +132,40 @@ def test_what_is_unknown_is_refused(tasks, catalog, make_task) -> None:
         decided([make_task("other")], catalog, "base")
     with pytest.raises(ConfigError, match="'sideways'"):
         decided(tasks, catalog, "base", regimes=["sideways"])
+
+
+def test_compositions_answer_their_own_tasks_without_what_the_regime_takes_away(tasks, catalog, tmp_path) -> None:
+    versions = catalog.adapters
+
+    def made(task, regime, *sources):
+        of = {name: versions[name] for name in sources}
+        return ComposedFor(f"{task}.composed.{regime}", regime, task, of, tmp_path)
+
+    composed = [
+        made("sums", "in-domain", *WORDS),
+        made("sums", "semi-OOD", "rain", "cats"),
+        made("cats", "semi-OOD", "sums", "rain"),
+    ]
+    rows = mixtures(decided(tasks, catalog, COMPOSED, "default", composed=composed))
+    assert max(rows[COMPOSED, "in-domain", "sums"].items(), key=lambda item: item[1])[0] == "sums.composed.in-domain"
+    semi = rows[COMPOSED, "semi-OOD", "sums"]
+    assert max(semi, key=semi.__getitem__) == "sums.composed.semi-OOD"
+    assert "sums" not in semi
+    for (method, regime, task), mixture in rows.items():
+        if method == COMPOSED and regime == "OOD":
+            assert mixture == rows["default", "OOD", task]
+        if method == COMPOSED and regime == "semi-OOD":
+            assert not {f"{other}.composed.semi-OOD" for other in WORDS if other != task} & mixture.keys()
+
+
+def test_compositions_are_read_as_they_were_written(tmp_path) -> None:
+    with pytest.raises(InvalidRequest, match="holds no compositions"):
+        read_composed(tmp_path)
+    rows = [
+        {"name": "a.composed.in-domain", "regime": "in-domain", "task": "a", "folder": "made/x", "holds": holds,
+         "sources": [{"name": "b", "version": "1", "weights": [1.0]}]}
+        for holds in (True, False)
+    ]  # fmt: skip
+    (tmp_path / "composed.json").write_text(json.dumps(rows))
+    [read] = read_composed(tmp_path)
+    assert (read.name, read.sources, read.folder) == ("a.composed.in-domain", {"b": "1"}, tmp_path / "made/x")

@@ -1,0 +1,53 @@
+"""Compositions for a catalog's tasks, on the smallest pool and model there are; the fits are real ones."""
+
+import pytest
+
+from lorauter.adapters.repository import AdapterRepository
+from lorauter.adapters.store import MemoryStore
+from lorauter.catalog import build_catalog
+from lorauter.compositions.pool import MAX_SOURCES, compose_for, composed_name
+from lorauter.compositions.starts import example_mixtures, likeliest_sources
+from lorauter.encoder import HashingEncoder
+from lorauter.errors import ConfigError
+from lorauter.routing import RoutingConfig
+
+WORDS = {"sums": "add two numbers", "verses": "rhyme a stanza", "rain": "forecast the clouds", "cats": "purring pets"}
+
+
+@pytest.fixture
+def tasks(make_task):
+    return [make_task(name, *(f"{words} {name}{i}" for i in range(4))) for name, words in WORDS.items()]
+
+
+@pytest.fixture
+def catalog(tasks, make_adapter, tmp_path):
+    repository = AdapterRepository(MemoryStore())
+    for name in ("sums", "verses", "rain"):
+        repository.push(make_adapter(tmp_path, name))
+    return build_catalog(tasks, HashingEncoder(), repository=repository)
+
+
+def test_fits_begin_where_the_router_is_without_what_is_barred(catalog) -> None:
+    found = example_mixtures(catalog, RoutingConfig(), {"sums": ["sums"], "rain": []})
+    assert found.keys() == {"sums", "rain"}
+    assert len(found["sums"]) == 4
+    assert not any("sums" in mixture for mixture in found["sums"])
+    assert all(max(mixture, key=mixture.__getitem__) == "rain" for mixture in found["rain"])
+
+
+def test_the_sources_of_a_large_pool_are_those_of_use(catalog) -> None:
+    sources = likeliest_sources(catalog, RoutingConfig(), {"rain": [], "sums": ["sums"]}, 1)
+    assert sources["rain"] == ["rain"]
+    assert sources["sums"] != ["sums"]
+    assert MAX_SOURCES >= 40
+
+
+def test_a_composition_has_its_tasks_name() -> None:
+    assert composed_name("sst2") == "sst2.composed"
+    with pytest.raises(ConfigError, match="shorter"):
+        composed_name("a" * 128)
+
+
+def test_a_task_that_is_not_there_is_told(catalog, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no task called nonsense"):
+        compose_for(catalog, ["nonsense"], lambda name: None, tmp_path, model="default")
