@@ -54,6 +54,12 @@ def say(what: str) -> None:
     print(f"[{time.perf_counter() - started:6.1f} s] {what}", flush=True)
 
 
+def told_of(one: Made) -> dict[str, object]:
+    """What a composition says of itself, and of each source its mean weight."""
+    weights = {source.name: round(float(torch.tensor(source.weights).mean()), 3) for source in one.provenance.sources}
+    return {**one.provenance.to_json(), "sources": weights, "holds": one.holds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=Path, required=True)
@@ -127,6 +133,8 @@ def main() -> None:
 
         made[regime, variant] = composer.make(todo, told)
         took = time.perf_counter() - begun
+        fits = {f"{r}/{v}": [told_of(one) for one in of] for (r, v), of in made.items()}
+        (args.out / "fits.json").write_text(json.dumps(fits))
         held = sum(one.holds for one in made[regime, variant])
         say(f"{regime} {variant}: {len(todo)} tasks in {took:.1f} s; {held} hold")
         for one in made[regime, variant]:
@@ -198,14 +206,7 @@ def main() -> None:
             low, high = result.interval
             print(f"{result.method:20} {result.regime:10} {result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
             report[f"{split}/{result.method}/{result.regime}"] = asdict(result)
-    fits = {f"{r}/{v}": {one.provenance.task: one.provenance.to_json() for one in of} for (r, v), of in made.items()}
-    for of in fits.values():
-        for provenance in of.values():
-            provenance["sources"] = [
-                {"name": s["name"], "weights": [round(float(torch.tensor(s["weights"]).mean()), 3)]}
-                for s in provenance["sources"]
-            ]
-    (args.out / "report.json").write_text(json.dumps({"results": report, "fits": fits}))
+    (args.out / "report.json").write_text(json.dumps(report))
     say("done")
 
 

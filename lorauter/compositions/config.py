@@ -31,7 +31,7 @@ class ComposeConfig:
     check_every: int = 2
     patience: int = 4
     learning_rate: float = 0.03
-    folds: int = 4
+    folds: int = 3
     pull: float = 0.0
     layer_groups: int = 0
     per_target: bool = False

@@ -6,23 +6,27 @@ appears whole or not at all. Knows nothing of catalogs, nor of how mixtures to b
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorauter.adapters.weights import LoraWeights
 from lorauter.catalog.dialogues import Dialogue, check_length, dialogue_of
 from lorauter.catalog.provenance import task_digests
 from lorauter.compositions.config import ComposeConfig
-from lorauter.compositions.cut import Cut, Cutter
+from lorauter.compositions.cut import Cutter
 from lorauter.compositions.fit import Fit, Fitter, Problem, Weights
 from lorauter.compositions.stack import AdapterStack
 from lorauter.compositions.written import CompositionProvenance, Source, write_adapter
@@ -119,13 +123,15 @@ class Composer:
         done, total = (len(wanted) - len(missing)) * steps, len(wanted) * steps
         progress(done, total, "")
         if missing:
-            with _repeatable(self._decoder.device):
+            # Cutting is the CPU's work, beside the next group's fits.
+            with _repeatable(self._decoder.device), ThreadPoolExecutor(1) as beside:
                 limits = self._limits()
                 stack = AdapterStack(
                     self._adapters, self._decoder.shape, dtype=self._decoder.dtype, device=self._decoder.device
                 )
                 fitter = Fitter(self._decoder, list(self._codec.eos_ids), stack, self.config, **limits)
                 cutter = Cutter(stack, energy=self.config.energy, max_rank=self.config.max_rank)
+                written = []
                 for group in _groups(missing, dialogues, 2 * limits["tokens"], self.config.folds):
 
                     def told(step: int, loss: float, group: Sequence[Wanted] = group, done: int = done) -> None:
@@ -134,9 +140,11 @@ class Composer:
 
                     problems = [Problem(o.task.name, dialogues[o.name], o.mixtures, o.barred) for o in group]
                     for one, fit in zip(group, fitter.fit(problems, told), strict=True):
-                        self._write(one, fit, cutter.cut(fit.weights), stack)
-                        done += steps
+                        written.append(beside.submit(self._write, one, fit, cutter, stack))
+                    done += steps * len(group)
                     progress(done, total, "")
+                for each in written:
+                    each.result()
         return [self._read(one) for one in wanted]
 
     def _dialogues(self, task: Task) -> list[Dialogue]:
@@ -156,7 +164,7 @@ class Composer:
         width = sum(a + b for a, b in decoder.shape.linears.values())
         ranks = sum(sum(adapter.ranks.values()) for adapter in self._adapters)
         position = decoder.shape.layers * (3 * width + 3 * ranks + 8 * decoder.hidden) * decoder.dtype.itemsize
-        free = torch.cuda.mem_get_info(decoder.device)[0] // 2 if decoder.device.type == "cuda" else _CPU_BYTES
+        free = _free_bytes(decoder.device) // 2 if decoder.device.type == "cuda" else _CPU_BYTES
         return {"tokens": max(256, free // position), "outputs": max(64, free // (8 * 16 * decoder.vocabulary))}
 
     def _folder(self, one: Wanted) -> Path:
@@ -170,7 +178,8 @@ class Composer:
         }
         return self._work / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
-    def _write(self, one: Wanted, fit: Fit, cut: Cut, stack: AdapterStack) -> None:
+    def _write(self, one: Wanted, fit: Fit, cutter: Cutter, stack: AdapterStack) -> None:
+        cut = cutter.cut(fit.weights)
         provenance = CompositionProvenance(
             task=one.task.name,
             base_model=self._base_model,
@@ -229,6 +238,14 @@ def _groups(
         yield group
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Of a GPU, what this process has taken and does not use among it: an engine may have ended here before."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
     """The same numbers every time, on a GPU too."""
@@ -236,9 +253,13 @@ def _repeatable(device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    filling.fill_uninitialized_memory = False
     try:
-        yield
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        filling.fill_uninitialized_memory = before[1]
