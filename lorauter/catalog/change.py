@@ -150,7 +150,8 @@ def _changed(
     left = catalog.adapters.keys() - adapters.keys()
     touched = {*put, *added, *left, *(renewed - catalog.adapters.keys())}  # adapters, as tasks of their names
     # And tasks for which something was composed, or is no more.
-    touched |= {of.task for _, of in pool.composed.items() ^ catalog.composed.items()}
+    touched |= {of.task for name, of in pool.composed.items() if catalog.composed.get(name) != of}
+    touched |= {of.task for name, of in catalog.composed.items() if pool.composed.get(name) != of}
     names = sorted((set(catalog.names) - set(gone)) | put.keys())
     known = {segment.names: segment for segment in catalog.segments if left.isdisjoint(segment.adapters)}
 
