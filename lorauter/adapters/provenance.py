@@ -34,6 +34,10 @@ class Composition:
         except (KeyError, TypeError):
             return None
 
+    def changed(self, versions: Mapping[str, str]) -> list[str]:
+        """The sources that are gone, or have another version by now."""
+        return sorted(name for name, version in self.sources.items() if versions.get(name) != version)
+
 
 def provenance_in(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
     """The provenance among a weights file's metadata, if it has one that can be read."""

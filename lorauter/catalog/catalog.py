@@ -188,11 +188,7 @@ class Catalog:
         return segment.row(i)
 
     def successor(
-        self,
-        segments: Sequence[Segment],
-        adapters: Mapping[str, str],
-        base_model: str,
-        composed: Mapping[str, Composition],
+        self, segments: Sequence[Segment], adapters: Mapping[str, str], base: str, composed: Mapping[str, Composition]
     ) -> Catalog:
         """Another catalog of the same encoder, with much the same tasks."""
         sample = self.__dict__.get("sample")  # by itself, or each would hold the one before
@@ -200,7 +196,7 @@ class Catalog:
             self,
             segments=tuple(segments),
             adapters=adapters,
-            base_model=base_model,
+            base_model=base,
             composed=composed,
             known_sample=self.known_sample if sample is None else lambda: sample,
         )
@@ -253,11 +249,8 @@ class Catalog:
     @property
     def stale(self) -> dict[str, list[str]]:
         """Composed adapters of which sources are gone or have another version by now: `{adapter: [source, ...]}`."""
-        changed = {
-            name: sorted(source for source, version in of.sources.items() if self.adapters.get(source) != version)
-            for name, of in self.composed.items()
-        }
-        return {name: sources for name, sources in changed.items() if sources}
+        changed = ((name, of.changed(self.adapters)) for name, of in self.composed.items())
+        return {name: sources for name, sources in changed if sources}
 
     @cached_property
     def parts(self) -> frozenset[str]:
