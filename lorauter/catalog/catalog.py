@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -34,7 +34,7 @@ from lorauter.catalog.index import TaskIndex
 from lorauter.catalog.parts import Arrays, Parts, digest_of, pack, text_in, texts_of
 from lorauter.catalog.rerank import Candidates, Reranker, norms_of
 from lorauter.catalog.sample import Sample, choose
-from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Segment, TaskEntry, TaskRow, runs
+from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Rows, Segment, TaskEntry, TaskRow, runs
 from lorauter.encoder import Embeddings, Encoder
 from lorauter.errors import BucketNotFound, CatalogError, ObjectNotFound
 from lorauter.names import is_valid_name
@@ -47,7 +47,6 @@ CURRENT_FILE = "CURRENT"
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 _MIN_PROBE_SIMILARITY = 0.99
 _ADAPTERS = 4096  # in a part, about
-Row = TypeVar("Row")
 _norms: WeakKeyDictionary[Segment, tuple[bytes, Embeddings]] = WeakKeyDictionary()  # of those in use, and under what
 
 
@@ -100,12 +99,12 @@ class Catalog:
     @property
     def tasks(self) -> Sequence[CatalogTask]:
         """The tasks; each is read when it is asked for. Raises CatalogError, StoreError then."""
-        return _Rows(self, Segment.task)
+        return Rows(len(self), self.at, Segment.task)
 
     @property
     def entries(self) -> Sequence[TaskEntry]:
         """The tasks without their examples."""
-        return _Rows(self, Segment.entry)
+        return Rows(len(self), self.at, Segment.entry)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -379,33 +378,6 @@ class Catalog:
         )
         catalog.__dict__.update(reranker=Reranker.from_arrays(shared), version=version, _head=raw)
         return catalog
-
-
-class _Rows(Sequence[Row]):
-    """Something of each task, made when it is asked for."""
-
-    def __init__(self, catalog: Catalog, make: Callable[[Segment, int], Row]) -> None:
-        self._catalog = catalog
-        self._make = make
-
-    def __len__(self) -> int:
-        return len(self._catalog)
-
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[Row, ...]: ...
-    def __getitem__(self, place: int | slice) -> Row | tuple[Row, ...]:
-        if isinstance(place, slice):
-            return tuple(self[i] for i in range(*place.indices(len(self))))
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        return self._make(*self._catalog.at(int(place) % len(self)))
-
-    def __iter__(self) -> Iterator[Row]:
-        for segment in self._catalog.segments:
-            for i in range(len(segment)):
-                yield self._make(segment, i)
 
 
 def read_head(store: ObjectStore, version: str) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from lorauter.tasks import Answers, Task
 
 _LEAST = 256  # names in a segment, but for the last one
 _MEAN = 256  # more than that
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,37 @@ class Segment:
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum(self.sizes)
+
+
+class Rows(Sequence[Row]):
+    """Something of each of a catalog's tasks, made when it is asked for.
+
+    Args:
+        size: how many tasks there are.
+        at: the segment that has a task, and where.
+        make: gives it.
+    """
+
+    def __init__(
+        self, size: int, at: Callable[[int], tuple[Segment, int]], make: Callable[[Segment, int], Row]
+    ) -> None:
+        self._size = size
+        self._at = at
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, place: int | slice) -> Row | tuple[Row, ...]:
+        if isinstance(place, slice):
+            return tuple(self[i] for i in range(*place.indices(self._size)))
+        if not -self._size <= place < self._size:
+            raise IndexError(place)
+        return self._make(*self._at(int(place) % self._size))
 
 
 def runs(names: Sequence[str], *, least: int | None = None, mean: int | None = None) -> list[tuple[int, int]]:
