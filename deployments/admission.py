@@ -8,7 +8,7 @@ there are and whenever one joins them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -32,9 +32,13 @@ class Admission:
         self._deployment = str(handle.deployment_id)
         self._refusal: Overloaded | None = None  # the last one
 
-    def check(self) -> None:
-        """Raise Overloaded if no replica has room: to route a request would only slow down those that are there."""
-        if (placement := self._placement) is not None and placement.full(time.monotonic()):
+    def check(self, coming: int = 0) -> None:
+        """Raise Overloaded if no replica has room: to route a request would only slow down those that are there.
+
+        Args:
+            coming: requests that are being routed.
+        """
+        if (placement := self._placement) is not None and placement.full(time.monotonic(), coming):
             refusal = self._refusal or Overloaded("every replica has as many requests as it takes", retry_after_s=1.0)
             raise Overloaded(str(refusal), retry_after_s=refusal.retry_after_s)
 
@@ -57,6 +61,11 @@ class Admission:
         if (placement := self._placement) is None:
             return ()
         return placement.elsewhere(call.number, time.monotonic(), avoid=call.avoid, long=waited >= _HALF)
+
+    def sent(self, call: int, break_off: Callable[[], object]) -> None:
+        """A call is on its way, and can be broken off, by any thread."""
+        if (placement := self._placement) is not None:
+            placement.sent(call, break_off)
 
     def ended(self, call: int) -> None:
         """A call is with no replica any more."""

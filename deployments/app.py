@@ -5,9 +5,11 @@
 
 # No `from __future__ import annotations`: Serve reads the annotation, and validates `args` by it.
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
@@ -27,6 +29,12 @@ from lorauter.defaults import DEFAULT, resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
 from lorauter.models import pinned
 
+_ENCODER_GPUS = 0.1  # of the engine's: a query takes a millisecond there, and some twenty of a core's
+_CORES_EACH, _MOST_AT_FIRST = 4, 4
+_ONGOING = {"Router": 100, "QueryEmbedder": 16}  # requests in progress for which a replica is added
+
+Options = Mapping[str, Mapping[str, Any]]
+
 DEPLOYMENTS = ("Router", "QueryEmbedder", "TaskRetriever", "LoraModel", "CatalogEditor")
 
 
@@ -35,7 +43,7 @@ def build(config: AppConfig) -> Application:
     return assemble(config, {})
 
 
-def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> Application:
+def assemble(config: AppConfig, overrides: Options) -> Application:
     """The same with Serve options by deployment name, as `deployments:` of serve_config.yaml gives them.
 
     Raises:
@@ -57,8 +65,11 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
             setting="deployments",
         )
 
-    if "LoraModel" not in overrides or isinstance(overrides["LoraModel"], Mapping):
-        overrides = {**overrides, "LoraModel": _with_gpus(overrides.get("LoraModel", {}), config.engine.device)}
+    overrides = _with_gpus(overrides, config.engine.device)
+    if config.engine.device == "auto":
+        on_gpu = _resources(overrides, "LoraModel").get("num_gpus")
+        engine = replace(config.engine, device="cuda" if on_gpu else "cpu")
+        config = config.model_copy(update={"engine": engine})
 
     def deployment(target: Any, **derived: Any) -> serve.Deployment:  # Serve's decorator is typed as the class
         try:
@@ -68,7 +79,7 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
             cause = explain(error, "option") if isinstance(error, ValidationError) else error
             raise ConfigError(f"deployment {target.name}: {cause}", setting=f"deployments.{target.name}") from error
 
-    embedder = deployment(QueryEmbedder).bind(config.encoder)
+    embedder = deployment(QueryEmbedder, **_scaling(overrides, "QueryEmbedder")).bind(config.encoder)
     if config.catalog is None:
         retriever = deployment(AdapterListing).bind(config.adapters, config.catalog_refresh_s)
     else:
@@ -76,20 +87,56 @@ def assemble(config: AppConfig, overrides: Mapping[str, Mapping[str, Any]]) -> A
     model = deployment(
         LoraModel,
         # The engine refuses what is too much, and lets in what has begun elsewhere: it has to be asked for that.
-        max_ongoing_requests=2 * (config.engine.max_batch + config.engine.max_queue),
-        request_router_config=residency_routing(
-            CacheSpec(config.adapters, config.cache), batch=config.engine.max_batch
-        ),
+        max_ongoing_requests=2 * (config.engine.rows + config.engine.max_queue),
+        request_router_config=residency_routing(CacheSpec(config.adapters, config.cache), batch=config.engine.rows),
     ).bind(config)
     editor = deployment(CatalogEditor).bind(config, embedder, model) if own else None
     actors = {"deployment_actors": [limits_actor()]} if config.access.closed else {}
-    return deployment(Router, **actors).bind(config, embedder, retriever, model, editor)
+    return deployment(Router, **_scaling(overrides, "Router"), **actors).bind(
+        config, embedder, retriever, model, editor
+    )
 
 
-def _with_gpus(options: Mapping[str, Any], device: str) -> Mapping[str, Any]:
-    """LoraModel's options, with the GPU that it computes on. Raises ConfigError."""
-    resources = options.get("ray_actor_options", {})
-    if not isinstance(resources, Mapping):  # Serve says what it should be
-        return options
-    gpus = engine_gpus(device, resources.get("num_gpus"), setting="LoraModel's ray_actor_options.num_gpus")
-    return {**options, "ray_actor_options": {"num_cpus": 1, **resources, "num_gpus": gpus}}
+def _with_gpus(overrides: Options, device: str) -> Options:
+    """The options with the GPUs that the engine computes on, and the encoder beside it, unless they say otherwise.
+
+    Raises:
+        ConfigError: as `engine_gpus`.
+    """
+    model, encoder = _resources(overrides, "LoraModel"), _resources(overrides, "QueryEmbedder")
+    gpus = engine_gpus(device, model.get("num_gpus"), setting="LoraModel's ray_actor_options.num_gpus")
+    shared = encoder.get("num_gpus", _ENCODER_GPUS if gpus and "num_gpus" not in model else 0)
+    if "num_gpus" not in model and isinstance(shared, int | float) and 0 < shared < gpus:
+        gpus -= shared
+    wanted: Options = {"LoraModel": {"num_cpus": 1, **model, "num_gpus": gpus}}
+    if shared and "num_gpus" not in encoder:
+        wanted = {**wanted, "QueryEmbedder": {"num_cpus": 0.3, **encoder, "num_gpus": shared}}
+    result = dict(overrides)
+    for name, resources in wanted.items():
+        options = overrides.get(name, {})
+        if isinstance(options, Mapping) and isinstance(options.get("ray_actor_options", {}), Mapping):
+            result[name] = {**options, "ray_actor_options": resources}  # else Serve says what it should be
+    return result
+
+
+def _resources(overrides: Options, name: str) -> Mapping[str, Any]:
+    options = overrides.get(name, {})
+    resources = options.get("ray_actor_options", {}) if isinstance(options, Mapping) else {}
+    return resources if isinstance(resources, Mapping) else {}
+
+
+def _scaling(overrides: Options, name: str) -> dict[str, Any]:
+    """How a deployment of which each replica has one core's worth of Python scales, unless it is said: by the cores."""
+    if _resources(overrides, name).get("num_gpus") or {"num_replicas", "autoscaling_config"} & set(
+        overrides.get(name, {})
+    ):
+        return {}
+    there: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    least = min(_MOST_AT_FIRST, max(1, int(there.get("CPU", 1)) // _CORES_EACH))
+    return {
+        "autoscaling_config": {
+            "min_replicas": least,
+            "max_replicas": 2 * least if least > 1 else _MOST_AT_FIRST,
+            "target_ongoing_requests": _ONGOING[name],
+        }
+    }

@@ -88,7 +88,7 @@ class LoraModel:
                 self._adapters.get,
                 self._place,
                 room_bytes=min(self._engine.facts.adapter_bytes, config.host.adapter_bytes),
-                at_once=min(config.engine.max_batch, config.cache.downloads),
+                at_once=min(config.engine.rows, config.cache.downloads),
             )
         except Exception:  # a cold replica is better than none
             logger.exception("the replica starts without the adapters in demand")
@@ -138,7 +138,7 @@ class LoraModel:
         fetched_s = time.monotonic() - started
         if not call.resumed:  # what has begun elsewhere is to end
             self._check_wait()
-        most = self._engine.config.max_batch + self._engine.config.max_queue
+        most = self._engine.config.rows + self._engine.config.max_queue
         if len(call.choices) > most:
             raise InvalidRequest(f"got n = {len(call.choices)}; at most {most} answers are made at once", param="n")
         gap = self._whole_gap if call.whole else self._gap
@@ -241,7 +241,7 @@ class LoraModel:
             "node": ray.get_runtime_context().get_node_id(),
             "running": running,
             "waiting": waiting,
-            "seconds": [round(self._engine.pace.seconds(n), 3) for n in range(1, self._engine.config.max_batch + 1)],
+            "seconds": [round(self._engine.pace.seconds(n), 3) for n in range(1, self._engine.config.rows + 1)],
             "resident": counters.resident,
             "resident_bytes": counters.resident_bytes,
             "device": asdict(counters.adapters),
@@ -261,7 +261,7 @@ class LoraModel:
             self._on_disk,
             time.monotonic(),
             self._limit(),
-            self._engine.pace.seconds(self._engine.config.max_batch),
+            self._engine.pace.seconds(self._engine.config.rows),
             sum(self._engine.load),
         )
 
@@ -272,14 +272,14 @@ class LoraModel:
             raise Overloaded(
                 f"{here} requests run and wait, and one more would hardly begin within {self._first_token_s:g} s; "
                 "try again later",
-                retry_after_s=self._engine.pace.seconds(self._engine.config.max_batch),
+                retry_after_s=self._engine.pace.seconds(self._engine.config.rows),
             )
 
     def _longest_queue(self) -> int:
         """Requests, running and waiting, of which the last begins before it is given up, by the pace."""
         config = self._engine.config
-        most, each_s = config.max_batch + config.max_queue, self._engine.pace.turnover_s
-        return min(most, config.max_batch + int(_PATIENT * self._first_token_s / each_s)) if each_s else most
+        most, each_s = config.rows + config.max_queue, self._engine.pace.turnover_s
+        return min(most, config.rows + int(_PATIENT * self._first_token_s / each_s)) if each_s else most
 
     def _limit(self) -> int:
         """Requests that the replica takes at once before it refuses more."""

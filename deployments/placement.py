@@ -120,6 +120,7 @@ class Placement:
         self._held: Filters = np.zeros((_BITS, 0), np.uint8)  # of each place, by replica: the tiers whose filter has it
         self._sent: dict[str, dict[str, float]] = {}  # by adapter: to whom it was sent lately, and when
         self._at: dict[int, str] = {}  # who has a call
+        self._breaks: dict[int, Callable[[], object]] = {}  # what breaks a call off
         self.look: Callable[[], Mapping[str, int]] = dict
         """Requests in progress by replica, as of now."""
         self._refusals: dict[str, float] = {}  # until when, by replica
@@ -150,9 +151,14 @@ class Placement:
         replicas = self._replicas
         return bool(replicas) and all(self._refusals.get(name, -math.inf) > now for name in replicas)
 
-    def full(self, now: float) -> bool:
+    def full(self, now: float, coming: int = 0) -> bool:
         """Whether no replica has room, as far as is known: each has just refused a request, or has as many as it takes
-        and a queue among them, which no second's old news can be wrong about. Any thread may ask."""
+        and a queue among them, which no second's old news can be wrong about; or all together have, once those that
+        are on their way are there.
+
+        Args:
+            coming: requests that will be sent, and have not been.
+        """
         rows, limits, queues = self._rows, self._limits, self.look()
         refusing = self._refusing(now)
 
@@ -160,7 +166,13 @@ class Placement:
             limit = limits[rows[name]] if rows.get(name, len(limits)) < len(limits) else math.inf
             return name in refusing or queue >= limit > self._batch
 
-        return bool(queues) and all(has_no_room(name, queue) for name, queue in queues.items())
+        if not queues:
+            return False
+        if all(has_no_room(name, queue) for name, queue in queues.items()):
+            return True
+        known = [limits[rows[name]] for name in queues if rows.get(name, len(limits)) < len(limits)]
+        most = sum(known) if len(known) == len(queues) else math.inf
+        return sum(queues.values()) + coming >= most > self._batch * len(queues)
 
     def took(self, call: int, replica: str) -> None:
         """A replica has a call now, which `elsewhere` may be asked of until it has `left`."""
@@ -168,9 +180,24 @@ class Placement:
         if len(self._at) > _CALLS:  # one that left while it was on its way is never told to have left
             self._at.pop(next(iter(self._at)), None)
 
+    def sent(self, call: int, break_off: Callable[[], object]) -> None:
+        """A call is on its way, and can be broken off, by any thread. Any thread may tell."""
+        self._breaks[call] = break_off
+
     def left(self, call: int) -> None:
         """A call is with no replica any more. Any thread may tell."""
         self._at.pop(call, None)
+        self._breaks.pop(call, None)
+
+    def calls_of(self, replica: str) -> list[int]:
+        """The calls that a replica has, whether it is still among those that there are or not."""
+        return [call for call, where in list(self._at.items()) if where == replica]
+
+    def died(self, replica: str) -> None:
+        """A replica is gone with its calls, though nobody may have told those who wait for its answers."""
+        for call in self.calls_of(replica):
+            if break_off := self._breaks.get(call):
+                break_off()
 
     def elsewhere(self, call: int, now: float, *, avoid: Collection[str] = (), long: bool = False) -> tuple[str, ...]:
         """The replicas that a call which waits for its first token had better not be with; none to leave it there.

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve._private.common import RequestMetadata
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -55,6 +55,7 @@ class ResidencyRouter(RequestRouter):
         self._cache_prefix: str = kwargs["caches"]
         self._caches: dict[str, tuple[Any, float]] = {}  # by node, and when they were looked for
         self._looking: dict[str, asyncio.Task[None]] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
         self._own: dict[str, int] = {}  # requests from here in progress there: Serve's count lapses after a while
 
     async def choose_replicas(
@@ -78,6 +79,9 @@ class ResidencyRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's hook: the replicas there are now, and their reports."""
         reports = {replica.replica_id.unique_id: replica.routing_stats or {} for replica in replicas}
+        for replica in self._replicas_list:
+            if (name := replica.replica_id.unique_id) not in reports and self._placement.calls_of(name):
+                self._watches[name] = asyncio.create_task(self._watch(name, replica))
         news = self._placement.update(reports, time.monotonic())
         self._own = {name: count for name, count in self._own.items() if name in reports}
         super().update_replicas(replicas)
@@ -85,6 +89,22 @@ class ResidencyRouter(RequestRouter):
             name = replica.replica_id.unique_id
             if name in news and (queue := reports[name].get("queue")) is not None:
                 self.on_new_queue_len_info(replica.replica_id, queue)
+
+    async def _watch(self, name: str, replica: RunningReplica) -> None:
+        """See that the calls of a replica that takes no more end with it, if they do not end before: of a machine that
+        is lost nobody else may hear."""
+        try:
+            while self._placement.calls_of(name):
+                try:
+                    await replica.get_queue_len(deadline_s=_REPORT_TIMEOUT_S)
+                except ActorDiedError:
+                    self._placement.died(name)
+                    return
+                except RayError:  # it may answer again
+                    pass
+                await asyncio.sleep(_LOOK_AGAIN_S)
+        finally:
+            self._watches.pop(name, None)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Serve's hook: a request leaves for a replica."""

@@ -9,6 +9,7 @@ is called.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import random
 import time
@@ -37,6 +38,9 @@ class Others(Protocol):
 
     def elsewhere(self, call: GenerateCall, waited: float) -> Sequence[str]:
         """The replicas that a call had better not be with, its own one among them; none to leave it there."""
+
+    def sent(self, call: int, break_off: Callable[[], object]) -> None:
+        """A call is on its way, and can be broken off, by any thread, if whoever has it is gone without a word."""
 
     def ended(self, call: int) -> None:
         """A call is with no replica any more."""
@@ -125,10 +129,12 @@ async def generated(
 
     deaths = 0
     refused: set[str | None] = {None}
-    call = replace(call, number=next(_numbers))
+    call, loop = replace(call, number=next(_numbers)), asyncio.get_running_loop()
     until = time.monotonic() + timeout_s
     while True:
         stream = send(replace(call, choices=tuple(Choice(index, tuple(tokens)) for index, tokens in left.items())))
+        if others is not None:
+            others.sent(call.number, functools.partial(loop.call_soon_threadsafe, stream.cancel))
         try:
             begun: Begun = _said(await _first(stream, call, until, timeout_s, others))
             note(begun.chunk)

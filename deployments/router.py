@@ -101,6 +101,7 @@ class Router:
         self._tokenize, self._detokenize = model.tokenize, model.detokenize
         self._editor = _EditorClient(editor) if editor is not None else None
         self._admission = Admission(model)
+        self._routing = 0  # texts
         self._loras_seen: Loras | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -120,13 +121,17 @@ class Router:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
         for i, text in enumerate(texts):
             check_text(text, param=f"input[{i}]")
-        with self._metrics.step("route"), span("route"):
-            started = time.perf_counter()
-            decisions: list[RoutingDecision] = await self._asked(
-                lambda: self._embed.remote(list(texts)),
-                lambda embeddings: self._decide.remote(embeddings, list(texts), [options] * len(texts)),
-            )
-            seconds = time.perf_counter() - started
+        self._routing += len(texts)
+        try:
+            with self._metrics.step("route"), span("route"):
+                started = time.perf_counter()
+                decisions: list[RoutingDecision] = await self._asked(
+                    lambda: self._embed.remote(list(texts)),
+                    lambda embeddings: self._decide.remote(embeddings, list(texts), [options] * len(texts)),
+                )
+                seconds = time.perf_counter() - started
+        finally:
+            self._routing -= len(texts)
         self._metrics.decided(decisions)
         return [
             replace(decision, seconds={"embed": seconds - decision.seconds.get("retrieve", 0.0), **decision.seconds})
@@ -187,7 +192,7 @@ class Router:
 
     def check_load(self) -> None:
         """Raise Overloaded if no replica has room: to route a request would only slow the others down."""
-        self._admission.check()
+        self._admission.check(self._routing)
 
     async def describe(self) -> CatalogDescription:
         """The catalog."""
@@ -249,7 +254,7 @@ class Router:
         wanted = await demand_for(CacheSpec(self._config.adapters, self._config.cache), _DEMAND)
         there = [key.name for key in wanted if placement is not None and "device" in placement.whereabouts(str(key))]
         running = sorted(set(there))
-        self._loras_seen = Loras(running, max(self._config.engine.max_batch, len(running)), time.time())
+        self._loras_seen = Loras(running, max(self._config.engine.rows, len(running)), time.time())
         return self._loras_seen
 
     async def _asked(self, send: Callable[[], Any], *passed_on: Callable[[Any], Any]) -> Any:

@@ -119,7 +119,7 @@ class AnswerStage:
         own_gpus_only()
         cache = NodeCache(CacheSpec(config.adapters, config.cache))  # its process starts while the engine loads
         # The next row comes as one ends.
-        fed = replace(config.engine, max_queue=config.engine.max_batch, max_slowdown=None)
+        fed = replace(config.engine, max_queue=config.engine.rows, max_slowdown=None)
         engine = start_engine(config.base_model, config.base_model_aliases, fed)
         self._answering = Answering(
             engine,

@@ -44,7 +44,7 @@ class EngineConfig:
     """An engine: where it runs, and its sizes.
 
     Attributes:
-        max_batch: sequences that run at once.
+        max_batch: sequences that run at once; None is 16 on a CPU and 128 on a GPU (see `rows`).
         max_model_len: positions of a sequence, prompt and answer together; the model's own limit bounds it.
         max_queue: requests that may wait, beside those that run; more are refused.
         max_slowdown: a request is refused if, by the speed that the engine has measured, it would take more than this
@@ -52,7 +52,7 @@ class EngineConfig:
             `max_queue` only, for the most throughput. It bounds the mean: the slowest of a hundred take up to half as
             long again.
         step_tokens: tokens processed in one step at most: on a CPU of prompts, beside the rows that decode (None takes
-            512); on a GPU all of them, rounded up to a size that has a graph, and never fewer than `max_batch` (None
+            512); on a GPU all of them, rounded up to a size that has a graph, and never fewer than `rows` (None
             takes what it does at most in twice the time of a step without prompts, measured at the start).
         max_rank: the largest adapter rank served.
         adapter_bytes: bytes of adapters resident on the device at most; None takes a quarter of what is free on a
@@ -73,7 +73,7 @@ class EngineConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    max_batch: Positive = 16
+    max_batch: Positive | None = None
     max_model_len: Annotated[int, Bounds(2)] = 2048
     max_queue: Positive = 256
     max_slowdown: Annotated[float, Bounds(1, 1000, above=True)] | None = None
@@ -88,6 +88,11 @@ class EngineConfig:
     dtype: DType = "auto"
     threads: Positive | None = None
     tool_format: FormatSetting = "auto"
+
+    @property
+    def rows(self) -> int:
+        """Sequences that run at once. With the device left to be found out, those of a CPU."""
+        return self.max_batch or (16 if self.device in ("auto", "cpu") else 128)
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():

@@ -58,7 +58,7 @@ class EngineCore:
         blocks = self._runner.memory.cache.blocks
         self.facts = Facts(model.shape, model.vocabulary, length, self.slots.budget_bytes, blocks)
         self.scheduler = Scheduler(
-            config.max_batch,
+            config.rows,
             BlockPool(blocks),
             self.slots,
             self._runner.budget,
@@ -371,8 +371,8 @@ def _make_runner(model: Decoder, config: EngineConfig, length: int) -> tuple[Ada
     slots = AdapterSlots(
         model.shape, budget_bytes=budget, max_rank=config.max_rank, dtype=model.dtype, device=model.device
     )
-    wanted = config.max_batch * blocks_of(length)
+    wanted = config.rows * blocks_of(length)
     blocks = min(wanted, (config.cache_bytes or _CPU_CACHE_BYTES) // model.block_bytes())
     model.check_blocks(blocks, length)
-    runner = Runner(model, slots, rows=config.max_batch, blocks=blocks, length=length, step_tokens=config.step_tokens)
+    runner = Runner(model, slots, rows=config.rows, blocks=blocks, length=length, step_tokens=config.step_tokens)
     return slots, runner

@@ -354,14 +354,14 @@ def make_cuda_runner(
     step_tokens, step_bytes = _fit_step(decoder, slots, config)
     gc.collect()
     torch.cuda.empty_cache()
-    kept = 2 * step_bytes + _GRAPHS_BYTES + _logits_bytes(decoder, config.max_batch, step_tokens)
+    kept = 2 * step_bytes + _GRAPHS_BYTES + _logits_bytes(decoder, config.rows, step_tokens)
     free = int((torch.cuda.mem_get_info(device)[0] - kept) * _SHARE)
     blocks = min(free, config.cache_bytes or free) // decoder.block_bytes()
     decoder.check_blocks(blocks, length)
     runner = CudaRunner(
         decoder,
         slots,
-        rows=config.max_batch,
+        rows=config.rows,
         blocks=blocks,
         length=length,
         step_tokens=step_tokens,
@@ -389,7 +389,7 @@ def _fit_step(decoder: Decoder, slots: AdapterSlots, config: EngineConfig) -> tu
         runner.memory.table[0, :] = torch.arange(1, blocks_of(tokens) + 1)
         ids = torch.zeros(tokens, dtype=torch.int32, device=decoder.device)
         positions = torch.arange(tokens, dtype=torch.int32, device=decoder.device)
-        outputs = ids[: config.max_batch]
+        outputs = ids[: config.rows]
         batch = StepBatch(ids, ids, positions, 0, [Span(0, 0, tokens)], outputs)
         for _ in range(2):  # the first compiles
             torch.cuda.synchronize()

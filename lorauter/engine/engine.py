@@ -76,7 +76,7 @@ class Engine:
 
     def __init__(self, start: Callable[[Told], tuple[Core, TextCodec]], config: EngineConfig) -> None:
         self.config = config
-        self.pace = Pace(config.max_batch, config.max_slowdown)
+        self.pace = Pace(config.rows, config.max_slowdown)
         self._front = Front(weakly(self._cancel))
         self._ids = itertools.count()
         self._unfinished: set[int] = set()
@@ -321,7 +321,7 @@ class Engine:
     @property
     def _full(self) -> bool:
         """Whether as many requests are here as may run and wait together."""
-        return len(self._unfinished) >= self.config.max_batch + self.config.max_queue
+        return len(self._unfinished) >= self.config.rows + self.config.max_queue
 
     def _cancel(self, id: int) -> None:
         """Let a sequence go at the next step; of no effect on one that has ended."""

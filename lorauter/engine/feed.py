@@ -108,7 +108,7 @@ def feed(
     state = _Feed(engine, iter(requests), ended)
     with engine.lockstep():
         with engine.held():  # or the first would begin alone, or not, as it happens
-            for _ in range(engine.config.max_batch):
+            for _ in range(engine.config.rows):
                 before = state.running
                 state.admit_next()
                 if state.running == before:

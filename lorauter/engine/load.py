@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ def load_engine(model: str, config: EngineConfig | None = None, *, aliases: Sequ
         ConfigError: as `load_decoder`.
     """
     config = config or EngineConfig()
+    config = replace(config, device=str(_place(config.device)))
     decoder, codec = _loading(model, config, aliases)()
     return MultiLoraEngine(decoder, codec, config)
 
@@ -64,6 +66,11 @@ def _loading(model: str, config: EngineConfig, aliases: Sequence[str]) -> Load:
     )
 
 
+def _place(device: str) -> torch.device:
+    """What a setting means here."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
 def warm_up(engine: Engine) -> None:
     """Run batches of several sizes, so that the first requests find kernels and graphs ready, and `engine.pace` known.
 
@@ -73,10 +80,10 @@ def warm_up(engine: Engine) -> None:
     prompt = (0,) * min(16, engine.max_model_len - 1)
     request = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
     size = 1
-    while size < engine.config.max_batch:
+    while size < engine.config.rows:
         engine.generate([request] * size)
         size *= 2
-    engine.generate([request] * engine.config.max_batch)
+    engine.generate([request] * engine.config.rows)
     gc.collect()
     gc.freeze()
 
@@ -106,7 +113,7 @@ def load_decoder(
     Raises:
         ConfigError: the model cannot be loaded or is not served.
     """
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = _place(device)
     if place.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)

@@ -68,7 +68,7 @@ class TokenRouters:
             pool = [self._weights[name] for name in names]
             engine = self._engine
             routed = TokenRouted(
-                engine.decoder, pool, ROUTERS[mixing], eos_ids=engine.codec.eos_ids, max_batch=engine.config.max_batch
+                engine.decoder, pool, ROUTERS[mixing], eos_ids=engine.codec.eos_ids, max_batch=engine.config.rows
             )
             self._router = (mixing, names), routed
         return self._router[1]

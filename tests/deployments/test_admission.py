@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,31 @@ def test_nothing_is_routed_while_every_replica_has_as_many_as_it_takes(known: An
         admission.check()
     placement.look = dict
     admission.check()
+
+
+def test_those_who_are_being_routed_have_places_too(known: Any) -> None:
+    admission, placement = known()
+    placement.update({name: report([], [], [], 1.0, 6) for name in NAMES}, time.monotonic())
+    placement.look = lambda: {"r0": 6, "r1": 3}
+    admission.check(2)
+    with pytest.raises(Overloaded, match="as many requests as it takes"):
+        admission.check(3)
+    placement.update({"r0": report([], [], [], 1.0, 6), "r2": {}}, time.monotonic())
+    placement.look = lambda: {"r0": 6, "r2": 3}
+    admission.check(99)  # nothing is known of r2 yet
+
+
+def test_the_calls_of_a_dead_replica_are_broken_off(known: Any) -> None:
+    admission, placement = known()
+    broken: list[int] = []
+    for call, where in ((1, "r0"), (2, "r1"), (3, "r0")):
+        admission.sent(call, partial(broken.append, call))
+        placement.took(call, where)
+    admission.ended(3)
+    placement.update({"r1": {}}, time.monotonic())
+    assert placement.calls_of("r0") == [1]
+    placement.died("r0")
+    assert broken == [1]
 
 
 def test_a_refusal_is_remembered_for_a_part_of_the_time_that_it_tells(known: Any) -> None:

@@ -40,9 +40,10 @@ def test_the_deployments_and_what_they_are_given() -> None:
     assert list(found)[-1] == "Router"
     assert found["QueryEmbedder"].init_args == ("default",)
     config, embedder = found["TaskRetriever"].init_args
-    assert config == CONFIG
+    here = CONFIG.model_copy(update={"engine": replace(CONFIG.engine, device="cpu")})
+    assert config == here
     assert embedder._bound_deployment.name == "QueryEmbedder"
-    assert found["LoraModel"].init_args == (CONFIG,)
+    assert found["LoraModel"].init_args == (here,)
 
 
 def test_an_editor_goes_with_stores_of_ones_own_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +73,50 @@ def test_queues_follow_the_engines_settings_unless_overridden() -> None:
 def test_replicas_are_chosen_by_what_they_hold_unless_overridden() -> None:
     routing = parts(assemble(CONFIG, {}))["LoraModel"]._deployment_config.request_router_config
     assert routing.get_request_router_class() is ResidencyRouter
-    assert routing.request_router_kwargs["batch"] == CONFIG.engine.max_batch
+    assert routing.request_router_kwargs["batch"] == 16
     overrides = {"LoraModel": {"request_router_config": RequestRouterConfig()}}
     routing = parts(assemble(CONFIG, overrides))["LoraModel"]._deployment_config.request_router_config
     assert routing.get_request_router_class() is not ResidencyRouter
+
+
+def clustered(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+
+
+def test_on_a_gpu_the_encoder_is_beside_the_engine_and_more_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clustered(monkeypatch, CPU=16, GPU=1)
+
+    def gpus(**asked: float) -> tuple[float, float]:
+        overrides = {name: {"ray_actor_options": {"num_gpus": gpus}} for name, gpus in asked.items()}
+        found = parts(assemble(CONFIG, overrides))
+        asks = [found[name].ray_actor_options.get("num_gpus", 0) for name in ("LoraModel", "QueryEmbedder")]
+        return asks[0], asks[1]
+
+    assert gpus() == (0.9, 0.1)
+    assert gpus(LoraModel=1) == (1, 0), "what is said is meant"
+    assert gpus(LoraModel=0) == (0, 0)
+    assert gpus(QueryEmbedder=0) == (1, 0)
+    assert gpus(QueryEmbedder=0.25) == (0.75, 0.25)
+    model = parts(assemble(CONFIG, {}))["LoraModel"]
+    assert model.init_args[0].engine.device == "cuda"
+    assert model._deployment_config.request_router_config.request_router_kwargs["batch"] == 128
+    assert model.max_ongoing_requests == 2 * (128 + CONFIG.engine.max_queue)
+    on_cpu = parts(assemble(CONFIG, {"LoraModel": {"ray_actor_options": {"num_gpus": 0}}}))["LoraModel"]
+    assert on_cpu.init_args[0].engine.rows == 16
+
+
+@pytest.mark.parametrize(("cores", "least", "most"), [(1, 1, 4), (2, 1, 4), (8, 2, 4), (16, 4, 8), (128, 4, 8)])
+def test_what_a_core_bounds_has_replicas_by_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, least: int, most: int
+) -> None:
+    clustered(monkeypatch, CPU=cores)
+    found = parts(assemble(CONFIG, {}))
+    for name in ("Router", "QueryEmbedder"):
+        scaling = found[name]._deployment_config.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == (least, most)
+    said = parts(assemble(CONFIG, {"Router": {"num_replicas": 3}}))["Router"]
+    assert (said.num_replicas, said._deployment_config.autoscaling_config) == (3, None)
 
 
 def test_keys_bring_their_shared_counters() -> None:

@@ -90,7 +90,7 @@ DEPLOYMENT = (*APPLICATION, "deployments", 1)
         (("http_options",), "http_options"),
         (APPLICATION, "applications[0]"),
         (DEPLOYMENT, "deployments[1]"),
-        ((*DEPLOYMENT, "autoscaling_config"), "deployments[1].autoscaling_config"),
+        (("applications", 0, "deployments", 2, "autoscaling_config"), "deployments[2].autoscaling_config"),
         ((*APPLICATION, "args"), "setting"),
         ((*APPLICATION, "args", "engine"), "setting engine.surprise"),
     ],

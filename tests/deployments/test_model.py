@@ -145,7 +145,7 @@ def queueing(here: int, each: float, **engine: Any) -> Any:
     """A replica with so many requests, for whose first tokens clients wait 60 s."""
     replica: Any = object.__new__(LoraModel.func_or_class)
     config = EngineConfig(**engine)
-    load = (min(here, config.max_batch), max(0, here - config.max_batch))
+    load = (min(here, config.rows), max(0, here - config.rows))
     replica._engine, replica._first_token_s = (
         SimpleNamespace(config=config, pace=Pace(each), load=load, close=lambda: None),
         60.0,

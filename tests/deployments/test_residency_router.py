@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
@@ -35,8 +36,11 @@ class FakeReplica:
         self.node_id = f"node-of-{name}"
         self.routing_stats = report([f"{name}@1" for name in device], (), (), 0.0)
         self.queue = queue
+        self.error: Exception | None = None
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
+        if self.error is not None:
+            raise self.error
         return self.queue
 
 
@@ -208,3 +212,30 @@ def test_the_chosen_replicas_node_is_told_which_adapters_will_be_wanted(
     assert {name: cache.told for name, cache in caches.items()} == {
         SPEC.prefix + "node-of-r0": [[("a", "1"), ("c", "1")]]
     }
+
+
+def test_the_calls_of_a_replica_that_is_lost_are_broken_off_and_those_of_one_that_ends_are_not(
+    route: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ResidencyRouter._watch.__globals__, "_LOOK_AGAIN_S", 0.02)  # Serve may have copied the module
+    broken = []
+
+    async def scenario(router: ResidencyRouter, replicas: list[Any]) -> None:
+        placement = placement_of(str(DEPLOYMENT))
+        assert placement is not None
+        for call, replica in enumerate(replicas):
+            placement.sent(call, lambda call=call: broken.append(call))  # type: ignore[misc]
+            router.on_request_routed(pending(number=call), replica.replica_id, None)
+        placement.took(0, "r0")
+        replicas[0].error = ActorUnavailableError("it does not answer now", b"x" * 16)
+        router.update_replicas([replicas[2]])
+        await asyncio.sleep(0.1)
+        assert not broken, "one may answer again, and the other only takes no more"
+        replicas[0].error = ActorDiedError()
+        await asyncio.sleep(0.1)
+        assert broken == [0]
+        placement.left(1)
+        await asyncio.sleep(0.05)
+        assert not router._watches
+
+    route(scenario, FakeReplica("r0"), FakeReplica("r1"), FakeReplica("r2"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,7 @@ class Response:
         self._replicas = replicas
         self._stream = self._say(outcome, call) if call is not None else None
         self._outcome = outcome
+        self._cancelled = asyncio.Event()
 
     def __await__(self) -> Any:
         return self._answer().__await__()
@@ -78,7 +80,8 @@ class Response:
         for i, chunk in enumerate(said):
             yield chunk if i else Begun(Admitted(3, self._replicas.left_out), chunk)
         if error == HANG:
-            await asyncio.sleep(60)
+            await asyncio.wait_for(self._cancelled.wait(), 60)
+            raise asyncio.CancelledError
         if isinstance(error, Said):
             yield error.error
         elif error is not None:
@@ -93,6 +96,7 @@ class Response:
 
     def cancel(self) -> None:
         self._replicas.cancelled += 1
+        self._cancelled.set()
 
 
 def call(outcomes: Iterable[Any], timeout_s: float = 5) -> Any:
@@ -157,6 +161,9 @@ class Room:
         self.calls.add(call.number)
         return self._waits.pop(0) if self._waits else ()
 
+    def sent(self, call: int, break_off: Callable[[], object]) -> None:
+        self.break_off = break_off
+
     def ended(self, call: int) -> None:
         self.calls.discard(call)
 
@@ -200,6 +207,22 @@ def test_who_waits_in_vain_goes_elsewhere_and_cancels_the_call(monkeypatch: pyte
     replicas = Replicas([(0, HANG), (0, HANG), None])
     *_, error = listen(replicas, others=Room(3, waits=[("r0",)]), timeout_s=0.1)
     assert isinstance(error, ServiceUnavailable), "all replicas together have no more time than one"
+
+
+def test_what_is_broken_off_goes_on_elsewhere() -> None:
+    """A machine that is lost ends no connection; who sees that it is gone breaks the call off."""
+    replicas, room = Replicas([(2, HANG), None]), Room(3)
+
+    async def run() -> list[Any]:
+        heard = []
+        async for item in generated(replicas.send, CALL, timeout_s=5, others=room):
+            heard.append(item)
+            if len(heard) == 3:
+                threading.Timer(0.05, room.break_off).start()
+        return heard
+
+    assert asyncio.run(run()) == [Admitted(3), *ANSWER]
+    assert [len(sent.choices[0].generated) for sent in replicas.calls] == [0, 2]
 
 
 def test_refusals_and_deaths_on_the_way_lose_nothing() -> None:
