@@ -53,8 +53,8 @@ def measure(cases: dict[str, Callable[[], float]], repeats: int) -> dict[str, fl
 # --- random models
 
 
-def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096)
+def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16, positions: int = 4096) -> Any:
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=positions)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:

@@ -36,6 +36,10 @@ CACHE_BYTES = {"8B": 16 << 30, "135M": 8 << 30}
 def gpu(args: argparse.Namespace) -> None:
     print(torch.cuda.get_device_name(), torch.__version__)
     for shape in SHAPES if args.shape is None else [args.shape]:
+        if args.long:
+            long_prompt(shape, args.long)
+            free()
+            continue
         model = random_model(shape, "cuda")
         if args.peers:
             gpu_peers(shape, model)
@@ -55,6 +59,19 @@ def gpu(args: argparse.Namespace) -> None:
             target_sets(shape, model, args)
             del model
             free()
+
+
+def long_prompt(shape: str, length: int) -> None:
+    """One prompt of so many tokens, and an answer of 16, under no adapter and under three."""
+    model = random_model(shape, "cuda", positions=length + 64)
+    engine = gpu_engine(shape, model, max_model_len=length + 64, max_batch=8)
+    adapters = random_adapters(engine, 3)
+    for k in (0, 3):
+        mixture = [(adapter, 1 / 3) for adapter in adapters[:k]]
+        requests = random_requests(1, length, 16, SHAPES[shape]["vocab_size"], lambda _, mixture=mixture: mixture)
+        took = [16 / run(engine, requests) for _ in range(4)]
+        report(f"{shape}, a prompt of {length} tokens, {k} adapters", statistics.median(took[1:]), "s")
+    engine.close()
 
 
 def free() -> None:

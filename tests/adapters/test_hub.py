@@ -220,7 +220,7 @@ def test_offline_the_hubs_cache_is_the_store(hub_server, pool, tmp_path, monkeyp
 def test_a_commit_that_does_not_concern_an_adapter_gives_it_no_version(hub_server, pool, monkeypatch) -> None:
     monkeypatch.setattr(hub, "_FRESH_S", 0.0)
     repository = AdapterRepository(open_store("hf://team/pool"))
-    before = read_pool(repository, print).versions
+    before = read_pool(repository, print)
     pushed = repository.manifest("rte")
     later = hub_server.commit("team/pool", folder_of(sst2=RTE, rte=RTE, new=SST2))
     assert read_pool(repository, print, known=before).versions == {"new": later, "rte": pool, "sst2": later}

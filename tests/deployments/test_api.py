@@ -175,7 +175,8 @@ def test_adapters_by_name_or_by_hand_are_not_routed(
     answer = events(response)[0] if stream else response.json()
     assert answer["model"] == model
     mixture = [AdapterWeight(name, VERSIONS[name], weight) for name, weight in adapters]
-    assert answer["lorauter"] == {**BY_HAND, "adapters": [vars(adapter) for adapter in mixture]}
+    told = [{"name": name, "version": VERSIONS[name], "weight": weight} for name, weight in adapters]
+    assert answer["lorauter"] == {**BY_HAND, "adapters": told}
     assert response.headers["x-lorauter-tasks"] == ""
     assert response.headers["x-lorauter-adapters"] == ",".join(f"{n}={w:.4f}" for n, w in adapters)
     assert service.routed == []

@@ -129,7 +129,7 @@ def test_an_engine_on_a_gpu_that_asks_for_none_is_refused(machine: Any) -> None:
         assemble(config, {"LoraModel": {"ray_actor_options": {"num_gpus": 0}}})
 
 
-def test_no_deployment_but_the_model_takes_a_gpu_unasked(machine: Any) -> None:
+def test_no_deployment_but_the_model_and_the_encoder_takes_a_gpu_unasked(machine: Any) -> None:
     machine([])
     config = AppConfig.parse({"adapters": "s3://b/a", "catalog": "s3://b/c"})
 
@@ -143,7 +143,7 @@ def test_no_deployment_but_the_model_takes_a_gpu_unasked(machine: Any) -> None:
             waiting += [arg._bound_deployment for arg in part.init_args if hasattr(arg, "_bound_deployment")]
         return found
 
-    assert {name for name, number in gpus().items() if number} == {"LoraModel"}
+    assert {name: number for name, number in gpus().items() if number} == {"LoraModel": 0.9, "QueryEmbedder": 0.1}
     given = gpus(
         QueryEmbedder={"ray_actor_options": {"num_gpus": 0.1}}, LoraModel={"ray_actor_options": {"num_gpus": 0}}
     )
