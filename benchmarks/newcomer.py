@@ -96,7 +96,9 @@ def main() -> None:
         copy_tree(tree)
         settings = tree / "serve_config.yaml"
         settings.write_text(re.sub(r"port: 8000", f"port: {port}", settings.read_text()))
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        environment = {  # a newcomer's shell sets nothing of Python's
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))
+        }
         environment |= {"LORAUTER_HOME": f"{folder}/home", "PIP_CACHE_DIR": f"{folder}/pip"}
 
         def said(line: str) -> None:
