@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
@@ -18,7 +17,7 @@ from deployments.adapter_cache import CacheSpec
 from deployments.adapter_listing import AdapterListing
 from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig, explain
-from deployments.devices import engine_gpus
+from deployments.devices import engine_gpus, resources
 from deployments.embedder import QueryEmbedder
 from deployments.limits import limits_actor
 from deployments.model import LoraModel
@@ -112,27 +111,29 @@ def _with_gpus(overrides: Options, device: str) -> Options:
     if shared and "num_gpus" not in encoder:
         wanted = {**wanted, "QueryEmbedder": {"num_cpus": 0.3, **encoder, "num_gpus": shared}}
     result = dict(overrides)
-    for name, resources in wanted.items():
+    for name, asked in wanted.items():
         options = overrides.get(name, {})
         if isinstance(options, Mapping) and isinstance(options.get("ray_actor_options", {}), Mapping):
-            result[name] = {**options, "ray_actor_options": resources}  # else Serve says what it should be
+            result[name] = {**options, "ray_actor_options": asked}  # else Serve says what it should be
     return result
 
 
-def _resources(overrides: Options, name: str) -> Mapping[str, Any]:
+def _options(overrides: Options, name: str) -> Mapping[str, Any]:
     options = overrides.get(name, {})
-    resources = options.get("ray_actor_options", {}) if isinstance(options, Mapping) else {}
-    return resources if isinstance(resources, Mapping) else {}
+    return options if isinstance(options, Mapping) else {}
+
+
+def _resources(overrides: Options, name: str) -> Mapping[str, Any]:
+    asked = _options(overrides, name).get("ray_actor_options", {})
+    return asked if isinstance(asked, Mapping) else {}
 
 
 def _scaling(overrides: Options, name: str) -> dict[str, Any]:
     """How a deployment of which each replica has one core's worth of Python scales, unless it is said: by the cores."""
-    if _resources(overrides, name).get("num_gpus") or {"num_replicas", "autoscaling_config"} & set(
-        overrides.get(name, {})
-    ):
+    said = {"num_replicas", "autoscaling_config"} & _options(overrides, name).keys()
+    if said or _resources(overrides, name).get("num_gpus"):
         return {}
-    there: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
-    least = min(_MOST_AT_FIRST, max(1, int(there.get("CPU", 1)) // _CORES_EACH))
+    least = min(_MOST_AT_FIRST, max(1, int(resources().get("CPU", 1)) // _CORES_EACH))
     return {
         "autoscaling_config": {
             "min_replicas": least,

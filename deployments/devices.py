@@ -19,6 +19,12 @@ def own_gpus_only() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def resources() -> dict[str, float]:
+    """What the cluster has, by Ray's names; nothing where this process is in none."""
+    there: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    return there
+
+
 def engine_gpus(device: str, asked: float | None, *, engines: int = 1, setting: str) -> float:
     """How many GPUs a process with an engine asks Ray for.
 
@@ -32,8 +38,7 @@ def engine_gpus(device: str, asked: float | None, *, engines: int = 1, setting: 
         ConfigError: it is to compute on a GPU, and asks for none.
     """
     if asked is None:
-        there: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
-        return float(device.startswith("cuda") or (device == "auto" and there.get("GPU", 0) >= engines))
+        return float(device.startswith("cuda") or (device == "auto" and resources().get("GPU", 0) >= engines))
     if device.startswith("cuda") and not asked:
         raise ConfigError(
             f"engine.device is {device!r}, but {setting} is 0; give it 1, or take 'auto' or 'cpu'",

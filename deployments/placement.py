@@ -162,17 +162,17 @@ class Placement:
         rows, limits, queues = self._rows, self._limits, self.look()
         refusing = self._refusing(now)
 
+        def limit(name: str) -> float:
+            return float(limits[rows[name]]) if rows.get(name, len(limits)) < len(limits) else math.inf
+
         def has_no_room(name: str, queue: int) -> bool:
-            limit = limits[rows[name]] if rows.get(name, len(limits)) < len(limits) else math.inf
-            return name in refusing or queue >= limit > self._batch
+            return name in refusing or queue >= limit(name) > self._batch
 
         if not queues:
             return False
         if all(has_no_room(name, queue) for name, queue in queues.items()):
             return True
-        known = [limits[rows[name]] for name in queues if rows.get(name, len(limits)) < len(limits)]
-        most = sum(known) if len(known) == len(queues) else math.inf
-        return sum(queues.values()) + coming >= most > self._batch * len(queues)
+        return sum(queues.values()) + coming >= sum(map(limit, queues)) > self._batch * len(queues)
 
     def took(self, call: int, replica: str) -> None:
         """A replica has a call now, which `elsewhere` may be asked of until it has `left`."""

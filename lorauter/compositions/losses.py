@@ -17,6 +17,7 @@ from lorauter.catalog.dialogues import Dialogue
 from lorauter.compositions.stack import AdapterStack
 from lorauter.engine.model import Decoder
 from lorauter.engine.step import RmsNorm, StepBatch
+from lorauter.engine.torch_step import PlainStep
 
 _LENGTH_STEP = 32  # lengths are multiples of it: the model keeps its rotary tables for each
 
@@ -132,7 +133,7 @@ def losses_of(
         yield rows, row_losses(decoder, end_ids, stack, columns, rows)
 
 
-class GradientStep:
+class GradientStep(PlainStep):
     """See `lorauter.engine.step.Step`: rows of one length, whole, without a cache, and gradients pass."""
 
     def __init__(
@@ -145,19 +146,6 @@ class GradientStep:
         self._length = length
         # Made without gradients, which autograd takes no copy of.
         self._cos, self._sin = (table.clone()[:, None] for table in decoder.rotary_table(length))
-
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
-        """See `Step.add_norm`."""
-        x = x if delta is None else x + delta
-        return x, norm(x)
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `Step.silu_mul`."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
-        """See `Step.begin_lora`."""
 
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """See `Step.add_lora`."""
@@ -203,10 +191,6 @@ class GradientStep:
             near = (apart >= 0) & (apart < window)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=near, is_causal=near is None)
         return out.transpose(1, 2).reshape(qkv.shape[0], -1)
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * self._cos + torch.cat((-second, first), dim=-1) * self._sin
 
 
 def _padded(length: int) -> int:
