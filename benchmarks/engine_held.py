@@ -1,4 +1,7 @@
-"""A batch of 32 of which 16 answers are held to a JSON schema, beside the same batch with all answers free."""
+"""A batch of 32 of which 16 answers are held to a JSON schema, beside the same batch with all answers free.
+
+By an engine in a process of its own, as a replica has it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from dataclasses import replace
 from engine_common import ROOT, measure, report, run
 
 from lorauter.defaults import resolve_model
-from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams, load_engine
+from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams
+from lorauter.engine.load import load_in_process, warm_up
 from lorauter.engine.types import Grammar
 from lorauter.tasks import read_tasks
 
@@ -34,7 +38,8 @@ SCHEMA = {
 def held(args: argparse.Namespace) -> None:
     """Print tokens per second of both, and of how many free answers the other half makes another one."""
     config = EngineConfig(max_batch=ROWS, max_model_len=1024, prefix_reuse=False)
-    engine = load_engine(resolve_model("default"), config)
+    engine = load_in_process(resolve_model("default"), config)
+    warm_up(engine)
     texts = [example.input for task in read_tasks(ROOT / "examples" / "tasks") for example in task.test][:ROWS]
     grammar = Grammar("json", json.dumps(SCHEMA), "response_format")
     free = [

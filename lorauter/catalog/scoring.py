@@ -23,8 +23,9 @@ from lorauter.engine.blocks import blocks_of
 from lorauter.engine.engine import MultiLoraEngine
 from lorauter.engine.load import load_decoder, load_engine
 from lorauter.engine.model import Decoder
+from lorauter.engine.plan import Mixture, Piece, RowStart, StepPlan
 from lorauter.engine.runner import Runner
-from lorauter.engine.scheduler import ActiveSequence, Mixture, Piece, RowStart, StepPlan
+from lorauter.engine.scheduler import ActiveSequence
 from lorauter.engine.slots import AdapterSlots, PackedAdapter
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import GenerationRequest, SamplingParams

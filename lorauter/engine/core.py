@@ -1,7 +1,9 @@
 """The device's side of an engine: takes orders, plans and launches steps, and reports what each of them brought.
 
 It joins two rooms. The scheduler decides what a step processes, the runner computes it. One thread plans and launches;
-on a GPU it plans a step while the one before it is computed. Knows nothing of text or of who asks.
+on a GPU it plans a step while the one before it is computed. The tokens of answers that are held to grammars are chosen
+between two steps, as soon as it is known what may come: while that is looked for, and it goes on longer than the device
+is busy, steps are launched without them. Knows nothing of text or of who asks.
 """
 
 from __future__ import annotations
@@ -10,13 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import ParamSpec
 from weakref import WeakMethod
-
-from torch import Tensor
 
 from lorauter.adapters.weights import LoraWeights
 from lorauter.engine.blocks import BlockPool, blocks_of
@@ -24,8 +24,9 @@ from lorauter.engine.config import EngineConfig
 from lorauter.engine.grammars import Grammars, Held
 from lorauter.engine.messages import Begin, Counters, Drop, Facts, Handled, Lockstep, Order, Report
 from lorauter.engine.model import Decoder
+from lorauter.engine.plan import NOT_FINITE, StepPlan
 from lorauter.engine.runner import Flight, Runner
-from lorauter.engine.scheduler import NOT_FINITE, ActiveSequence, Scheduler, StepPlan
+from lorauter.engine.scheduler import ActiveSequence, Scheduler
 from lorauter.engine.slots import AdapterSlots, PackedAdapter, default_budget
 from lorauter.engine.text import TextCodec
 from lorauter.errors import InvalidRequest, LorauterError
@@ -33,6 +34,8 @@ from lorauter.errors import InvalidRequest, LorauterError
 P = ParamSpec("P")
 _CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
 _TELL_S = 0.5  # between two reports with counters, while steps go on
+_PATIENCE_S = 0.002  # for which a step waits that could begin, for what may come in an answer: once for each token
+_POLL_S = 0.0001
 
 
 class EngineCore:
@@ -74,7 +77,8 @@ class EngineCore:
         self._sequences: dict[int, ActiveSequence] = {}
         self._came: dict[int, float] = {}  # when those came that do not run yet
         self._waited: dict[int, float] = {}  # how long those waited that have no token yet
-        self._flights: deque[tuple[StepPlan, Flight, float]] = deque()  # when each was launched
+        # What is on its way and when it was launched: steps with their plans, and choices.
+        self._flights: deque[tuple[StepPlan | None, Flight, float]] = deque()
         self._taken = 0.0  # when the last one's tokens were taken
         self._inbox: deque[Begin | Drop | Lockstep | tuple[Begin, Held | Exception]] = deque()
         self._wake = threading.Condition()
@@ -153,11 +157,12 @@ class EngineCore:
                 try:
                     if self._turn():
                         self._failures = 0
+                        self._turns += 1
                 except Exception as error:  # noqa: BLE001 (one bad step must not end the service)
                     self._failures += 1
                     self._flights.clear()
                     self._end([(sequence, error) for sequence in self.scheduler.abandon()])
-                self._turns += 1
+                    self._turns += 1
                 self._tell()
         finally:  # also when the device is beyond use: nobody may be left waiting
             with self._wake:
@@ -177,6 +182,7 @@ class EngineCore:
             self._wake.wait_for(lambda: self._closed or (self._awaited <= 0 and (self._inbox or self._busy())))
             orders, self._inbox = self._inbox, deque()
             closed = self._closed
+        self._turns += bool(orders)
         for order in orders:
             if isinstance(order, tuple):
                 begin, held = order
@@ -223,21 +229,20 @@ class EngineCore:
         self.scheduler.waiting.append(sequence)
 
     def _turn(self) -> bool:
-        """Launch the next step if there is one, and take the tokens of the one before it, or of this one, if it is time
-        to. Returns whether it has."""
+        """Choose what can be chosen, launch the next step if there is one, and take the tokens of all that came before
+        it, or of this one too, if it is time to. Returns whether any were taken."""
         self.slots.begin_step()
-        before = len(self._flights)
+        landed = self._choose() if self._held else False
         plan = self.scheduler.plan()
         if self._came:
             self._note_begun()
         if plan is not None:
-            held = [one for one in self.scheduler.planned() if one.id in self._held] if self._held else []
-            flight = self._runner.launch(plan, partial(self._masks, held) if held else None)
-            self._flights.append((plan, flight, time.perf_counter()))
-        if not self._flights or (plan is not None and len(self._flights) <= self._runner.overlaps):
-            return len(self._flights) <= before and before > 0
-        self._land()
-        return True
+            self._flights.append((plan, self._runner.launch(plan), time.perf_counter()))
+        ahead = int(self._runner.overlaps and plan is not None)
+        while len(self._flights) > ahead:
+            self._land()
+            landed = True
+        return landed
 
     def _note_begun(self) -> None:
         """Note how long those have waited that run now."""
@@ -246,34 +251,53 @@ class EngineCore:
             if (came := self._came.pop(sequence.id, None)) is not None:
                 self._waited[sequence.id] = now - came
 
-    def _masks(self, sequences: Sequence[ActiveSequence]) -> dict[int, Tensor]:
-        """By row, what may come next in answers that are held to grammars. Steps on their way land first, as it follows
-        from their tokens; the device is busy with the step that is to choose it meanwhile."""
-        rows = {sequence.id: sequence.row for sequence in sequences}
-        while self._flights:
-            self._land()
-        masks = {}
-        for sequence in sequences:
-            row, held = rows[sequence.id], self._held.get(sequence.id)
-            if row is None or held is None:  # it has ended
-                continue
+    def _choose(self) -> bool:
+        """Choose the tokens of answers that are held to grammars, where it is known what may come. Returns whether the
+        tokens were taken."""
+        undecided = self.scheduler.undecided
+        self._await_masks([self._held[sequence.id] for sequence in undecided])
+        chosen, masks = [], []
+        for sequence in undecided:
+            held = self._held[sequence.id]
             try:
-                masks[row] = held.mask()
+                if held.masks.done():
+                    masks.append(held.mask())
+                    chosen.append(sequence)
             except LorauterError as error:
                 self.scheduler.drop(sequence)
                 self._end([(sequence, error)])
-        return masks
+        if not chosen:
+            return False
+        flight = self._runner.choose(self.scheduler.choose(chosen), masks)
+        self._flights.append((None, flight, time.perf_counter()))
+        if self._runner.overlaps:
+            return False
+        self._land()  # what may come after it is looked for while the next step is computed
+        return True
+
+    def _await_masks(self, held: Sequence[Held]) -> None:
+        """Wait until it is known what may come in these answers, but no longer than the device is busy, or a moment
+        for what is new. In lockstep what runs together must not depend on it."""
+        waited = bool(self._flights)  # else there may be nothing to do but to wait
+        while late := [one for one in held if not one.masks.done()]:
+            busy = bool(self._flights) and not self._flights[-1][1].computed
+            fresh = time.perf_counter() - max(one.since for one in late) < _PATIENCE_S
+            if waited and not (busy or fresh or self._lockstep):
+                return
+            wait([one.masks for one in late], timeout=_POLL_S)
+            waited = True
 
     def _land(self) -> None:
-        """Take the tokens of the oldest step on its way."""
+        """Take the tokens of the oldest step or choice on its way."""
         done, flight, launched = self._flights.popleft()
         tokens = flight.wait()
         self._take_scores(flight)
         events = self.scheduler.take(tokens)
         now = time.perf_counter()
-        prompt_tokens = sum(piece.count for piece in done.prompts)
         report = self._report
-        report.step = len(done.decoding), prompt_tokens, now - max(launched, self._taken)
+        if done is not None:
+            prompt_tokens = sum(piece.count for piece in done.prompts)
+            report.step = len(done.decoding), prompt_tokens, now - max(launched, self._taken)
         self._taken = now
         ranked = flight.ranks.of_tokens() if flight.ranks is not None else {}
         held = []

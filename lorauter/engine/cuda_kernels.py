@@ -254,14 +254,20 @@ def write_pairs(flat: Tensor, where: Tensor, values: Tensor) -> None:
     _write_kernel[(triton.cdiv(n, 128),)](flat, where, values, n, 128, num_warps=1)
 
 
-@triton.jit
-def _peaks_kernel(logits, tops, places, vocabulary, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["words"])
+def _peaks_kernel(logits, held, tops, places, vocabulary, words, HELD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    source = row
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
-    value = tl.load(logits + row * vocabulary + columns, mask=inside, other=0.0).to(tl.float32)
+    allowed = inside
+    if HELD:
+        source = tl.load(held + row * words).to(tl.int64)
+        word = tl.load(held + row * words + 1 + columns // 32, mask=inside, other=0)
+        allowed = inside & (((word >> (columns % 32)) & 1) != 0)
+    value = tl.load(logits + source * vocabulary + columns, mask=inside, other=0.0).to(tl.float32)
     finite = tl.min((tl.abs(value) < float("inf")).to(tl.int32))
-    value = tl.where(inside, value, float("-inf"))
+    value = tl.where(allowed, value, float("-inf"))
     top = tl.max(value)
     place = tl.min(tl.where(value == top, columns, vocabulary))
     piece = row * tl.num_programs(1) + tl.program_id(1)
@@ -269,15 +275,15 @@ def _peaks_kernel(logits, tops, places, vocabulary, BLOCK: tl.constexpr):
     tl.store(places + piece, tl.where(finite == 1, place, -1))
 
 
-@triton.jit
-def _greedy_kernel(tops, places, rows, last, chosen, pieces, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["stride"])
+def _greedy_kernel(tops, places, rows, stride, last, chosen, pieces, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     top = tl.load(tops + row * pieces + at, mask=at < pieces, other=float("-inf"))
     place = tl.load(places + row * pieces + at, mask=at < pieces, other=2147483647)
     token = tl.min(tl.where((top == tl.max(top)) | (place < 0), place, 2147483647))
     tl.store(chosen + row, token)
-    tl.store(last + tl.load(rows + row), tl.maximum(token, 0))
+    tl.store(last + tl.load(rows + row * stride), tl.maximum(token, 0))
 
 
 def greedy(logits: Tensor, rows: Tensor, last: Tensor) -> Tensor:
@@ -291,12 +297,53 @@ def greedy(logits: Tensor, rows: Tensor, last: Tensor) -> Tensor:
     Returns:
         (m,) int32.
     """
-    m, vocabulary = logits.shape
+    return _greedy(logits, rows, last, None)
+
+
+def greedy_held(logits: Tensor, held: Tensor, last: Tensor) -> Tensor:
+    """The same of rows that may not have every token.
+
+    Args:
+        logits: (rows, vocabulary), contiguous.
+        held: (m, 1 + words) int32, contiguous: whose row of logits, and 32 tokens that may come in each number, the
+            first its least bit.
+        last: as for `greedy`.
+    """
+    return _greedy(logits, held, last, held)
+
+
+def _greedy(logits: Tensor, rows: Tensor, last: Tensor, held: Tensor | None) -> Tensor:
+    m, vocabulary = len(rows), logits.shape[1]
     block = min(4096, triton.next_power_of_2(vocabulary))
     pieces = triton.cdiv(vocabulary, block)
     tops = logits.new_empty(m, pieces, dtype=torch.float32)
     places = logits.new_empty(m, pieces, dtype=torch.int32)
     chosen = logits.new_empty(m, dtype=torch.int32)
-    _peaks_kernel[(m, pieces)](logits, tops, places, vocabulary, block, num_warps=4)
-    _greedy_kernel[(m,)](tops, places, rows, last, chosen, pieces, triton.next_power_of_2(pieces), num_warps=1)
+    words = 0 if held is None else held.shape[1]
+    _peaks_kernel[(m, pieces)](
+        logits, rows if held is None else held, tops, places, vocabulary, words, held is not None, block, num_warps=4
+    )
+    _greedy_kernel[(m,)](
+        tops, places, rows, rows.stride(0), last, chosen, pieces, triton.next_power_of_2(pieces), num_warps=1
+    )
     return chosen
+
+
+@triton.jit
+def _keep_kernel(source, to, pairs, vocabulary, BLOCK: tl.constexpr):
+    pair = pairs + 2 * tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source + tl.load(pair).to(tl.int64) * vocabulary + columns, mask=columns < vocabulary)
+    tl.store(to + tl.load(pair + 1).to(tl.int64) * vocabulary + columns, value, mask=columns < vocabulary)
+
+
+def keep_rows(source: Tensor, to: Tensor, pairs: Tensor) -> None:
+    """`to[b] = source[a]` for each (a, b) of pairs.
+
+    Args:
+        source, to: (any, vocabulary), contiguous, of one dtype.
+        pairs: (n, 2) int32, no b twice.
+    """
+    vocabulary = source.shape[1]
+    block = min(4096, triton.next_power_of_2(vocabulary))
+    _keep_kernel[(len(pairs), triton.cdiv(vocabulary, block))](source, to, pairs, vocabulary, block, num_warps=4)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorauter.engine import cuda_kernels as kernels
 from lorauter.engine.mixtures import Mixtures, RowMixture
+from lorauter.engine.plan import AdapterKey
 from lorauter.engine.sampling import to_device
-from lorauter.engine.scheduler import AdapterKey
 from lorauter.engine.slots import MOST_TILES, SLOTS, TILE, Group, Placed
 
 

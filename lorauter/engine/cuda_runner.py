@@ -4,14 +4,15 @@ There is a graph for each size of batch, for steps that only decode and for thos
 the adapters in it change: nothing, attention alone, or any layer. All are captured before the first request, and none
 is ever lost: what they read (tokens, tables, mixtures) lies in fixed places, where each step writes what has changed. A
 row's last token stays on the device, so that a step can be launched before the host has seen the tokens of the one
-before. Knows nothing of requests.
+before. The tokens of rows that are held to grammars are chosen between two steps, by logits that the first of them has
+left. Knows nothing of requests.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +26,9 @@ from lorauter.engine.cuda_mixtures import CudaMixtures
 from lorauter.engine.cuda_step import CudaStep, query_blocks
 from lorauter.engine.logprobs import StepRanks
 from lorauter.engine.model import Decoder
-from lorauter.engine.runner import Flight, Masks, Runner
+from lorauter.engine.plan import Choice, StepPlan
+from lorauter.engine.runner import Flight, Runner
 from lorauter.engine.sampling import to_device
-from lorauter.engine.scheduler import StepPlan
 from lorauter.engine.slots import AdapterSlots
 from lorauter.engine.step import Span, StepBatch
 
@@ -38,7 +39,7 @@ _SLOWER = 2.0  # times as long as a step without prompts may one with prompts ta
 _GRAPHS_BYTES = 3 << 29  # for graphs and libraries, beside what a step takes
 _SHARE = 0.95  # of what is free then
 _KINDS = 3  # of graphs of each size
-_SAMPLING_BYTES = 33  # for each row and token of the vocabulary: tables of penalties, and what is sorted
+_SAMPLING_BYTES = 37  # for each row and token of the vocabulary: penalties, what is sorted, logits that are kept
 
 
 def decode_sizes(max_batch: int) -> list[int]:
@@ -76,18 +77,26 @@ class _Graph:
 
 
 class CudaFlight:
-    """A step on its way: `tokens` (n,) is on the host once `done` has happened."""
+    """A step or choice on its way: `tokens` is on the host once `done` has happened, those at `places` its result."""
 
-    def __init__(self, tokens: Tensor, ranks: StepRanks | None, done: torch.cuda.Event) -> None:
+    def __init__(
+        self, tokens: Tensor, ranks: StepRanks | None, done: torch.cuda.Event, places: Sequence[int] | None = None
+    ) -> None:
         self._tokens = tokens
         self.ranks = ranks
-        self._done = done
+        self.done = done
+        self._places = places
+
+    @property
+    def computed(self) -> bool:
+        """See `Flight.computed`."""
+        return bool(self.done.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> list[int]:
         """See `Flight.wait`."""
-        self._done.synchronize()
+        self.done.synchronize()
         result: list[int] = self._tokens.tolist()
-        return result
+        return result if self._places is None else [result[place] for place in self._places]
 
 
 class CopyStream:
@@ -159,6 +168,8 @@ class CudaRunner(Runner):
         self._graphs: dict[tuple[_Size, frozenset[str]], _Graph] = {}
         self._pool: Any = None
         self._capture_all(sizes)
+        kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
+        self.choose([Choice(0, 0)], [torch.full((-(-decoder.vocabulary // 32),), -1, dtype=torch.int32)])  # compiles
         if measure:
             self._measure()
 
@@ -227,7 +238,7 @@ class CudaRunner(Runner):
         return min(self._most, max(self._beside, decoding + _LEAST_STEP_TOKENS)) if decoding else self._most
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Flight:
+    def launch(self, plan: StepPlan) -> Flight:
         """See `Runner.launch`."""
         stream = torch.cuda.current_stream()
         for start in plan.starts:
@@ -236,16 +247,52 @@ class CudaRunner(Runner):
                     stream.wait_event(placed.copied)
         self._begin(plan)
         logits, chosen = self._compute(plan) if self._ranker.asked and plan.scored else self._replay(plan)
-        if special := self._sampler.sampled([piece.row for piece in plan.sampled]):
-            chosen = self._sample(logits, chosen, special, plan, masks() if masks is not None else None)
-        ranks = self._ranker.of_step(plan, logits, chosen)
+        sampled = list(plan.sampled)
+        if held := [number for place, piece in enumerate(sampled) if piece.held for number in (place, piece.row)]:
+            pairs = to_device(torch.tensor(held, dtype=torch.int32), logits.device)
+            kernels.keep_rows(logits, self._kept, pairs.view(-1, 2))
+        rows = [piece.row for piece in sampled]
+        if special := [place for place in self._sampler.sampled(rows) if not sampled[place].held]:
+            where = to_device(torch.tensor(special), chosen.device)
+            chosen = chosen.clone()
+            chosen[where] = self._sample(
+                logits[where],
+                [rows[place] for place in special],
+                [sampled[place].start + sampled[place].count for place in special],
+            )
+        places = [place for place, piece in enumerate(sampled) if not piece.held] if held else None
+        flight = self._flight(chosen, self._ranker.of_step(plan, logits, chosen), places)
+        self._copies.launched = flight.done
+        return flight
+
+    @torch.inference_mode()
+    def choose(self, choices: Sequence[Choice], masks: Sequence[Tensor]) -> Flight:
+        """See `Runner.choose`; returns at once."""
+        rows = [choice.row for choice in choices]
+        host = torch.empty(len(rows), 1 + len(masks[0]), dtype=torch.int32, pin_memory=True)
+        host[:, 0] = torch.tensor(rows)
+        torch.stack(list(masks), out=host[:, 1:])
+        held = host.to(self._kept.device, non_blocking=True)
+        chosen = kernels.greedy_held(self._kept, held, self._last_tokens)
+        if special := self._sampler.sampled(rows):
+            where = to_device(torch.tensor(special), chosen.device)
+            chosen[where] = self._sample(
+                self._kept[held[where, 0].long()],
+                [rows[place] for place in special],
+                [choices[place].position for place in special],
+                held[where, 1:],
+            )
+        ranks = self._ranker.of_choice(rows, self._kept[held[:, 0].long()], chosen) if self._ranker.asked else None
+        return self._flight(chosen, ranks)
+
+    def _flight(self, chosen: Tensor, ranks: StepRanks | None, places: Sequence[int] | None = None) -> CudaFlight:
+        """What has been launched so far, on its way to the host."""
         if ranks is not None:
             ranks = replace(ranks, table=_to_host(ranks.table))
         host = _to_host(chosen)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._copies.launched = done
-        return CudaFlight(host, ranks, done)
+        return CudaFlight(host, ranks, done, places)
 
     def _compute(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """A step without a graph, which none has for the logits of whole prompts: logits and likeliest tokens."""
@@ -285,23 +332,12 @@ class CudaRunner(Runner):
         return graph.logits, graph.chosen[: len(outputs)]
 
     def _sample(
-        self,
-        logits: Tensor,
-        chosen: Tensor,
-        special: Sequence[int],
-        plan: StepPlan,
-        masks: Mapping[int, Tensor] | None,
+        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Tensor | None = None
     ) -> Tensor:
-        """The step's tokens with those of rows that do not take the likeliest, which are their last tokens now too."""
-        sampled = list(plan.sampled)
-        rows = [sampled[place].row for place in special]
-        positions = [sampled[place].start + sampled[place].count for place in special]
-        where = to_device(torch.tensor(special), chosen.device)
-        tokens = self._sampler.choose(logits[where], rows, positions, masks)
-        chosen = chosen.clone()
-        chosen[where] = tokens
-        self._last_tokens[to_device(torch.tensor(rows), chosen.device)] = tokens.clamp_min(0)
-        return chosen
+        """The tokens of rows that do not take the likeliest, which are their last tokens now too."""
+        tokens = self._sampler.choose(logits, rows, positions, masks)
+        self._last_tokens[to_device(torch.tensor(rows), tokens.device)] = tokens.clamp_min(0)
+        return tokens
 
     def _write(
         self,

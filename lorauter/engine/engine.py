@@ -29,7 +29,8 @@ from lorauter.engine.front import Front, LoopSink, Sink
 from lorauter.engine.messages import Adapter, Begin, Counters, Drop, Facts, Handled, Lockstep, Order, Report
 from lorauter.engine.model import Decoder
 from lorauter.engine.pace import Pace
-from lorauter.engine.scheduler import AdapterKey, Scheduler
+from lorauter.engine.plan import AdapterKey
+from lorauter.engine.scheduler import Scheduler
 from lorauter.engine.slots import AdapterSlots, PackedAdapter
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Completion, GenerationRequest

@@ -6,7 +6,9 @@ Knows tokens and grammars; knows nothing of models, steps or devices.
 from __future__ import annotations
 
 import json
+import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,22 +30,30 @@ _LONGEST = 1 << 20  # characters of one
 # A space, or a new line and its indentation: where more may follow, some models make nothing else.
 _WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
 _TRIED = 256  # parts of a schema that are looked at for what is wrong
-_THREADS = 4
+_BATCHES = 4  # whose masks are found at once: what takes long keeps nobody else waiting
+_MOST_THREADS = 8
 # Of what a single step may take: about 15 ms.
 _LIMITS = LLParserLimits(step_lexer_fuel=200_000, step_max_items=50_000)
 
 
 class Held:
-    """An answer that is held to a grammar: what it has so far, and what may come next."""
+    """An answer that is held to a grammar: what it has so far, and what may come next.
 
-    def __init__(self, matcher: LLMatcher, masks: Future[Tensor] | None = None, place: int = 0) -> None:
+    Attributes:
+        matcher: what it has.
+        masks: done once it is known what may come.
+        since: since when that is looked for, in seconds of `time.perf_counter`.
+    """
+
+    def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
-        self._masks = masks
-        self._place = place
+        self.masks: Future[Tensor] = Future()
+        self.since = 0.0
+        self._place = 0
 
     def expect(self, masks: Future[Tensor], place: int) -> None:
         """What may come next will be found at this place."""
-        self._masks, self._place = masks, place
+        self.masks, self._place, self.since = masks, place, time.perf_counter()
 
     def mask(self) -> Tensor:
         """The tokens that may come next, 32 in each number, (n,) int32; waits until they are known.
@@ -51,8 +61,7 @@ class Held:
         Raises:
             InvalidRequest: the grammar has become too complex.
         """
-        assert self._masks is not None
-        mask = self._masks.result()[self._place]
+        mask = self.masks.result()[self._place]
         if self.matcher.is_error():
             raise InvalidRequest(f"the answer cannot be held to its grammar: {_short(self.matcher.get_error())}")
         return mask
@@ -78,7 +87,7 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[tuple[Grammar | None, ToolUse | None], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, "masks")
+        self._threads = ThreadPoolExecutor(_BATCHES, "masks")
         self._executor: LLExecutor | None = None
 
     def begin(self, grammar: Grammar | None, tokens: Sequence[int] = (), calls: ToolUse | None = None) -> Held:
@@ -104,24 +113,27 @@ class Grammars:
 
     def close(self) -> None:
         """Find nothing more."""
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     def _find(self, held: Sequence[Held], tokens: Sequence[int] = ()) -> None:
-        masks = self._thread.submit(self._masks, [one.matcher for one in held], tokens)
+        masks = self._threads.submit(self._masks, [one.matcher for one in held], tokens)
         for place, one in enumerate(held):
             one.expect(masks, place)
 
     def _masks(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> Tensor:
         import torch  # whoever only checks a grammar needs none
 
-        for matcher, token in zip(matchers, tokens, strict=False):
-            matcher.consume_token(token)
-        self._executor = self._executor or LLExecutor(_THREADS)
+        with self._lock:
+            if self._executor is None:
+                self._executor = LLExecutor(max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2)))
+            executor = self._executor
+        if tokens:
+            executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
         words = -(-self._llguidance.vocab_size // 32)
         masks = torch.zeros(len(matchers), words, dtype=torch.int32)
         wanted = [(one, place) for place, one in enumerate(matchers) if not one.is_error()]
         if wanted:
-            self._executor.unsafe_compute_mask_ptr(wanted, masks.data_ptr(), 4 * words, len(matchers))
+            executor.unsafe_compute_mask_ptr(wanted, masks.data_ptr(), 4 * words, len(matchers))
         return masks
 
     @property

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lorauter.engine.plan import StepPlan
 from lorauter.engine.sampling import to_device
-from lorauter.engine.scheduler import StepPlan
 from lorauter.engine.types import SamplingParams
 
 
@@ -54,7 +54,7 @@ class StepRanks:
     Attributes:
         table: (n, 3 + 2 * k) int32 on the host: each token, its rank, its logarithm (the bits of a float32), and the
             likeliest's ids and logarithms; first those of single tokens, then those of prompts.
-        sampled: place among the step's tokens of each single one, and how many likeliest it has.
+        sampled: place among the step's or choice's tokens of each single one, and how many likeliest it has.
         scored: how many tokens of each prompt piece, and how many likeliest.
     """
 
@@ -118,22 +118,34 @@ class Ranker:
         """
         if not self._asking:
             return None
-        sampled = [
-            (place, most)
-            for place, piece in enumerate(plan.sampled)
-            if (most := self._sampling[piece.row].logprobs) is not None
-        ]
+        now = [(place, piece.row) for place, piece in enumerate(plan.sampled) if not piece.held]
+        sampled = self._asked([row for _, row in now])
         scored = [(len(piece.targets), self._sampling[piece.row].prompt_logprobs or 0) for piece in plan.scored]
         if not sampled and not scored:
             return None
         places, targets = (
             to_device(torch.tensor(values, dtype=torch.long), logits.device)
-            for values in ([place for place, _ in sampled], [token for piece in plan.scored for token in piece.targets])
+            for values in (
+                [now[place][0] for place, _ in sampled],
+                [token for piece in plan.scored for token in piece.targets],
+            )
         )
         first = len(chosen)
         own = torch.cat((chosen[places].long(), targets))
         rows = torch.cat((logits[places], logits[first : first + len(targets)]))
         return StepRanks(ranked(rows, own, max(most for _, most in [*sampled, *scored])), sampled, scored)
+
+    def of_choice(self, rows: Sequence[int], logits: Tensor, chosen: Tensor) -> StepRanks | None:
+        """The same of tokens (n,) that were chosen beside a step, by logits (n, vocabulary), for these rows."""
+        sampled = self._asked(rows) if self._asking else []
+        if not sampled:
+            return None
+        places = to_device(torch.tensor([place for place, _ in sampled], dtype=torch.long), logits.device)
+        return StepRanks(ranked(logits[places], chosen[places].long(), max(most for _, most in sampled)), sampled)
+
+    def _asked(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Which of these rows ask, by their place, and for how many likeliest."""
+        return [(place, most) for place, row in enumerate(rows) if (most := self._sampling[row].logprobs) is not None]
 
 
 def ranked(logits: Tensor, tokens: Tensor, most: int) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Protocol
 from lorauter.adapters.counters import TierCounters
 from lorauter.adapters.weights import ModelShape
 from lorauter.engine.logprobs import Ranked
-from lorauter.engine.scheduler import AdapterKey
+from lorauter.engine.plan import AdapterKey
 from lorauter.engine.types import FinishReason, SamplingParams
 
 REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")

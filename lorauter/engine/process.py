@@ -31,7 +31,7 @@ from lorauter.engine.config import EngineConfig
 from lorauter.engine.engine import Engine, Told
 from lorauter.engine.messages import Begin, Counters, Facts, Order, Report
 from lorauter.engine.model import Decoder
-from lorauter.engine.scheduler import AdapterKey
+from lorauter.engine.plan import AdapterKey
 from lorauter.engine.text import TextCodec
 from lorauter.errors import AdapterUnavailable, LorauterError, ServiceUnavailable
 

@@ -6,7 +6,7 @@ and is a step ahead of whoever takes the tokens. Knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,19 +17,17 @@ from lorauter.engine.cpu_step import CpuStep
 from lorauter.engine.logprobs import Ranker, StepRanks
 from lorauter.engine.mixtures import Mixtures
 from lorauter.engine.model import Decoder
+from lorauter.engine.plan import NOT_FINITE, Choice, Piece, StepPlan
 from lorauter.engine.sampling import Sampler, to_device
-from lorauter.engine.scheduler import NOT_FINITE, Piece, StepPlan
 from lorauter.engine.slots import AdapterSlots
 from lorauter.engine.step import Span, StepBatch, StepClass
 from lorauter.engine.torch_step import TorchStep
 
 _STEP_TOKENS = 512
 
-Masks = Callable[[], Mapping[int, Tensor]]
-
 
 class Flight(Protocol):
-    """A step on its way.
+    """A step or choice on its way.
 
     Attributes:
         ranks: what it tells of probabilities, once it has been waited for; None if nobody asks.
@@ -37,12 +35,18 @@ class Flight(Protocol):
 
     ranks: StepRanks | None
 
+    @property
+    def computed(self) -> bool:
+        """Whether `wait` would return at once."""
+
     def wait(self) -> list[int]:
-        """Its tokens, or NOT_FINITE, in the order of `StepPlan.sampled`."""
+        """Its tokens, or NOT_FINITE: a step's as `StepPlan.sampled` says, a choice's in its order."""
 
 
 class Landed:
-    """A step whose tokens are there."""
+    """A step or choice whose tokens are there."""
+
+    computed = True
 
     def __init__(self, tokens: Sequence[int], ranks: StepRanks | None = None) -> None:
         self._tokens = list(tokens)
@@ -97,7 +101,9 @@ class Runner:
         self._sampler = Sampler(rows + 1, decoder.vocabulary, decoder.device)
         self._ranker = Ranker(rows + 1)
         self._step_tokens = step_tokens or _STEP_TOKENS
-        self._last: list[int] = [0] * (rows + 1)  # the token that each row's last step has chosen
+        self._last: list[int] = [0] * (rows + 1)  # each row's last token
+        # What the next tokens of rows are chosen by that are held to grammars.
+        self._kept = torch.zeros(rows, decoder.vocabulary, dtype=decoder.dtype, device=decoder.device)
 
     def _new_mixtures(self, rows: int) -> Mixtures:
         decoder, slots = self.decoder, self._slots
@@ -107,25 +113,39 @@ class Runner:
             return CudaMixtures(slots.groups, decoder.shape.layers, slots.arena, rows + 1)
         return Mixtures(slots.groups, decoder.shape.layers, slots.arena, rows + 1)
 
-    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Flight:
-        """Begin a step.
-
-        Args:
-            masks: called once the step's forward pass has begun: tells, by row, the only tokens that may come.
-        """
+    def launch(self, plan: StepPlan) -> Flight:
+        """Begin a step. What follows on pieces that are held is left to `choose`."""
         logits = self.logits(plan)
         sampled = list(plan.sampled)
         rows = [piece.row for piece in sampled]
+        positions = [piece.start + piece.count for piece in sampled]
+        now = [place for place, piece in enumerate(sampled) if not piece.held]
+        if len(now) < len(sampled):
+            held = [place for place, piece in enumerate(sampled) if piece.held]
+            self._kept[[rows[place] for place in held]] = logits[held]
         tokens = greedy(logits[: len(rows)])
-        if chosen := self._sampler.sampled(rows):
-            positions = [sampled[place].start + sampled[place].count for place in chosen]
-            tokens[chosen] = self._sampler.choose(
-                logits[chosen], [rows[place] for place in chosen], positions, masks() if masks is not None else None
+        if special := [place for place in self._sampler.sampled(rows) if not sampled[place].held]:
+            tokens[special] = self._sampler.choose(
+                logits[special], [rows[place] for place in special], [positions[place] for place in special]
             )
+        chosen = tokens.tolist()
+        for place in now:
+            self._last[rows[place]] = chosen[place]
+        return Landed([chosen[place] for place in now], self._ranker.of_step(plan, logits, tokens))
+
+    def choose(self, choices: Sequence[Choice], masks: Sequence[Tensor]) -> Flight:
+        """Choose tokens that steps have left open.
+
+        Args:
+            masks: of each, the only tokens that may come, on the host, as `lorauter.engine.grammars` has them.
+        """
+        rows = [choice.row for choice in choices]
+        logits = self._kept[rows]
+        tokens = self._sampler.choose(logits, rows, [choice.position for choice in choices], torch.stack(list(masks)))
         result: list[int] = tokens.tolist()
         for row, token in zip(rows, result, strict=True):
             self._last[row] = token
-        return Landed(result, self._ranker.of_step(plan, logits, tokens))
+        return Landed(result, self._ranker.of_choice(rows, logits, tokens))
 
     def logits(self, plan: StepPlan, outputs: Sequence[int] | None = None) -> Tensor:
         """Compute a step, and return (m, vocabulary) logits: of the pieces that sample and then of those that have

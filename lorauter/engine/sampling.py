@@ -5,12 +5,12 @@ Knows nothing of where the logits came from. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lorauter.engine.scheduler import NOT_FINITE, RowStart
+from lorauter.engine.plan import NOT_FINITE, RowStart
 from lorauter.engine.types import SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -56,7 +56,7 @@ class Sampler:
     def start(self, start: RowStart) -> None:
         """A row begins to be used."""
         sampling = start.sampling
-        self._starts[start.row] = None if sampling.greedy else start
+        self._starts[start.row] = start
         self._forbidden.pop(start.row, None)
         if sampling.forbids:
             self._forbidden[start.row] = _Forbidden(start, self._vocabulary, self._device)
@@ -77,19 +77,23 @@ class Sampler:
                 self._bias[start.row, self._ids(tokens)] = to_device(torch.tensor(biases).float(), self._device)
 
     def sampled(self, rows: Sequence[int]) -> list[int]:
-        """Which of these rows, by their place, do not take the model's likeliest token."""
-        return [place for place, row in enumerate(rows) if self._starts[row] is not None]
+        """Which of these rows, by their place, do not take the likeliest token."""
+        return [
+            place
+            for place, row in enumerate(rows)
+            if (start := self._starts[row]) is not None and not start.sampling.greedy
+        ]
 
     def choose(
-        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Mapping[int, Tensor] | None = None
+        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Tensor | None = None
     ) -> Tensor:
         """A token for each of these rows, or NOT_FINITE.
 
         Args:
             logits: (n, vocabulary).
-            rows: n rows that are `sampled`.
+            rows: n rows.
             positions: n of them, where in their sequences the tokens will be.
-            masks: by row, the only tokens that may come, on the host, as `lorauter.engine.grammars` has them.
+            masks: (n, words) int32, the only tokens that may come, as `lorauter.engine.grammars` has them.
 
         Returns:
             (n,) int32.
@@ -103,15 +107,8 @@ class Sampler:
         if changed:
             where = self._ids(changed)
             logits[where] = self._change(logits[where], own, [starts[place].sampling for place in changed])
-        held = [place for place, row in enumerate(rows) if masks and row in masks]
-        if masks and held:
-            packed = to_device(torch.stack([masks[rows[place]] for place in held]), self._device)
-            others = _forbidden(packed)[:, : self._vocabulary]
-            if len(held) == len(rows):
-                logits.masked_fill_(others, -torch.inf)
-            else:
-                where = self._ids(held)
-                logits[where] = logits[where].masked_fill_(others, -torch.inf)
+        if masks is not None:
+            logits.masked_fill_(_forbidden(masks)[:, : self._vocabulary], -torch.inf)
         forbidden = [(place, self._forbidden[row]) for place, row in enumerate(rows) if row in self._forbidden]
         for place, tokens_of in forbidden:
             tokens_of.forbid(logits[place], positions[place] - starts[place].prompt)

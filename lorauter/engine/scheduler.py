@@ -3,102 +3,23 @@
 There are no phases: a running sequence has positions whose keys and values are computed, and tokens to come after
 them; each step gives every sequence that decodes its one token, and pieces of prompts what is left of the budget.
 Steps may be planned ahead: a step's tokens need not be known when the next is planned, and a sequence that turns out to
-have ended is dropped then. Knows nothing of text, models or devices.
+have ended is dropped then. An answer that is held to a grammar is in no step between the one that computes its next
+token's chances and the choice of that token, which follows when it is known what may come. Knows nothing of text,
+models or devices.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from lorauter.engine.blocks import BLOCK, BlockPool, Parent, blocks_of
+from lorauter.engine.plan import NOT_FINITE, AdapterKey, Choice, Mixture, Piece, RowStart, StepPlan
 from lorauter.engine.types import FinishReason, SamplingParams
 
-AdapterKey = tuple[str, str]
-"""Name and version."""
-Mixture = tuple[tuple[AdapterKey, float], ...]
-
-NOT_FINITE = -1
-"""In place of a token, where the model's output is not finite."""
 _MOST_TARGETS = 256  # of a step: each takes a row of logits
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What a step processes of one row.
-
-    Attributes:
-        row: which.
-        start: the position of its first token.
-        tokens: its tokens; empty for the one that the row's last step has chosen, which only the device may know yet.
-        samples: whether the token after it is wanted.
-        targets: the tokens that follow its first ones, where their probabilities are wanted.
-    """
-
-    row: int
-    start: int
-    tokens: Sequence[int]
-    samples: bool
-    targets: Sequence[int] = ()
-
-    @property
-    def count(self) -> int:
-        """How many tokens."""
-        return len(self.tokens) or 1
-
-
-@dataclass(frozen=True, slots=True)
-class RowStart:
-    """A row begins to be used.
-
-    Attributes:
-        row: which.
-        mixture: of its adapters, all of them resident.
-        sampling: how its tokens are chosen.
-        seed: of its own random numbers.
-        prompt: how many of `tokens` the answer does not count.
-        tokens: those that are known.
-        ends: tokens that end the answer.
-    """
-
-    row: int
-    mixture: Mixture
-    sampling: SamplingParams
-    seed: int
-    prompt: int
-    tokens: Sequence[int]
-    ends: Collection[int] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step.
-
-    Attributes:
-        left: rows that nobody has any more; after a step that failed, all of them.
-        starts: rows whose mixture and sampling are new; before anything else but `left`.
-        blocks: (row, place, block): the block of a row's positions from `place * BLOCK` on.
-        decoding: pieces of one token.
-        prompts: longer ones.
-    """
-
-    left: Sequence[int]
-    starts: Sequence[RowStart]
-    blocks: Sequence[tuple[int, int, int]]
-    decoding: Sequence[Piece]
-    prompts: Sequence[Piece]
-
-    @property
-    def sampled(self) -> Iterator[Piece]:
-        """The pieces that a token is wanted of, in the order of a step's results."""
-        return (piece for pieces in (self.decoding, self.prompts) for piece in pieces if piece.samples)
-
-    @property
-    def scored(self) -> list[Piece]:
-        """The pieces that have targets."""
-        return [piece for pieces in (self.decoding, self.prompts) for piece in pieces if piece.targets]
 
 
 @dataclass(eq=False)
@@ -117,6 +38,7 @@ class ActiveSequence:
         ended: whether its last token is known, or nobody waits for it any more.
         id: what others know it by.
         told: positions of the prompt whose next tokens' probabilities are known.
+        undecided: whether its next token's chances are computed, or on their way, and its choice is not planned yet.
     """
 
     tokens: list[int]
@@ -132,10 +54,11 @@ class ActiveSequence:
     ended: bool = False
     id: int = 0
     told: int = 0
+    undecided: bool = False
     row: int | None = None
     begun: bool = False
     computed: int = 0
-    coming: int = 0  # tokens that steps on their way choose
+    coming: int = 0  # tokens that steps and choices on their way bring
     blocks: list[int] = field(default_factory=list)
     published: int = 0  # blocks that may be found by others
     parent: Parent = None
@@ -223,6 +146,23 @@ class Scheduler:
 
     # --- planning
 
+    @property
+    def undecided(self) -> list[ActiveSequence]:
+        """Running sequences that wait for `choose`."""
+        return [sequence for sequence in self.running if sequence.undecided]
+
+    def choose(self, sequences: Sequence[ActiveSequence]) -> list[Choice]:
+        """Have the next tokens of these, which are undecided, chosen after the steps that are planned so far: `take`
+        brings them in its turn, as a step's."""
+        choices = []
+        for sequence in sequences:
+            assert sequence.row is not None
+            sequence.undecided = False
+            sequence.coming += 1
+            choices.append(Choice(sequence.row, sequence.computed))
+        self._flights.append(_Flight(list(sequences), []))
+        return choices
+
     def plan(self) -> StepPlan | None:
         """The next step, or None if there is nothing to process before a token that is on its way has come."""
         step = _Step()
@@ -274,13 +214,17 @@ class Scheduler:
         samples = end == known + sequence.coming
         targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt)] if scores else ()
         assert sequence.row is not None
-        piece = Piece(sequence.row, start, sequence.tokens[start:end] if start < known else (), samples, targets)
+        known_tokens = sequence.tokens[start:end] if start < known else ()
+        held = samples and sequence.sampling.is_held
+        piece = Piece(sequence.row, start, known_tokens, samples, targets, held)
         (step.decoding if count == 1 else step.prompts).append(piece)
         sequence.computed = end
         if targets:
             step.targets -= len(targets)
             (step.scored if count == 1 else step.scored_prompts).append((sequence, start))
-        if samples:
+        if held:
+            sequence.undecided = True
+        elif samples:
             (step.decided if count == 1 else step.decided_prompts).append(sequence)
             sequence.coming += 1
         self._publish(sequence)
@@ -375,17 +319,13 @@ class Scheduler:
 
     # --- leaving
 
-    def planned(self) -> list[ActiveSequence]:
-        """Who gets the tokens of the step that was planned last, in the order of `StepPlan.sampled`."""
-        return self._flights[-1].decided
-
     def scored(self) -> list[tuple[ActiveSequence, int]]:
         """Whose prompts' tokens the oldest step on its way scores, and from which position on, in the order of
         `StepPlan.scored`."""
         return self._flights[0].scored
 
     def take(self, tokens: Sequence[int]) -> list[Event]:
-        """The tokens of the oldest step on its way, in the order of its plan; what has ended is let go."""
+        """The tokens of the oldest step or choice on its way, in the order of its plan; what has ended is let go."""
         events = []
         decided = self._flights.popleft().decided
         for place, (sequence, token) in enumerate(zip(decided, tokens, strict=True)):
@@ -449,7 +389,7 @@ class Scheduler:
         self.running = [other for other in self.running if other is not sequence]
         self._free_rows.append(sequence.row)
         self._left_rows.append(sequence.row)
-        sequence.row = None
+        sequence.row, sequence.undecided = None, False
         self._drop_blocks(sequence)
         self._room.release(sequence)
 
@@ -471,7 +411,7 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A step that is on its way: who gets its tokens, and its scores."""
+    """A step or choice that is on its way: who gets its tokens, and its scores."""
 
     decided: list[ActiveSequence]
     scored: list[tuple[ActiveSequence, int]]

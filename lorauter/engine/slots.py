@@ -17,7 +17,8 @@ from torch import Tensor
 from lorauter.adapters.counters import TierCounters
 from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine.arena import Stretches, aligned
-from lorauter.engine.scheduler import ActiveSequence, AdapterKey, Mixture
+from lorauter.engine.plan import AdapterKey, Mixture
+from lorauter.engine.scheduler import ActiveSequence
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 SLOTS = 4096

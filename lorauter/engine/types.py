@@ -190,12 +190,12 @@ class SamplingParams:
 
     @property
     def forbids(self) -> bool:
-        """Whether there are tokens that may not come, now or at times."""
-        return bool(self.min_tokens or self.allowed_token_ids or self.bad_words or self.is_held)
+        """Whether there are tokens that may not come, now or at times, beside what a grammar forbids."""
+        return bool(self.min_tokens or self.allowed_token_ids or self.bad_words)
 
     @property
     def greedy(self) -> bool:
-        """Whether the model's likeliest token is taken, whatever it is."""
+        """Whether the model's likeliest token is taken, of all or of those that a grammar allows."""
         return self.temperature == 0 and not self.penalises and not self.forbids
 
     def of_choice(self, index: int) -> SamplingParams:

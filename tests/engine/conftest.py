@@ -22,8 +22,9 @@ from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine import EngineConfig, MultiLoraEngine, SamplingParams
 from lorauter.engine.blocks import BLOCK, blocks_of
 from lorauter.engine.model import Decoder
+from lorauter.engine.plan import Piece, RowStart, StepPlan
 from lorauter.engine.runner import Runner
-from lorauter.engine.scheduler import ActiveSequence, Piece, RowStart, StepPlan
+from lorauter.engine.scheduler import ActiveSequence
 from lorauter.engine.slots import AdapterSlots
 from lorauter.engine.step import Step, StepBatch
 from lorauter.engine.text import TextCodec

@@ -501,6 +501,36 @@ class Cases:
         assert chosen.dtype == torch.int32 and torch.equal(chosen, expected)
         assert last.tolist() == [77, *chosen.clamp(min=0).tolist()[::-1]]
 
+    @pytest.mark.parametrize(("dtype", "vocabulary"), [(FULL, 7), (HALF, 4096), (FULL, 9000)])
+    def test_greedy_held(self, kernels, randn, draw, vocabulary):
+        logits = randn(9, vocabulary)
+        logits[3, 0] = torch.nan  # also where it may not come
+        words = -(-vocabulary // 32)
+        rows = [8, 3, 0, 5, 6]
+        masks = torch.randint(-(2**31), 2**31, (len(rows), words), generator=draw).int()
+        masks[2] = 0
+        masks[2, -1] = torch.tensor(1 << ((vocabulary - 1) % 32)).int()
+        masks[3] = 0
+        masks[1, 0] &= ~1
+        held = torch.cat((torch.tensor(rows)[:, None].int(), masks), dim=1).to(DEVICE)
+        last = torch.full((9,), 77, dtype=torch.int32, device=DEVICE)
+        chosen = kernels.greedy_held(logits, held, last)
+        may = torch.stack([(masks[:, i // 32] >> (i % 32)) & 1 for i in range(vocabulary)], dim=1).bool().to(DEVICE)
+        expected = logits[rows].float().masked_fill(~may, -torch.inf).argmax(-1).int()
+        assert expected[2] == vocabulary - 1
+        expected[1] = -1
+        assert chosen.tolist() == [*expected.tolist()[:3], 0, expected[4]]
+        assert [last[row] for row in rows] == chosen.clamp(min=0).tolist()
+        assert [last[row] for row in (1, 2, 4, 7)] == [77] * 4
+
+    @pytest.mark.parametrize("vocabulary", [7, 9000])
+    def test_keep_rows(self, kernels, randn, vocabulary):
+        source, to = randn(4, vocabulary), randn(6, vocabulary)
+        expected = to.clone()
+        expected[[5, 0]] = source[[1, 3]]
+        kernels.keep_rows(source, to, ints([1, 5], [3, 0]))
+        assert torch.equal(to, expected)
+
 
 if DEVICE == "cuda":
 

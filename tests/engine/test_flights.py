@@ -2,14 +2,19 @@
 
 import asyncio
 import random
+import re
+import threading
 from functools import partial
 
 import pytest
+from engine_requests import ask
 
 from lorauter.engine import GenerationRequest, SamplingParams
 from lorauter.engine import core as core_module
+from lorauter.engine.grammars import Grammars
 from lorauter.engine.runner import Runner
 from lorauter.engine.slots import AdapterSlots
+from lorauter.engine.types import Grammar
 
 MIXTURES = [
     (),
@@ -18,6 +23,7 @@ MIXTURES = [
     (("one-layer", 2.5),),
     (("mlp-rslora", 0.7), ("patterns", 0.5)),
 ]
+FORM = Grammar("regex", "[a-h]{2,20}-([0-9]|é){3,}")
 
 
 class AheadRunner(Runner):
@@ -55,28 +61,35 @@ def request(draw, pool, beginnings):
         bad_words=draw.choice([(), (), ("e", (101, 102))]),
         allowed_token_ids=draw.choice([(), (), tuple(range(40, 200))]),
         stop=draw.choice([(), (), ("e",), ("qz",)]),
+        grammar=draw.choice([None, None, FORM]),
+        logprobs=draw.choice([None, None, 2]),
     )
     return GenerationRequest(prompt, pool.mix(draw.choice(MIXTURES)), sampling)
 
 
 async def one(engine, asked, cancel):
-    """Tokens, text and reason; of one that is cancelled after so many tokens, what it had."""
-    tokens, text, reason = (), "", None
+    """Tokens, text, reason and ranks; of one that is cancelled after so many tokens, what it had."""
+    tokens, text, reason, ranks = (), "", None, []
     stream = engine.stream(asked)
     try:
         async for chunk in stream:
             tokens, text, reason = tokens + chunk.token_ids, text + chunk.text, chunk.finish_reason
+            ranks += ranks_of(chunk)
             if cancel is not None and len(tokens) >= cancel:
                 break
     finally:
         await stream.aclose()
-    return tokens, text, reason
+    return tokens, text, reason, ranks
+
+
+def ranks_of(answer):
+    return [[one.own.rank, *(top.token_id for top in one.top)] for one in answer.logprobs]
 
 
 @pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("seed", range(4))
 def test_answers_are_those_of_the_plain_path(pool, start, plain, seed):
-    """With mixtures, stops, sampling, cancellations, preemption and prompts that begin alike."""
+    """With mixtures, stops, sampling, forms, logprobs, cancellations, preemption and prompts that begin alike."""
     draw = random.Random(seed)
     beginnings = [[draw.randrange(256) for _ in range(40)] for _ in range(2)]
     asked = [request(draw, pool, beginnings) for _ in range(24)]
@@ -96,10 +109,11 @@ def test_answers_are_those_of_the_plain_path(pool, start, plain, seed):
         return await asyncio.gather(*map(late, range(len(asked))))
 
     found = asyncio.run(drive())
-    for i, (tokens, text, reason) in enumerate(found):
+    for i, (tokens, text, reason, ranks) in enumerate(found):
         [alone] = plain.generate([asked[i]])
         if reason is not None:
             assert (tokens, text, reason) == (alone.token_ids, alone.text, alone.finish_reason)
+            assert ranks == ranks_of(alone)
         else:
             assert tokens == alone.token_ids[: len(tokens)]
     assert engine.scheduler.reused
@@ -117,3 +131,95 @@ def test_a_step_that_fails_leaves_nothing_behind(start, counting):
             engine.generate([ask("abc", max_tokens=30), ask("x?", max_tokens=3)])
         assert engine.generate([ask("abc", max_tokens=3)])[0].text == "def"
     assert engine.load == (0, 0)
+
+
+# --- answers that are held to forms beside free ones
+
+
+def told(engine, request):
+    """What becomes of a request, in a list, and an event once it has ended."""
+    chunks, ended = [], threading.Event()
+
+    def sink(item):
+        chunks.append(item)
+        if isinstance(item, BaseException) or item.finish_reason is not None:
+            ended.set()
+
+    engine.submit(request, sink)
+    return chunks, ended
+
+
+@pytest.mark.parametrize("runner", [Runner, AheadRunner])
+def test_free_answers_do_not_wait_until_it_is_known_what_may_come_in_others(start, counting, monkeypatch, runner):
+    monkeypatch.setattr(core_module, "Runner", runner)
+    known, find = threading.Event(), Grammars._masks
+
+    def finding(self, matchers, tokens):
+        if tokens:  # else it is the first of its answer
+            known.wait()
+        return find(self, matchers, tokens)
+
+    monkeypatch.setattr(Grammars, "_masks", finding)
+    engine = start(counting, max_batch=4)
+    held, ended = told(engine, ask("ab", max_tokens=6, grammar=Grammar("regex", "c[x-z]{4}")))
+    answers = engine.generate([ask("a", max_tokens=30), ask("m", max_tokens=20)])
+    assert [len(answer.token_ids) for answer in answers] == [30, 20]
+    assert ("".join(chunk.text for chunk in held), ended.is_set(), engine.load) == ("c", False, (1, 0))
+    known.set()
+    assert ended.wait(20)
+    assert re.fullmatch("c[x-z]{4}", "".join(chunk.text for chunk in held))
+
+
+def test_who_is_cancelled_while_it_is_not_known_what_may_come_is_gone(start, counting, monkeypatch):
+    known, find = threading.Event(), Grammars._masks
+    monkeypatch.setattr(Grammars, "_masks", lambda *given: known.wait() and find(*given))
+    engine = start(counting, max_batch=2)
+
+    async def drive():
+        stream = engine.stream(ask("ab", max_tokens=6, grammar=FORM))
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await stream.aclose()
+        while engine.load != (0, 0):
+            await asyncio.sleep(0.001)
+
+    asyncio.run(drive())
+    known.set()
+    assert engine.generate([ask("a", max_tokens=3)])[0].text == "bcd"
+
+
+def test_steps_with_held_rows_are_launched_before_the_last_ones_tokens_are_taken(start, counting, monkeypatch):
+    """The host is never what a step waits for: each is launched while the one before it is on its way."""
+    monkeypatch.setattr(core_module, "_PATIENCE_S", 30.0)  # whatever else the machine does
+    happened = []
+
+    class Noting(AheadRunner):
+        def launch(self, plan):
+            number = sum(what == "launch" for what, _ in happened)
+            happened.append(("launch", number))
+            rows.append(len(plan.decoding))
+            return self._noting(super().launch(plan), "step", number)
+
+        def choose(self, choices, masks):
+            number = sum(what == "choose" for what, _ in happened)
+            happened.append(("choose", number))
+            return self._noting(super().choose(choices, masks), "choice", number)
+
+        def _noting(self, flight, kind, number):
+            taking = flight.wait
+            flight.wait = lambda: happened.append((kind, number)) or taking()
+            return flight
+
+    rows = []
+    monkeypatch.setattr(core_module, "Runner", Noting)
+    engine = start(counting, max_batch=4)
+    form = Grammar("regex", "[a-z]{40}")
+    asked = [ask("ab", max_tokens=20, **({"grammar": form} if i % 2 else {})) for i in range(4)]
+    assert [len(answer.token_ids) for answer in engine.generate(asked)] == [20] * 4
+    assert rows == [0] + [4] * 19  # the held rows are in every step
+    for step in range(19):
+        assert happened.index(("launch", step + 1)) < happened.index(("step", step))
+        assert happened.index(("choose", step)) < happened.index(("launch", step + 1))
+        assert happened.index(("launch", step + 1)) < happened.index(("choice", step))

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from lorauter.engine.plan import NOT_FINITE, RowStart
 from lorauter.engine.sampling import Sampler, sample, uniform
-from lorauter.engine.scheduler import NOT_FINITE, RowStart
 from lorauter.engine.types import SamplingParams
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9, -4.0, 1.9])

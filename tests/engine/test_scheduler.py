@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from lorauter.engine.blocks import BLOCK, BlockPool
-from lorauter.engine.scheduler import NOT_FINITE, ActiveSequence, Scheduler
-from lorauter.engine.types import SamplingParams
+from lorauter.engine.plan import NOT_FINITE
+from lorauter.engine.scheduler import ActiveSequence, Scheduler
+from lorauter.engine.types import Grammar, SamplingParams
 
 
 class Room:
@@ -49,6 +50,7 @@ class Device:
     tables: dict[int, dict[int, int]] = field(default_factory=dict)
     roots: dict[int, object] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # position and token of what is open
     most: int = 0
 
     def run(self, plan, ends=()):
@@ -75,12 +77,27 @@ class Device:
             seen = [self.cache[self._where(piece.row, position)] for position in range(end)]
             assert all(root == self.roots[piece.row] for root, _ in seen), "computed under another mixture"
             token = answer_of(self.roots[piece.row], [token for _, token in seen])
+            if piece.held:
+                self.kept[piece.row] = end, token
+                continue
             tokens.append(token)
             self.last[piece.row] = max(token, 0)
         return tokens
 
+    def choose(self, choices):
+        tokens = []
+        for choice in choices:
+            position, token = self.kept.pop(choice.row)
+            assert position == choice.position
+            tokens.append(token)
+            self.last[choice.row] = max(token, 0)
+        return tokens
+
     def _where(self, row, position):
         return self.tables[row][position // BLOCK], position % BLOCK
+
+
+HELD = SamplingParams(grammar=Grammar("regex", "a"))
 
 
 def answer_of(root, tokens):
@@ -98,8 +115,8 @@ def expected(sequence_tokens, root, limit):
             return tokens
 
 
-def make(scheduler, tokens, limit, mixture=()):
-    sequence = ActiveSequence(list(tokens), len(tokens), limit, mixture, SamplingParams(), ends=(0,))
+def make(scheduler, tokens, limit, mixture=(), sampling=None):
+    sequence = ActiveSequence(list(tokens), len(tokens), limit, mixture, sampling or SamplingParams(), ends=(0,))
     scheduler.waiting.append(sequence)
     return sequence
 
@@ -108,14 +125,16 @@ def drive(scheduler, device, *, ahead, until=lambda: False):
     """Run until nothing is left; `ahead` steps are planned before the tokens of the first are known."""
     flights, events, steps = [], [], 0
     while not until():
+        if undecided := scheduler.undecided:
+            flights.append(device.choose(scheduler.choose(undecided)))
         plan = scheduler.plan()
         if plan is not None:
             flights.append(device.run(plan))
             steps += 1
-        if flights and (plan is None or len(flights) > ahead):
-            events += scheduler.take(flights.pop(0))
-        elif plan is None:
+        if not flights:
             break
+        while len(flights) > (ahead if plan is not None else 0):
+            events += scheduler.take(flights.pop(0))
         assert steps < 20_000
     return events
 
@@ -131,7 +150,7 @@ def scheduler_of(rows=4, blocks=64, budget=lambda decoding: decoding + 16, room=
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("seed", range(12))
 def test_everybody_gets_the_tokens_that_are_theirs_whatever_comes_between(seed, reuse, ahead):
-    """Random arrivals, cancellations, failures and mixtures, too small a cache, and prompts that begin alike."""
+    """Random arrivals, cancellations, failures, mixtures and forms, too small a cache, and prompts that begin alike."""
     draw = random.Random(seed)
     blocks = draw.choice([8, 12, 40])
     room, failed = Room(draw.choice([1, 2, 9])), []
@@ -146,7 +165,7 @@ def test_everybody_gets_the_tokens_that_are_theirs_whatever_comes_between(seed, 
             mixture = draw.choice(mixtures)
             if "broken" in str(mixture) or len({n for (n, _), _ in mixture}) <= room.size:
                 limit = min(blocks * BLOCK, len(tokens) + draw.randint(1, 40))
-                sequence = make(scheduler, tokens, limit, mixture)
+                sequence = make(scheduler, tokens, limit, mixture, draw.choice([None, HELD]))
                 wanted[sequence] = expected(tokens, mixture, limit)
         if draw.random() < 0.05 and (left := [s for s in wanted if not s.ended]):
             victim = draw.choice(left)
@@ -156,10 +175,12 @@ def test_everybody_gets_the_tokens_that_are_theirs_whatever_comes_between(seed, 
             ruined.update(scheduler.abandon())
             flights.clear()
             device.cache.clear()
+        if chosen := [sequence for sequence in scheduler.undecided if draw.random() < 0.7]:
+            flights.append(device.choose(scheduler.choose(chosen)))
         plan = scheduler.plan()
         if plan is not None:
             flights.append(device.run(plan))
-        if flights and (plan is None or len(flights) > ahead):
+        while len(flights) > (ahead if plan is not None else 0):
             scheduler.take(flights.pop(0))
     while flights:
         scheduler.take(flights.pop(0))
@@ -177,6 +198,22 @@ def test_everybody_gets_the_tokens_that_are_theirs_whatever_comes_between(seed, 
             assert sequence.tokens == [token for token in tokens if token != NOT_FINITE]
         else:
             assert sequence.tokens == tokens[: len(sequence.tokens)]
+
+
+def test_who_waits_for_its_choice_is_in_no_step_and_keeps_nobody_out():
+    scheduler, device = scheduler_of(), Device(4)
+    held, free = make(scheduler, [5, 6], 60, sampling=HELD), make(scheduler, [7, 8], 60)
+    scheduler.take(device.run(scheduler.plan()))
+    assert scheduler.undecided == [held]
+    for _ in range(3):
+        plan = scheduler.plan()
+        assert [piece.row for piece in plan.decoding] == [free.row]
+        scheduler.take(device.run(plan))
+    choices = scheduler.choose(scheduler.undecided)
+    plan = scheduler.plan()  # its token is not known yet
+    assert {piece.row for piece in plan.decoding} == {free.row, held.row}
+    (event,) = scheduler.take(device.choose(choices))
+    assert (event.sequence, held.tokens) == (held, [5, 6, event.token])
 
 
 def test_decoding_rows_are_in_every_step_and_prompts_share_what_is_left():
