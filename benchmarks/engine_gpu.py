@@ -207,7 +207,8 @@ def zipf(shape: str, model: Any, args: argparse.Namespace) -> None:
 
 
 def target_sets(shape: str, model: Any, args: argparse.Namespace) -> None:
-    """Adapters of three kinds of target modules under a full budget, against those of one kind."""
+    """Adapters of three kinds of target modules under a full budget, against those of one kind: as many requests of
+    each kind as of the others, so that the harmonic mean of the kinds' own rates is what three engines would make."""
     kinds = (ATTENTION, MLP, ATTENTION + MLP)
     budget = 24 * adapter_bytes(shape)
 
@@ -228,8 +229,12 @@ def target_sets(shape: str, model: Any, args: argparse.Namespace) -> None:
         free()
         return figure
 
-    one, three = statistics.fmean(rate([each] * 3) for each in kinds), rate(kinds)
-    report(f"{shape}, three kinds of target sets of one kind", three / one, "")
+    one, three = [rate([each] * 3) for each in kinds], rate(kinds)
+    for each, figure in zip(("attention", "MLP", "all"), one, strict=True):
+        report(f"{shape}, target sets, {each}", figure)
+    report(f"{shape}, target sets, three kinds", three)
+    report(f"{shape}, three kinds of target sets of one kind", three / statistics.harmonic_mean(one), "")
+    report(f"{shape}, three kinds of target sets of the kinds' mean rate", three / statistics.fmean(one), "")
 
 
 def adapter_bytes(shape: str) -> int:

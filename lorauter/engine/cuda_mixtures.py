@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from lorauter.engine.mixtures import Mixtures, RowMixture
 from lorauter.engine.plan import AdapterKey
 from lorauter.engine.sampling import to_device
 from lorauter.engine.slots import MOST_TILES, SLOTS, TILE, Group, Placed
+
+_NO_TILES, _NO_TARGETS = np.zeros((4, 0), np.int64), np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class GroupTiles:
 @dataclass
 class _InUse:
     placed: Placed
-    tiles: list[list[NDArray[np.int64]]]  # by group and target, (4, tiles)
+    tiles: NDArray[np.int64]  # (4, tiles) of all groups and targets
+    targets: NDArray[np.int64]  # (tiles,) which group and target each is of, in their order
     rows: int
 
 
@@ -65,8 +69,10 @@ class CudaMixtures(Mixtures):
             group.first: GroupTiles(group, self._tiles[i], self._starts[i, : len(group.targets) + 1])
             for i, group in enumerate(groups)
         }
+        self._firsts = np.cumsum([0, *(len(group.targets) for group in groups)])  # each group's among all targets
         self._in_use: dict[AdapterKey, _InUse] = {}
         self._changed = False
+        self._active: frozenset[str] = frozenset()
         self._writes: dict[int, float] = {}  # to weights
 
     def assign(self, row: int, mixture: RowMixture) -> None:
@@ -83,18 +89,14 @@ class CudaMixtures(Mixtures):
         for placed, _ in mixture:
             known = self._in_use.get(placed.key)
             if known is None or (not known.rows and known.placed is not placed):  # it may lie elsewhere than before
-                self._in_use[placed.key] = _InUse(placed, [self._of(placed, group) for group in self.groups], 0)
+                self._in_use[placed.key] = _InUse(placed, *self._of(placed), 0)
                 self._changed = True
             self._in_use[placed.key].rows += 1
 
     @property
     def active(self) -> frozenset[str]:
-        """The groups, by their first targets, that the adapters of some row change."""
-        return frozenset(
-            group.first
-            for g, group in enumerate(self.groups)
-            if any(tiles.shape[1] for in_use in self._in_use.values() if in_use.rows for tiles in in_use.tiles[g])
-        )
+        """The groups, by their first targets, that the adapters of some row change, as of the last `of_step`."""
+        return self._active
 
     def of_step(self, rows: Collection[int]) -> Mixtures | None:
         """See `Mixtures.of_step`; what has changed is on its way to the device then."""
@@ -117,38 +119,39 @@ class CudaMixtures(Mixtures):
 
     def _write_tiles(self) -> None:
         """The tiles in use, in the order of their adapters' keys: sums round the same wherever the adapters are."""
-        in_order = [self._in_use[key].tiles for key in sorted(self._in_use)]
-        tables, starts = [], np.zeros((len(self.groups), 4), np.int32)
-        for g, group in enumerate(self.groups):
-            columns = [tiles[g][t] for t in range(len(group.targets)) for tiles in in_order]
-            tables.append(np.concatenate(columns, axis=1) if columns else np.zeros((4, 0), np.int64))
-            for t in range(len(group.targets)):
-                starts[g, t + 1 :] += sum(tiles[g][t].shape[1] for tiles in in_order)
-        most = max(table.shape[1] for table in tables)
-        packed = np.zeros((len(tables), 4, most), np.int64)
-        for table, place in zip(tables, packed, strict=True):
-            place[:, : table.shape[1]] = table
+        in_order = [self._in_use[key] for key in sorted(self._in_use)]
+        targets = np.concatenate([_NO_TARGETS, *(in_use.targets for in_use in in_order)])
+        order = np.argsort(targets, kind="stable")
+        tiles = np.concatenate([_NO_TILES, *(in_use.tiles for in_use in in_order)], axis=1)[:, order]
+        ends = np.cumsum(np.bincount(targets, minlength=self._firsts[-1]))
+        starts = np.zeros((len(self.groups), 4), np.int32)
+        bounds = [0, *(int(ends[last - 1]) for last in self._firsts[1:])]  # of each group's tiles
+        packed = np.zeros((len(self.groups), 4, max(np.diff(bounds))), np.int64)
+        for g, (first, end) in enumerate(pairwise(bounds)):
+            packed[g, :, : end - first] = tiles[:, first:end]
+            own = ends[self._firsts[g] : self._firsts[g + 1]] - first
+            starts[g, 1 : len(own) + 1] = own
+        self._active = frozenset(
+            group.first for group, (first, end) in zip(self.groups, pairwise(bounds), strict=True) if end > first
+        )
         device = self.weights.device
-        self._tiles[:, :, :most].copy_(to_device(torch.from_numpy(packed), device))
+        self._tiles[:, :, : packed.shape[2]].copy_(to_device(torch.from_numpy(packed), device))
         self._starts.copy_(to_device(torch.from_numpy(starts), device))
 
-    def _of(self, placed: Placed, group: Group) -> list[NDArray[np.int64]]:
-        """An adapter's tiles in each target of a group."""
-        tiles = []
-        for target, width in zip(group.targets, group.widths, strict=True):
-            part = placed.parts.get(target)
-            if part is None:
-                tiles.append(np.zeros((4, 0), np.int64))
-                continue
-            first = np.arange(0, part.rank, TILE, dtype=np.int64)
-            tiles.append(
-                np.stack(
-                    [
+    def _of(self, placed: Placed) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """An adapter's tiles, and the target of each."""
+        tiles, targets, number = [_NO_TILES], [_NO_TARGETS], 0
+        for group in self.groups:
+            for target, width in zip(group.targets, group.widths, strict=True):
+                if (part := placed.parts.get(target)) is not None:
+                    first = np.arange(0, part.rank, TILE, dtype=np.int64)
+                    rows = [
                         part.a + first * self.layers * group.inputs,
                         part.b + first * self.layers * width,
                         np.minimum(part.rank - first, TILE),
                         np.full_like(first, placed.slot),
                     ]
-                )
-            )
-        return tiles
+                    tiles.append(np.stack(rows))
+                    targets.append(np.full_like(first, number))
+                number += 1
+        return np.concatenate(tiles, axis=1), np.concatenate(targets)

@@ -191,6 +191,8 @@ class AdapterSlots:
         self._in_use = 0  # pinned adapters
         self._tiles = [0] * len(self.groups)  # of theirs
         self._early: dict[ActiveSequence, None] = {}  # wait for their copies or turns, and have them pinned
+        self._releases = 0
+        self._refused: dict[ActiveSequence, int] = {}  # found no room, after so many releases
         self._step = 0
         self._clock = 0
         self.counters = TierCounters()
@@ -293,7 +295,8 @@ class AdapterSlots:
 
     def prepare(self, sequence: ActiveSequence) -> None:
         """See `AdapterRoom.prepare`."""
-        if self._ahead and sequence.adapters and sequence not in self._pinned:
+        refused = self._refused.get(sequence) == self._releases
+        if self._ahead and sequence.adapters and sequence not in self._pinned and not refused:
             wanted = {packed.key: packed for packed in sequence.adapters if isinstance(packed, PackedAdapter)}
             if self._begin(sequence, wanted, ()):
                 self._early[sequence] = None
@@ -301,10 +304,15 @@ class AdapterSlots:
     def _begin(
         self, sequence: ActiveSequence, wanted: Mapping[AdapterKey, PackedAdapter], wanted_soon: Container[AdapterKey]
     ) -> bool:
-        """Load and pin what is wanted; False, and nothing changed, if there is no room."""
+        """Load and pin what is wanted; False, and nothing changed, if there is no room. Whoever waits asks before each
+        step, and is answered without a search until something has been released."""
+        if self._refused.get(sequence) == self._releases:
+            return False
         alone = not self._in_use
         if not self._load(wanted, wanted_soon):
+            self._refused[sequence] = self._releases
             return False
+        self._refused.pop(sequence, None)
         self._clock += 1
         for key in wanted:
             resident = self._resident[key]
@@ -318,7 +326,10 @@ class AdapterSlots:
     def release(self, sequence: ActiveSequence) -> None:
         """Undo `acquire`, if there was one; the adapters stay until their room is needed."""
         self._early.pop(sequence, None)
-        for key in self._pinned.pop(sequence, ()):
+        self._refused.pop(sequence, None)
+        if keys := self._pinned.pop(sequence, ()):
+            self._releases += 1
+        for key in keys:
             self._pin(self._resident[key], -1)
 
     def _pin(self, resident: _Resident, change: int) -> None:

@@ -43,6 +43,21 @@ def test_tiles_are_those_of_the_adapters_in_use_in_the_order_of_their_keys(table
     assert table.of_step({1}) is None
     assert tiles(table) == [(1024, 4, 3)]
     assert table.weights[1].abs().sum() == 0
+    table.assign(0, ())
+    table.of_step({0})
+    assert (tiles(table), table.active) == ([], frozenset())
+
+
+def test_tiles_lie_by_group_and_target_whatever_each_adapter_has(table):
+    both = Placed(A, 0, {"q_proj": Part(0, 640, 20), "v_proj": Part(2000, 2100, 3), "o_proj": Part(2200, 2300, 17)})
+    other = Placed(B, 1, {"v_proj": Part(3000, 3100, 16), "o_proj": Part(3500, 3600, 1)})
+    table.assign(2, [(other, 1.0), (both, 1.0)])
+    table.of_step({2})
+    assert tiles(table) == [(0, 16, 0), (16 * 2 * 8, 4, 0), (2000, 3, 0), (3000, 16, 1)]
+    assert table.of_group["q_proj"].starts.tolist() == [0, 2, 4]
+    assert tiles(table, "o_proj") == [(2200, 16, 0), (2200 + 16 * 2 * 8, 1, 0), (3500, 1, 1)]
+    assert table.of_group["o_proj"].tiles[1, :3].tolist() == [2300, 2300 + 16 * 2 * 8, 3600]
+    assert table.active == {"q_proj", "o_proj"}
 
 
 def test_an_adapter_named_twice_has_both_weights(table):

@@ -190,6 +190,33 @@ def test_what_is_prepared_is_ready_a_step_later_and_gives_way_to_who_is_next(slo
     assert not slots.acquire(third)
 
 
+def test_who_finds_no_room_is_not_searched_for_again_until_something_is_released(slots_of, adapter, hold, monkeypatch):
+    """Else each step of a full device would cost as much as there are requests that wait."""
+    slots, searches = slots_of(room(2 * Q, 2 * Q), ahead=True), []
+    search = slots._make_room
+    monkeypatch.setattr(slots, "_make_room", lambda *a, **options: searches.append(a) or search(*a, **options))
+    running = [hold(slots, [(adapter(name, q_proj=2), 1.0)]) for name in "ab"]
+    for sequence in running:
+        slots.acquire(sequence)
+        slots.begin_step()
+        assert slots.acquire(sequence)
+    waiting = [hold(slots, [(adapter(name, q_proj=2), 1.0)]) for name in "cdef"]
+    searched = len(searches)
+    for _ in range(10):
+        slots.begin_step()
+        assert not slots.acquire(waiting[0])
+        for other in waiting[1:]:
+            slots.prepare(other)
+    assert len(searches) - searched == 2 * len(waiting)
+    slots.release(running[0])
+    assert not slots.acquire(waiting[0])  # it is on its way
+    slots.begin_step()
+    assert slots.acquire(waiting[0])
+    for sequence in [*running, *waiting]:
+        slots.release(sequence)
+    assert not slots._refused
+
+
 def test_as_many_columns_are_in_use_at_once_as_the_kernels_take(slots_of, adapter, take, monkeypatch):
     monkeypatch.setattr("lorauter.engine.slots.MOST_TILES", 2)
     a, b, c = (adapter(name, q_proj=2) for name in "abc")
