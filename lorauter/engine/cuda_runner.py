@@ -118,20 +118,17 @@ class CudaFlight:
 
 
 class CopyStream:
-    """Copies adapters to the device beside its work.
-
-    Attributes:
-        launched: what happens once the latest step is computed: until then it may read what is to be overwritten.
-    """
+    """Copies adapters to the device beside its work; see `Copies`."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.launched: torch.cuda.Event | None = None
 
-    def __call__(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
+    def __call__(self, to: Tensor, source: Tensor, after: Any) -> torch.cuda.Event:
+        """See `Copies`: other copies too, if they began earlier, are over then."""
         with torch.cuda.stream(self._stream):
-            if self.launched is not None:
-                self._stream.wait_event(self.launched)
+            if after is not None:
+                self._stream.wait_event(after)
             to.copy_(source, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
