@@ -17,6 +17,7 @@ from ray import serve
 
 from deployments.calls import CatalogDescription
 from deployments.logs import join_serve_logs
+from deployments.replicas import ReplicaServer
 from deployments.startup import tells_why
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.errors import InvalidRequest
@@ -77,15 +78,33 @@ class AdapterListing:
         repository = AdapterRepository(open_store(adapters))
         self._live = await asyncio.to_thread(LiveListing, repository, refresh_s=refresh_s)
         self._live.start()
+        self._server = ReplicaServer(
+            {
+                method.__name__: method
+                for method in (
+                    self.decide,
+                    self.versions,
+                    self.check_probe,
+                    self.describe,
+                    self.examples,
+                    self.layout,
+                    self.history,
+                )
+            }
+        )
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve's hook: where the ingress calls this replica."""
+        return await self._server.metadata()
 
     async def versions(self, names: Sequence[str]) -> dict[str, str]:
         """Which versions of adapters are served; without those that the store lacks."""
         versions = self._live.versions
         return {name: versions[name] for name in names if name in versions}
 
-    async def decide(self, *_: Any) -> InvalidRequest:
-        """There are no tasks. It is said and not raised, as Serve logs what is raised as a failure."""
-        return InvalidRequest(
+    async def decide(self, *_: Any) -> None:
+        """There are no tasks. Raises InvalidRequest."""
+        raise InvalidRequest(
             "nothing can be routed, as no catalog is configured; name an adapter as the model, see GET /v1/models",
             param="model",
         )

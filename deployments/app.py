@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
-from deployments.adapter_cache import CacheSpec
 from deployments.adapter_listing import AdapterListing
 from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig, explain
@@ -21,7 +20,6 @@ from deployments.devices import engine_gpus, resources
 from deployments.embedder import QueryEmbedder
 from deployments.limits import limits_actor
 from deployments.model import LoraModel
-from deployments.residency_router import residency_routing
 from deployments.retriever import TaskRetriever
 from deployments.router import Router
 from lorauter.defaults import DEFAULT, resolve_adapters, resolve_catalog
@@ -29,6 +27,7 @@ from lorauter.errors import ConfigError
 from lorauter.models import pinned
 
 _ENCODER_GPUS = 0.1  # of the engine's: a query takes a millisecond there, and some twenty of a core's
+_REPORT_PERIOD_S, _REPORT_TIMEOUT_S = 1.0, 10.0  # of `LoraModel.record_routing_stats`
 _CORES_EACH, _MOST_AT_FIRST = 4, 4
 _ONGOING = {"Router": 100, "QueryEmbedder": 16}  # requests in progress for which a replica is added
 
@@ -85,9 +84,10 @@ def assemble(config: AppConfig, overrides: Options) -> Application:
         retriever = deployment(TaskRetriever).bind(config, embedder)
     model = deployment(
         LoraModel,
-        # The engine refuses what is too much, and lets in what has begun elsewhere: it has to be asked for that.
-        max_ongoing_requests=2 * (config.engine.rows + config.engine.max_queue),
-        request_router_config=residency_routing(CacheSpec(config.adapters, config.cache), batch=config.engine.rows),
+        request_router_config={
+            "request_routing_stats_period_s": _REPORT_PERIOD_S,
+            "request_routing_stats_timeout_s": _REPORT_TIMEOUT_S,
+        },
     ).bind(config)
     editor = deployment(CatalogEditor).bind(config, embedder, model) if own else None
     actors = {"deployment_actors": [limits_actor()]} if config.access.closed else {}

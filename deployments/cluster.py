@@ -43,7 +43,7 @@ def connect(address: str, **local: Any) -> None:
     if address == LOCAL:
         try:
             ray.init(LOCAL, **quiet, **local)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # Ray raises bare ones, too
             raise ConfigError(f"Ray does not start: {explained(error)}") from error
         return
     try:

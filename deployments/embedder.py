@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 import numpy as np
 from ray import serve
@@ -11,6 +12,7 @@ from ray import serve
 from deployments.devices import own_gpus_only
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
+from deployments.replicas import ReplicaServer
 from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
 from deployments.together import Together
@@ -56,6 +58,11 @@ class QueryEmbedder:
         self._encoder = load_encoder(encoder)
         self._encoder.encode(["warm-up"])
         self._together = Together(self._encode, size=len, most=_TOGETHER)
+        self._server = ReplicaServer({"embed": self.embed, "name": self.name})
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve's hook: where the ingress calls this replica."""
+        return await self._server.metadata()
 
     async def embed(self, texts: list[str]) -> Embeddings:
         """(n, d) float32 unit rows for n texts."""

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,7 @@ from deployments.host_adapters import HostAdapters
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.placement import report
+from deployments.replicas import ReplicaServer
 from deployments.samplers import Sampling, model_sampler
 from deployments.startup import tells_why
 from deployments.tracing import span
@@ -34,7 +35,7 @@ from lorauter.engine import Chunk, GenerationRequest, SamplingParams
 from lorauter.engine.load import warm_up as warm_up_engine
 from lorauter.engine.messages import Adapter
 from lorauter.engine.types import Prompt
-from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, LorauterError, Overloaded
+from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing.compose import LeftOut, cause_of, without
 
@@ -42,9 +43,9 @@ logger = logging.getLogger("lorauter.model")
 
 _ASK_S = 0.5
 _PATIENT = 2 / 3  # of the time that a request waits for its first token: what the pace says is about right
-# Items of streams a second, but for first and last ones: each takes some two milliseconds of CPU time on its way to the
-# client, half a millisecond of them from this process, where one thread at a time has the interpreter.
-_ITEMS_S = min(400.0, 25.0 * len(os.sched_getaffinity(0)))
+# Items of streams a second, but for first and last ones: each takes a third of a millisecond of CPU time on its way to
+# the client.
+_ITEMS_S = min(2000.0, 125.0 * len(os.sched_getaffinity(0)))
 _WHOLE_S = 30.0
 
 Mixture = tuple[tuple[Adapter, float], ...]
@@ -76,6 +77,9 @@ class LoraModel:
         self._adapter_wait_s = config.host.wait_s
         self._first_token_s = config.api.first_token_s
         self._streams = 0  # that are read as they come
+        self._server = ReplicaServer(
+            {"generate": self.generate, "tokenize": self.tokenize, "detokenize": self.detokenize}
+        )
         self._adapters = HostAdapters(
             self._node_cache,
             Reading(self._engine),
@@ -99,24 +103,27 @@ class LoraModel:
         async for _ in self._engine.stream(request):
             pass
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk | LorauterError]:
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve's hook: where the ingress calls this replica."""
+        return await self._server.metadata()
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk]:
         """Answer a call; closing the stream cancels it.
 
         Each item costs Python's time here and wherever it passes: the first token leaves at once, and the end, and what
         comes between them together, the more the more answers there are.
 
-        An error of ours ends it as its last item, and is not raised, as Serve logs what is raised as a failure, with a
-        traceback: InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable or Overloaded before anything
-        else, unless the engine fails later.
+        Raises:
+            InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded: before anything else,
+                unless the engine fails later.
         """
         answer = self._answer(call)
         try:
             async for item in answer:
                 yield item
-        except LorauterError as error:
-            if isinstance(error, Overloaded):
-                error.replica = serve.get_replica_context().replica_id.unique_id
-            yield error
+        except Overloaded as error:
+            error.replica = serve.get_replica_context().replica_id.unique_id
+            raise
         finally:
             await answer.aclose()
 
@@ -294,6 +301,18 @@ class LoraModel:
         """Serve's health check."""
         self._engine.check_health()
 
-    def __del__(self) -> None:
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve's hook, which waits for it: the answers in progress come to their end."""
+        server: ReplicaServer | None = getattr(self, "_server", None)
+        if server is not None and server.ongoing:
+            return self._end(server)
+        self._close()
+        return None
+
+    async def _end(self, server: ReplicaServer) -> None:
+        await server.drained()
+        self._close()
+
+    def _close(self) -> None:
         if engine := getattr(self, "_engine", None):
             engine.close()

@@ -2,7 +2,7 @@
 
 Pure policy: told what is where, how busy each replica is, who refuses and what time it is, it ranks the replicas for a
 request. An adapter is a string to it, one for each version: who has another version has nothing. Knows nothing of Ray;
-`deployments.residency_router` runs it inside Serve's handles.
+`deployments.dispatch` asks it for each call of the ingress.
 
 A replica's score, the lowest first, is in times that a request takes when its replica is full, that is when its batch
 is, or when it begins to refuse requests, whichever is earlier:
@@ -46,7 +46,6 @@ whose adapters must leave for it."""
 _BITS = 8192  # of a filter: one adapter in a thousand is seen where it is not, once REPORTED are told
 _HASHES = 6
 _SAMPLED = 2
-_CALLS = 1 << 14
 _PACES = 4.0  # a replica counts as so many times as slow, or as fast, as others at most
 _STEPS = 4  # in which a pace doubles: smaller changes are no news
 _TIE, _NO_ROOM, _UNWILLING, _AVOIDED = 1e-9, 1e6, 1e7, 1e9  # what a score gets on top
@@ -120,7 +119,6 @@ class Placement:
         self._held: Filters = np.zeros((_BITS, 0), np.uint8)  # of each place, by replica: the tiers whose filter has it
         self._sent: dict[str, dict[str, float]] = {}  # by adapter: to whom it was sent lately, and when
         self._at: dict[int, str] = {}  # who has a call
-        self._breaks: dict[int, Callable[[], object]] = {}  # what breaks a call off
         self.look: Callable[[], Mapping[str, int]] = dict
         """Requests in progress by replica, as of now."""
         self._refusals: dict[str, float] = {}  # until when, by replica
@@ -143,11 +141,11 @@ class Placement:
         return news
 
     def refused(self, replica: str, until: float) -> None:
-        """A replica has refused a request, and would refuse others until then. Any thread may tell."""
+        """A replica has refused a request, and would refuse others until then."""
         self._refusals[replica] = until
 
     def all_refuse(self, now: float) -> bool:
-        """Whether every replica has refused a request, and would refuse others still. Any thread may ask."""
+        """Whether every replica has refused a request, and would refuse others still."""
         replicas = self._replicas
         return bool(replicas) and all(self._refusals.get(name, -math.inf) > now for name in replicas)
 
@@ -177,33 +175,16 @@ class Placement:
     def took(self, call: int, replica: str) -> None:
         """A replica has a call now, which `elsewhere` may be asked of until it has `left`."""
         self._at[call] = replica
-        if len(self._at) > _CALLS:  # one that left while it was on its way is never told to have left
-            self._at.pop(next(iter(self._at)), None)
-
-    def sent(self, call: int, break_off: Callable[[], object]) -> None:
-        """A call is on its way, and can be broken off, by any thread. Any thread may tell."""
-        self._breaks[call] = break_off
 
     def left(self, call: int) -> None:
-        """A call is with no replica any more. Any thread may tell."""
+        """A call is with no replica any more."""
         self._at.pop(call, None)
-        self._breaks.pop(call, None)
-
-    def calls_of(self, replica: str) -> list[int]:
-        """The calls that a replica has, whether it is still among those that there are or not."""
-        return [call for call, where in list(self._at.items()) if where == replica]
-
-    def died(self, replica: str) -> None:
-        """A replica is gone with its calls, though nobody may have told those who wait for its answers."""
-        for call in self.calls_of(replica):
-            if break_off := self._breaks.get(call):
-                break_off()
 
     def elsewhere(self, call: int, now: float, *, avoid: Collection[str] = (), long: bool = False) -> tuple[str, ...]:
         """The replicas that a call which waits for its first token had better not be with; none to leave it there.
 
         It waits in a queue, and another replica has a row to spare: then it is who has none. Or it has waited for so
-        long that its replica may not get to it, and there is another: then it is that one alone. Any thread may ask.
+        long that its replica may not get to it, and there is another: then it is that one alone.
 
         Args:
             call: its number.
@@ -221,7 +202,7 @@ class Placement:
         return (at,) if long and not avoid else ()
 
     def whereabouts(self, adapter: str) -> dict[str, int]:
-        """How many replicas reported to have an adapter, by tier: one may have it in several. Any thread may ask."""
+        """How many replicas reported to have an adapter, by tier: one may have it in several."""
         bits = np.bitwise_and.reduce(self._held[_hashed(adapter)[0]])
         return {tier: count for i, tier in enumerate(TIERS) if (count := int(np.count_nonzero(bits & 1 << i)))}
 
@@ -326,7 +307,7 @@ class Placement:
         """Who would refuse a request, by what it has said."""
         if not self._refusals:
             return []
-        told = list(self._refusals.items())  # at once: other threads may tell more
+        told = list(self._refusals.items())
         for name, until in told:
             if until <= now or name not in self._replicas:
                 self._refusals.pop(name, None)
@@ -367,19 +348,6 @@ class Placement:
         heard = [math.inf if state.raw is None else state.heard for state in states]
         self._heard = np.array(heard)
         self._heard_first, self._heard_last = min(heard, default=math.inf), max(heard, default=math.inf)
-
-
-_shared: dict[str, Placement] = {}  # not in the request router's module: Serve carries that by value, variables and all
-
-
-def share(placement: Placement, deployment: str) -> None:
-    """Let whoever calls a deployment from this process ask what is known of its replicas."""
-    _shared[deployment] = placement
-
-
-def placement_of(deployment: str) -> Placement | None:
-    """What is known of a deployment's replicas; None before this process's first call, or with another router."""
-    return _shared.get(deployment)
 
 
 def _tiers(raw: Mapping[str, Any]) -> Filters:

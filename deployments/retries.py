@@ -1,6 +1,6 @@
 """Calls that outlive what they were sent to: what is sent again, how often, and until when.
 
-A call is sent again only if the replica or its node is gone, or has no room, or keeps it waiting, where another may
+A call is sent again only if the replica or its machine is gone, or has no room, or keeps it waiting, where another may
 not; what else a replica has said, be it an error, counts. An answer that was under way goes on from its last token on
 another replica, under the mixture that it began with, so that nothing comes twice. Knows nothing of which deployment
 is called.
@@ -9,19 +9,17 @@ is called.
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from ray.exceptions import RayError, RayTaskError
-
 from deployments.calls import Admitted, Begun, Choice, GenerateCall
+from deployments.rpc import ConnectionLost, RpcCall
 from lorauter.engine.types import Chunk
-from lorauter.errors import LorauterError, Overloaded, ServiceUnavailable
+from lorauter.errors import Overloaded, ServiceUnavailable
 from lorauter.routing.compose import without
 
 _ATTEMPTS = 3  # a request that kills whoever takes it must not get through them all
@@ -30,20 +28,20 @@ _LOOK_S = 1.0  # between two looks at who has a row to spare
 _numbers = itertools.count(1)  # of calls
 
 
-class Others(Protocol):
-    """The other replicas; see `deployments.admission`."""
+class Sender(Protocol):
+    """Who knows the replicas; see `deployments.dispatch`."""
+
+    async def send(self, call: GenerateCall) -> RpcCall:
+        """Have a replica answer a call, once there is one."""
+
+    def ended(self, call: GenerateCall) -> None:
+        """A call is with no replica any more."""
 
     def goes_on(self, refusal: Overloaded) -> bool:
         """Remember a replica's refusal; whether another may take the call."""
 
     def elsewhere(self, call: GenerateCall, waited: float) -> Sequence[str]:
         """The replicas that a call had better not be with, its own one among them; none to leave it there."""
-
-    def sent(self, call: int, break_off: Callable[[], object]) -> None:
-        """A call is on its way, and can be broken off, by any thread, if whoever has it is gone without a word."""
-
-    def ended(self, call: int) -> None:
-        """A call is with no replica any more."""
 
 
 class _Waits(Exception):
@@ -54,68 +52,42 @@ class _Waits(Exception):
         self.avoid = avoid
 
 
-async def answered(send: Callable[[], Any], *passed_on: Callable[[Any], Any], timeout_s: float) -> Any:
-    """The result of a call that may be made more than once, or of the last of several calls in one trip.
+async def answered(send: Callable[[], Awaitable[RpcCall]], *, timeout_s: float) -> Any:
+    """The result of a call that may be made more than once.
 
     Args:
-        send: makes the call; returns a DeploymentResponse.
-        passed_on: make further calls, each with the response to the one before, which is not waited for here.
-        timeout_s: for all attempts together, the wait for a new replica included.
+        send: makes the call.
+        timeout_s: for all attempts together, the wait for a replica included.
 
     Raises:
-        ServiceUnavailable: no answer in time.
-        Exception: what the replica raised, or the last of Ray's own errors; of several calls, the first that failed.
+        ServiceUnavailable: no answer in time, or every replica that was asked is gone.
+        Exception: what the replica raised.
     """
     try:
         async with asyncio.timeout(timeout_s):
             for attempt in range(_ATTEMPTS):
-                responses = [send()]
-                for then in passed_on:
-                    responses.append(then(responses[-1]))
                 try:
-                    return _said(await _last(responses))
-                except (Exception, asyncio.CancelledError) as error:
-                    if _cancelled(error):
-                        for response in responses:
-                            response.cancel()
-                        raise
-                    if attempt == _ATTEMPTS - 1 or not _is_gone(error):
-                        raise _named(error) from error
+                    return await (await send())
+                except ConnectionLost as error:
+                    if attempt == _ATTEMPTS - 1:
+                        raise _gone(error) from error
                 await asyncio.sleep(_PAUSE_S * 2**attempt)
     except TimeoutError as error:
         raise ServiceUnavailable(f"no replica has answered within {timeout_s:g} s") from error
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-async def _last(responses: Sequence[Any]) -> Any:
-    """The last one's result; where that fails for want of an earlier one's, the error of that."""
-    try:
-        return await responses[-1]
-    except (Exception, asyncio.CancelledError) as error:
-        if not _cancelled(error):
-            for response in responses[:-1]:
-                await response
-        raise
-
-
-async def generated(
-    send: Callable[[GenerateCall], Any],
-    call: GenerateCall,
-    *,
-    timeout_s: float,
-    others: Others | None = None,
-) -> AsyncGenerator[Admitted | Chunk]:
+async def generated(sender: Sender, call: GenerateCall, *, timeout_s: float) -> AsyncGenerator[Admitted | Chunk]:
     """An answer's stream: `Admitted` once, and every chunk once, whichever replicas it takes.
 
     Args:
-        send: makes a streaming call; returns a DeploymentResponseGenerator.
+        sender: makes the calls.
         call: what is asked. Without a seed it gets one, so that another replica would draw the same.
         timeout_s: until the first token of each replica that does not die, the wait for a replica included.
-        others: knows the other replicas; without it what one says is the last word.
 
     Raises:
-        ServiceUnavailable: no token in time.
-        Exception: what the replica raised, or the last of Ray's own errors.
+        ServiceUnavailable: no token in time, or every replica that was asked is gone.
+        Exception: what the replica raised.
     """
     if call.sampling.temperature > 0 and call.sampling.seed is None:
         call = replace(call, sampling=replace(call.sampling, seed=random.getrandbits(63)))
@@ -129,14 +101,14 @@ async def generated(
 
     deaths = 0
     refused: set[str | None] = {None}
-    call, loop = replace(call, number=next(_numbers)), asyncio.get_running_loop()
+    call = replace(call, number=next(_numbers))
     until = time.monotonic() + timeout_s
     while True:
-        stream = send(replace(call, choices=tuple(Choice(index, tuple(tokens)) for index, tokens in left.items())))
-        if others is not None:
-            others.sent(call.number, functools.partial(loop.call_soon_threadsafe, stream.cancel))
+        stream: RpcCall | None = None
         try:
-            begun: Begun = _said(await _first(stream, call, until, timeout_s, others))
+            call = replace(call, choices=tuple(Choice(index, tuple(tokens)) for index, tokens in left.items()))
+            stream = await _sent(sender, call, until, timeout_s)
+            begun: Begun = await _first(stream, call, until, timeout_s, sender)
             note(begun.chunk)
             if admitted is None:
                 admitted = begun.admitted
@@ -144,35 +116,43 @@ async def generated(
                 call = replace(call, adapters=kept, routed=False)  # what another replica can have is another mixture
                 yield admitted
             yield begun.chunk
-            async for item in stream:
-                chunk = _said(item)
+            async for chunk in stream:
                 note(chunk)
                 yield chunk
             return
-        except (Exception, asyncio.CancelledError, GeneratorExit) as error:
-            if isinstance(error, GeneratorExit) or _cancelled(error):
-                stream.cancel()
+        except _Waits as waits:
+            call = replace(call, avoid=tuple({*call.avoid, *waits.avoid}))
+            continue
+        except Overloaded as error:
+            if not sender.goes_on(error) or error.replica in refused:
                 raise
+            refused.add(error.replica)
+            call = replace(call, avoid=tuple({*call.avoid, str(error.replica)}))
+            continue
+        except ConnectionLost as error:
             if not left:  # all of it was there
                 return
-            if isinstance(error, _Waits):
-                call = replace(call, avoid=tuple({*call.avoid, *error.avoid}))
-                continue
-            if isinstance(error, Overloaded) and others and others.goes_on(error) and error.replica not in refused:
-                refused.add(error.replica)
-                call = replace(call, avoid=tuple({*call.avoid, str(error.replica)}))
-                continue
             deaths += 1
-            if deaths == _ATTEMPTS or not _is_gone(error):
-                raise _named(error) from error
+            if deaths == _ATTEMPTS:
+                raise _gone(error) from error
         finally:
-            if others is not None:
-                others.ended(call.number)
+            if stream is not None:
+                stream.cancel()
+            sender.ended(call)
         await asyncio.sleep(_PAUSE_S * 2 ** (deaths - 1))
         until = time.monotonic() + timeout_s
 
 
-async def _first(stream: Any, call: GenerateCall, until: float, timeout_s: float, others: Others | None) -> Any:
+async def _sent(sender: Sender, call: GenerateCall, until: float, timeout_s: float) -> RpcCall:
+    """A call on its way. Raises ServiceUnavailable: there is no replica."""
+    try:
+        async with asyncio.timeout(until - time.monotonic()):
+            return await sender.send(call)
+    except TimeoutError as error:
+        raise ServiceUnavailable(f"there was no replica to answer within {timeout_s:g} s") from error
+
+
+async def _first(stream: RpcCall, call: GenerateCall, until: float, timeout_s: float, sender: Sender) -> Begun:
     """The first that a replica says. Raises _Waits if the call had better wait elsewhere."""
     first = asyncio.ensure_future(anext(stream))
     try:
@@ -183,34 +163,15 @@ async def _first(stream: Any, call: GenerateCall, until: float, timeout_s: float
                 break
             if left <= 0:
                 raise ServiceUnavailable(f"no replica has begun to answer within {timeout_s:g} s")
-            if others is not None and (avoid := others.elsewhere(call, 1 - left / timeout_s)):
+            if avoid := sender.elsewhere(call, 1 - left / timeout_s):
                 raise _Waits(avoid)
-        return await first
+        begun: Begun = await first
+        return begun
     finally:
         if not first.done():
-            stream.cancel()
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
 
 
-def _cancelled(error: BaseException) -> bool:
-    """Whether the caller is cancelled, and not the call on its dying replica, which Serve tells in the same way."""
-    task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
-
-
-def _is_gone(error: BaseException) -> bool:
-    """Whether this is Ray's word on a dead or unreachable replica, and not the replica's own."""
-    return isinstance(error, RayError | asyncio.CancelledError) and not isinstance(error, RayTaskError)
-
-
-def _said(item: Any) -> Any:
-    """What a replica has said; raises it, if it is an error."""
-    if isinstance(item, LorauterError):
-        raise item
-    return item
-
-
-def _named(error: BaseException) -> Exception:
-    """An error that no event loop takes for its own."""
-    return error if isinstance(error, Exception) else ServiceUnavailable("the request was cancelled on its replica")
+def _gone(error: ConnectionLost) -> ServiceUnavailable:
+    return ServiceUnavailable(f"no replica has lived to answer: {error}")

@@ -7,9 +7,8 @@ Holds no model and no catalog; it talks to the other deployments through their h
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,16 +23,16 @@ from deployments import observe
 from deployments.access import Access, Caller
 from deployments.adapter_cache import CacheSpec
 from deployments.admin import admin_endpoints
-from deployments.admission import Admission
 from deployments.api import build_api
 from deployments.calls import Admitted, CatalogDescription, GenerateCall, Residency
 from deployments.changes import Change
 from deployments.config import AppConfig
+from deployments.dispatch import Dispatch
 from deployments.limits import SharedLimits
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.node_metrics import read_metrics
-from deployments.placement import placement_of
+from deployments.replicas import Replicas
 from deployments.retries import answered, generated
 from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted
@@ -57,6 +56,8 @@ _RETRY_AFTER_S = 1.0
 _LORAS_S = 2.0  # for which what is on the devices is no old news: gateways ask many times a second
 _DEMAND = 4096  # adapters of which each node tells how much they were wanted
 _TOGETHER = 64  # texts to be embedded that go together
+_READY_S = 1800.0  # an encoder may have to be downloaded first
+_WAITING = 1000  # calls that a replica has of one ingress replica at most
 
 
 @serve.deployment(
@@ -93,14 +94,14 @@ class Router:
         self._access = Access(config.access, SharedLimits() if config.access.closed else None)
         self._recorder = RayRecorder()
         self._metrics = RoutingMetrics(self._recorder)
-        self._embedder = embedder
-        self._retriever = retriever
-        self._embed, self._decide, self._versions = embedder.embed, retriever.decide, retriever.versions
-        self._model = model.options(stream=True)
+        self._embedder = Replicas(embedder, most=_WAITING)
+        self._retriever = Replicas(retriever, most=_WAITING)
+        self._model = Replicas(model, most=_WAITING)
+        self._cache = CacheSpec(config.adapters, config.cache)
+        self._dispatch = Dispatch(self._model, self._cache, batch=config.engine.rows)
         self._encoder: str | None = None
-        self._tokenize, self._detokenize = model.tokenize, model.detokenize
+        self._apps = dict.fromkeys((model.deployment_id.app_name, serve.get_replica_context().app_name))
         self._editor = _EditorClient(editor) if editor is not None else None
-        self._admission = Admission(model)
         self._routing = 0  # texts
         self._loras_seen: Loras | None = None
 
@@ -125,9 +126,9 @@ class Router:
         try:
             with self._metrics.step("route"), span("route"):
                 started = time.perf_counter()
+                embeddings = await self._asked(self._embedder, "embed", list(texts))
                 decisions: list[RoutingDecision] = await self._asked(
-                    lambda: self._embed.remote(list(texts)),
-                    lambda embeddings: self._decide.remote(embeddings, list(texts), [options] * len(texts)),
+                    self._retriever, "decide", embeddings, list(texts), [options] * len(texts)
                 )
                 seconds = time.perf_counter() - started
         finally:
@@ -140,13 +141,13 @@ class Router:
 
     async def versions(self, names: Sequence[str]) -> dict[str, str]:
         """The versions of adapters that are served, those of the catalog in use; without those that it lacks."""
-        versions: dict[str, str] = await self._asked(lambda: self._versions.remote(list(names)))
+        versions: dict[str, str] = await self._asked(self._retriever, "versions", list(names))
         return versions
 
     async def embed(self, texts: Sequence[str]) -> Embeddings:
         """(n, d) float32 unit rows for n texts. Raises Overloaded, ServiceUnavailable."""
         parts = [
-            await self._asked(functools.partial(self._embed.remote, list(texts[start : start + _TOGETHER])))
+            await self._asked(self._embedder, "embed", list(texts[start : start + _TOGETHER]))
             for start in range(0, len(texts), _TOGETHER)  # one after the other: what is urgent comes in between
         ]
         return np.concatenate(parts)
@@ -154,24 +155,24 @@ class Router:
     async def encoder(self) -> str:
         """What embeds is called. Raises ServiceUnavailable."""
         if self._encoder is None:
-            self._encoder = await self._asked(self._embedder.name.remote)
+            self._encoder = await self._asked(self._embedder, "name")
         return self._encoder
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's tokens. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
-        token_ids: tuple[int, ...] = await self._asked(lambda: self._tokenize.remote(prompt))
+        token_ids: tuple[int, ...] = await self._asked(self._model, "tokenize", prompt)
         return token_ids
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of tokens. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
-        text: str = await self._asked(lambda: self._detokenize.remote(token_ids, skip_special_tokens))
+        text: str = await self._asked(self._model, "detokenize", token_ids, skip_special_tokens)
         return text
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
         record = observe.current()
         timeout_s = self._config.api.first_token_s
-        stream = generated(self._model.generate.remote, call, timeout_s=timeout_s, others=self._admission)
+        stream = generated(self._dispatch, call, timeout_s=timeout_s)
         try:
             async for item in stream:
                 if isinstance(item, Admitted):
@@ -182,56 +183,49 @@ class Router:
                 else:
                     record.token_arrived(len(item.token_ids), item.finish_reason)
                 yield item
-        except Exception as error:
-            translated = _translated(error)
-            if call.routed and isinstance(translated, AdapterError):
-                self._metrics.left_out([cause_of(translated)] * len(call.adapters))
-            raise translated from error
+        except AdapterError as error:
+            if call.routed:
+                self._metrics.left_out([cause_of(error)] * len(call.adapters))
+            raise
         finally:
             await stream.aclose()
 
     def check_load(self) -> None:
         """Raise Overloaded if no replica has room: to route a request would only slow the others down."""
-        self._admission.check(self._routing)
+        self._dispatch.check(self._routing)
 
     async def describe(self) -> CatalogDescription:
         """The catalog."""
-        catalog: CatalogDescription = await self._asked(self._retriever.describe.remote)
+        catalog: CatalogDescription = await self._asked(self._retriever, "describe")
         return catalog
 
     async def examples(self, names: Sequence[str], most: int) -> dict[str, list[dict[str, str]]]:
         """The first validation examples of tasks."""
-        examples: dict[str, list[dict[str, str]]] = await self._asked(
-            lambda: self._retriever.examples.remote(list(names), most)
-        )
+        examples: dict[str, list[dict[str, str]]] = await self._asked(self._retriever, "examples", list(names), most)
         return examples
 
     async def layout(self, permitted: Permitted, named: Sequence[str]) -> dict[str, Any]:
         """The tasks in two dimensions, of those that a caller may see."""
-        shown: dict[str, Any] = await self._asked(lambda: self._retriever.layout.remote(permitted, list(named)))
+        shown: dict[str, Any] = await self._asked(self._retriever, "layout", permitted, list(named))
         return shown
 
     async def history(self, limit: int, after: str | None) -> dict[str, Any]:
         """The catalog's versions in the store. Raises InvalidRequest, CatalogError, StoreError."""
-        page: dict[str, Any] = await self._asked(lambda: self._retriever.history.remote(limit, after))
+        page: dict[str, Any] = await self._asked(self._retriever, "history", limit, after)
         return page
 
     async def residency(self, keys: Sequence[AdapterKey]) -> list[Residency]:
         """Of versions of adapters, on how many replicas each is in a tier, and how much it was wanted lately."""
-        placement = placement_of(str(self._model.deployment_id))
-        demand = await demand_for(CacheSpec(self._config.adapters, self._config.cache), _DEMAND)
-        return [
-            Residency(placement.whereabouts(str(key)) if placement is not None else {}, demand.get(key, 0.0))
-            for key in keys
-        ]
+        demand = await demand_for(self._cache, _DEMAND)
+        whereabouts = self._dispatch.placement.whereabouts
+        return [Residency(whereabouts(str(key)), demand.get(key, 0.0)) for key in keys]
 
     async def deployments(self) -> list[dict[str, Any]]:
         """The service's deployments: the state of each, and how many replicas are in which."""
         applications = (await asyncio.to_thread(serve.status)).applications
-        names = dict.fromkeys((self._model.deployment_id.app_name, serve.get_replica_context().app_name))
         return [
             {"id": name, "object": "deployment", "status": part.status.value, "replicas": dict(part.replica_states)}
-            for app in names
+            for app in self._apps
             if app in applications
             for name, part in applications[app].deployments.items()
         ]
@@ -250,23 +244,23 @@ class Router:
         """The adapters wanted lately that are on a device of some replica, as they were a moment ago at most."""
         if self._loras_seen is not None and time.time() - self._loras_seen.seen < _LORAS_S:
             return self._loras_seen
-        placement = placement_of(str(self._model.deployment_id))
-        wanted = await demand_for(CacheSpec(self._config.adapters, self._config.cache), _DEMAND)
-        there = [key.name for key in wanted if placement is not None and "device" in placement.whereabouts(str(key))]
+        wanted = await demand_for(self._cache, _DEMAND)
+        there = [key.name for key in wanted if "device" in self._dispatch.placement.whereabouts(str(key))]
         running = sorted(set(there))
         self._loras_seen = Loras(running, max(self._config.engine.rows, len(running)), time.time())
         return self._loras_seen
 
-    async def _asked(self, send: Callable[[], Any], *passed_on: Callable[[Any], Any]) -> Any:
-        try:
-            return await answered(send, *passed_on, timeout_s=self._config.api.first_token_s)
-        except Exception as error:
-            raise _translated(error) from error
+    async def _asked(self, replicas: Replicas, method: str, *args: Any) -> Any:
+        return await self._asked_within(self._config.api.first_token_s, replicas, method, *args)
+
+    async def _asked_within(self, timeout_s: float, replicas: Replicas, method: str, *args: Any) -> Any:
+        return await answered(lambda: replicas.call(method, *args), timeout_s=timeout_s)
 
     async def check_ready(self) -> None:
         """Raise unless the encoder in use is the catalog's own."""
-        embeddings = await self._embedder.embed.remote([PROBE_TEXT])
-        await self._retriever.check_probe.remote(embeddings[0], await self._embedder.name.remote())
+        [probe] = await self._asked_within(_READY_S, self._embedder, "embed", [PROBE_TEXT])
+        encoder = await self._asked_within(_READY_S, self._embedder, "name")
+        await self._asked_within(_READY_S, self._retriever, "check_probe", probe, encoder)
 
 
 def _take_id(request_id: str) -> None:

@@ -95,3 +95,28 @@ def _span(name: str, *, current: bool) -> Iterator[Any]:
 def tracer() -> Any:
     """What makes spans; None if there are no traces."""
     return _tracer
+
+
+def carried() -> dict[str, str]:
+    """What takes the span that is under way to another process."""
+    carrier: dict[str, str] = {}
+    if _tracer is not None:
+        from opentelemetry import propagate
+
+        propagate.inject(carrier)
+    return carrier
+
+
+@contextmanager
+def continued(carrier: Mapping[str, str]) -> Iterator[None]:
+    """Spans that begin within this are below the one that was carried here."""
+    if _tracer is None:
+        yield
+        return
+    from opentelemetry import context, propagate
+
+    token = context.attach(propagate.extract(carrier))
+    try:
+        yield
+    finally:
+        context.detach(token)

@@ -21,9 +21,10 @@ from typing import Any
 
 from lorauter.engine.core import EngineCore
 from lorauter.engine.messages import Begin, Order, Report
-from lorauter.engine.process import Channel, Errors, Orders, Read, ReadDone, Ready, Start
+from lorauter.engine.process import Channel, Orders, Read, ReadDone, Ready, Start
 from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import LorauterError
+from lorauter.pickled import PickledError
 
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _READERS = 2
@@ -74,7 +75,7 @@ class Child:
         try:
             packed, warnings = self._core.read(read.path, name=read.key[0], version=read.key[1])
         except BaseException as error:  # noqa: BLE001 (the parent's to judge)
-            self._channel.send(ReadDone(read.number, error=Errors.of(error)))
+            self._channel.send(ReadDone(read.number, error=PickledError.of(error)))
             return
         self._adapters[read.number] = packed
         self._channel.send(ReadDone(read.number, packed.nbytes, warnings))
@@ -108,7 +109,7 @@ def main() -> None:
     except BaseException as error:  # noqa: BLE001 (the parent's to raise)
         if not isinstance(error, LorauterError):
             error.add_note(f"in the engine's process:\n{traceback.format_exc()}")
-        channel.send(Errors.of(error))
+        channel.send(PickledError.of(error))
         return
     child = Child(channel, core)
     try:

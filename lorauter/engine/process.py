@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from lorauter.engine.model import Decoder
 from lorauter.engine.plan import AdapterKey
 from lorauter.engine.text import TextCodec
 from lorauter.errors import AdapterUnavailable, LorauterError, ServiceUnavailable
+from lorauter.pickled import PickledError
 
 logger = logging.getLogger("lorauter.engine")
 
@@ -78,7 +78,7 @@ class ReadDone:
     number: int
     nbytes: int = 0
     warnings: tuple[str, ...] = ()
-    error: Errors | None = None
+    error: PickledError | None = None
 
 
 @dataclass(frozen=True)
@@ -87,41 +87,6 @@ class Orders:
 
     orders: Sequence[Order]
     released: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Errors:
-    """An error and the causes behind it, which Python's pickles leave out."""
-
-    chain: tuple[bytes, ...]
-
-    @classmethod
-    def of(cls, error: BaseException) -> Errors:
-        """Of an error that was caught."""
-        chain: list[bytes] = []
-        step: BaseException | None = error
-        while step is not None and len(chain) < 8:
-            chain.append(_pickled(step))
-            step = step.__cause__ or (None if step.__suppress_context__ else step.__context__)
-        return cls(tuple(chain))
-
-    def raised(self) -> Exception:
-        """The error, with its causes."""
-        chain = [pickle.loads(item) for item in self.chain]  # noqa: S301 (of the process that this one has started)
-        for error, cause in pairwise(chain):
-            error.__cause__ = cause
-        found: Exception = chain[0]
-        return found
-
-
-def _pickled(error: BaseException) -> bytes:
-    try:
-        packed = pickle.dumps(error)
-        if isinstance(pickle.loads(packed), Exception):  # noqa: S301 (the same)
-            return packed
-    except Exception:  # noqa: BLE001, S110 (what it says is kept at least)
-        pass
-    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 class Channel:
@@ -291,7 +256,7 @@ class EngineProcess:
             logging.getLogger(message.name).handle(message)
         elif isinstance(message, Ready):
             ready.set_result(message)
-        elif isinstance(message, Errors):
+        elif isinstance(message, PickledError):
             ready.set_exception(message.raised())
 
     @staticmethod

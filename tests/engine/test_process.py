@@ -22,7 +22,7 @@ from lorauter.engine.engine import Engine, MultiLoraEngine
 from lorauter.engine.feed import feed
 from lorauter.engine.load import load_decoder, load_in_process
 from lorauter.engine.messages import Begin, Drop
-from lorauter.engine.process import Errors, Orders, Read, start_process
+from lorauter.engine.process import Orders, Read, start_process
 from lorauter.errors import (
     AdapterRejected,
     ConfigError,
@@ -32,6 +32,7 @@ from lorauter.errors import (
     Overloaded,
     ServiceUnavailable,
 )
+from lorauter.pickled import PickledError
 
 SETTINGS = {"max_batch": 4, "max_model_len": 1 << 12, "adapter_bytes": 1 << 20, "device": "cpu", "dtype": "float32"}
 ENDLESS = {"max_tokens": 1 << 20, "ignore_eos": True}
@@ -267,11 +268,11 @@ def test_an_error_keeps_its_causes_and_what_cannot_travel_its_words() -> None:
 
     with pytest.raises(AdapterRejected) as caught:
         fail()
-    found = Errors.of(caught.value).raised()
+    found = PickledError.of(caught.value).raised()
     assert (str(found), found.adapter) == (str(caught.value), "a")
     assert isinstance(found.__cause__, OSError)
     assert found.__cause__.errno == 5
-    assert str(Errors.of(Local("odd")).raised()) == "Local: odd"
+    assert str(PickledError.of(Local("odd")).raised()) == "Local: odd"
 
 
 class _Channel(list):

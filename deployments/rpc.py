@@ -1,0 +1,442 @@
+"""Calls between processes over a connection of their own: Ray says who is where, and nothing of it is on the way.
+
+A call takes Python values and returns one, or yields several as they come. All calls to a process share one connection;
+what is said in one turn of the event loop goes together. Both ends prove that they know the server's token before
+either reads more than the proof, as what follows are pickles. A connection ends with the process at its other end at
+once, and with a machine that is lost within `_LOST_S`; whoever waits there hears `ConnectionLost`.
+
+Knows nothing of deployments, and no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import pickle
+import secrets
+import socket
+import struct
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+from lorauter.errors import LorauterError
+from lorauter.pickled import PickledError
+
+logger = logging.getLogger("lorauter.rpc")
+
+_MAGIC = b"lorauter-rpc-1\n\0"
+_NONCE, _PROOF = 32, hashlib.sha256().digest_size
+_HELLO = len(_MAGIC) + _NONCE
+_LENGTH = struct.Struct("<Q")
+_LONGEST = 1 << 31  # bytes of one lot: more is no message of ours
+_GREETING_S = 5.0
+_LOST_S = 10  # without a sign of life from the other machine's kernel
+_CALL, _CANCEL, _ITEM, _RESULT, _END, _ERROR = range(6)
+
+Within = Callable[[Mapping[str, str]], AbstractContextManager[object]]
+
+
+class ConnectionLost(Exception):
+    """Nobody is at the other end any more, or nobody who knows the token. What became of a call there is not known."""
+
+
+class Address(NamedTuple):
+    """Where a server listens, and what proves to it that one may call: not to be logged."""
+
+    host: str
+    port: int
+    token: bytes
+
+
+class RpcServer:
+    """Answers calls.
+
+    Args:
+        handlers: by name, coroutine functions, whose result is the answer, and asynchronous generators, each of whose
+            items is sent as it comes. Cancelled when the caller cancels, or is gone.
+        within: is entered around each call, with what its caller says of it.
+    """
+
+    def __init__(self, handlers: Mapping[str, Callable[..., Any]], within: Within = lambda _: nullcontext()) -> None:
+        self._handlers = handlers
+        self._within = within
+        self._token = secrets.token_bytes(32)
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._connections: set[_Connection] = set()
+
+    async def start(self, host: str) -> Address:
+        """Listen on a free port of a host."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._accept, host, 0)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return Address(host, port, self._token)
+
+    @property
+    def ongoing(self) -> int:
+        """Calls in progress."""
+        return len(self._tasks)
+
+    async def drained(self) -> None:
+        """Wait until no call is in progress."""
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Listen no more; calls in progress are cancelled."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.close()
+
+    def _accept(self) -> _Connection:
+        running: dict[int, asyncio.Task[None]] = {}
+
+        def received(messages: Sequence[Any]) -> None:
+            for message in messages:
+                if message[0] == _CALL:
+                    _, number, method, args, context = message
+                    task = asyncio.get_running_loop().create_task(
+                        self._answer(connection, number, method, args, context)
+                    )
+                    running[number] = task
+                    self._tasks.add(task)
+                    self._idle.clear()
+                    task.add_done_callback(partial(ended, number))
+                elif message[1] in running:
+                    running[message[1]].cancel()
+
+        def ended(number: int, task: asyncio.Task[None]) -> None:
+            del running[number]
+            self._tasks.discard(task)
+            if not self._tasks:
+                self._idle.set()
+
+        def lost() -> None:
+            self._connections.discard(connection)
+            for task in list(running.values()):
+                task.cancel()
+
+        def unsendable(number: int, error: Exception) -> Any:
+            return _ERROR, number, PickledError.of(error)
+
+        connection = _Connection(b"server", self._token, received, unsendable, lost)
+        self._connections.add(connection)
+        return connection
+
+    async def _answer(
+        self, connection: _Connection, number: int, method: str, args: Sequence[Any], context: Mapping[str, str]
+    ) -> None:
+        try:
+            with self._within(context):
+                answer = self._handlers[method](*args)
+                if isinstance(answer, AsyncGenerator):
+                    try:
+                        async for item in answer:
+                            connection.send((_ITEM, number, item))
+                            await connection.writable()
+                    finally:
+                        await answer.aclose()
+                    connection.send((_END, number))
+                else:
+                    connection.send((_RESULT, number, await answer))
+        except asyncio.CancelledError:
+            connection.send((_ERROR, number, ConnectionLost("the call was cancelled by its server")))
+            raise
+        except Exception as error:
+            if not isinstance(error, LorauterError):
+                logger.exception("%s failed", method)
+            connection.send((_ERROR, number, PickledError.of(error)))
+
+
+class RpcClient:
+    """Calls one server, over one connection, which is made with the first call, and anew after it was lost.
+
+    Args:
+        address: the server's.
+        ended: is told of each call that has ended, however it did.
+    """
+
+    def __init__(self, address: Address, ended: Callable[[], object] = lambda: None) -> None:
+        self._address = address
+        self._ended = ended
+        self._connection: _Connection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._unsent: list[Any] = []
+        self._calls: dict[int, RpcCall] = {}
+        self._last = 0
+        self._closed = False
+
+    def call(self, method: str, *args: Any, context: Mapping[str, str] | None = None) -> RpcCall:
+        """Call: await it for its result, or iterate over its items."""
+        self._last += 1
+        number = self._last
+        call = self._calls[number] = RpcCall(lambda: self._cancel(number))
+        self._send((_CALL, number, method, args, context or {}))
+        return call
+
+    @property
+    def ongoing(self) -> int:
+        """Calls in progress."""
+        return len(self._calls)
+
+    def close(self) -> None:
+        """End; calls in progress are lost."""
+        self._closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._connection is not None:
+            self._connection.close()
+        self._lost()
+
+    def _cancel(self, number: int) -> None:
+        if number in self._calls:
+            self._failed(number, ConnectionLost("the call was cancelled"))
+            self._send((_CANCEL, number))
+
+    def _send(self, message: Any) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
+        elif self._closed:
+            self._lost()
+        else:
+            self._unsent.append(message)
+            if self._connecting is None:
+                self._connecting = asyncio.get_running_loop().create_task(self._connect())
+
+    async def _connect(self) -> None:
+        host, port, token = self._address
+        connection = _Connection(b"client", token, self._received, self._failed, self._lost)
+        try:
+            async with asyncio.timeout(_GREETING_S):
+                await asyncio.get_running_loop().create_connection(lambda: connection, host, port)
+                await connection.greeted
+        except (OSError, ConnectionLost):  # a TimeoutError is the first
+            connection.close()
+            self._connecting = None
+            self._lost()
+            return
+        self._connecting, self._connection = None, connection
+        unsent, self._unsent = self._unsent, []
+        for message in unsent:
+            connection.send(message)
+
+    def _failed(self, number: int, error: Exception) -> None:
+        """A call cannot be told to the server."""
+        if (call := self._calls.pop(number, None)) is not None:
+            self._ended()
+            call.told(_ERROR, error)
+
+    def _received(self, messages: Sequence[Any]) -> None:
+        for message in messages:
+            kind, number = message[:2]
+            call = self._calls.get(number)
+            if call is None:  # it was cancelled
+                continue
+            if kind != _ITEM:
+                del self._calls[number]
+                self._ended()
+            call.told(kind, message[2] if kind != _END else None)
+
+    def _lost(self) -> None:
+        self._connection = None
+        self._unsent.clear()
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            self._ended()
+            call.told(_ERROR, ConnectionLost(f"the connection to {self._address.host}:{self._address.port} is lost"))
+
+
+class RpcCall:
+    """A call in progress: await it for its result, or iterate over its items. Raises what the server raised, or
+    ConnectionLost."""
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self._cancel = cancel
+        self._told: deque[tuple[int, Any]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def cancel(self) -> None:
+        """Have the server stop; nothing more comes. Harmless once the call has ended."""
+        self._cancel()
+
+    def told(self, kind: int, value: Any) -> None:
+        """The client's: what the server said."""
+        self._told.append((kind, value))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._result().__await__()
+
+    async def _result(self) -> Any:
+        return (await self._next())[1]
+
+    def __aiter__(self) -> RpcCall:
+        return self
+
+    async def __anext__(self) -> Any:
+        kind, value = await self._next()
+        if kind == _END:
+            raise StopAsyncIteration
+        return value
+
+    async def _next(self) -> tuple[int, Any]:
+        if not self._told:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+            finally:
+                self._waiter = None
+        kind, value = self._told.popleft()
+        if kind == _ERROR:
+            raise value.raised() if isinstance(value, PickledError) else value
+        return kind, value
+
+
+class _Connection(asyncio.Protocol):
+    """One end: the proof, then lots of messages, each a pickle with its length before it."""
+
+    def __init__(
+        self,
+        role: bytes,
+        token: bytes,
+        received: Callable[[Sequence[Any]], None],
+        unsendable: Callable[[int, Exception], Any],
+        lost: Callable[[], None],
+    ) -> None:
+        self._role = role
+        self._token = token
+        self._received = received
+        self._unsendable = unsendable
+        self._lost = lost
+        self._nonce = secrets.token_bytes(_NONCE)
+        self._theirs: bytes | None = None  # their nonce, once they have said it
+        self._unread = bytearray()
+        self._unsent: list[Any] = []
+        self._transport: asyncio.Transport | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.greeted.add_done_callback(lambda done: done.cancelled() or done.exception())  # not all wait for it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        _tune(transport.get_extra_info("socket"))
+        asyncio.get_running_loop().call_later(_GREETING_S, self._give_up)
+        transport.write(_MAGIC + self._nonce)
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        try:
+            if self.greeted.done() or self._greet():
+                while len(self._unread) >= _LENGTH.size:
+                    (length,) = _LENGTH.unpack_from(self._unread)
+                    if length > _LONGEST:
+                        raise ValueError(f"a lot of {length} bytes")
+                    if len(self._unread) < _LENGTH.size + length:
+                        return
+                    lot = bytes(memoryview(self._unread)[_LENGTH.size : _LENGTH.size + length])
+                    del self._unread[: _LENGTH.size + length]
+                    self._received(pickle.loads(lot))  # noqa: S301 (of who knows the token)
+        except Exception:
+            logger.exception("a connection is given up")
+            self.close()
+
+    def _greet(self) -> bool:
+        """Read their greeting, and prove that the token is known here; whether they have proved it."""
+        if self._theirs is None and len(self._unread) >= _HELLO:
+            if not self._unread.startswith(_MAGIC):
+                self.close()
+                return False
+            self._theirs = bytes(self._unread[len(_MAGIC) : _HELLO])
+            del self._unread[:_HELLO]
+            assert self._transport is not None
+            self._transport.write(self._proof(self._role, self._theirs, self._nonce))
+        if self._theirs is None or len(self._unread) < _PROOF:
+            return False
+        proof = bytes(self._unread[:_PROOF])
+        del self._unread[:_PROOF]
+        other = b"client" if self._role == b"server" else b"server"
+        if not hmac.compare_digest(proof, self._proof(other, self._nonce, self._theirs)):
+            logger.warning("somebody without the token has connected")
+            self.close()
+            return False
+        self.greeted.set_result(None)
+        return True
+
+    def _proof(self, role: bytes, challenge: bytes, own: bytes) -> bytes:
+        return hmac.digest(self._token, role + challenge + own, "sha256")
+
+    def _give_up(self) -> None:
+        if not self.greeted.done():
+            self.close()
+
+    def send(self, message: Any) -> None:
+        """Send with all else that is said in this turn of the loop; nothing, once the connection is lost."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(message)
+
+    def _flush(self) -> None:
+        messages, self._unsent = self._unsent, []
+        self._write(messages)
+
+    def _write(self, messages: Sequence[Any]) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        try:
+            lot = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
+        except Exception as error:  # noqa: BLE001 (of one of them, whose own end it is)
+            if len(messages) > 1:
+                for message in messages:
+                    self._write([message])
+            elif (instead := self._unsendable(messages[0][1], error)) is not None:
+                self._write([instead])
+            return
+        self._transport.writelines([_LENGTH.pack(len(lot)), lot])
+
+    async def writable(self) -> None:
+        """Wait until the other end has read about all that was sent."""
+        await asyncio.sleep(0)  # what was said is written, whoever says it never waits for anything else
+        await self._writable.wait()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._writable.set()
+        if not self.greeted.done():
+            self.greeted.set_exception(ConnectionLost("the other end has hung up"))
+        self._lost()
+
+
+def _tune(connection: socket.socket) -> None:
+    """No wait for more to send, and a machine that is lost is found out."""
+    with suppress(OSError):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (
+            ("TCP_KEEPIDLE", _LOST_S // 2),
+            ("TCP_KEEPINTVL", 1),
+            ("TCP_KEEPCNT", _LOST_S // 2),
+            ("TCP_USER_TIMEOUT", _LOST_S * 1000),
+        ):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -1,0 +1,42 @@
+"""Errors on their way to another process."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class PickledError:
+    """An error and the causes behind it, which Python's pickles leave out; what cannot be pickled is told in words."""
+
+    chain: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, error: BaseException) -> PickledError:
+        """Of an error that was caught."""
+        chain: list[bytes] = []
+        step: BaseException | None = error
+        while step is not None and len(chain) < 8:
+            chain.append(_pickled(step))
+            step = step.__cause__ or (None if step.__suppress_context__ else step.__context__)
+        return cls(tuple(chain))
+
+    def raised(self) -> Exception:
+        """The error, with its causes. To be asked of what comes from a process that is trusted."""
+        chain = [pickle.loads(item) for item in self.chain]  # noqa: S301
+        for error, cause in pairwise(chain):
+            error.__cause__ = cause
+        found: Exception = chain[0]
+        return found
+
+
+def _pickled(error: BaseException) -> bytes:
+    try:
+        packed = pickle.dumps(error)
+        if isinstance(pickle.loads(packed), Exception):  # noqa: S301 (just pickled)
+            return packed
+    except Exception:  # noqa: BLE001, S110 (what it says is kept at least)
+        pass
+    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
