@@ -31,7 +31,7 @@ from deployments.placement import Placement, report
 INGRESSES = 4
 REPORT_S = 1.0
 QUEUE_LAPSES_S = 10.0  # Serve's count of what another replica runs
-RETRY_AFTER_S, SPARED = 1.0, 1 / 16  # as in `deployments.admission`
+RETRY_AFTER_S, SPARED = 1.0, 1 / 16  # as in `deployments.dispatch`
 TIERS = ("device", "host", "disk")
 LOAD_S = {"host": 0.01, "disk": 0.1, "store": 0.5}
 
@@ -126,7 +126,7 @@ class Policy:
 
 
 class Ours(Policy):
-    """The production policy, with what `deployments.admission` and `retries` do of a refusal."""
+    """The production policy, with what `deployments.dispatch` and `retries` do of a refusal."""
 
     def __init__(self, shape: Shape, seed: int) -> None:
         super().__init__(shape, seed)

@@ -91,9 +91,10 @@ def assemble(config: AppConfig, overrides: Options) -> Application:
     ).bind(config)
     editor = deployment(CatalogEditor).bind(config, embedder, model) if own else None
     actors = {"deployment_actors": [limits_actor()]} if config.access.closed else {}
-    return deployment(Router, **_scaling(overrides, "Router"), **actors).bind(
-        config, embedder, retriever, model, editor
-    )
+    scaling = _scaling(overrides, "Router")
+    if config.api.listen is not None and "autoscaling_config" in scaling:  # Serve does not see what it should go by
+        scaling = {"num_replicas": scaling["autoscaling_config"]["min_replicas"]}
+    return deployment(Router, **scaling, **actors).bind(config, embedder, retriever, model, editor)
 
 
 def _with_gpus(overrides: Options, device: str) -> Options:

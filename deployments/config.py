@@ -68,6 +68,9 @@ class ApiSettings(Settings):
             way takes the connection for dead; null sends none.
         metrics_of: whose metrics `GET /metrics` has: those of the ingress's node, or of all nodes of the cluster.
         vllm_metrics: whether `GET /metrics` has vLLM's names too, which gateways and dashboards read.
+        listen: `HOST:PORT` where the ingress's replicas answer by themselves, all of a machine at the same one; null
+            leaves that to Serve's proxies. `lorauter serve` sets it where it starts a Ray of its own and the file asks
+            for nothing that takes a proxy.
         first_token_s: seconds until an answer begins, or a part of the service answers, at most, the wait for a
             replica in a dead one's place included; then the request is answered with 503.
     """
@@ -83,6 +86,7 @@ class ApiSettings(Settings):
     ping_s: Annotated[float, Field(gt=0, le=86400)] | None = 15.0
     metrics_of: Literal["node", "cluster"] = "node"
     vllm_metrics: bool = True
+    listen: str | None = None
     first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 

@@ -71,6 +71,13 @@ class ServeFile:
         """Whether other machines can reach a service that needs no key."""
         return not self.config.access.closed and not _is_loopback(self.host)
 
+    @property
+    def needs_no_proxy(self) -> bool:
+        """Whether the ingress's replicas can listen themselves: one machine's, as many as there are, at the root."""
+        router = self.overrides.get("Router", {})
+        plain = self.http.keys() <= {"host", "port"} and self.route_prefix == "/" and "autoscaling_config" not in router
+        return plain and self.proxy_location is None and self.config.api.listen is None
+
     @classmethod
     def read(cls, path: Path) -> "ServeFile":
         """Read and check the file. Raises ConfigError, naming what is wrong."""
@@ -178,9 +185,13 @@ def serve_forever(
         for number in previous:
             signal.signal(number, _interrupt)  # Ray's own handlers would end it beneath the service
         with phase("starting the deployments"):
+            proxies = file.proxy_location
+            if address is None and file.needs_no_proxy:
+                api = config.api.model_copy(update={"listen": f"{_bracketed(file.host)}:{file.port}"})
+                config, proxies = config.model_copy(update={"api": api}), "Disabled"
             app = assemble(config, file.overrides)
             serve.start(
-                proxy_location=file.proxy_location,
+                proxy_location=proxies,
                 http_options={**file.http, "host": file.host, "port": file.port},
                 logging_config=dict(file.logs),
                 tracing_config=traces,
@@ -211,7 +222,12 @@ def _host(listening: str) -> str:
         return listening
     if address.is_unspecified:
         return "127.0.0.1"
-    return f"[{address}]" if address.version == 6 else listening
+    return _bracketed(listening)
+
+
+def _bracketed(host: str) -> str:
+    """A host as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _described(config: AppConfig, catalog: Catalog | None) -> str:

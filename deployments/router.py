@@ -29,6 +29,7 @@ from deployments.changes import Change
 from deployments.config import AppConfig
 from deployments.dispatch import Dispatch
 from deployments.limits import SharedLimits
+from deployments.listener import Listener
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.node_metrics import read_metrics
@@ -104,6 +105,7 @@ class Router:
         self._editor = _EditorClient(editor) if editor is not None else None
         self._routing = 0  # texts
         self._loras_seen: Loras | None = None
+        self._listener: Listener | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         config = self._config
@@ -116,7 +118,26 @@ class Router:
             max_model_len=config.engine.max_model_len,
             base_model=config.base_model,
         )
-        return observe.Observed(api, self._recorder, _take_id)
+        observed = observe.Observed(api, self._recorder, _take_id)
+        if config.api.listen is not None:
+            self._listener = Listener(observed, config.api.listen)
+        return observed
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve's hook, once the replica is ready: from then on it listens, if it is to."""
+        if self._listener is not None:
+            self._listener.start()
+        return {}
+
+    def check_health(self) -> None:
+        """Serve's health check."""
+        if self._listener is not None:
+            self._listener.check()
+
+    async def __del__(self) -> None:
+        """Serve's hook, which waits for it."""
+        if listener := getattr(self, "_listener", None):
+            await listener.end()
 
     async def route(self, texts: Sequence[str], options: RoutingOptions) -> list[RoutingDecision]:
         """Decide for n texts. Raises InvalidRequest, Overloaded, ServiceUnavailable."""

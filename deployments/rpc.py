@@ -330,10 +330,10 @@ class _Connection(asyncio.Protocol):
         self.greeted.add_done_callback(lambda done: done.cancelled() or done.exception())  # not all wait for it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = made = cast(asyncio.Transport, transport)
         _tune(transport.get_extra_info("socket"))
         asyncio.get_running_loop().call_later(_GREETING_S, self._give_up)
-        transport.write(_MAGIC + self._nonce)
+        made.write(_MAGIC + self._nonce)
 
     def data_received(self, data: bytes) -> None:
         self._unread += data

@@ -8,11 +8,9 @@ import pytest
 from pydantic import ValidationError
 from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call_as_serve_does
-from ray.serve.config import RequestRouterConfig
 
 from deployments.app import DEPLOYMENTS, assemble, build
 from deployments.config import AccessSettings, AppConfig
-from deployments.residency_router import ResidencyRouter
 from lorauter.errors import ConfigError
 
 CONFIG = AppConfig(adapters="s3://bucket/adapters", catalog="s3://bucket/catalog")
@@ -57,26 +55,19 @@ def test_an_editor_goes_with_stores_of_ones_own_alone(tmp_path: Path, monkeypatc
         assert found["Router"].init_args[-1] is None
 
 
-def test_queues_follow_the_engines_settings_unless_overridden() -> None:
-    config = CONFIG.model_copy(update={"engine": replace(CONFIG.engine, max_batch=3, max_queue=5)})
-    derived = parts(assemble(config, {}))["LoraModel"]
-    assert (derived.max_ongoing_requests, derived.max_queued_requests) == (16, -1), (
-        "the engine says when it is too much"
-    )
-    overrides = {"LoraModel": {"max_queued_requests": 9, "num_replicas": 2}, "Router": {"num_replicas": 3}}
-    found = parts(assemble(config, overrides))
-    model = found["LoraModel"]
-    assert (model.max_ongoing_requests, model.max_queued_requests, model.num_replicas) == (16, 9, 2)
-    assert found["Router"].num_replicas == 3
+def test_what_is_said_of_a_deployment_goes_before_what_is_derived() -> None:
+    found = parts(assemble(CONFIG, {"LoraModel": {"num_replicas": 2}, "Router": {"num_replicas": 3}}))
+    assert (found["LoraModel"].num_replicas, found["Router"].num_replicas) == (2, 3)
+    assert found["LoraModel"]._deployment_config.request_router_config.request_routing_stats_period_s == 1.0
 
 
-def test_replicas_are_chosen_by_what_they_hold_unless_overridden() -> None:
-    routing = parts(assemble(CONFIG, {}))["LoraModel"]._deployment_config.request_router_config
-    assert routing.get_request_router_class() is ResidencyRouter
-    assert routing.request_router_kwargs["batch"] == 16
-    overrides = {"LoraModel": {"request_router_config": RequestRouterConfig()}}
-    routing = parts(assemble(CONFIG, overrides))["LoraModel"]._deployment_config.request_router_config
-    assert routing.get_request_router_class() is not ResidencyRouter
+def test_an_ingress_that_listens_itself_does_not_scale_by_what_serve_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    clustered(monkeypatch, CPU=16)
+    api = CONFIG.api.model_copy(update={"listen": "127.0.0.1:8000"})
+    config = CONFIG.model_copy(update={"api": api})
+    router = parts(assemble(config, {}))["Router"]
+    assert router.num_replicas == 4 and router._deployment_config.autoscaling_config is None
+    assert parts(assemble(config, {"Router": {"num_replicas": 1}}))["Router"].num_replicas == 1
 
 
 def clustered(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
@@ -100,8 +91,7 @@ def test_on_a_gpu_the_encoder_is_beside_the_engine_and_more_runs_at_once(monkeyp
     assert gpus(QueryEmbedder=0.25) == (0.75, 0.25)
     model = parts(assemble(CONFIG, {}))["LoraModel"]
     assert model.init_args[0].engine.device == "cuda"
-    assert model._deployment_config.request_router_config.request_router_kwargs["batch"] == 128
-    assert model.max_ongoing_requests == 2 * (128 + CONFIG.engine.max_queue)
+    assert model.init_args[0].engine.rows == 128
     on_cpu = parts(assemble(CONFIG, {"LoraModel": {"ray_actor_options": {"num_gpus": 0}}}))["LoraModel"]
     assert on_cpu.init_args[0].engine.rows == 16
 

@@ -94,33 +94,26 @@ def test_where_nothing_is_left_the_first_error_is_told() -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_an_error_of_ours_is_said_and_not_raised(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve would log it as a failure, with a traceback."""
+def test_a_refusal_says_whose_it_is(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r7"))
     monkeypatch.setattr(deployments.model.serve, "get_replica_context", lambda: here)
 
-    def said(error: Exception) -> list[Any]:
-        async def answer(_: GenerateCall) -> AsyncGenerator[Any]:
-            if begun:
-                yield Admitted(3)
-            raise error
+    async def answer(_: GenerateCall) -> AsyncGenerator[Any]:
+        if begun:
+            yield Admitted(3)
+        raise Overloaded("full", retry_after_s=2)
 
-        replica: Any = object.__new__(LoraModel.func_or_class)
-        replica._answer = answer
+    replica: Any = object.__new__(LoraModel.func_or_class)
+    replica._answer = answer
+    heard = []
 
-        async def listen() -> list[Any]:
-            return [item async for item in replica.generate(CALL)]
+    async def listen() -> None:
+        async for item in replica.generate(CALL):
+            heard.append(item)  # noqa: PERF401 (what came before the error counts)
 
-        return asyncio.run(listen())
-
-    admitted = [Admitted(3)] * begun
-    refusal = Overloaded("full", retry_after_s=2)
-    assert said(refusal) == [*admitted, refusal]
-    assert refusal.replica == "r7"
-    error = AdapterRejected("broken", adapter="a")
-    assert said(error) == [*admitted, error]
-    with pytest.raises(RuntimeError):
-        said(RuntimeError("a fault"))
+    with pytest.raises(Overloaded) as refused:
+        asyncio.run(listen())
+    assert refused.value.replica == "r7" and heard == [Admitted(3)] * begun
 
 
 @dataclass
@@ -266,8 +259,27 @@ def test_several_answers_to_one_prompt_go_on_where_each_was_left(replica: Any) -
     assert {index: Chunk.joined(chunks).text for index, chunks in said.items()} == {0: "bcdef", 2: "def"}
     assert all(chunks[-1].finish_reason == "length" for chunks in said.values())
     assert [one.own.token for one in Chunk.joined(said[2]).logprobs] == [b"d", b"e", b"f"]
-    [error] = listen(replace(call, choices=tuple(map(Choice, range(16 + 256 + 1)))))
-    assert (type(error), error.param) == (InvalidRequest, "n")
+    with pytest.raises(InvalidRequest) as refused:
+        listen(replace(call, choices=tuple(map(Choice, range(16 + 256 + 1)))))
+    assert refused.value.param == "n"
+
+
+def test_a_replica_that_is_to_go_ends_with_its_last_answer() -> None:
+    replica: Any = object.__new__(LoraModel.func_or_class)
+    ended: list[str] = []
+    replica._engine = SimpleNamespace(close=lambda: ended.append("engine"))
+
+    class Server:
+        ongoing = 1
+
+        async def drained(self) -> None:
+            ended.append("answers")
+
+    replica._server = Server()
+    asyncio.run(replica.__del__())
+    assert ended == ["answers", "engine"]
+    replica._server.ongoing = 0
+    assert replica.__del__() is None and ended[2:] == ["engine"]
 
 
 def test_a_replica_knows_in_which_of_its_tiers_adapters_are() -> None:

@@ -1,0 +1,152 @@
+"""HTTP answered by the ingress's replicas themselves, all of a machine at one address, without a proxy on the way.
+
+The kernel spreads connections over those who listen. What Serve's proxy does for a request else is done here: its id,
+its trace, a bound to how many are in progress, and an end to the work for a client that has left. A listener that is to
+go takes no new connections, closes idle ones, and ends with its last answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import uuid
+from urllib.parse import urlsplit
+
+import uvicorn
+from ray.serve.context import _set_request_context
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments import tracing
+from deployments.observe import REQUEST_ID
+from deployments.openai_answers import error_answer
+from lorauter.errors import ConfigError, Overloaded
+
+_MOST = 2000  # requests in progress
+_RETRY_AFTER_S = 1
+_BACKLOG = 2048
+_ID = REQUEST_ID.encode()
+_TRACE = (b"traceparent", b"tracestate")
+
+
+class Listener:
+    """Listens from `start` on.
+
+    Args:
+        app: answers the requests.
+        address: `HOST:PORT`; others of this user may listen there too.
+    """
+
+    def __init__(self, app: ASGIApp, address: str) -> None:
+        self._socket = _bound(address)
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                Front(app), lifespan="off", access_log=False, log_config=None, log_level="critical", backlog=_BACKLOG
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Listen."""
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
+
+    def check(self) -> None:
+        """Raise RuntimeError if it listens no more."""
+        if self._serving is not None and self._serving.done():
+            raise RuntimeError("the listener has ended")
+
+    async def end(self) -> None:
+        """Take no new connections, and wait for the last answer's end."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
+
+
+class Front:
+    """An ASGI application for requests that come from clients directly."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._ongoing = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = headers.get(_ID) or uuid.uuid4().hex.encode()
+        _set_request_context(request_id=request_id.decode("latin-1"))
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (_ID, request_id)]
+            await send(message)
+
+        if self._ongoing >= _MOST:
+            refusal = Overloaded(f"{_MOST} requests are in progress; try again later", retry_after_s=_RETRY_AFTER_S)
+            status, body = error_answer(refusal, "unlimited")
+            await JSONResponse(body, status, {"Retry-After": str(_RETRY_AFTER_S)})(scope, receive, send_with_id)
+            return
+        self._ongoing += 1
+        try:
+            carrier = {key.decode(): headers[key].decode("latin-1") for key in _TRACE if key in headers}
+            with tracing.continued(carrier), tracing.span("request"):
+                await _while_listened_to(self._app, scope, receive, send_with_id)
+        finally:
+            self._ongoing -= 1
+
+
+async def _while_listened_to(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request; once its client has left, what answers it is cancelled."""
+    asked, answered, left = asyncio.Event(), False, False
+
+    async def receive_noted() -> Message:
+        message = await receive()
+        if message["type"] != "http.request" or not message.get("more_body"):
+            asked.set()
+        return message
+
+    async def send_noted(message: Message) -> None:
+        nonlocal answered
+        answered = answered or (message["type"] == "http.response.body" and not message.get("more_body"))
+        await send(message)
+
+    async def watch(task: asyncio.Task[object]) -> None:
+        nonlocal left
+        await asked.wait()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not answered:
+            left = True
+            task.cancel()
+
+    current = asyncio.current_task()
+    assert current is not None
+    watching = asyncio.create_task(watch(current))
+    try:
+        await app(scope, receive_noted, send_noted)
+    except asyncio.CancelledError:
+        if not left:
+            raise
+    finally:
+        watching.cancel()
+
+
+def _bound(address: str) -> socket.socket:
+    """A socket at an address. Raises ConfigError."""
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
+        if host is None or port is None or parts.path:
+            raise ValueError("needed is HOST:PORT")
+        bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound.bind((host, port))
+        except OSError:
+            bound.close()
+            raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot listen at {address!r}: {error}", setting="api.listen") from error
+    return bound
