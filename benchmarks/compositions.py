@@ -1,11 +1,12 @@
 """Compositions of a pool, by settings: how their answers score on validation examples and on test queries.
 
-    python benchmarks/compositions.py --tasks DIR --adapters URI --out DIR [--examples 20] [--only a,b] [--test]
-        [--jobs semi-OOD/layers,in-domain/layers,...]
+    python benchmarks/compositions.py --tasks DIR --adapters URI --out DIR [--examples 20] [--only a,b]
+        [--jobs semi-OOD/layers,in-domain/layers,...] [--split validation|test] [--methods base,oracle,default,...]
 
 The first validation examples of each task are what everything is made of: every adapter's score on every task, the
-catalog, the compositions with the task's own adapter (in-domain) and without it (semi-OOD), by each setting. The others
-are asked, to choose a setting by; with --test the test queries too. What is in the folder is not made again.
+catalog, the compositions with the task's own adapter (in-domain) and without it (semi-OOD), by each setting. The other
+validation examples are asked, to choose a setting by; with --split test the test queries. What is in the folder is not
+made again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lorauter.catalog.scores import Evaluation, ScoreTable, score_all
 from lorauter.catalog.scoring import EngineScorer
 from lorauter.compositions.config import ComposeConfig
 from lorauter.compositions.make import Composer, Made, Wanted
-from lorauter.compositions.starts import example_mixtures
+from lorauter.compositions.starts import example_mixtures, mean_mixture
 from lorauter.defaults import base_model_aliases, load_encoder, resolve_model
 from lorauter.engine import EngineConfig, load_engine
 from lorauter.engine.load import load_decoder
@@ -39,13 +40,17 @@ from lorauter.routing import RoutingConfig
 from lorauter.tasks import read_tasks
 
 BASE = ComposeConfig()
+# Settings, and where a fit begins: with the router's own mixtures for the examples, with what tasks worded alike would
+# lend an unknown task, or half way.
 VARIANTS = {
-    "layers": BASE,
-    "targets": replace(BASE, per_target=True),
-    "pull": replace(BASE, pull=0.3),
-    "ten-groups": replace(BASE, layer_groups=10),
-    "positive": replace(BASE, non_negative=True),
-    "adapters": replace(BASE, layer_groups=1),
+    "layers": (BASE, "router"),
+    "targets": (replace(BASE, per_target=True), "router"),
+    "ten-groups": (replace(BASE, layer_groups=10), "router"),
+    "positive": (replace(BASE, non_negative=True), "router"),
+    "alike": (BASE, "alike"),
+    "half-alike": (BASE, "half"),
+    "pull": (replace(BASE, pull=0.3), "router"),
+    "adapters": (replace(BASE, layer_groups=1), "router"),
 }
 started = time.perf_counter()
 
@@ -74,7 +79,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=1e9, help="after which no further setting is begun")
     parser.add_argument("--fit", action="store_true", help="answer nothing")
-    parser.add_argument("--test", action="store_true")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--methods", default="base,oracle,default", help="that are answered beside the compositions")
     parser.add_argument("--scored", type=int, help="examples of each task that adapters are scored on")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -114,16 +120,24 @@ def main() -> None:
     made: dict[tuple[str, str], list[Made]] = {}
     for job in args.jobs.split(","):
         regime, variant = job.split("/")
-        config = VARIANTS[variant] if args.steps is None else replace(VARIANTS[variant], steps=args.steps)
+        config, start = VARIANTS[variant]
+        config = config if args.steps is None else replace(config, steps=args.steps)
         begun = time.perf_counter()
         if begun - started > args.seconds:
             say(f"{regime} {variant}: left out, as the time is up")
             continue
         barred = {name: frozenset({name} if regime == "semi-OOD" else ()) for name in chosen}
         mixtures = example_mixtures(catalog, RoutingConfig(), barred)
+        alike = example_mixtures(catalog, RoutingConfig(), barred, unknown=True)
+        starts = {
+            name: mean_mixture(
+                {"router": mixtures[name], "alike": alike[name], "half": [*mixtures[name], *alike[name]]}[start]
+            )
+            for name in chosen
+        }
         composer = Composer(decoder, codec, sources, args.out / "made", base_model=base, config=config)
         todo = [
-            Wanted(f"{task.name}.{regime}.{variant}", task, mixtures[task.name], barred[task.name])
+            Wanted(f"{task.name}.{regime}.{variant}", task, mixtures[task.name], starts[task.name], barred[task.name])
             for task in tasks
             if task.name in chosen
         ]
@@ -151,37 +165,28 @@ def main() -> None:
         return
 
     rows = []
-    for split in ("validation", "test") if args.test else ("validation",):
-        asked = [task for task in every if task.name in chosen]
-        plain = list(decide(asked, catalog, encoder, {"oracle": None, "base": None, "default": None}, split=split))
-        rows += [{**row, "split": split} for row in plain]
-        for (regime, variant), of in made.items():
-            held = [
-                ComposedFor(
-                    one.name,
-                    regime,
-                    one.provenance.task,
-                    {s.name: s.version for s in one.provenance.sources},
-                    one.folder,
-                )
-                for one in of
-                if one.holds
-            ]
-            of_task = {one.provenance.task: one for one in of}
-            for row in decide(asked, catalog, encoder, {COMPOSED: None}, regimes=[regime], split=split, composed=held):
-                method = f"default+{variant}"
-                rows.append({**row, "split": split, "method": method, "id": f"{method}/{row['id']}"})
-            for row in plain:
-                if row["method"] == "default" and row["regime"] == regime:
-                    name = f"{variant} alone"
-                    mixture = {of_task[row["task"]].name: 1.0}
-                    rows.append(
-                        {**row, "adapters": mixture, "method": name, "split": split, "id": f"{name}/{row['id']}"}
-                    )
+    asked = [task for task in every if task.name in chosen]
+    methods = dict.fromkeys(args.methods.split(","))
+    plain = list(decide(asked, catalog, encoder, methods, split=args.split))
+    rows += plain
+    for (regime, variant), of in made.items():
+        held = [
+            ComposedFor(
+                one.name, regime, one.provenance.task, {s.name: s.version for s in one.provenance.sources}, one.folder
+            )
+            for one in of
+            if one.holds
+        ]
+        of_task = {one.provenance.task: one for one in of}
+        composed = decide(asked, catalog, encoder, {COMPOSED: None}, regimes=[regime], split=args.split, composed=held)
+        rows += [{**row, "method": f"{COMPOSED} {variant}", "id": f"{variant}/{row['id']}"} for row in composed]
+        for row in plain:
+            if row["method"] == "default" and row["regime"] == regime:
+                name = f"{variant} alone"
+                mixture = {of_task[row["task"]].name: 1.0}
+                rows.append({**row, "adapters": mixture, "method": name, "id": f"{name}/{row['id']}"})
     folders = {one.name: one.folder for of in made.values() for one in of}
-    for row in rows:
-        row["id"] = f"{row['split']}/{row['id']}"
-    (args.out / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (args.out / f"decisions-{args.split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def load_any(name: str):
         if name in folders:
@@ -194,19 +199,21 @@ def main() -> None:
     with closing(engine()) as running:
         asked_rows = [DecisionRow.from_json(row, source="row") for row in rows]
         answer(
-            asked_rows, running, load_any, args.out / "answers.jsonl", progress=lambda d, t: say(f"{d} of {t} answered")
+            asked_rows,
+            running,
+            load_any,
+            args.out / f"answers-{args.split}.jsonl",
+            progress=lambda d, t: say(f"{d} of {t} answered"),
         )
-    answers = read_answers(args.out / "answers.jsonl")
+    answers = read_answers(args.out / f"answers-{args.split}.jsonl")
     report = {}
-    for split in dict.fromkeys(row["split"] for row in rows):
-        scored = [ScoredRow.from_json(row, source="row") for row in rows if row["split"] == split]
-        print(f"\n{split}: share of the oracle's score")
-        for result in evaluate(scored, answers, rouge_for_bleu=True):
-            share = f"{100 * result.of_oracle:6.1f} %" if result.of_oracle is not None else "-"
-            low, high = result.interval
-            print(f"{result.method:20} {result.regime:10} {result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
-            report[f"{split}/{result.method}/{result.regime}"] = asdict(result)
-    (args.out / "report.json").write_text(json.dumps(report))
+    print(f"\n{args.split}: share of the oracle's score")
+    for result in evaluate([ScoredRow.from_json(row, source="row") for row in rows], answers, rouge_for_bleu=True):
+        share = f"{100 * result.of_oracle:6.1f} %" if result.of_oracle is not None else "-"
+        low, high = result.interval
+        print(f"{result.method:28} {result.regime:10} {result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
+        report[f"{result.method}/{result.regime}"] = asdict(result)
+    (args.out / f"report-{args.split}.json").write_text(json.dumps(report))
     say("done")
 
 

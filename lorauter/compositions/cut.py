@@ -2,13 +2,13 @@
 
 A mixture is a LoRA itself: `sum_k w_k s_k B_k A_k = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]`. What it does in a
 layer is cut back to its largest singular values, which is the nearest of that rank (Eckart and Young). The product is
-never formed: with B^T = Q_b R_b and A^T = Q_a R_a its singular values are those of R_b diag(w) R_a^T.
+never formed: with B^T = Q_b R_b and A^T = Q_a R_a its singular values are those of R_b diag(w) R_a^T, of which the
+largest are found by subspace iteration (Halko et al., arXiv 0909.4061).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,9 @@ from lorauter.compositions.stack import AdapterStack
 
 if TYPE_CHECKING:
     from lorauter.adapters.tensors import Pair, Where
+
+_SPARE = 8  # directions beyond the rank, which make the last of it exact
+_ITERATIONS = 2
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,9 @@ class Cutter:
         self._max_rank = max_rank
         self._a: dict[str, tuple[Tensor, Tensor]] = {}
         self._b: dict[str, tuple[Tensor, Tensor]] = {}
-        for first, parts in stack.parts.items():
-            widths = [stack.b[target].shape[1] for target in parts]
-            for target, a in zip(parts, torch.split(stack.a[first], widths, 1), strict=True):
-                self._a[target] = torch.linalg.qr(a.float().cpu().mT)
-                self._b[target] = torch.linalg.qr(stack.b[target].float().cpu().mT)
+        for target, a, b in stack.pairs():
+            self._a[target] = torch.linalg.qr(a.float().cpu().mT)
+            self._b[target] = torch.linalg.qr(b.float().cpu().mT)
 
     def cut(self, weights: Tensor) -> Cut:
         """The adapter of weights (layers, targets, adapters). Targets of which nothing is left are not in it."""
@@ -62,22 +63,34 @@ class Cutter:
         for i, target in enumerate(stack.targets):
             columns = weights[:, i].float().cpu() @ stack.spread[target].cpu()
             (q_a, r_a), (q_b, r_b) = self._a[target], self._b[target]
-            with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
-                found = list(pool.map(torch.linalg.svd, (r_b * columns[:, None]) @ r_a.mT))
-            values = torch.stack([s for _, s, _ in found])
-            energy = values.square().sum(0)
-            total += float(energy.sum())
-            rank = self._rank(energy)
-            left += float(energy[:rank].sum())
-            for layer, (u, s, v) in enumerate(found):
-                if rank:
-                    root = s[:rank].sqrt()
-                    pairs[layer, target] = root[:, None] * (v[:rank] @ q_a[layer].mT), q_b[layer] @ u[:, :rank] * root
-        return Cut(pairs, left / total if total else 1.0)
+            product = (r_b * columns[:, None]) @ r_a.mT
+            u, s, v = _largest(product, self._max_rank)
+            energy = float(product.square().sum())
+            rank = self._rank(s.square().sum(0), energy)
+            total += energy
+            left += float(s[:, :rank].square().sum())
+            if rank:
+                root = s[:, :rank].sqrt()
+                of_a = root[..., None] * (v[:, :, :rank].mT @ q_a.mT)
+                of_b = q_b @ u[:, :, :rank] * root[:, None]
+                pairs |= {(layer, target): pair for layer, pair in enumerate(zip(of_a, of_b, strict=True))}
+        return Cut(pairs, min(1.0, left / total) if total else 1.0)
 
-    def _rank(self, energy: Tensor) -> int:
-        """How many of the largest singular values to keep, given the layers' sums of their squares."""
-        if not energy.sum() > 0:
+    def _rank(self, energy: Tensor, total: float) -> int:
+        """How many of the largest singular values to keep, given the layers' sums of their squares, and of all."""
+        if not total > 0:
             return 0
-        enough = int((energy.cumsum(0) < self._energy * energy.sum()).sum()) + 1
+        enough = int((energy.cumsum(0) < self._energy * total).sum()) + 1
         return min(enough, self._max_rank, len(energy))
+
+
+def _largest(matrices: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of each of (n, rows, columns) and a few more, falling, with their vectors."""
+    width = min(count + _SPARE, *matrices.shape[1:])
+    drawn = torch.randn(matrices.shape[2], width, generator=torch.Generator().manual_seed(0))
+    q = torch.linalg.qr(matrices @ drawn).Q
+    for _ in range(_ITERATIONS):
+        q = torch.linalg.qr(matrices @ (matrices.mT @ q)).Q
+    v, r = torch.linalg.qr(matrices.mT @ q)
+    inner, s, outer = torch.linalg.svd(r.mT)
+    return q @ inner, s, v @ outer.mT

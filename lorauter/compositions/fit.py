@@ -1,9 +1,10 @@
 """Fitting a task's mixture by gradients: one weight for each source and layer, on the task's few examples.
 
-The examples are parted into folds. For each fold weights are fitted to all others, from the mean mixture of the router
-on, and looked at with the fold itself: where that stops getting better the fits end. What a task gets is the mean of
-its folds' weights there, and how much better the examples fare under weights that have not seen them than under the
-mixtures that the router gives them. All weights of a group of tasks are fitted at once; gradients go to weights alone.
+The examples are parted into folds. For each fold weights are fitted to all others, from one mixture on, and looked at
+with the fold itself: where that stops getting better the fits end. What a task gets is the mean of its folds' weights
+there, and how much better the examples fare under weights that have not seen them than under the mixtures that the
+router gives them. All weights of a group of tasks are fitted at once, each task until its own end; gradients go to
+weights alone.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class Problem:
     Attributes:
         dialogues: its examples, two at least.
         mixtures: what the router answers each of them with.
+        start: where the fits begin.
         barred: sources that it may not use.
     """
 
     task: str
     dialogues: Sequence[Dialogue]
     mixtures: Sequence[Weights]
+    start: Weights
     barred: frozenset[str] = frozenset()
 
 
@@ -122,15 +125,17 @@ class Fitter:
         config, count = self.config, len(self.stack.sources)
         folds = [_folds(problem, config) for problem in problems]
         first = [0]  # of each task's members
-        for of in folds:
+        owner: list[int] = []  # of each member its task
+        for k, of in enumerate(folds):
             first.append(first[-1] + max(of) + 1)
+            owner += [k] * (max(of) + 1)
         start = torch.zeros(first[-1], count)
         allowed = torch.ones(first[-1], count)
         training: list[tuple[Dialogue, int, float]] = []
         left_out: list[tuple[Dialogue, int, float]] = []
         for k, (problem, of) in enumerate(zip(problems, folds, strict=True)):
             members = range(first[k], first[k + 1])
-            start[members] = self._of_names(problem.mixtures).mean(0)
+            start[members] = self._of_names([problem.start])
             allowed[members] = torch.tensor([float(s.name not in problem.barred) for s in self.stack.sources])
             for dialogue, fold in zip(problem.dialogues, of, strict=True):
                 left_out.append((dialogue, first[k] + fold, 1.0))
@@ -142,26 +147,29 @@ class Fitter:
         free = allowed.to(device)[:, None, None, :]
         weights = origin.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([weights], lr=config.learning_rate, betas=(0.9, 0.95))
-        fits = self._passes(training, first[-1])
-        looks = self._passes(left_out, first[-1])
+        running = list(range(len(problems)))
+        fits, looks = self._passes(training, first[-1]), self._passes(left_out, first[-1])
         best = [(float("inf"), 0)] * len(problems)
         kept: list[tuple[Tensor, list[float]]] = [(torch.empty(0), [])] * len(problems)
         history: list[list[float]] = [[] for _ in problems]
         for step in range(config.steps + 1):
             if step % config.check_every == 0 or step == config.steps:
-                losses = self._losses(weights.detach(), looks, len(left_out))
-                at = 0
-                for k, problem in enumerate(problems):
-                    own = losses[at : at + len(problem.dialogues)]
-                    at += len(own)
+                losses = iter(self._losses(weights.detach(), looks, len(left_out)))
+                for k in running:
+                    own = [next(losses) for _ in problems[k].dialogues]
                     history[k].append(fmean(own))
                     if history[k][-1] < best[k][0]:
                         best[k] = history[k][-1], step
                         kept[k] = self._whole(weights.detach()[first[k] : first[k + 1]]).cpu(), own
-                progress(step, fmean(losses))
-                if all(step - at_best >= config.patience * config.check_every for _, at_best in best):
-                    break
-            if step == config.steps:
+                progress(step, fmean(history[k][-1] for k in running))
+                further = [k for k in running if step - best[k][1] < config.patience * config.check_every]
+                if len(further) < len(running):
+                    running = further
+                    training, left_out = (
+                        [row for row in rows if owner[row[1]] in further] for rows in (training, left_out)
+                    )
+                    fits, looks = self._passes(training, first[-1]), self._passes(left_out, first[-1])
+            if step == config.steps or not running:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - 0.8 * (step + 1) / config.steps)

@@ -10,14 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from lorauter.catalog.dialogues import Dialogue
+from lorauter.compositions.gradients import GradientStep
 from lorauter.compositions.stack import AdapterStack
 from lorauter.engine.model import Decoder
-from lorauter.engine.step import RmsNorm, StepBatch
-from lorauter.engine.torch_step import PlainStep
+from lorauter.engine.step import StepBatch
 
 _LENGTH_STEP = 32  # lengths are multiples of it: the model keeps its rotary tables for each
 
@@ -117,7 +116,7 @@ def row_losses(
     }
     positions = torch.arange(rows.length, device=decoder.device).repeat(count)
     batch = StepBatch(rows.tokens, positions, positions, 0, (), rows.outputs)
-    logits = decoder.run(GradientStep(decoder, stack, weights, count, rows.length), batch).float()
+    logits = decoder.run(GradientStep(decoder, stack, weights, rows.length), batch).float()
     whole = logits.logsumexp(-1)
     ending = logits[:, end_ids].logsumexp(-1)
     chosen = logits.gather(1, rows.wanted[:, None])[:, 0]
@@ -131,66 +130,6 @@ def losses_of(
     columns = stack.columns(weights)
     for rows in batches:
         yield rows, row_losses(decoder, end_ids, stack, columns, rows)
-
-
-class GradientStep(PlainStep):
-    """See `lorauter.engine.step.Step`: rows of one length, whole, without a cache, and gradients pass."""
-
-    def __init__(
-        self, decoder: Decoder, stack: AdapterStack, weights: Mapping[str, Tensor], rows: int, length: int
-    ) -> None:
-        self._decoder = decoder
-        self._stack = stack
-        self._weights = weights
-        self._rows = rows
-        self._length = length
-        # Made without gradients, which autograd takes no copy of.
-        self._cos, self._sin = (table.clone()[:, None] for table in decoder.rotary_table(length))
-
-    def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
-        """See `Step.add_lora`."""
-        if first not in self._weights:
-            return
-        stack = self._stack
-        group = next(group for group in stack.groups if group.first == first)
-        inner = x.view(self._rows, self._length, -1) @ stack.a[first][layer].T
-        inner = (inner * self._weights[first][:, None, layer]).flatten(0, 1)
-        parts = dict(
-            zip(
-                stack.parts[first],
-                torch.split(inner, [stack.b[target].shape[1] for target in stack.parts[first]], -1),
-                strict=True,
-            )
-        )
-        # One addition: into slices, autograd would copy all of y for each.
-        y += torch.cat(
-            [
-                parts[target] @ stack.b[target][layer] if target in parts else y.new_zeros(y.shape[0], width)
-                for target, width in zip(group.targets, group.widths, strict=True)
-            ],
-            -1,
-        )
-
-    def attention(
-        self, layer: int, qkv: Tensor, q_norm: RmsNorm | None, k_norm: RmsNorm | None, window: int | None
-    ) -> Tensor:
-        """See `Step.attention`."""
-        decoder = self._decoder
-        heads = qkv.view(self._rows, self._length, -1, decoder.head_dim)
-        q, k, v = torch.split(heads, [decoder.heads, decoder.kv_heads, decoder.kv_heads], dim=2)
-        if q_norm is not None and k_norm is not None:
-            q, k = q_norm(q), k_norm(k)
-        group = decoder.heads // decoder.kv_heads
-        turned = self._rotate(torch.cat((q, k), 2)).transpose(1, 2)
-        q, k = torch.split(turned, [decoder.heads, decoder.kv_heads], 1)
-        k, v = k.repeat_interleave(group, 1), v.transpose(1, 2).repeat_interleave(group, 1)
-        near = None
-        if window is not None and window < self._length:
-            places = torch.arange(self._length, device=q.device)
-            apart = places[:, None] - places
-            near = (apart >= 0) & (apart < window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=near, is_causal=near is None)
-        return out.transpose(1, 2).reshape(qkv.shape[0], -1)
 
 
 def _padded(length: int) -> int:

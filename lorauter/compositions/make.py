@@ -37,6 +37,7 @@ from lorauter.tasks import Task
 
 _FILE = "composition.json"
 _CPU_BYTES = 3 << 30  # of activations
+_PASSES = 4  # of a step, about: fewer leave a GPU idle between two, more leave more to make again after a break
 _DIGITS = 4  # of a weight in the provenance
 
 Progress = Callable[[int, int, str], None]
@@ -50,12 +51,14 @@ class Wanted:
     Attributes:
         name: of the adapter that comes of it.
         mixtures: what the router answers each validation example with now.
+        start: the mixture that the fit begins with.
         barred: adapters that may not be a source.
     """
 
     name: str
     task: Task
     mixtures: Sequence[Weights]
+    start: Weights
     barred: frozenset[str] = frozenset()
 
 
@@ -132,13 +135,13 @@ class Composer:
                 fitter = Fitter(self._decoder, list(self._codec.eos_ids), stack, self.config, **limits)
                 cutter = Cutter(stack, energy=self.config.energy, max_rank=self.config.max_rank)
                 written = []
-                for group in _groups(missing, dialogues, 2 * limits["tokens"], self.config.folds):
+                for group in _groups(missing, dialogues, _PASSES * limits["tokens"], self.config.folds):
 
                     def told(step: int, loss: float, group: Sequence[Wanted] = group, done: int = done) -> None:
                         names = ", ".join(one.task.name for one in group)
                         progress(done + step * len(group), total, f"left-out loss {loss:.4f} of {names}")
 
-                    problems = [Problem(o.task.name, dialogues[o.name], o.mixtures, o.barred) for o in group]
+                    problems = [Problem(o.task.name, dialogues[o.name], o.mixtures, o.start, o.barred) for o in group]
                     for one, fit in zip(group, fitter.fit(problems, told), strict=True):
                         written.append(beside.submit(self._write, one, fit, cutter, stack))
                     done += steps * len(group)
@@ -171,7 +174,7 @@ class Composer:
         made_of = {
             "name": one.name,
             "task": task_digests([one.task]),
-            "mixtures": [dict(sorted(mixture.items())) for mixture in one.mixtures],
+            "mixtures": [dict(sorted(mixture.items())) for mixture in (*one.mixtures, one.start)],
             "sources": [list(adapter.key) for adapter in self._adapters if adapter.name not in one.barred],
             "base_model": self._base_model,
             "config": asdict(self.config),

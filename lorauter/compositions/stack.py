@@ -5,7 +5,7 @@ Knows adapters and the model's shape; knows nothing of weights or examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class AdapterStack:
         parts: by the first target of a group, those of its targets that are changed.
         a: by the first target of a group, (layers, R, in); R is the sum over its parts of the adapters' largest ranks,
             part after part. Layers and ranks that an adapter lacks are 0.
-        b: by target, (layers, columns of the part, out), with the adapters' own scaling.
+        b: by the first target of a group, (layers, R, out of the group), with the adapters' own scaling; 0 where a
+            column is another target's.
         spread: by target, (adapters, columns of the part) float32, 1 where a column is an adapter's.
     """
 
@@ -46,11 +47,30 @@ class AdapterStack:
             changed = tuple(target for target in group.targets if any(target in of.ranks for of in adapters))
             if changed:
                 self.parts[group.first] = changed
-                found = [self._stacked(target) for target in changed]
-                self.a[group.first] = torch.cat([a for a, _, _ in found], 1).to(device, dtype)
-                for target, (_, b, spread) in zip(changed, found, strict=True):
-                    self.b[target], self.spread[target] = b.to(device, dtype), spread.to(device)
-        self.targets = tuple(self.b)
+                found = {target: self._stacked(target) for target in changed}
+                self.a[group.first] = torch.cat([a for a, _, _ in found.values()], 1).to(device, dtype)
+                whole = torch.zeros(*self.a[group.first].shape[:2], sum(group.widths), dtype=dtype)
+                row = column = 0
+                for target, width in zip(group.targets, group.widths, strict=True):
+                    if target in found:
+                        _, b, spread = found[target]
+                        whole[:, row : row + b.shape[1], column : column + width] = b
+                        self.spread[target] = spread.to(device)
+                        row += b.shape[1]
+                    column += width
+                self.b[group.first] = whole.to(device)
+        self.targets = tuple(self.spread)
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each target, its A (layers, columns of the part, in) and its B (layers, columns of the part, out)."""
+        for group in self.groups:
+            row = column = 0
+            for target, width in zip(group.targets, group.widths, strict=True):
+                if target in self.spread:
+                    rows = slice(row, row + self.spread[target].shape[1])
+                    yield target, self.a[group.first][:, rows], self.b[group.first][:, rows, column : column + width]
+                    row = rows.stop
+                column += width
 
     def columns(self, weights: Tensor) -> dict[str, Tensor]:
         """Weights of adapters as weights of columns.

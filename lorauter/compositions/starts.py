@@ -14,13 +14,25 @@ Barred = Mapping[str, Collection[str]]
 """Of each task that is asked about, which the catalog has, the adapters that it may not use."""
 
 
-def example_mixtures(catalog: Catalog, config: RoutingConfig, barred: Barred) -> dict[str, list[dict[str, float]]]:
-    """What the validation examples of each task are answered with."""
+def example_mixtures(
+    catalog: Catalog, config: RoutingConfig, barred: Barred, *, unknown: bool = False
+) -> dict[str, list[dict[str, float]]]:
+    """What the validation examples of each task are answered with.
+
+    Args:
+        unknown: as if the task were not in the catalog: what tasks that are worded alike lend it.
+    """
     versions, found = catalog.adapters, {}
-    for name, options, retrieved in _retrieved(catalog, config, barred):
+    for name, options, retrieved in _retrieved(catalog, config, barred, unknown=unknown):
         decisions = [compose(one, options, config, catalog_version="", versions=versions) for one in retrieved]
         found[name] = [{a.name: a.weight for a in decision.adapters} for decision in decisions]
     return found
+
+
+def mean_mixture(mixtures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean weight of every adapter, by name."""
+    names = sorted({name for mixture in mixtures for name in mixture})
+    return {name: sum(mixture.get(name, 0.0) for mixture in mixtures) / len(mixtures) for name in names}
 
 
 def likeliest_sources(catalog: Catalog, config: RoutingConfig, barred: Barred, count: int) -> dict[str, list[str]]:
@@ -39,13 +51,16 @@ def likeliest_sources(catalog: Catalog, config: RoutingConfig, barred: Barred, c
 
 
 def _retrieved(
-    catalog: Catalog, config: RoutingConfig, barred: Barred
+    catalog: Catalog, config: RoutingConfig, barred: Barred, *, unknown: bool = False
 ) -> Iterator[tuple[str, RoutingOptions, Sequence[Retrieved]]]:
     retriever = Retriever(catalog, config)
     for name in sorted(barred):
         place = catalog.place(name)
         assert place is not None
         texts = [example.input for example in catalog.tasks[place].task.validation]
-        options = RoutingOptions(exclude_adapters=frozenset({*barred[name], *catalog.composed}))
+        options = RoutingOptions(
+            exclude_tasks=frozenset({name} if unknown else ()),
+            exclude_adapters=frozenset({*barred[name], *catalog.composed}),
+        )
         embeddings = catalog.examples(place).embeddings
         yield name, options, retriever.retrieve(embeddings, texts, [options] * len(texts))

@@ -14,32 +14,7 @@ from lorauter.engine.mixtures import Mixtures, RowMixture
 from lorauter.engine.step import Memory, RmsNorm, Span, StepBatch
 
 
-class PlainStep:
-    """What needs neither a cache nor adapters of a `lorauter.engine.step.Step`; gradients pass."""
-
-    _cos: Tensor
-    _sin: Tensor
-
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
-        """See `Step.add_norm`."""
-        x = x if delta is None else x + delta
-        return x, norm(x)
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `Step.silu_mul`."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
-        """See `Step.begin_lora`."""
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary position embedding (RoFormer, arXiv 2104.09864), halves as transformers lays them out."""
-        first, second = x.chunk(2, dim=-1)
-        return x * self._cos + torch.cat((-second, first), dim=-1) * self._sin
-
-
-class TorchStep(PlainStep):
+class TorchStep:
     """See `lorauter.engine.step.Step`."""
 
     def __init__(self, memory: Memory, batch: StepBatch) -> None:
@@ -56,6 +31,19 @@ class TorchStep(PlainStep):
         ]  # fmt: skip
         mixtures: Mixtures | None = batch.mixtures
         self._adapted = [] if mixtures is None else _tokens_of_rows(mixtures, batch.rows)
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+        """See `Step.add_norm`."""
+        x = x if delta is None else x + delta
+        return x, norm(x)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Step.silu_mul`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
+        """See `Step.begin_lora`."""
 
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """See `Step.add_lora`."""
@@ -91,6 +79,11 @@ class TorchStep(PlainStep):
             out[here] = attend(q[here], keys, values, memory.table[span.row], span, window)
             offset += span.length
         return out.view(out.shape[0], -1)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotary position embedding (RoFormer, arXiv 2104.09864), halves as transformers lays them out."""
+        first, second = x.chunk(2, dim=-1)
+        return x * self._cos + torch.cat((-second, first), dim=-1) * self._sin
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, span: Span, window: int | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Mixtures are fitted to left-out examples through the project's own model, and written as adapters that PEFT loads."""
 
+import copy
 import json
 import warnings
 from dataclasses import replace
@@ -17,6 +18,7 @@ from lorauter.catalog.scoring import LikelihoodScorer
 from lorauter.compositions.config import ComposeConfig
 from lorauter.compositions.cut import Cutter
 from lorauter.compositions.fit import Fitter, Problem
+from lorauter.compositions.losses import losses_of, passes
 from lorauter.compositions.make import Composer, Wanted
 from lorauter.compositions.stack import AdapterStack
 from lorauter.compositions.written import write_adapter
@@ -114,14 +116,51 @@ def test_a_mixtures_loss_is_the_engines_likelihood(base, decoder, codec, pool, s
     expected = scorer.score_mixture(packed, [("upper", i) for i in range(len(WORDS))])
     for tokens in (4096, 100):  # in one pass, and in many
         [fit] = fitter(decoder, codec, stack, replace(FEW, steps=1), tokens).fit(
-            [Problem("upper", dialogues, [mixture] * len(WORDS))]
+            [Problem("upper", dialogues, [mixture] * len(WORDS), mixture)]
         )
         assert fit.before == pytest.approx([-value for value in expected], abs=1e-4)
 
 
+def test_gradients_are_the_slopes_of_the_loss(base, pool, dialogues):
+    precise = Decoder(copy.deepcopy(base).double(), names=("tiny-base",), plain=True)
+    stack = AdapterStack(pool, precise.shape, dtype=torch.float64, device=precise.device)
+    [rows] = passes(
+        [(one, i % 2, 1.0) for i, one in enumerate(dialogues)], 2, tokens=9999, outputs=999, device=precise.device
+    )
+
+    def loss(weights):
+        [(_, values)] = losses_of(precise, torch.tensor([END]), stack, weights, [rows])
+        return values.sum()
+
+    draw = torch.Generator().manual_seed(4)
+    weights = torch.randn(2, 2, len(stack.targets), 3, generator=draw).mul(0.3).requires_grad_(True)
+    loss(weights).backward()
+    for _ in range(4):
+        along = torch.nn.functional.normalize(torch.randn(weights.shape, generator=draw).flatten(), dim=0).view_as(
+            weights
+        )
+        with torch.no_grad():
+            slope = (loss(weights + 0.03 * along) - loss(weights - 0.03 * along)) / 0.06
+        assert (weights.grad * along).sum().item() == pytest.approx(slope.item(), abs=2e-4)
+
+
+def test_a_task_whose_fit_has_ended_leaves_the_others_as_they_were(decoder, codec, stack, dialogues):
+    """One task gets worse from the start, and its examples leave the batch before the other has ended."""
+    config = replace(FEW, steps=12, patience=2, learning_rate=0.3)
+    problems = [
+        Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0}),
+        Problem("few", dialogues[:3], [{"all": 0.5}] * 3, {"all": 0.5}, frozenset({"some"})),
+    ]
+    together = fitter(decoder, codec, stack, config).fit(problems)
+    assert len(together[0].history) != len(together[1].history)
+    for problem, fit in zip(problems, together, strict=True):
+        [alone] = fitter(decoder, codec, stack, config).fit([problem])
+        assert fit.history == pytest.approx(alone.history, abs=1e-4)
+
+
 @pytest.mark.parametrize("config", [FEW, replace(FEW, layer_groups=1), replace(FEW, per_target=True)])
 def test_weights_are_fitted_to_examples_that_others_are_left_out_of(decoder, codec, stack, dialogues, config):
-    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS))
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0})
     [fit] = fitter(decoder, codec, stack, config).fit([problem])
     assert fit.history[-1] < fit.history[0]
     assert fit.gain > 0
@@ -138,14 +177,15 @@ def test_what_is_left_out_of_a_fold_has_no_part_in_it(decoder, codec, stack, dia
     """Whatever the examples of one fold say, weights that have not seen them are the same."""
     mixtures = [{"some": 1.0}] * len(WORDS)
     config = replace(FEW, patience=99)
-    one = fitter(decoder, codec, stack, config).fit([Problem("upper", dialogues, mixtures)])[0]
+    one = fitter(decoder, codec, stack, config).fit([Problem("upper", dialogues, mixtures, mixtures[0])])[0]
     changed = [
         dialogue_of(codec, Example("oh, " + example.input, example.target)) if fold == 0 else dialogue
         for example, dialogue, fold in zip(TASK.validation, dialogues, one.fold_of, strict=True)
     ]
     config = replace(config, steps=2)
     first, second = (
-        fitter(decoder, codec, stack, config).fit([Problem("upper", of, mixtures)])[0] for of in (dialogues, changed)
+        fitter(decoder, codec, stack, config).fit([Problem("upper", of, mixtures, mixtures[0])])[0]
+        for of in (dialogues, changed)
     )
     assert first.step == second.step == 2
     torch.testing.assert_close(first.folds[0], second.folds[0])
@@ -154,8 +194,8 @@ def test_what_is_left_out_of_a_fold_has_no_part_in_it(decoder, codec, stack, dia
 
 def test_tasks_that_are_fitted_together_fare_as_alone(decoder, codec, stack, dialogues):
     problems = [
-        Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS)),
-        Problem("few", dialogues[:3], [{"all": 0.5}] * 3, frozenset({"some"})),
+        Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0}),
+        Problem("few", dialogues[:3], [{"all": 0.5}] * 3, {"all": 0.5}, frozenset({"some"})),
     ]
     together = fitter(decoder, codec, stack).fit(problems)
     for problem, fit in zip(problems, together, strict=True):
@@ -166,7 +206,7 @@ def test_tasks_that_are_fitted_together_fare_as_alone(decoder, codec, stack, dia
 
 
 def test_weights_under_zero_can_be_barred(decoder, codec, stack, dialogues):
-    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS))
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0})
     free, barred = (
         fitter(decoder, codec, stack, replace(FEW, non_negative=value)).fit([problem])[0] for value in (False, True)
     )
@@ -174,7 +214,7 @@ def test_weights_under_zero_can_be_barred(decoder, codec, stack, dialogues):
 
 
 def test_a_pull_keeps_weights_near_the_start(decoder, codec, stack, dialogues):
-    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS))
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0})
     start = torch.tensor([0.0, 1.0, 0.0])
     far, near = (
         fitter(decoder, codec, stack, replace(FEW, pull=value, patience=99)).fit([problem])[0] for value in (0.0, 100.0)
@@ -227,11 +267,26 @@ def test_the_rank_is_the_smallest_that_keeps_the_energy(stack):
     assert {a.shape[0] for a, _ in Cutter(stack, energy=1.0, max_rank=1).cut(weights).pairs.values()} == {1}
 
 
+def test_what_is_cut_is_the_nearest_of_its_rank(stack):
+    """Held against the singular values of the products themselves."""
+    weights = torch.randn(2, len(stack.targets), 3, generator=torch.Generator().manual_seed(6))
+    cut = Cutter(stack, energy=1.0, max_rank=2).cut(weights)
+    for (layer, target), (a, b) in cut.pairs.items():
+        place = stack.targets.index(target)
+        parts = [
+            (weights[layer, place, k], *source.tensors[layer, target])
+            for k, source in enumerate(stack.sources)
+            if (layer, target) in source.tensors
+        ]
+        values = torch.linalg.svdvals(sum(weight * of_b @ of_a for weight, of_a, of_b in parts))
+        torch.testing.assert_close(torch.linalg.svdvals(b @ a)[:2], values[:2], atol=1e-4, rtol=1e-4)
+
+
 def composer(decoder, codec, pool, work, config=FEW):
     return Composer(decoder, codec, pool, work, base_model="digest", config=config)
 
 
-WANTED = Wanted("upper.composed", TASK, [{"some": 1.0}] * len(WORDS), frozenset({"late"}))
+WANTED = Wanted("upper.composed", TASK, [{"some": 1.0}] * len(WORDS), {"some": 1.0}, frozenset({"late"}))
 
 
 def test_a_composition_says_what_it_is_made_of_and_what_it_gains(base, decoder, codec, pool, tmp_path):
@@ -267,7 +322,7 @@ def test_what_is_made_is_not_made_again(decoder, codec, pool, tmp_path):
 def test_one_example_is_too_few(decoder, codec, pool, tmp_path):
     task = replace(TASK, validation=TASK.validation[:1])
     with pytest.raises(ConfigError, match="'upper' has one validation example"):
-        composer(decoder, codec, pool, tmp_path).make([Wanted("one", task, [{}])])
+        composer(decoder, codec, pool, tmp_path).make([Wanted("one", task, [{}], {})])
 
 
 def test_an_empty_pool_is_told(decoder, codec, tmp_path):
