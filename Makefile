@@ -38,8 +38,9 @@ serve: $(SERVER)
 dev: install
 	exec infra/dev/serve.sh
 
+# Two workers: services wait more than they compute (tests/side_by_side.py).
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff check .

@@ -28,7 +28,9 @@ from lorauter.errors import StoreUnavailable
 from lorauter.tasks import Example, Task
 from lorauter_cli.main import main
 
+pytest_plugins = ["side_by_side"]
 HIDDEN = 8
+torch.set_num_threads(1)  # of this process: workers share the cores, and small tensors gain nothing
 
 
 class S3Server(LocalS3):

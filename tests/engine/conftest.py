@@ -75,14 +75,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _time_limit() -> Iterator[None]:
-    """A request that is never answered is a failure, not a hang."""
+def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A request that is never answered is a failure, not a hang. A module that takes longer names its own `LIMIT_S`."""
 
     def fail(*_) -> None:
         raise TimeoutError("the test hangs")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(120)
+    signal.alarm(getattr(request.module, "LIMIT_S", 120))
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from kernel_cases import DEVICE, FULL, HALF, Cache, KernelCases, assert_near, ints, pass_in_the_interpreter
 
+LIMIT_S = 600  # the interpreter's
+
 
 class Lora:
     """A group's adapters, in an arena that is NaN elsewhere, and the weights of rows.

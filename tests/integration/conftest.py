@@ -1,12 +1,9 @@
-"""One Ray cluster, one S3 server and one model for the whole session, with the example pool in the store."""
+"""One Ray cluster, one S3 server and one model for the whole package, with the example pool in the store."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,13 +25,14 @@ from deployments.app import assemble
 from deployments.config import AccessSettings, AppConfig
 from deployments.limits import limits_actor
 from deployments.router import Router
-from lorauter.catalog import Catalog, current_version
+from lorauter.adapters import AdapterRepository, adapter_folders, open_store
+from lorauter.catalog import Catalog, build_catalog, current_version
+from lorauter.defaults import load_encoder
 from lorauter.keys import hash_key, new_key
 from lorauter.names import AdapterKey
-from lorauter.tasks import read_task
+from lorauter.tasks import read_task, read_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
-CLI = Path(sys.executable).parent / "lorauter"
 BUCKET = "lorauter-test"
 LOGS = {"encoding": "JSON", "log_level": "INFO"}
 
@@ -100,29 +98,22 @@ class Service:
         return asyncio.run(send())
 
 
-def cli(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the console script to its end."""
-    return subprocess.run(
-        [str(CLI), *map(str, args)], capture_output=True, text=True, timeout=300, env={**os.environ, **env}, cwd=ROOT
-    )
-
-
 @pytest.fixture(scope="session")
 def published(s3_server: Any) -> str:
     """The URI below which the store holds the example `adapters` and their `catalog`."""
     uri: str = s3_server.bucket(BUCKET)
-    pushed = cli("adapters", "push", "examples/adapters", "--to", f"{uri}/adapters", **s3_server.env)
-    assert pushed.returncode == 0, pushed.stderr
-    built = cli(
-        *("catalog", "build", "--tasks", "examples/tasks"),
-        *("--adapters", f"{uri}/adapters", "--out", f"{uri}/catalog"),
-        **s3_server.env,
-    )
-    assert built.returncode == 0, built.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.env.items():
+            patch.setenv(name, value)
+        repository = AdapterRepository(open_store(f"{uri}/adapters"))
+        for folder in adapter_folders(ROOT / "examples" / "adapters"):
+            repository.push(folder)
+        tasks = read_tasks(ROOT / "examples" / "tasks")
+        build_catalog(tasks, load_encoder("default"), repository=repository).save(f"{uri}/catalog")
     return uri
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     work = tmp_path_factory.mktemp("service")
     uri = published
@@ -196,7 +187,7 @@ KEYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def secured(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     file = tmp_path_factory.mktemp("access") / "keys.yaml"
     secured = Secured(f"{service.url}/secured", file, {name: new_key() for name in KEYS})

@@ -241,7 +241,7 @@ def test_adapters_by_hand(service: Any, examples: Any) -> None:
     assert nothing.json()["choices"] == base.json()["choices"]
 
 
-def test_requests_are_not_serialised(service: Any) -> None:
+def test_requests_are_not_serialised(service: Any, alone: None) -> None:
     body = {"model": "base", "messages": [{"role": "user", "content": "Tell me a long story."}], "max_tokens": 48}
     service.ask_together([body])
     started = time.perf_counter()

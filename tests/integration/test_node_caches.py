@@ -229,7 +229,7 @@ def test_a_plain_folder_is_lent_too(caches: list[Any], nodes: Nodes, push: Any, 
     assert total(caches, "downloads") == before
 
 
-def test_a_peer_that_hangs_costs_a_moment_and_no_answer(caches: list[Any], push: Any) -> None:
+def test_a_peer_that_hangs_costs_a_moment_and_no_answer(caches: list[Any], push: Any, alone: None) -> None:
     lonely, lonelier = push("lonely"), push("lonelier")
     fetch(caches[0], lonely)
     hung = ray.get(caches[0].pid.remote())

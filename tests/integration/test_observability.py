@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 import ray
+from catalogued import wait_for_catalog
 
 from deployments import metrics
-from lorauter.adapters import AdapterRepository, open_store
-from lorauter.catalog import current_version, use_version
+from lorauter.adapters import AdapterManifest, AdapterRepository, open_store
+from lorauter.catalog import Catalog, current_version, use_version, with_adapter
 from lorauter.tasks import read_task
 
 pytestmark = pytest.mark.integration
@@ -43,6 +44,12 @@ def test_every_metric_exists_after_some_traffic(service: Any, s3: Any, root: Pat
     assert service.ask("no-such-adapter").status_code == 404
     for _ in range(2):  # the second finds the first's prompt computed
         assert service.ask("base", CANARY + " and so on" * 20).status_code == 200
+    lacking = with_adapter(Catalog.load(service.config.catalog), AdapterManifest("sst2", "0" * 16, {}))
+    lacking.save(service.config.catalog)
+    wait_for_catalog(service.url, lacking.version)
+    assert service.ask("lorauter", review).json()["lorauter"]["left_out"]
+    use_version(service.config.catalog, before)
+    service.settle()
     never = {metrics.EVICTIONS, metrics.PREEMPTIONS}  # what there is room for does not leave
     expected = {f"{series}[{{ ]" for metric in set(metrics.ALL) - never for series in metric.series}
     expected |= {f'ray_lorauter_adapters_resident{{.*tier="{tier}"' for tier in ("device", "host", "disk")}
@@ -50,9 +57,7 @@ def test_every_metric_exists_after_some_traffic(service: Any, s3: Any, root: Pat
     deadline = time.monotonic() + 90
     while missing := {pattern for pattern in expected if not re.search(f"^{pattern}", text := scrape(), re.M)}:
         assert time.monotonic() < deadline, missing
-        time.sleep(1)
-    use_version(service.config.catalog, before)
-    service.settle()
+        time.sleep(0.5)
     assert CANARY not in text
 
     def labels(series: str) -> list[dict[str, str]]:

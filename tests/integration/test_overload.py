@@ -48,7 +48,7 @@ async def load(url: str, clients: int, seconds: float) -> list[Outcome]:
     return outcomes
 
 
-def test_who_has_no_room_is_refused_and_all_others_are_answered(url: str) -> None:
+def test_who_has_no_room_is_refused_and_all_others_are_answered(url: str, alone: None) -> None:
     asyncio.run(load(url, FEW, 5))  # adapters are resident then
     few, many = asyncio.run(load(url, FEW, 10)), asyncio.run(load(url, MANY, 15))
     assert {outcome.status for outcome in few} == {200}

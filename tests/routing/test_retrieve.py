@@ -375,7 +375,7 @@ def test_what_is_found_does_not_depend_on_the_batch(make_retriever, config) -> N
     assert together[4] == together[0]
 
 
-def test_a_thousand_tasks_answer_in_milliseconds(make_task) -> None:
+def test_a_thousand_tasks_answer_in_milliseconds(make_task, alone) -> None:
     random = np.random.default_rng(0)
     words = [f"word{i}" for i in range(500)]
 

@@ -69,6 +69,7 @@ def test_what_a_job_waits_for_is_told_and_bounded(cluster: tuple[subprocess.Pope
     )
     begun = time.monotonic()
     bounded, large = job("bounded", "--worker-wait", "14"), job("large", config="large.yaml")
+    patient = job("patient")
     _, said = bounded.communicate(timeout=120)
     *_, told, last = said.splitlines()
     assert waiting.match(told), said
@@ -78,7 +79,6 @@ def test_what_a_job_waits_for_is_told_and_bounded(cluster: tuple[subprocess.Pope
     _, said = large.communicate(timeout=120)
     assert said.splitlines()[-1].startswith("error: the pools need 4 CPUs, and the cluster has 3; ask for fewer")
 
-    patient = job("patient")
     assert patient.stderr is not None
     assert process.stdin is not None
     before = []

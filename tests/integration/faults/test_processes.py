@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.integration
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"
