@@ -40,7 +40,7 @@ WORDS = {
 
 class CountingEncoder(HashingEncoder):
     def __init__(self) -> None:
-        super().__init__(1024)
+        super().__init__(256)
         self.seen: list[str] = []
 
     def encode(self, texts):
@@ -62,7 +62,7 @@ def tasks(make_task):
 
 @CONFIGS
 def test_tasks_of_their_own_words_are_told_apart(tasks, config) -> None:
-    result = evaluate_routing(tasks, queries_of(tasks), HashingEncoder(1024), config)
+    result = evaluate_routing(tasks, queries_of(tasks), HashingEncoder(256), config)
     assert (result.tasks, result.queries) == (5, 10)
     assert (result.top_1, result.top_3, result.mrr, result.domain) == (1, 1, 1, 1)
     assert result.known_auc == 1
@@ -74,7 +74,7 @@ def test_tasks_of_their_own_words_are_told_apart(tasks, config) -> None:
 def test_ranks_count_beyond_the_first_and_domains_of_wrong_tasks(tasks) -> None:
     sums, verses = tasks[0].test[0].input, tasks[2].test[0].input
     given = [("sums", sums), ("products", sums), ("rain", verses)]  # right; wrong task; wrong domain
-    result = evaluate_routing(tasks, given, HashingEncoder(1024), PAPER)
+    result = evaluate_routing(tasks, given, HashingEncoder(256), PAPER)
     assert result.top_1 == pytest.approx(1 / 3)
     assert result.domain == pytest.approx(2 / 3)
     assert 1 / 3 < result.mrr < 2 / 3
@@ -84,7 +84,7 @@ def test_ranks_count_beyond_the_first_and_domains_of_wrong_tasks(tasks) -> None:
 def test_every_task_is_ranked_however_few_the_router_would_report(make_task) -> None:
     many = [make_task(f"t{i}", f"word{i} common", f"word{i} usual") for i in range(40)]
     config = RoutingConfig(preset="paper", num_tasks=1, candidates=1)
-    result = evaluate_routing(many, [(f"t{i}", "word0 common") for i in range(40)], HashingEncoder(1024), config)
+    result = evaluate_routing(many, [(f"t{i}", "word0 common") for i in range(40)], HashingEncoder(256), config)
     assert result.mrr == pytest.approx(sum(1 / rank for rank in range(1, 41)) / 40)
 
 
@@ -97,16 +97,16 @@ def test_a_text_is_embedded_once(tasks) -> None:
 def test_a_catalog_is_built_once_for_all_measurements(tasks, monkeypatch) -> None:
     built, build = [], routing.build_catalog
     monkeypatch.setattr(routing, "build_catalog", lambda of, encoder: (built.append(len(of)), build(of, encoder))[1])
-    catalogs = RememberingCatalogs(HashingEncoder(1024))
+    catalogs = RememberingCatalogs(HashingEncoder(256))
     for config in (PAPER, RoutingConfig()):
-        alone = evaluate_routing(tasks, queries_of(tasks), HashingEncoder(1024), config)
+        alone = evaluate_routing(tasks, queries_of(tasks), HashingEncoder(256), config)
         built.clear()
         shared = evaluate_routing(tasks[::-1], queries_of(tasks), catalogs, config)
         assert (shared.top_1, shared.mrr, shared.known_auc) == (alone.top_1, alone.mrr, alone.known_auc)
         assert shared.calibration_error == pytest.approx(alone.calibration_error)
         assert strangers(tasks, catalogs, config) and ambiguous(tasks, catalogs, config)
         assert stress(tasks, catalogs, config, sizes=(3, 5)) == stress(
-            tasks, HashingEncoder(1024), config, sizes=(3, 5)
+            tasks, HashingEncoder(256), config, sizes=(3, 5)
         )
     changed = [replace(tasks[0], validation=tasks[1].validation), *tasks[1:]]
     before = catalogs.of(tasks)[0]
@@ -131,28 +131,28 @@ def test_queries_must_be_there_and_of_the_tasks(tasks) -> None:
 
 @CONFIGS
 def test_stress_grows_to_as_many_tasks_as_there_are(tasks, config) -> None:
-    assert stress(tasks, HashingEncoder(1024), config, sizes=(2, 5, 6)) == {2: 1, 5: 1}
+    assert stress(tasks, HashingEncoder(256), config, sizes=(2, 5, 6)) == {2: 1, 5: 1}
 
 
 def test_stress_shows_tasks_that_cannot_be_told_apart(tasks) -> None:
     twins = [replace(task, validation=tasks[0].validation, test=tasks[0].test) for task in tasks]
-    shares = stress(twins, HashingEncoder(1024), PAPER, sizes=(1, 2, 5))
+    shares = stress(twins, HashingEncoder(256), PAPER, sizes=(1, 2, 5))
     assert shares == pytest.approx({1: 1, 2: 1 / 2, 5: 1 / 5})
 
 
 @CONFIGS
 def test_two_queries_in_one_find_one_of_their_tasks(tasks, config) -> None:
-    result = ambiguous(tasks, HashingEncoder(1024), config)
+    result = ambiguous(tasks, HashingEncoder(256), config)
     assert (result.queries, result.either) == (10, 1)
     assert 0 <= result.confidence <= 1
-    assert result == ambiguous(tasks, HashingEncoder(1024), config)
+    assert result == ambiguous(tasks, HashingEncoder(256), config)
 
 
 @CONFIGS
 def test_strangers_are_less_sure_of(tasks, config) -> None:
-    result = strangers(tasks, HashingEncoder(1024), config)
+    result = strangers(tasks, HashingEncoder(256), config)
     assert result.queries == 10
-    joined = ambiguous(tasks, HashingEncoder(1024), config)
+    joined = ambiguous(tasks, HashingEncoder(256), config)
     assert result.confidence < joined.confidence
 
 
