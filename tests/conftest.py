@@ -6,7 +6,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import boto3
 import obstore.store
 import pytest
 import torch
+import typer.main
 from command_line import Cli, Ran
 from hub_server import HubServer
 from local_s3 import LocalS3
@@ -30,6 +31,7 @@ from lorauter_cli.main import main
 
 pytest_plugins = ["side_by_side"]
 HIDDEN = 8
+_command = cache(typer.main.get_command)  # made once: it takes longer than most commands
 torch.set_num_threads(1)  # of this process: workers share the cores, and small tensors gain nothing
 
 
@@ -56,6 +58,7 @@ class S3Server(LocalS3):
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """`cli(*arguments)`: run `lorauter` in this process to its end, with the encoder that needs no model."""
     monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder())
+    monkeypatch.setattr("typer.main.get_command", _command)
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["lorauter", *map(str, arguments)])

@@ -105,9 +105,7 @@ def test_a_catalog_is_built_once_for_all_measurements(tasks, monkeypatch) -> Non
         assert (shared.top_1, shared.mrr, shared.known_auc) == (alone.top_1, alone.mrr, alone.known_auc)
         assert shared.calibration_error == pytest.approx(alone.calibration_error)
         assert strangers(tasks, catalogs, config) and ambiguous(tasks, catalogs, config)
-        assert stress(tasks, catalogs, config, sizes=(3, 5)) == stress(
-            tasks, HashingEncoder(256), config, sizes=(3, 5)
-        )
+        assert stress(tasks, catalogs, config, sizes=(3, 5)) == stress(tasks, HashingEncoder(256), config, sizes=(3, 5))
     changed = [replace(tasks[0], validation=tasks[1].validation), *tasks[1:]]
     before = catalogs.of(tasks)[0]
     assert catalogs.of(tasks)[0] is before
