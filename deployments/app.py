@@ -53,6 +53,7 @@ def assemble(config: AppConfig, overrides: Options) -> Application:
         update={
             "base_model": pinned(config.base_model),
             "encoder": pinned(config.encoder),
+            "state_model": None if config.state_model is None else pinned(config.state_model),
             "adapters": resolve_adapters(config.adapters),
             "catalog": None if config.catalog is None else resolve_catalog(config.catalog),
         }
@@ -77,7 +78,9 @@ def assemble(config: AppConfig, overrides: Options) -> Application:
             cause = explain(error, "option") if isinstance(error, ValidationError) else error
             raise ConfigError(f"deployment {target.name}: {cause}", setting=f"deployments.{target.name}") from error
 
-    embedder = deployment(QueryEmbedder, **_scaling(overrides, "QueryEmbedder")).bind(config.encoder)
+    embedder = deployment(QueryEmbedder, **_scaling(overrides, "QueryEmbedder")).bind(
+        config.encoder, config.state_model
+    )
     if config.catalog is None:
         retriever = deployment(AdapterListing).bind(config.adapters, config.catalog_refresh_s)
     else:

@@ -38,9 +38,11 @@ from lorauter.catalog import (
     without_tasks,
 )
 from lorauter.catalog.catalog import PROBE_TEXT, pointed_version, read_adapters
+from lorauter.catalog.whitening import States
 from lorauter.encoder import Embeddings
 from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, InvalidRequest, ReadOnlyStore, TaskNotFound
 from lorauter.tasks import Task
+from lorauter.uris import called
 
 _AT_ONCE = 16
 _IDLE_S = 300.0
@@ -50,11 +52,23 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class _Read:
+    """A model of states that knows the texts that were read before."""
+
+    name: str
+    known: Mapping[str, States]
+
+    def states(self, texts: Sequence[str]) -> States:
+        return np.stack([self.known[text] for text in texts])
+
+
+@dataclass(frozen=True)
 class _Embedded:
-    """An encoder that knows the texts that were embedded before."""
+    """An encoder that knows the texts that were embedded before, and what was read of them."""
 
     name: str
     vectors: Mapping[str, Embeddings]
+    reader: _Read | None
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
         return np.stack([self.vectors[text] for text in texts])
@@ -95,6 +109,7 @@ class CatalogEditor:
         self._store = open_store(config.catalog)
         self._repository = AdapterRepository(open_store(config.adapters))
         self._embedder = embedder
+        self._state_model = config.state_model
         self._model = model
         self._last: Catalog | None = None  # as it was made or read: the next change reads what differs from it
         self._worker = ThreadPoolExecutor(1)  # changes wait for each other, and one that began ends, whoever hung up
@@ -188,11 +203,20 @@ class CatalogEditor:
         if not tasks:
             return None
         texts = [PROBE_TEXT, *dict.fromkeys(example.input for task in tasks for example in task.validation)]
+        # Their states too, unless it is known that the catalog has none, or nobody reads here.
+        read = self._state_model is not None and await self._alone(self._has_states)
         vectors: dict[str, Embeddings] = {}
+        states: dict[str, States] = {}
         for start in range(0, len(texts), _AT_ONCE):  # few at once, as queries wait for the same encoder
             some = texts[start : start + _AT_ONCE]
             vectors |= zip(some, await self._embedder.embed.remote(some), strict=True)
-        return _Embedded(await self._embedder.name.remote(), vectors)
+            if read:
+                states |= zip(some, await self._embedder.states.remote(some), strict=True)
+        reader = _Read(called(self._state_model or ""), states) if read else None
+        return _Embedded(await self._embedder.name.remote(), vectors, reader)
+
+    def _has_states(self) -> bool:
+        return Catalog.load(self._store, known=self._last).states is not None
 
     def _apply(
         self, caller: Caller, changes: Sequence[Change], encoder: _Embedded | None, taken: Mapping[str, _Taken]
@@ -208,7 +232,7 @@ class CatalogEditor:
             check_tasks(caller, names[0], _serving(before, names[0]))
             after = before
             if encoder is not None:
-                after = with_tasks(after, tasks, encoder)
+                after = with_tasks(after, tasks, encoder, states=encoder.reader)
             for manifest in manifests:
                 self._repository.check_current(manifest)
             if manifests:

@@ -133,6 +133,8 @@ class AppConfig(Settings):
             `gs://`, `az://`).
         base_model_aliases: further names that adapters may give as their base model.
         encoder: "default" (all-MiniLM-L6-v2), or as a base model is named.
+        state_model: the model whose hidden states the catalog has, if it has any: "default" (SmolLM2-135M-Instruct), or
+            as a base model is named. It reads the queries that `routing.sure` tells it to; null has none read.
         adapters: the adapter store: "default" (the example pool), a folder, or a store's URI.
         catalog: "default" (the example tasks), a folder, or a store's URI; it alone says which adapters are
             served. Null, or left out where `adapters` is given: all of the store's adapters are served by name, each
@@ -144,6 +146,7 @@ class AppConfig(Settings):
     base_model: str = "default"
     base_model_aliases: tuple[str, ...] = ()
     encoder: str = "default"
+    state_model: str | None = "default"
     adapters: str = "default"
     catalog: str | None = "default"
     catalog_refresh_s: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
@@ -175,7 +178,7 @@ class AppConfig(Settings):
         """
         resolved = {
             key: _absolute(root, value)
-            for key in ("base_model", "encoder", "adapters", "catalog")
+            for key in ("base_model", "encoder", "state_model", "adapters", "catalog")
             if (value := getattr(self, key)) not in (None, DEFAULT)
             and "://" not in value
             and (value.startswith((".", "~")) or (root / value).is_dir())

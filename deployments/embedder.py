@@ -1,4 +1,5 @@
-"""QueryEmbedder: texts in, embeddings out; requests that arrive together are embedded together."""
+"""QueryEmbedder: texts in, embeddings out, and, of those that the retriever is not sure of, a small instruct model's
+hidden states; requests that arrive together are answered together."""
 
 from __future__ import annotations
 
@@ -17,9 +18,13 @@ from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
 from deployments.together import Together
 from deployments.tracing import span
-from lorauter.defaults import load_encoder
+from lorauter.catalog.whitening import States
+from lorauter.defaults import load_encoder, load_states
 from lorauter.encoder import Embeddings
+from lorauter.errors import ConfigError
+from lorauter.states import StateModel
 
+_READ_TOGETHER = 8  # texts, of which each takes many times as long as to embed it
 _TOGETHER = 64  # texts, lest one who has hundreds keeps all others waiting
 _THREADS = 4
 
@@ -42,13 +47,14 @@ def threads(cores: int) -> int:
 )
 @tells_why
 class QueryEmbedder:
-    """Holds the sentence encoder.
+    """Holds the sentence encoder, and the model of states from the first text on that it is to read.
 
     Args:
         encoder: folder, Hugging Face id, or "default".
+        state_model: likewise; None reads nothing.
     """
 
-    def __init__(self, encoder: str) -> None:
+    def __init__(self, encoder: str, state_model: str | None = None) -> None:
         import torch
 
         join_serve_logs()
@@ -58,6 +64,9 @@ class QueryEmbedder:
         self._encoder = load_encoder(encoder)
         self._encoder.encode(["warm-up"])
         self._together = Together(self._encode, size=len, most=_TOGETHER)
+        self._state_model = state_model
+        self._reader: StateModel | None = None
+        self._read_together = Together(self._read, size=len, most=_READ_TOGETHER)
         self._server = ReplicaServer({"embed": self.embed, "name": self.name})
 
     async def record_replica_metadata(self) -> dict[str, Any]:
@@ -73,6 +82,23 @@ class QueryEmbedder:
         vectors = await asyncio.to_thread(self._encoder.encode, [text for texts in requests for text in texts])
         ends = np.cumsum([len(texts) for texts in requests])
         return np.split(vectors, ends[:-1])
+
+    async def states(self, texts: list[str]) -> States:
+        """See `lorauter.states.StateModel.states`. Raises ConfigError: there is no such model."""
+        with self._metrics.step("read"), span("read"):
+            return await self._read_together.ask(texts)
+
+    async def _read(self, requests: list[list[str]]) -> list[States]:
+        def read() -> States:
+            if self._reader is None:
+                if self._state_model is None:
+                    raise ConfigError("no model of states is served; name one in state_model", setting="state_model")
+                self._reader = load_states(self._state_model, threads=threads(len(os.sched_getaffinity(0))))
+            return self._reader.states([text for texts in requests for text in texts])
+
+        states = await asyncio.to_thread(read)
+        ends = np.cumsum([len(texts) for texts in requests])
+        return np.split(states, ends[:-1])
 
     async def name(self) -> str:
         """What the encoder is called."""

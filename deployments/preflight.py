@@ -20,7 +20,7 @@ from deployments.config import AppConfig
 from deployments.fits import check_adapters, check_base_model
 from deployments.live_catalog import kept_folder
 from lorauter.catalog import Catalog
-from lorauter.defaults import describe_model, load_encoder, resolve_catalog, resolve_encoder
+from lorauter.defaults import describe_model, load_encoder, resolve_catalog, resolve_encoder, resolve_model
 from lorauter.engine.cpu_kernels import load_kernels
 from lorauter.engine.model import ARCHITECTURES
 from lorauter.errors import CatalogError, ConfigError, StoreError
@@ -69,6 +69,8 @@ def checks(
     if read:
         [catalog] = read
         yield "encoder of the catalog", lambda: _check_encoder(catalog, config)
+        if catalog.states is not None and (states := config.state_model) is not None:
+            yield "model of states", lambda: resolve_model(states, notify)
         yield "base model of the catalog", lambda: check_base_model(catalog, config)
         yield "adapters of the catalog", lambda: check_adapters(catalog, config, warn)
 

@@ -33,12 +33,17 @@ from lorauter.adapters import open_store
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog
 from lorauter.catalog.history import History
 from lorauter.catalog.layout import Layout
+from lorauter.catalog.whitening import States, StatesOf
 from lorauter.encoder import Embeddings
+from lorauter.errors import ServiceUnavailable
 from lorauter.routing import RoutingDecision, RoutingOptions, compose
+from lorauter.uris import called
 
 logger = logging.getLogger("lorauter.catalog")
 
 _PROBE_S = 600.0  # an encoder may have to be downloaded first
+_STATES_S = 5.0  # for which a query waits for its states
+_TELL_S = 60.0  # between two warnings that there are none
 
 
 @serve.deployment(
@@ -58,12 +63,23 @@ class TaskRetriever:
         own_gpus_only()
         self._metrics = RoutingMetrics(RayRecorder())
         assert config.catalog is not None  # else AdapterListing is in this one's place
+        self._embedder = embedder if config.state_model is not None else None
+        self._told = -_TELL_S
         self._history = History(open_store(config.catalog))
         self._layouts: WeakKeyDictionary[Catalog, dict[Permitted, Layout]] = WeakKeyDictionary()
 
         def probe() -> tuple[Embeddings, str]:
             [vector] = embedder.embed.remote([PROBE_TEXT]).result(timeout_s=_PROBE_S)
             return vector, embedder.name.remote().result(timeout_s=_PROBE_S)
+
+        def check(catalog: Catalog) -> None:
+            check_base_model(catalog, config)
+            if catalog.states is not None and config.state_model is not None:
+                try:
+                    [states] = embedder.states.remote([PROBE_TEXT]).result(timeout_s=_PROBE_S)
+                except Exception as error:
+                    raise ServiceUnavailable(f"the model of states does not answer: {error!r}") from error
+                catalog.check_states(StatesOf(called(config.state_model), states))
 
         def load() -> LiveCatalog:
             assert config.catalog is not None
@@ -74,7 +90,7 @@ class TaskRetriever:
                 store,
                 config.routing,
                 probe,
-                check=lambda catalog: check_base_model(catalog, config),
+                check=check,
                 refresh_s=config.catalog_refresh_s,
                 keep=keep,
             )
@@ -108,6 +124,14 @@ class TaskRetriever:
         retriever, started = self._live.retriever, time.perf_counter()
         with self._metrics.step("retrieve"), span("retrieve"):
             found = retriever.retrieve(embeddings, texts, options)
+        if self._embedder is not None and (unsure := retriever.unsure(found, options)):
+            some = [texts[i] for i in unsure]
+            states = await self._states(some)
+            if states is not None:
+                with self._metrics.step("retrieve"), span("retrieve"):
+                    again = retriever.retrieve(embeddings[unsure], some, [options[i] for i in unsure], states)
+                for i, other in zip(unsure, again, strict=True):
+                    found[i] = other
         catalog = retriever.catalog
         with self._metrics.step("compose"), span("compose"):
             decisions = [
@@ -123,6 +147,19 @@ class TaskRetriever:
             ]
         seconds = {"retrieve": time.perf_counter() - started}
         return [replace(decision, seconds=seconds) for decision in decisions]
+
+    async def _states(self, texts: list[str]) -> States | None:
+        """What the model of states makes of texts; None where it does not answer: they are routed without."""
+        assert self._embedder is not None
+        try:
+            async with asyncio.timeout(_STATES_S):
+                states: States = await self._embedder.states.remote(texts)
+                return states
+        except Exception as error:  # noqa: BLE001 (whatever it is, the texts are to be answered)
+            if time.monotonic() - self._told >= _TELL_S:
+                self._told = time.monotonic()
+                logger.warning("queries are routed without their states, which do not come: %r", error)
+            return None
 
     async def versions(self, names: list[str]) -> dict[str, str]:
         """Which versions of adapters are served; without those that the catalog does not know."""

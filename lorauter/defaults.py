@@ -26,6 +26,7 @@ from lorauter.uris import is_read_only, is_uri
 
 if TYPE_CHECKING:
     from lorauter.encoder import Encoder
+    from lorauter.states import StateModel
 
 DEFAULT = "default"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -100,7 +101,7 @@ def resolve_catalog(catalog: str, notify: Notify = lambda _: None) -> str:
 
     tasks, adapters = _examples("tasks"), _examples("adapters")
     repository = AdapterRepository(DirectoryStore(adapters))
-    stamp = hashlib.sha256(f"{_ENCODER_FOLDER} {FORMAT}".encode())
+    stamp = hashlib.sha256(f"{_ENCODER_FOLDER} {_MODEL_FOLDER} {FORMAT}".encode())
     for path in task_files(tasks):
         stamp.update(path.name.encode() + path.read_bytes())
     for name in repository.names():
@@ -108,7 +109,8 @@ def resolve_catalog(catalog: str, notify: Notify = lambda _: None) -> str:
 
     def build(target: Path) -> None:
         notify("building the catalog of the example tasks")
-        build_catalog(read_tasks(tasks), load_encoder(DEFAULT), repository=repository).save(target)
+        encoder, states = load_encoder(DEFAULT), load_states(DEFAULT)
+        build_catalog(read_tasks(tasks), encoder, states=states, repository=repository).save(target)
 
     return str(_once(home() / "catalogs" / f"examples-{stamp.hexdigest()[:16]}", lambda t, _: build(t), notify))
 
@@ -136,6 +138,17 @@ def load_encoder(encoder: str, *, device: str | None = None) -> Encoder:
     from lorauter.encoder import SentenceEncoder
 
     return SentenceEncoder(resolve_encoder(encoder), device=device)
+
+
+def load_states(model: str, *, device: str = "auto", threads: int | None = None) -> StateModel:
+    """Load a model of hidden states, by folder, Hugging Face id, a store's URI, or "default", which is the default base
+    model. Raises ConfigError."""
+    from lorauter.states import PromptStates
+
+    try:
+        return PromptStates(resolve_model(model), device=device, threads=threads)
+    except ConfigError as error:
+        raise ConfigError(f"the model of states: {error}", setting="state_model") from error
 
 
 def base_model_aliases(model: str) -> tuple[str, ...]:

@@ -18,7 +18,14 @@ import typer
 from lorauter.defaults import DEFAULT, check_changeable, resolve_tasks
 from lorauter.errors import CatalogError, ConfigError
 from lorauter_cli.console import App, counting, notify, phase, warn
-from lorauter_cli.stores import adapters_to_use, adapters_to_write, catalog_to_read, catalog_to_write
+from lorauter_cli.stores import (
+    States,
+    adapters_to_use,
+    adapters_to_write,
+    catalog_to_read,
+    catalog_to_write,
+    state_model,
+)
 
 if TYPE_CHECKING:
     from lorauter.adapters import AdapterRepository
@@ -47,6 +54,7 @@ def build(
         Path | None, typer.Option(help='A JSON file {"task": ["adapter", ...]}, the best adapter first.')
     ] = None,
     encoder: _Encoder = DEFAULT,
+    states: States = DEFAULT,
     match: Annotated[bool, typer.Option("--match", help="Try the adapters on the tasks, and take the best.")] = False,
     by: Annotated[
         _By, typer.Option(help="What is tried: the task's metric on an answer, or the target's likelihood (faster).")
@@ -90,11 +98,18 @@ def build(
     assigned = _read_mapping(mapping) if mapping else None
     with phase("loading the encoder"):
         embedder = load_encoder(encoder)
+    reader = state_model(states)
     what = f"{'reading the adapters, and ' if adapters else ''}embedding the examples of {len(found)} tasks"
     with counting(what, "are done") as progress:
         repository = adapters_to_use(adapters) if adapters else None
         catalog = build_catalog(
-            found, embedder, repository=repository, mapping=assigned, report=warn, progress=progress
+            found,
+            embedder,
+            states=reader,
+            repository=repository,
+            mapping=assigned,
+            report=warn,
+            progress=progress,
         )
     if match and repository is not None:
         catalog = _matched(catalog, found, repository, by, model, scores)
@@ -120,11 +135,13 @@ def change(
         list[str] | None, typer.Option(help="An adapter's name; may be given again. It is gone until a refresh.")
     ] = None,
     encoder: _Encoder = DEFAULT,
+    states: States = DEFAULT,
 ) -> None:
     """Change the current version, in the order of the options, and publish what comes of it as a new one."""
     from lorauter.catalog import change_catalog, with_adapters, with_tasks, without_adapters, without_tasks
     from lorauter.defaults import load_encoder
     from lorauter.encoder import RememberingEncoder
+    from lorauter.states import RememberingStates
     from lorauter.tasks import read_tasks
 
     if not (add_tasks or remove_task or refresh_adapters or remove_adapter):
@@ -136,12 +153,18 @@ def change(
             embedder = RememberingEncoder(load_encoder(encoder))
     renewed: list[str] = []
     told: list[str] = []
+    readers: list[RememberingStates] = []  # of the catalog's states, once it is known that it has some
+
+    def reader(before: Catalog) -> RememberingStates | None:
+        if not readers and (model := state_model(states, before)) is not None:
+            readers.append(RememberingStates(model))
+        return readers[0] if readers else None
 
     def edit(before: Catalog) -> Catalog:
         changed = before
         told.clear()
         if added:
-            changed = with_tasks(changed, added, embedder, progress=progress)
+            changed = with_tasks(changed, added, embedder, states=reader(changed), progress=progress)
         if remove_task:
             changed = without_tasks(changed, remove_task)
         if refresh_adapters:

@@ -18,7 +18,7 @@ import typer
 from lorauter.defaults import DEFAULT, resolve_tasks
 from lorauter.errors import ConfigError
 from lorauter_cli.console import App, counting, notify, phase, warn
-from lorauter_cli.stores import adapters_to_read, adapters_to_use, catalog_to_read
+from lorauter_cli.stores import States, adapters_to_read, adapters_to_use, catalog_to_read, state_model
 
 if TYPE_CHECKING:
     from lorauter.evaluation.routing import RememberingCatalogs
@@ -66,12 +66,13 @@ def decide(
     lorahub: _LoraHub = None,
     composed: _Composed = None,
     encoder: _EncoderName = DEFAULT,
+    states: States = DEFAULT,
 ) -> None:
-    """Decide by every method, in every regime, which adapters answer each query; needs no model."""
+    """Decide by every method, in every regime, which adapters answer each query."""
     chosen = _methods(methods, config, lorahub, composed)
     _decide(
         tasks, catalog, out, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, composed=composed,
-        encoder=encoder,
+        encoder=encoder, states=states,
     )  # fmt: skip
 
 
@@ -113,6 +114,7 @@ def answers(
     lorahub: _LoraHub = None,
     composed: _Composed = None,
     encoder: _EncoderName = DEFAULT,
+    states: States = DEFAULT,
     model: _Model = DEFAULT,
     device: _Device = "auto",
     max_batch: _MaxBatch = None,
@@ -123,7 +125,7 @@ def answers(
     chosen = _methods(methods, config, lorahub, composed)
     _decide(
         tasks, catalog, decided, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, composed=composed,
-        encoder=encoder,
+        encoder=encoder, states=states,
     )  # fmt: skip
     _answer(decided, adapters, answered, composed=composed, model=model, device=device, max_batch=max_batch)
     _report(decided, answered, out, rouge_for_bleu=rouge_for_bleu)
@@ -225,6 +227,7 @@ def routing(
         Path | None, typer.Option(help='Another set, in one file {"tasks": [...], "queries": [...]} (.json, .json.gz).')
     ] = None,
     encoder: _EncoderName = DEFAULT,
+    states: States = DEFAULT,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there, too.")] = None,
 ) -> None:
     """Measure how well the test examples of tasks are routed to them, by each preset; generates nothing."""
@@ -236,7 +239,8 @@ def routing(
     if flan is not None:
         sets["flan"] = read_query_set(flan)
     with phase("loading the encoder"):
-        catalogs = RememberingCatalogs(load_encoder(encoder))
+        embedder = load_encoder(encoder)
+    catalogs = RememberingCatalogs(embedder, state_model(states))
     figures = {}
     for name, found in sets.items():
         with counting(f"routing the queries of {len(found)} tasks", "measurements are made") as progress:
@@ -303,6 +307,7 @@ def _decide(
     lorahub: Path | None,
     composed: Path | None,
     encoder: str,
+    states: str,
 ) -> None:
     from lorauter.catalog import Catalog
     from lorauter.defaults import load_encoder
@@ -318,6 +323,7 @@ def _decide(
         model = load_encoder(encoder)
         catalog = Catalog.load(catalog_to_read(catalog_uri))
         catalog.check_encoder(model)
+    reader = state_model(states, catalog)
     held = {entry.name: {example.input for example in entry.task.validation} for entry in catalog.tasks}
     asked = [task for task in found if _has_queries(task, split, held.get(task.name, ()))]
     if not asked:
@@ -330,8 +336,9 @@ def _decide(
     with counting(what, "decisions are made") as progress:
         which, lines = _names(regimes, REGIMES), []
         for row in decide(
-            asked, catalog, model, methods, regimes=which, split=split, own=own, lorahub=weights, composed=made
-        ):
+            asked, catalog, model, methods, states=reader, regimes=which, split=split, own=own, lorahub=weights,
+            composed=made,
+        ):  # fmt: skip
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             progress(len(lines), None)
     _write(out, "".join(lines))

@@ -29,7 +29,14 @@ from lorauter_cli.doctor import doctor
 from lorauter_cli.eval import eval_app
 from lorauter_cli.keys import keys_app
 from lorauter_cli.service import CONFIG_HELP, make_importable, shipped_config
-from lorauter_cli.stores import adapters_from, adapters_to_read, adapters_to_write, catalog_to_read, catalog_to_write
+from lorauter_cli.stores import (
+    States,
+    adapters_from,
+    adapters_to_read,
+    adapters_to_write,
+    catalog_to_read,
+    catalog_to_write,
+)
 
 app = App(
     no_args_is_help=True,
@@ -47,7 +54,7 @@ app.command()(batch)
 app.command()(doctor)
 
 _BATCH = 256
-_DECIDED = ("tasks", "adapters", "confidence", "constrained")
+_DECIDED = ("tasks", "adapters", "confidence", "constrained", "by_states")
 
 _Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, an id, a store's URI, or 'default'.")]
 
@@ -169,6 +176,7 @@ def route(
         Path, typer.Option(help="JSON lines: the input rows with `tasks`, `adapters` and `confidence` added.")
     ],
     encoder: _Encoder = DEFAULT,
+    states: States = DEFAULT,
     top_k: Annotated[int | None, typer.Option(help="Adapters in a mixture, at most.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Divides utilities before the softmax.")] = None,
     num_tasks: Annotated[int, typer.Option(help="Tasks to report for each row.")] = 10,
@@ -186,7 +194,8 @@ def route(
     except ValidationError as error:
         raise ConfigError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
     with phase("loading the encoder and the catalog"):
-        router = Router.load(catalog_to_read(catalog), encoder=encoder, config=config)
+        asked = None if states == "none" else states
+        router = Router.load(catalog_to_read(catalog), encoder=encoder, states=asked, config=config)
     partial = output.with_name(f".{output.name}.partial")
     count = 0
     try:

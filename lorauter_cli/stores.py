@@ -6,15 +6,24 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from lorauter.defaults import check_changeable, resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
 from lorauter.uris import is_uri
-from lorauter_cli.console import notify
+from lorauter_cli.console import notify, phase
 
 if TYPE_CHECKING:
     from lorauter.adapters import AdapterRepository
+    from lorauter.catalog import Catalog
+    from lorauter.states import StateModel
+
+States = Annotated[
+    str, typer.Option(help="Model of hidden states: a folder, an id, a store's URI, 'default', or 'none'.")
+]
+"""The option --states."""
 
 
 def catalog_to_read(uri: str) -> str:
@@ -28,6 +37,25 @@ def catalog_to_write(uri: str) -> str:
     """The same of one that is to be published. Raises ConfigError."""
     check_changeable(uri, "catalog")
     return uri
+
+
+def state_model(states: str, catalog: Catalog | None = None) -> StateModel | None:
+    """A model of hidden states, if one is named, and the catalog's tasks have states; checked against these.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+        CatalogError: the catalog's states are another model's.
+    """
+    from lorauter.catalog.build import probed
+    from lorauter.defaults import load_states
+
+    if states == "none" or (catalog is not None and catalog.states is None):
+        return None
+    with phase("loading the model of states"):
+        model = load_states(states)
+    if catalog is not None:
+        catalog.check_states(probed(model))
+    return model
 
 
 def adapters_to_read(uri: str) -> AdapterRepository:

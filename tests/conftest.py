@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer.main
 from command_line import Cli, Ran
+from fake_states import HashingStates
 from hub_server import HubServer
 from local_s3 import LocalS3
 from safetensors.torch import save_file
@@ -56,8 +57,9 @@ class S3Server(LocalS3):
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """`cli(*arguments)`: run `lorauter` in this process to its end, with the encoder that needs no model."""
+    """`cli(*arguments)`: run `lorauter` in this process to its end, with encoder and states that need no model."""
     monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder())
+    monkeypatch.setattr("lorauter.defaults.load_states", lambda name: HashingStates())
     monkeypatch.setattr("typer.main.get_command", _command)
 
     def run(*arguments: object) -> Ran:

@@ -84,11 +84,14 @@ class Pool(Settings):
     gpus: Annotated[float, Field(ge=0)] | None = None
 
 
+_SHARED = ("base_model", "encoder", "state_model", "adapters", "catalog", "cache")  # with the service, and paths
+
+
 class BatchConfig(Settings):
     """A batch job, but for where its input and output are.
 
     Attributes:
-        base_model, base_model_aliases, encoder, adapters, catalog, engine, host, cache: as for the service
+        base_model, base_model_aliases, encoder, state_model, adapters, catalog, engine, host, cache: as for the service
             (`deployments.config`); `engine.max_queue` is not used.
         routing: the router's settings; a row's `tasks` are the first `num_tasks`.
         columns: where a row's prompt and settings are.
@@ -112,6 +115,7 @@ class BatchConfig(Settings):
     base_model: str = "default"
     base_model_aliases: tuple[str, ...] = ()
     encoder: str = "default"
+    state_model: str | None = "default"
     adapters: str = "default"
     catalog: str = "default"
     routing: RoutingConfig = RoutingConfig(num_tasks=3)
@@ -170,7 +174,7 @@ class BatchConfig(Settings):
 
     def with_absolute_paths(self, root: Path) -> "BatchConfig":
         """The same with relative folders resolved against `root`; see `AppConfig.with_absolute_paths`."""
-        shared = {name: getattr(self, name) for name in ("base_model", "encoder", "adapters", "catalog", "cache")}
+        shared = {name: getattr(self, name) for name in _SHARED}
         resolved = AppConfig(**shared).with_absolute_paths(root)
         return self.model_copy(update={name: getattr(resolved, name) for name in shared})
 

@@ -108,7 +108,11 @@ def run_job(
     """
     config = resolved(config)
     config = config.model_copy(
-        update={"base_model": pinned(config.base_model), "encoder": pinned(config.encoder)}  # for as long as it takes
+        update={  # for as long as it takes
+            "base_model": pinned(config.base_model),
+            "encoder": pinned(config.encoder),
+            "state_model": None if config.state_model is None else pinned(config.state_model),
+        }
     )
     input, output = _absolute(input), _absolute(output)
     _check_places(input, output)

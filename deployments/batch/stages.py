@@ -30,7 +30,7 @@ from deployments.devices import own_gpus_only
 from deployments.engines import Reading, start_engine
 from deployments.host_adapters import HostAdapters
 from lorauter.catalog import Catalog
-from lorauter.defaults import load_encoder
+from lorauter.defaults import load_encoder, load_states
 from lorauter.routing import Router
 
 _COLUMN = "work"
@@ -92,7 +92,10 @@ class RouteStage:
         self._config, self._files = config, files
         self._reader = None if files is None else ShardReader(files.plan)
         catalog = Catalog.load(config.catalog, version=catalog_version)
-        self._router = Router(catalog, load_encoder(config.encoder), config.routing)
+        states = None
+        if catalog.states is not None and config.state_model is not None:
+            states = load_states(config.state_model, threads=1)
+        self._router = Router(catalog, load_encoder(config.encoder), config.routing, states=states)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         work = unpack(batch)

@@ -21,8 +21,10 @@ from lorauter.catalog.catalog import PROBE_TEXT, Catalog
 from lorauter.catalog.pool import Pool, read_pool
 from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Segment, TaskRow, runs
 from lorauter.catalog.utility import Scores, shrunken_scores, worths
+from lorauter.catalog.whitening import StatesOf
 from lorauter.encoder import Encoder, normalised
-from lorauter.errors import ConfigError
+from lorauter.errors import ConfigError, TaskError
+from lorauter.states import StateModel
 from lorauter.tasks import Task
 
 logger = logging.getLogger("lorauter.catalog")
@@ -35,6 +37,7 @@ def build_catalog(
     tasks: Sequence[Task],
     encoder: Encoder,
     *,
+    states: StateModel | None = None,
     repository: AdapterRepository | None = None,
     mapping: Mapping[str, Sequence[str]] | None = None,
     scores: Mapping[str, Scores] | None = None,
@@ -46,6 +49,7 @@ def build_catalog(
     Args:
         tasks: at least one; their order does not matter.
         encoder: embeds the validation inputs.
+        states: reads them; without it the catalog has no states.
         repository: adapters to assign; without one the catalog routes to tasks alone.
         mapping: `{task: [adapter, ...]}`, the best first, for tasks that do not take the adapter of their name.
         scores: `{task: {adapter: {validation example: score}}}`, as matching makes them; tasks that have any rank
@@ -56,6 +60,7 @@ def build_catalog(
     Raises:
         ConfigError: no tasks, two of one name, the mapping names a task or an adapter that is not there, or a score
             is of no validation example or not finite.
+        TaskError: an example is a text that the model of states cannot be asked.
         AdapterUnavailable, StoreError: the repository cannot be read.
     """
     tasks = sorted_tasks(tasks)
@@ -65,7 +70,7 @@ def build_catalog(
     for task in tasks:
         composed = composed_for(task.name, assigned[task.name], pool.composed)
         own = tuple(assigned[task.name]), (scores or {}).get(task.name, {})
-        drafts.append(Draft(task, *own, embed(task, encoder), *composed))
+        drafts.append(Draft(task, *own, embed(task, encoder, states), *composed))
         progress(len(drafts), len(tasks))
     spans = runs([task.name for task in tasks])
     return Catalog(
@@ -75,7 +80,13 @@ def build_catalog(
         encoder.name,
         pool.base_model,
         {name: pool.composed[name] for name in sorted(pool.composed)},
+        probed(states) if states is not None else None,
     )
+
+
+def probed(states: StateModel) -> StatesOf:
+    """Whose states they are."""
+    return StatesOf(states.name, states.states([PROBE_TEXT])[0])
 
 
 class Draft(NamedTuple):
@@ -141,9 +152,20 @@ def sorted_tasks(tasks: Sequence[Task]) -> list[Task]:
     return tasks
 
 
-def embed(task: Task, encoder: Encoder) -> Examples:
-    """Embed a task's validation inputs; by themselves, as what shares a batch may change an embedding's last bits."""
-    return Examples.of(task, encoder.encode([example.input for example in task.validation]))
+def embed(task: Task, encoder: Encoder, states: StateModel | None) -> Examples:
+    """Embed a task's validation inputs, and read them; by themselves, as what shares a batch may change an embedding's
+    last bits. Raises TaskError: the model of states cannot be asked one of them."""
+    texts = [example.input for example in task.validation]
+    found = states.states(texts) if states is not None else None
+    if states is not None and found is not None:
+        for i, of in enumerate(found):
+            if not np.isfinite(of).all():
+                raise TaskError(
+                    f"validation[{i}]: {states.name!r} has no state of this input; its chat template may refuse it. "
+                    "Change the input, or build the catalog without states",
+                    source=task.name,
+                )
+    return Examples.of(task, encoder.encode(texts), found)
 
 
 def of_own_name(task: str, adapters: Container[str]) -> list[str]:

@@ -35,6 +35,7 @@ from lorauter.catalog.parts import Arrays, Parts, digest_of, pack, text_in, text
 from lorauter.catalog.rerank import Candidates, Reranker, norms_of
 from lorauter.catalog.sample import Sample, choose
 from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Rows, Segment, TaskEntry, TaskRow, runs
+from lorauter.catalog.whitening import StatesOf
 from lorauter.encoder import Embeddings, Encoder
 from lorauter.errors import BucketNotFound, CatalogError, ObjectNotFound
 from lorauter.names import is_valid_name
@@ -61,6 +62,7 @@ class Catalog:
         encoder: name of the encoder, informational.
         base_model: base model of the adapters, informational.
         composed: of every adapter that was composed from others, for what task and of what.
+        states: which model's hidden states the examples have; None where they have none.
         known_sample: a sample that this one's has much of.
     """
 
@@ -70,6 +72,7 @@ class Catalog:
     encoder: str
     base_model: str
     composed: Mapping[str, Composition] = field(default_factory=dict)
+    states: StatesOf | None = None
     known_sample: Callable[[], Sample | None] = lambda: None
 
     @classmethod
@@ -169,6 +172,7 @@ class Catalog:
             np.stack([segment.centroids[i] for segment, i in at]),
             np.array([segment.lengths[i] for segment, i in at]),
             [segment.words(i) for segment, i in at],
+            np.stack([segment.states[i] for segment, i in at if segment.states is not None]) if self.states else None,
         )
 
     @cached_property
@@ -176,6 +180,11 @@ class Catalog:
         """What is global is fitted to it. Raises CatalogError, StoreError: it cannot be read."""
         keys = [(segment.names[i], int(segment.task_digests[i])) for segment, i in map(self.at, self._sampled[0])]
         return Sample.take(keys, lambda name: self.examples(self._places[name]), self.known_sample())
+
+    @cached_property
+    def sampled(self) -> frozenset[str]:
+        """The tasks that the sample has."""
+        return frozenset(segment.names[i] for segment, i in map(self.at, self._sampled[0]))
 
     @cached_property
     def _sampled(self) -> tuple[list[int], bool]:
@@ -228,6 +237,7 @@ class Catalog:
             "dimension": self.dimension,
             "base_model": self.base_model,
             "counts": {"tasks": len(self), "adapters": len(self.adapters)},
+            **({"states": self.states.model} if self.states else {}),
             "segments": [segment.digests for segment in self.segments],
             **{kind: list(files) for kind, files in self._own.items()},
         }
@@ -241,7 +251,13 @@ class Catalog:
             "adapters": _by_name(self.adapters),
             "composed": _by_name(composed),
             "sample": [] if self._sampled[1] else [self.sample.arrays()],
-            "shared": [{"probe": self.probe, **self.reranker.arrays()}],
+            "shared": [
+                {
+                    "probe": self.probe,
+                    **({"states_probe": self.states.probe} if self.states else {}),
+                    **self.reranker.arrays(),
+                }
+            ],
         }
         return {kind: {digest_of(raw): raw for raw in map(pack, of)} for kind, of in kinds.items()}
 
@@ -281,6 +297,16 @@ class Catalog:
             raise CatalogError(
                 f"was built with the encoder {self.encoder!r} ({self.dimension} dimensions), which embeds otherwise "
                 f"than {encoder!r} ({probe.shape[0]} dimensions); use that encoder or build the catalog anew",
+                uri=self.version,
+            )
+
+    def check_states(self, of: StatesOf) -> None:
+        """Raise CatalogError unless a model has the states, on PROBE_TEXT, that the catalog's examples are to have."""
+        if self.states is None or not self.states.same(of):
+            ours = f"the states of {self.states.model!r}" if self.states else "no states"
+            raise CatalogError(
+                f"was built with {ours}, and those of {of.model!r} are others; use that model, or build the catalog "
+                "anew",
                 uri=self.version,
             )
 
@@ -374,6 +400,7 @@ class Catalog:
             head["encoder"],
             head["base_model"],
             {name: Composition(of["task"], of["sources"]) for name, of in composed.items()},
+            StatesOf(head["states"], shared["states_probe"]) if "states" in head else None,
             (lambda: Sample.from_arrays(parts.read(stored[0]))) if stored else lambda: None,
         )
         catalog.__dict__.update(reranker=Reranker.from_arrays(shared), version=version, _head=raw)

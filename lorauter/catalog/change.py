@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 from lorauter.adapters.provenance import Composition
 from lorauter.adapters.repository import AdapterManifest, AdapterRepository, Report
-from lorauter.catalog.build import Draft, composed_for, embed, logger, make_segment, of_own_name, sorted_tasks
+from lorauter.catalog.build import Draft, composed_for, embed, logger, make_segment, of_own_name, probed, sorted_tasks
 from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.pool import Pool, read_pool
 from lorauter.catalog.segments import Examples, runs
 from lorauter.catalog.utility import Scores
 from lorauter.encoder import Encoder
-from lorauter.errors import ConfigError
+from lorauter.errors import CatalogError, ConfigError
+from lorauter.states import StateModel
 from lorauter.tasks import Task
 
 
@@ -27,6 +28,7 @@ def with_tasks(
     tasks: Sequence[Task],
     encoder: Encoder,
     *,
+    states: StateModel | None = None,
     repository: AdapterRepository | None = None,
     scores: Mapping[str, Scores] | None = None,
     report: Report = logger.warning,
@@ -38,17 +40,20 @@ def with_tasks(
 
     Args:
         encoder: the one that the catalog was built with.
+        states: likewise, if the catalog has states; else it is not asked.
         repository: adapters are taken from it, as by `with_adapters`; else they are the catalog's.
         scores: `{task: {adapter: {validation example: score}}}` to add.
         report: as for `with_adapters`.
         progress: called with how many tasks were embedded, then adapters read, and how many there are.
 
     Raises:
-        CatalogError: another encoder.
+        CatalogError: another encoder, or other states, or none where the catalog has some.
         ConfigError: no tasks, two of one name, or a score is of no validation example or not finite.
+        TaskError: an example is a text that the model of states cannot be asked.
         AdapterUnavailable, StoreError: the repository cannot be read.
     """
     catalog.check_encoder(encoder)
+    reader = _reader(catalog, states)
     put = {}
     for done, task in enumerate(sorted_tasks(tasks), start=1):
         place = catalog.place(task.name)
@@ -56,7 +61,7 @@ def with_tasks(
         same = before is not None and before.entry.task.validation == task.validation
         put[task.name] = _Put(
             task,
-            before.examples if before is not None and same else embed(task, encoder),
+            before.examples if before is not None and same else embed(task, encoder, reader),
             before is not None and same and before.entry.task.metric == task.metric,
         )
         progress(done, len(tasks))
@@ -124,6 +129,20 @@ def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
         ConfigError: a score is of no validation example or not finite.
     """
     return _changed(catalog, added=scores)
+
+
+def _reader(catalog: Catalog, states: StateModel | None) -> StateModel | None:
+    """What reads examples that come. Raises CatalogError: not what has read those that are there."""
+    if catalog.states is None:
+        return None
+    if states is None:
+        raise CatalogError(
+            f"its examples have states of {catalog.states.model!r}, and tasks that come need theirs: name that model, "
+            "or build the catalog anew without states",
+            uri=catalog.version,
+        )
+    catalog.check_states(probed(states))
+    return states
 
 
 class _Put(NamedTuple):

@@ -10,13 +10,16 @@ contrastive loss
 
 of examples that were held out of the parts' own fit (InfoNCE, arXiv 1807.03748, with tasks as the classes), and so the
 softmax of the logits is calibrated. Whether a query belongs to any task is a logistic regression on the same held-out
-examples, each once as it is and once as if its task were not in the catalog. Knows nothing of adapters.
+examples, each once as it is and once as if its task were not in the catalog. Where the catalog has states, all of this
+is fitted once more, with the similarity of states (`lorauter.catalog.whitening`) as a fourth part: for queries whose
+state is known too. Knows nothing of adapters.
 
 Tried on 40 tasks with 20 examples each, top-1 on 20 others: nearest centroid 0.910, the discriminant 0.939, the same by
 cosine 0.944, logistic regression 0.935, a projection trained with SupCon (arXiv 2004.11362) 0.941, the words alone
-0.974, discriminant, words and cosine together 0.986. The encoder itself, fine-tuned with InfoNCE on the same examples
-(AdamW, 5e-5, batches of 20 pairs), by nearest centroid: 0.965 after 15 steps and 0.978 after 30, a minute and three on
-one busy core, where a refit may take half a minute; and each catalog would have an encoder of its own.
+0.974, discriminant, words and cosine together 0.986, with states 0.999. The encoder itself, fine-tuned with InfoNCE on
+the same examples (AdamW, 5e-5, batches of 20 pairs), by nearest centroid: 0.965 after 15 steps and 0.978 after 30, a
+minute and three on one busy core, where a refit may take half a minute; and each catalog would have an encoder of its
+own.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from scipy.optimize import minimize
 
 from lorauter.catalog.lexicon import Grams, Words, grams_of, idf_of, similarities
 from lorauter.catalog.sample import Sample
+from lorauter.catalog.whitening import States, Whitening, mean_state
 from lorauter.encoder import Embeddings
 
 Floats = NDArray[np.float64]
@@ -43,31 +47,48 @@ _FOLDS = 5
 _MAX_HELD_OUT = 1000  # examples: enough for seven numbers, of however many tasks
 _RIVALS = 64  # nearest tasks that a held-out example is told apart from
 _MAX_GAP = 20.0  # between the first two logits; more says no more
-# Where there are too few tasks or examples to hold any out: the values that 40 tasks of 20 examples gave.
-_COEFFICIENTS = np.array([0.09, 55.0, 0.0])
-_FAMILIAR = np.array([-5.0, 25.0, 4.0, 0.3])
-_STRANGER = 0.01
 _STRANGEST = 0.02  # share of the held-out examples, their task taken out, that are stranger than `stranger`
 
 
 class Candidates(NamedTuple):
     """Tasks that a query may be one of: unit `centroids` (c, d), the `lengths` (c,) of the means that they are the
-    directions of, and their `words`."""
+    directions of, their `words`, and the means of their `states`, if there are any."""
 
     centroids: Embeddings
     lengths: NDArray[np.float32]
     words: Sequence[Words]
+    states: NDArray[np.float16] | None = None
 
     @classmethod
     def of(
-        cls, examples: Sequence[Embeddings], grams: Sequence[Sequence[Grams]], idf: NDArray[np.float32]
+        cls,
+        examples: Sequence[Embeddings],
+        grams: Sequence[Sequence[Grams]],
+        idf: NDArray[np.float32],
+        states: Sequence[States] = (),
     ) -> Candidates:
-        """Tasks with these examples: of each (n, d) unit rows, and n texts taken apart; `idf` is as for `Words`."""
+        """Tasks with these examples: of each (n, d) unit rows, n texts taken apart, and n states if there are any;
+        `idf` is as for `Words`."""
         means = np.stack([rows.mean(axis=0) for rows in examples])
         lengths = np.linalg.norm(means, axis=1)
         centroids = means / np.maximum(lengths, 1e-12)[:, None]
         words = [Words.of(task, idf) for task in grams]
-        return cls(centroids.astype(np.float32), lengths.astype(np.float32), words)
+        mean_states = np.stack([mean_state(of) for of in states]) if states else None
+        return cls(centroids.astype(np.float32), lengths.astype(np.float32), words, mean_states)
+
+
+class Fit(NamedTuple):
+    """What is fitted to held-out examples: `coefficients` of the parts, those of the logistic regression (`familiar`),
+    and the familiarity of a `stranger`."""
+
+    coefficients: Floats
+    familiar: Floats
+    stranger: float
+
+
+# Where there are too few tasks or examples to hold any out: the values that 40 tasks of 20 examples gave.
+_UNFITTED = Fit(np.array([0.09, 55.0, 0.0]), np.array([-5.0, 25.0, 4.0, 0.3]), 0.01)
+_UNFITTED_BY_STATES = Fit(np.array([0.05, 0.0, 6.0, 32.0]), np.array([-7.0, 10.0, -4.5, 0.4, 18.5]), 0.01)
 
 
 class Tasks(Protocol):
@@ -90,14 +111,48 @@ class Ranking:
     Attributes:
         logits: (c,) of the candidates, in their order.
         familiarity: the probability that the query belongs to one of them.
-        words: (c,) cosines to the candidates' words: which of them asks for answers of the same kind.
+        stranger: whether it is stranger than nearly every query of a task that the catalog lacks.
+        words: (c,) cosines to the candidates' words.
         cosines: (c,) to their centroids.
+        states: (c,) similarities to their states, if the query's is known.
     """
 
     logits: Floats
     familiarity: float
+    stranger: bool
     words: Floats
     cosines: Floats
+    states: Floats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ByStates:
+    """What is fitted for queries whose states are known.
+
+    Attributes:
+        whitening: of all tasks' states.
+        coefficients: (4,) of discriminant, words, cosine and states.
+        familiar: (5,), as a reranker's, with the largest similarity of states.
+        stranger: as a reranker's.
+    """
+
+    whitening: Whitening
+    coefficients: Floats
+    familiar: Floats
+    stranger: float
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What `from_arrays` takes."""
+        fitted = {name: np.asarray(value) for name, value in vars(self).items() if name != "whitening"}
+        return {f"by_states.{name}": value for name, value in {**fitted, **self.whitening.arrays()}.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ByStates | None:
+        """The inverse of `arrays`; None where there are none of these. Raises KeyError."""
+        own = {name.removeprefix("by_states."): of for name, of in arrays.items() if name.startswith("by_states.")}
+        if not own:
+            return None
+        return cls(Whitening.from_arrays(own), own["coefficients"], own["familiar"], float(own["stranger"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +166,7 @@ class Reranker:
         familiar: (4,) of the logistic regression: constant, largest word cosine, largest cosine, gap between the
             first two logits.
         stranger: familiarity below which a query is stranger than nearly all whose task the catalog lacks.
+        by_states: the same for queries whose states are known, if the catalog has states.
     """
 
     precision: Embeddings
@@ -118,42 +174,61 @@ class Reranker:
     coefficients: Floats
     familiar: Floats
     stranger: float
+    by_states: ByStates | None = None
 
     @classmethod
     def fit(cls, sample: Sample, tasks: Tasks) -> Reranker:
         """Fit to a sample of tasks, among all of them."""
-        parts = _held_out(sample, tasks)
-        coefficients, familiar, stranger = _COEFFICIENTS, _FAMILIAR, _STRANGER
-        if len(parts) and parts.shape[1] > 1:
-            coefficients = _fit_coefficients(parts)
-            familiar, stranger = _fit_familiar(parts, coefficients)
+        parts, without = _held_out(sample, tasks)
+        known = len(parts) > 0 and parts.shape[1] > 1
+        fitted = _fit(parts[:, :, :3], without[:, :, :3]) if known else _UNFITTED
+        by_states = None
+        if sample.states:
+            by_states = ByStates(
+                Whitening.fit(sample.states), *(_fit(parts, without) if known else _UNFITTED_BY_STATES)
+            )
         idf = idf_of(ids for task in sample.grams for ids in task)
-        return cls(_precision(sample.examples), idf, coefficients, familiar, stranger)
+        return cls(_precision(sample.examples), idf, *fitted, by_states)
 
     def rank(
-        self, embedding: Embeddings, text: str, candidates: Candidates, norms: Embeddings | None = None
+        self,
+        embedding: Embeddings,
+        text: str,
+        candidates: Candidates,
+        norms: Embeddings | None = None,
+        state: NDArray[Any] | None = None,
+        whitening: Whitening | None = None,
     ) -> Ranking:
         """Judge candidates, at least one, for a query: its (d,) embedding and its text.
 
         Args:
             norms: (c,) what `norms_of` says of the candidates, if that is known.
+            state: (layers, width) of the query, if that is known and the candidates have states.
+            whitening: of their states, without tasks that the query must not know of.
         """
         if norms is None:
             norms = norms_of(candidates.centroids, candidates.lengths, self.precision)
         parts = _parts(embedding, grams_of(text), candidates, norms, self.precision, self.idf)
-        logits = parts @ self.coefficients
-        chance = _sigmoid(_features(parts[None], logits[None]) @ self.familiar)
-        return Ranking(logits, float(chance[0]), parts[:, 1], parts[:, 2])
+        similar = None
+        fitted: Reranker | ByStates = self
+        if state is not None and self.by_states is not None and candidates.states is not None:
+            fitted, whitening = self.by_states, whitening or self.by_states.whitening
+            similar = whitening.similarities(state[None], whitening.centred(candidates.states))[0]
+            parts = np.column_stack([parts, similar])
+        logits = parts @ fitted.coefficients
+        chance = float(_sigmoid(_features(parts[None], logits[None]) @ fitted.familiar)[0])
+        return Ranking(logits, chance, chance < fitted.stranger, parts[:, 1], parts[:, 2], similar)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What `from_arrays` takes."""
-        return {name: np.asarray(value) for name, value in vars(self).items()}
+        own = {name: np.asarray(value) for name, value in vars(self).items() if name != "by_states"}
+        return own if self.by_states is None else {**own, **self.by_states.arrays()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Reranker:
         """The inverse of `arrays`. Raises KeyError."""
         own = {name: arrays[name] for name in ("precision", "idf", "coefficients", "familiar")}
-        return cls(**own, stranger=float(arrays["stranger"]))
+        return cls(**own, stranger=float(arrays["stranger"]), by_states=ByStates.from_arrays(arrays))
 
 
 def softmax(logits: Floats) -> Floats:
@@ -199,8 +274,12 @@ def _precision(examples: Sequence[Embeddings]) -> Embeddings:
     return np.linalg.inv(shrunken).astype(np.float32)
 
 
-def _held_out(sample: Sample, tasks: Tasks) -> Floats:
-    """The parts of logits, (held out, rivals, 3), of examples under fits without them; the own task comes first."""
+def _held_out(sample: Sample, tasks: Tasks) -> tuple[Floats, Floats]:
+    """The parts of logits, (held out, rivals, 3 or 4), of examples under fits without them, where the own task comes
+    first; and those, (held out, rivals - 1, 3 or 4), under fits that have not seen the own task either.
+
+    Of these fits, the whitening of states alone knows what it has seen so well that it has to be another one.
+    """
     step = math.ceil(sum(map(len, sample.examples)) / _MAX_HELD_OUT)
     folds = [
         [np.arange(len(rows)) % _FOLDS != f if len(rows) > 1 else np.ones(1, bool) for rows in sample.examples]
@@ -208,17 +287,19 @@ def _held_out(sample: Sample, tasks: Tasks) -> Floats:
     ]
     out = [[(t, int(i)) for t, mask in enumerate(kept) for i in np.flatnonzero(~mask)][::step] for kept in folds]
     if not any(out):
-        return np.zeros((0, 0, 3))
+        return np.zeros((0, 0, 4)), np.zeros((0, 0, 4))
     own = tasks.places(sample.names)
     rivals = tasks.nearest(np.stack([sample.examples[t][i] for fold in out for t, i in fold]), _RIVALS)
     sampled = {int(place): i for i, place in enumerate(own)}
     parts: list[Floats] = []
+    without: list[Floats] = []
     row = iter(rivals)
     for kept, fold in zip(folds, out, strict=True):
         if not fold:
             continue
         examples = [rows[mask] for rows, mask in zip(sample.examples, kept, strict=True)]
         grams = [list(compress(task, mask)) for task, mask in zip(sample.grams, kept, strict=True)]
+        states = [rows[mask] for rows, mask in zip(sample.states, kept, strict=True)] if sample.states else []
         precision, idf = _precision(examples), idf_of(ids for task in grams for ids in task)
         inside: dict[int, Candidates] = {}
         told: list[tuple[int, int, Candidates]] = []
@@ -233,18 +314,37 @@ def _held_out(sample: Sample, tasks: Tasks) -> Floats:
             for n, t in enumerate(map(sampled.get, places.tolist())):
                 if t is not None:  # as it is without the examples that are held out
                     if t not in inside:
-                        inside[t] = Candidates.of([examples[t]], [grams[t]], idf)
+                        inside[t] = Candidates.of([examples[t]], [grams[t]], idf, states[t : t + 1])
                     candidates.centroids[n], candidates.lengths[n] = inside[t].centroids[0], inside[t].lengths[0]
                     words[n] = inside[t].words[0]
+                    if candidates.states is not None and (mean := inside[t].states) is not None:
+                        candidates.states[n] = mean[0]
             told.append((task, i, candidates._replace(words=words)))
         if told:  # at once, as small products of matrices take longer
             centroids = np.concatenate([candidates.centroids for _, _, candidates in told])
             lengths = np.concatenate([candidates.lengths for _, _, candidates in told])
             norms = norms_of(centroids, lengths, precision).reshape(len(told), -1)
+            whitening = Whitening.fit(states) if states else None
+            known: dict[int, Whitening] = {}
             for (task, i, candidates), norm in zip(told, norms, strict=True):
                 embedding, ids = sample.examples[task][i], sample.grams[task][i]
-                parts.append(_parts(embedding, ids, candidates, norm, precision, idf))
-    return np.array(parts, np.float64)
+                found_parts = _parts(embedding, ids, candidates, norm, precision, idf)
+                rest = found_parts[1:]
+                if whitening is not None and candidates.states is not None:
+                    if task not in known:
+                        known[task] = whitening.without(states[task])
+                    state, means = sample.states[task][i][None], whitening.centred(candidates.states)
+                    found_parts = np.column_stack([found_parts, whitening.similarities(state, means)[0]])
+                    rest = np.column_stack([rest, known[task].similarities(state, means)[0, 1:]])
+                parts.append(found_parts)
+                without.append(rest)
+    return np.array(parts, np.float64), np.array(without, np.float64)
+
+
+def _fit(parts: Floats, without: Floats) -> Fit:
+    """Fit to parts as `_held_out` gives them."""
+    coefficients = _fit_coefficients(parts)
+    return Fit(coefficients, *_fit_familiar(parts, without, coefficients))
 
 
 def _fit_coefficients(parts: Floats) -> Floats:
@@ -257,22 +357,22 @@ def _fit_coefficients(parts: Floats) -> Floats:
         value = -np.log(chances[:, 0] + 1e-30).mean() + 1e-4 * (weights**2).sum()
         return float(value), gradient + 2e-4 * weights
 
-    found = minimize(loss, np.ones(3), jac=True, method="L-BFGS-B", bounds=[(0, None)] * 3)
+    found = minimize(loss, np.ones(len(scale)), jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(scale))
     return np.asarray(found.x / scale)
 
 
 def _features(parts: Floats, logits: Floats) -> Floats:
-    """(n, 4) of n queries, for the logistic regression."""
+    """(n, 4) of n queries, for the logistic regression; (n, 5) where there are states."""
     first = np.sort(logits, axis=1)[:, ::-1]
     gap = first[:, 0] - first[:, 1] if logits.shape[1] > 1 else np.zeros(len(logits))
     largest = parts.max(axis=1)
-    return np.stack([np.ones(len(parts)), largest[:, 1], largest[:, 2], np.minimum(gap, _MAX_GAP)], axis=1)
+    gaps = np.minimum(gap, _MAX_GAP)
+    return np.column_stack([np.ones(len(parts)), largest[:, 1:3], gaps, largest[:, 3:]])
 
 
-def _fit_familiar(parts: Floats, coefficients: Floats) -> tuple[Floats, float]:
+def _fit_familiar(parts: Floats, without: Floats, coefficients: Floats) -> tuple[Floats, float]:
     """The logistic regression that tells held-out examples from the same with their task taken out."""
-    logits = parts @ coefficients
-    features = np.concatenate([_features(parts, logits), _features(parts[:, 1:], logits[:, 1:])])
+    features = np.concatenate([_features(of, of @ coefficients) for of in (parts, without)])
     scale = features.std(axis=0) + 1e-9
     scale[0] = 1.0
     scaled, sign = features / scale, np.repeat([1.0, -1.0], len(parts))
@@ -282,7 +382,7 @@ def _fit_familiar(parts: Floats, coefficients: Floats) -> tuple[Floats, float]:
         gradient = -(scaled * (sign * _sigmoid(-margin))[:, None]).mean(axis=0)
         return float(np.logaddexp(0, -margin).mean() + 1e-4 * (weights**2).sum()), gradient + 2e-4 * weights
 
-    found = minimize(loss, np.zeros(4), jac=True, method="L-BFGS-B")
+    found = minimize(loss, np.zeros(len(scale)), jac=True, method="L-BFGS-B")
     familiar = found.x / scale
     strangers = _sigmoid(features[len(parts) :] @ familiar)
     return familiar, float(np.quantile(strangers, _STRANGEST))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lorauter.catalog.lexicon import Grams
 from lorauter.catalog.parts import Arrays, text_in, texts_of
 from lorauter.catalog.segments import Examples, name_hash
+from lorauter.catalog.whitening import States
 from lorauter.encoder import Embeddings
 
 MOST_EXAMPLES = 16_384
@@ -30,12 +31,14 @@ class Sample:
         digests: of each, as a segment has them.
         examples: of each, (n, d) float32 unit rows.
         grams: of each, the n inputs taken apart.
+        states: of each, the n inputs'; none of any where the catalog has none.
     """
 
     names: tuple[str, ...]
     digests: tuple[int, ...]
     examples: tuple[Embeddings, ...]
     grams: tuple[tuple[Grams, ...], ...]
+    states: tuple[States, ...] = ()
 
     @classmethod
     def take(cls, chosen: Sequence[tuple[str, int]], read: Callable[[str], Examples], known: Sample | None) -> Sample:
@@ -47,17 +50,20 @@ class Sample:
         """
         there = {} if known is None else {key: i for i, key in enumerate(zip(known.names, known.digests, strict=True))}
         examples, grams = [], []
+        states: list[States] = []
         for name, digest in chosen:
             place = there.get((name, digest))
             if known is not None and place is not None:
                 examples.append(known.examples[place])
                 grams.append(known.grams[place])
+                states += known.states[place : place + 1]
             else:
                 found = read(name)
                 examples.append(found.embeddings)
                 grams.append(found.grams)
+                states += [] if found.states is None else [found.states]
         names, digests = zip(*chosen, strict=True)
-        return cls(names, digests, tuple(examples), tuple(grams))
+        return cls(names, digests, tuple(examples), tuple(grams), tuple(states))
 
     def arrays(self) -> Arrays:
         """What `from_arrays` takes."""
@@ -69,6 +75,7 @@ class Sample:
             "embeddings": np.concatenate(self.examples),
             "grams": np.concatenate(flat).astype(np.uint16),
             "grams_ends": np.cumsum([len(ids) for ids in flat], dtype=np.int64),
+            **({"states": np.concatenate(self.states)} if self.states else {}),
         }
 
     @classmethod
@@ -82,6 +89,7 @@ class Sample:
             tuple(arrays["digests"].tolist()),
             tuple(np.split(arrays["embeddings"], ends[:-1])),
             tuple(tuple(flat[start:end]) for start, end in zip(starts, ends, strict=True)),
+            tuple(np.split(arrays["states"], ends[:-1])) if "states" in arrays else (),
         )
 
 

@@ -2,8 +2,9 @@
 
 A task that changes rewrites its segment and no other. Where one segment ends and the next begins follows from the
 tasks' names alone (content-defined chunking), so a catalog that was changed is cut as one that was built anew. The part
-`routing` is held in memory: names, rankings, centroids, words. The part `examples` is read when it is asked for:
-validation examples with their embeddings, scores by example. Knows nothing of how they come about.
+`routing` is held in memory: names, rankings, centroids, words, mean states. The part `examples` is read when it is
+asked for: validation examples with their embeddings and states, scores by example. A catalog's segments have states, or
+none has. Knows nothing of how they come about.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from lorauter.catalog.lexicon import Grams, Words, grams_of, idf_of
 from lorauter.catalog.parts import Arrays, Parts, digest_of, pack, text_in, texts_of
+from lorauter.catalog.whitening import States, mean_state
 from lorauter.encoder import Embeddings, normalised
 from lorauter.tasks import Answers, Task
 
@@ -73,15 +75,17 @@ class TaskEntry:
 
 
 class Examples(NamedTuple):
-    """A task's n validation inputs: `embeddings` (n, d) float32, unit rows, and their words."""
+    """A task's n validation inputs: `embeddings` (n, d) float32, unit rows, their words, and their states, if the
+    catalog has any."""
 
     embeddings: Embeddings
     grams: tuple[Grams, ...]
+    states: States | None = None
 
     @classmethod
-    def of(cls, task: Task, embeddings: Embeddings) -> Examples:
+    def of(cls, task: Task, embeddings: Embeddings, states: States | None = None) -> Examples:
         """Those of a task, which are embedded."""
-        return cls(embeddings, tuple(grams_of(example.input) for example in task.validation))
+        return cls(embeddings, tuple(grams_of(example.input) for example in task.validation), states)
 
 
 class TaskRow(NamedTuple):
@@ -112,9 +116,11 @@ class Segment:
         self.lengths: NDArray[np.float32] = routing["lengths"]
         self.task_digests: NDArray[np.uint64] = routing["digests"]
         self.sizes: NDArray[np.int64] = routing["sizes"]
+        self.states: States | None = routing.get("states")
         self.names: tuple[str, ...] = tuple(text_in(routing, 0))
         self.adapters: tuple[str, ...] = tuple(text_in(routing, 1))
-        lengths = {len(self.centroids), len(self.names), len(self.lengths), len(self.sizes), len(self.task_digests)}
+        arrays = (self.centroids, self.lengths, self.sizes, self.task_digests, self.states)
+        lengths = {len(self.names), *(len(array) for array in arrays if array is not None)}
         if len(lengths) != 1 or not self.names:
             raise ValueError("its arrays are of different tasks")
 
@@ -144,7 +150,7 @@ class Segment:
             "buckets": np.concatenate([of.buckets for of in words]),
             "weights": np.concatenate([of.weights for of in words]),
             "words_ends": np.cumsum([len(of.buckets) for of in words], dtype=np.int64),
-            "digests": np.array(list(map(_digest, entries, embeddings)), np.uint64),
+            "digests": np.array([_digest(row.entry, row.examples) for row in rows], np.uint64),
         }
         examples = {
             **texts_of(kept),
@@ -152,6 +158,10 @@ class Segment:
             "grams": np.concatenate(grams).astype(np.uint16),
             "grams_ends": np.cumsum(list(map(len, grams)), dtype=np.int64),
         }
+        states = [row.examples.states for row in rows if row.examples.states is not None]
+        if states:
+            routing["states"] = np.stack([mean_state(of) for of in states])
+            examples["states"] = np.concatenate(states)
         packed = pack(routing), pack(examples)
         return cls(routing, (digest_of(packed[0]), digest_of(packed[1])), lambda: examples)
 
@@ -227,6 +237,7 @@ class Segment:
         return Examples(
             part["embeddings"][span],
             tuple(grams[_span(ends, n)].astype(np.int64) for n in range(span.start, span.stop)),
+            part["states"][span] if "states" in part else None,
         )
 
     def row(self, i: int) -> TaskRow:
@@ -311,8 +322,10 @@ def _kept(entry: CatalogTask) -> dict[str, Any]:
     return {"validation": task["validation"], "test": task["test"], "scores": scores}
 
 
-def _digest(entry: CatalogTask, examples: Embeddings) -> int:
+def _digest(entry: CatalogTask, examples: Examples) -> int:
     content = hashlib.sha256(json.dumps([_told(entry), _kept(entry)], sort_keys=True).encode())
     content.update(repr([(adapter.name, adapter.score) for adapter in entry.adapters]).encode())
-    content.update(np.ascontiguousarray(examples).tobytes())
+    content.update(np.ascontiguousarray(examples.embeddings).tobytes())
+    if examples.states is not None:
+        content.update(np.ascontiguousarray(examples.states).tobytes())
     return int.from_bytes(content.digest()[:8], "big")

@@ -8,7 +8,7 @@ device's step, which is passed in. Knows nothing of requests, text or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -220,6 +220,25 @@ class Decoder:
 
     def run(self, step: Step, batch: StepBatch) -> Tensor:
         """The same, and whether gradients are kept is for the caller to say."""
+        for x, delta in self._through(step, batch):  # noqa: B007 (the last ones are wanted)
+            pass
+        if batch.outputs is not None:
+            x, delta = x[batch.outputs], delta[batch.outputs]
+        return self._head(step.add_norm(x, delta, self._norm)[1])
+
+    @torch.inference_mode()
+    def states(self, step: Step, batch: StepBatch, layers: Sequence[int]) -> Tensor:
+        """The hidden states of `batch.outputs` after some of the layers, counted from 1: (m, len(layers), hidden)."""
+        found = []
+        for done, (x, delta) in enumerate(self._through(step, batch), start=1):
+            if done in layers:
+                found.append(x[batch.outputs] + delta[batch.outputs])
+            if done == max(layers):
+                break
+        return torch.stack(found, dim=1)
+
+    def _through(self, step: Step, batch: StepBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """What comes out of each layer in turn, as two summands."""
         x, delta = self._embedding[batch.tokens], None
         for i, layer in enumerate(self.layers):
             x, h = step.add_norm(x, delta, layer.attention_norm)
@@ -238,10 +257,7 @@ class Decoder:
             step.begin_lora(i, "down_proj", h)
             delta = layer.down(h)
             step.add_lora(i, "down_proj", h, delta)
-        assert delta is not None
-        if batch.outputs is not None:
-            x, delta = x[batch.outputs], delta[batch.outputs]
-        return self._head(step.add_norm(x, delta, self._norm)[1])
+            yield x, delta
 
 
 def _window(config: Any, layer: int) -> int | None:

@@ -41,12 +41,14 @@ class TextCodec:
         tool_format: how the model calls tools; "auto" finds it in the chat template.
 
     Attributes:
+        chats: whether the model has a chat template.
         tool_format: the same, if it is known.
     """
 
     def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int] = (), tool_format: FormatSetting = "auto") -> None:
         self._tokenizer = tokenizer
         template = str(tokenizer.chat_template or "")
+        self.chats = bool(template)
         self._template_knows_tools = knows_tools(template)
         self.tool_format: ToolFormat | None
         if tool_format == "auto":

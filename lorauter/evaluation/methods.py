@@ -20,6 +20,7 @@ from lorauter.evaluation.regimes import REGIMES, options_for
 from lorauter.evaluation.report import ORACLE
 from lorauter.evaluation.weighing import Weights, weights_for
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
+from lorauter.states import RememberingStates, StateModel
 from lorauter.tasks import Task
 
 LORA_RETRIEVER = {"loraretriever-selection": 1, "loraretriever-fusion": 3, "loraretriever-mixture": 3}
@@ -46,6 +47,7 @@ def decide(
     encoder: Encoder,
     methods: Mapping[str, RoutingConfig | None],
     *,
+    states: StateModel | None = None,
     regimes: Collection[str] = REGIMES,
     split: str = "test",
     own: Mapping[str, Collection[str]] | None = None,
@@ -58,6 +60,7 @@ def decide(
         tasks: whose queries are asked; all are in the catalog.
         catalog: what is routed on.
         encoder: the catalog's own.
+        states: likewise, if it has states; without it they are not looked at.
         methods: names of METHODS, or of one's own with the settings of a router. The base model and the oracle have
             one regime.
         regimes: which of REGIMES.
@@ -80,6 +83,7 @@ def decide(
     owned = own or {task.name: [task.name] for task in tasks}
     compositions = {} if COMPOSED not in methods else _compositions(catalog, composed or (), owned)
     retrievers = {name: Retriever(catalog, config) for name, config in _configs(methods).items()}
+    reader = None if states is None else RememberingStates(states)
     for task in tasks:
         seen = {example.input for example in held[task.name].validation}
         examples = task.test if split == "test" else [e for e in task.validation if e.input not in seen]
@@ -100,7 +104,7 @@ def decide(
                         # Others' are made of this task's adapters too, where the regime takes these away.
                         others = () if regime == REGIMES[0] else {name for name, t in of.items() if t != task.name}
                         asked = options.model_copy(update={"exclude_adapters": options.exclude_adapters.union(others)})
-                    found = retriever.retrieve(embeddings, texts, [asked] * len(texts))
+                    found = retriever.retrieve_with(reader, embeddings, texts, [asked] * len(texts))
                     decisions = [
                         compose(f, asked, retriever.config, catalog_version="", versions=retriever.catalog.adapters)
                         for f in found

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from lorauter.catalog import Catalog, build_catalog
+from lorauter.catalog.catalog import PROBE_TEXT
+from lorauter.catalog.whitening import States
 from lorauter.encoder import Embeddings, Encoder
 from lorauter.errors import ConfigError, TaskError
 from lorauter.routing import (
@@ -29,6 +31,7 @@ from lorauter.routing import (
     RoutingOptions,
     compose,
 )
+from lorauter.states import RememberingStates, StateModel
 from lorauter.tasks import Task
 
 Query = tuple[str, str]
@@ -54,8 +57,9 @@ class RoutingResult:
             task is right, over each query once as it is and once with its own task taken out, where nothing is right.
         known_auc: area under the ROC curve of telling by `confidence` the former from the latter.
         fallback: share of the queries that the base model alone would answer.
-        fit_s: seconds to build the catalog, embedding aside.
-        route_ms: milliseconds a query, embedding aside.
+        by_states: share of the queries whose states were looked at.
+        fit_s: seconds to build the catalog, embedding and reading aside.
+        route_ms: milliseconds a query, embedding and reading aside.
     """
 
     tasks: int
@@ -67,6 +71,7 @@ class RoutingResult:
     calibration_error: float
     known_auc: float
     fallback: float
+    by_states: float
     fit_s: float
     route_ms: float
 
@@ -106,10 +111,12 @@ class RememberingCatalogs:
 
     Args:
         encoder: what is embedded with; it is asked for no text twice.
+        states: what texts are read with, likewise; without it there are no states.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, states: StateModel | None = None) -> None:
         self.encoder = RememberingEncoder(encoder)
+        self.states = None if states is None else RememberingStates(states)
         self._known: dict[frozenset[str], tuple[Sequence[Task], Catalog, float]] = {}
 
     def of(self, tasks: Sequence[Task]) -> tuple[Catalog, float]:
@@ -118,9 +125,14 @@ class RememberingCatalogs:
         same = sorted(tasks, key=lambda task: task.name)
         if names not in self._known or self._known[names][0] != same:
             for task in tasks:
-                self.encoder.encode([example.input for example in task.validation])
+                texts = [example.input for example in task.validation]
+                self.encoder.encode(texts)
+                if self.states is not None:
+                    self.states.states(texts)
+            if self.states is not None:
+                self.states.states([PROBE_TEXT])
             start = time.perf_counter()
-            catalog = build_catalog(tasks, self.encoder)
+            catalog = build_catalog(tasks, self.encoder, states=self.states)
             Retriever(catalog, RoutingConfig())
             self._known[names] = same, catalog, time.perf_counter() - start
         return self._known[names][1:]
@@ -206,6 +218,7 @@ def evaluate_routing(
         calibration_error=calibration_error(known + unknown, [rank == 1 for rank in ranks] + [False] * len(unknown)),
         known_auc=area_under_curve(known, unknown),
         fallback=bench.fallback(found),
+        by_states=fmean(retrieved.by_states for retrieved, _ in found),
         fit_s=bench.fit_s,
         route_ms=1000 * route_s / len(queries),
     )
@@ -277,6 +290,22 @@ def _remembering(encoder: Encoder | RememberingCatalogs) -> RememberingCatalogs:
     return encoder if isinstance(encoder, RememberingCatalogs) else RememberingCatalogs(encoder)
 
 
+class _Timed:
+    """A model of states; `seconds` is what reading has taken."""
+
+    def __init__(self, model: StateModel) -> None:
+        self.name = model.name
+        self.seconds = 0.0
+        self._model = model
+
+    def states(self, texts: Sequence[str]) -> States:
+        """As `StateModel.states`."""
+        start = time.perf_counter()
+        found = self._model.states(texts)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
 class _Bench:
     """A router on a catalog of the tasks that ranks all of them.
 
@@ -288,19 +317,20 @@ class _Bench:
         count = min(len(tasks), _MOST_TASKS)
         self._config = config.model_copy(update={"num_tasks": count, "candidates": max(config.candidates, count)})
         catalogs = _remembering(encoder)
-        self._memory = catalogs.encoder
+        self._memory, self._states = catalogs.encoder, catalogs.states
         catalog, self.fit_s = catalogs.of(tasks)
         self._retriever = Retriever(catalog, self._config)
 
     def route(self, texts: Sequence[str], options: Sequence[RoutingOptions]) -> tuple[_Found, float]:
-        """What was found and decided for n queries, and the seconds it took, embedding aside."""
-        embeddings = self._memory.encode(texts)
+        """What was found and decided for n queries, and the seconds it took, embedding and reading aside."""
+        embeddings, reader = self._memory.encode(texts), None if self._states is None else _Timed(self._states)
         start = time.perf_counter()
-        found = self._retriever.retrieve(embeddings, texts, options)
+        found = self._retriever.retrieve_with(reader, embeddings, texts, options)
         decisions = [
             compose(f, o, self._config, catalog_version="", versions={}) for f, o in zip(found, options, strict=True)
         ]
-        return list(zip(found, decisions, strict=True)), time.perf_counter() - start
+        seconds = time.perf_counter() - start - (0.0 if reader is None else reader.seconds)
+        return list(zip(found, decisions, strict=True)), seconds
 
     def fallback(self, found: _Found) -> float:
         """Share of queries that the base model alone would answer if there were adapters."""

@@ -85,6 +85,7 @@ class RoutingDecision:
         left_out: what the mixture would have too if it could be had.
         constrain: whether the answer was to be held to the first task's answers.
         answers: these; None where that was not asked, the task has none, or the query is stranger than any task's.
+        by_states: whether what the catalog's model of states makes of the query was looked at too.
         seconds: what the steps of deciding took (embed, retrieve), where that was measured; of all texts that were
             decided together.
     """
@@ -96,6 +97,7 @@ class RoutingDecision:
     left_out: tuple[LeftOut, ...] = ()
     constrain: bool = False
     answers: Answers | None = None
+    by_states: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -115,7 +117,8 @@ class RoutingDecision:
         return replace(self, adapters=kept, left_out=(*self.left_out, *left_out))
 
     def to_json(self) -> dict[str, Any]:
-        """As the HTTP API and the command line show it; `left_out` where there is any, `constrained` where asked."""
+        """As the HTTP API and the command line show it; `left_out` where there is any, `constrained` where asked,
+        `by_states` where they were looked at."""
         left_out = {"left_out": [vars(adapter) for adapter in self.left_out]} if self.left_out else {}
         constrained = {"constrained": self.constrained} if self.constrain else {}
         return {
@@ -123,6 +126,7 @@ class RoutingDecision:
             "tasks": [vars(task) for task in self.tasks],
             "adapters": [adapter.to_json() for adapter in self.adapters],
             "confidence": self.confidence,
+            **({"by_states": True} if self.by_states else {}),
             **left_out,
             **constrained,
         }
@@ -164,7 +168,6 @@ def compose(
     """
     config = config.asked(options)
     tasks = retrieved.tasks[: config.num_tasks]
-    confidence = retrieved.familiarity * max((task.probability for task in tasks), default=0.0)
     top_k, temperature = options.top_k or config.top_k, options.temperature or config.temperature
     stranger = config.fallback and retrieved.stranger
     if stranger:
@@ -190,9 +193,10 @@ def compose(
             for name, weight in sorted(weights.items(), key=lambda item: -item[1])
             if weight
         ),
-        confidence,
+        retrieved.confidence,
         constrain=options.constrain,
         answers=retrieved.tasks[0].answers if options.constrain and retrieved.tasks and not stranger else None,
+        by_states=retrieved.by_states,
     )
 
 

@@ -49,6 +49,8 @@ class RoutingConfig(BaseModel):
         num_tasks: how many of the nearest tasks a decision reports.
         fallback: answer with the base model alone what is stranger than nearly every query of a task that the
             catalog lacks.
+        sure: where the catalog has states, a query's own is looked at unless the chance of its first task is as high
+            without; 0 looks at none, 1 at all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +65,7 @@ class RoutingConfig(BaseModel):
     softening: Annotated[FiniteFloat, Field(ge=1, le=100)] = 4.0
     num_tasks: Annotated[int, Field(ge=1, le=1000)] = 10
     fallback: bool = True
+    sure: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.95
 
     @model_validator(mode="before")
     @classmethod

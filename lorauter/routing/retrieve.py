@@ -6,7 +6,7 @@ adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,20 +18,24 @@ from lorauter.catalog.index import TaskSubset
 from lorauter.catalog.rerank import Ranking, softmax
 from lorauter.catalog.segments import Segment
 from lorauter.catalog.utility import COMPOSED, PRIOR_EXAMPLES, best_score, worths
+from lorauter.catalog.whitening import States, Whitening
 from lorauter.encoder import Embeddings
 from lorauter.errors import InvalidRequest
 from lorauter.routing.options import RoutingConfig, RoutingOptions
+from lorauter.states import StateModel
 from lorauter.tasks import Answers
 
 _COSINE_LOGIT = 20.0  # a logit is that many cosines where tasks are not reranked
-# Which task's adapters serve an unknown task is told by its words alone: of thirteen similarities that were fitted to
-# the scores of tasks that were left out, no other helped.
+# Which task's adapters serve an unknown task is told by its states, and by its words alone where these are not known:
+# of thirteen similarities that were fitted to the scores of tasks that were left out, no other helped.
 _KINDRED_LOGIT = 50.0  # a logit is that many cosines of words
+_KINDRED_STATES_LOGIT = 40.0  # or similarities of states
 _NEIGHBOUR_TEMPERATURE = 0.2  # of the cosines that make a task's examples a query's neighbours
 _SELECTED_TASKS = 8  # likeliest tasks whose single examples are looked at
 _MAX_ADAPTERS = 64
 _KNOWN = 10_000  # tasks that are remembered as they were looked up
 _KNOWN_LENDERS = 256  # sets of adapters, of which it is remembered whom they serve
+_KNOWN_WHITENINGS = 64  # sets of tasks that were taken out of the whitening
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -72,12 +76,19 @@ class Retrieved:
         adapters: those that may be used here, the most useful first; none of no use.
         familiarity: the probability that the query is one of any of the catalog's tasks.
         stranger: whether it is stranger than nearly every query of a task that the catalog lacks.
+        by_states: whether its state was looked at.
     """
 
     tasks: tuple[RetrievedTask, ...] = ()
     adapters: tuple[AdapterUtility, ...] = ()
     familiarity: float = 0.0
     stranger: bool = False
+    by_states: bool = False
+
+    @property
+    def confidence(self) -> float:
+        """The probability that the query is one of the first task."""
+        return self.familiarity * max((task.probability for task in self.tasks), default=0.0)
 
     @property
     def adapter_names(self) -> set[str]:
@@ -97,9 +108,41 @@ class Retriever:
         self._known: dict[int, _Known] = {}
         self._matrices: dict[int, Any] = {}
         self._lenders: dict[Hashable, TaskSubset] = {}
+        self._whitenings: dict[Hashable, Whitening] = {}
+
+    def retrieve_with(
+        self,
+        states: StateModel | None,
+        embeddings: Embeddings,
+        texts: Sequence[str],
+        options: Sequence[RoutingOptions],
+    ) -> list[Retrieved]:
+        """The same as `retrieve`, and then once more with the states of those queries of which it is not sure."""
+        found = self.retrieve(embeddings, texts, options)
+        if states is not None and (unsure := self.unsure(found, options)):
+            asked = states.states([texts[i] for i in unsure])
+            again = self.retrieve(embeddings[unsure], [texts[i] for i in unsure], [options[i] for i in unsure], asked)
+            for i, other in zip(unsure, again, strict=True):
+                found[i] = other
+        return found
+
+    def unsure(self, found: Sequence[Retrieved], options: Sequence[RoutingOptions]) -> list[int]:
+        """Which of the queries should be retrieved for once more, with their states."""
+        if self.catalog.states is None:
+            return []
+        configs = [self.config.asked(option) for option in options]
+        return [
+            i
+            for i, (one, config) in enumerate(zip(found, configs, strict=True))
+            if config.rerank and one.tasks and (config.sure == 1 or one.confidence < config.sure)
+        ]
 
     def retrieve(
-        self, embeddings: Embeddings, texts: Sequence[str], options: Sequence[RoutingOptions]
+        self,
+        embeddings: Embeddings,
+        texts: Sequence[str],
+        options: Sequence[RoutingOptions],
+        states: States | None = None,
     ) -> list[Retrieved]:
         """What there is for n queries.
 
@@ -110,9 +153,11 @@ class Retriever:
             embeddings: (n, d) float32, unit rows.
             texts: n of them.
             options: n of them.
+            states: (n, layers, width), of a catalog that has states; NaN where a text has none.
 
         Raises:
-            InvalidRequest: the embeddings have another dimension than the catalog, or NaN.
+            InvalidRequest: the embeddings have another dimension than the catalog, or NaN, or the states another shape.
+            CatalogError, StoreError: examples of tasks that are excluded cannot be read, for the states.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.catalog.dimension:
             raise InvalidRequest(
@@ -120,6 +165,9 @@ class Retriever:
             )
         if not np.isfinite(embeddings).all():
             raise InvalidRequest("the embeddings hold NaN or infinity")
+        if states is not None and (self.catalog.states is None or states.shape[1:] != self.catalog.states.probe.shape):
+            raise InvalidRequest(f"states of shape {states.shape} do not fit the catalog's")
+        own = [None if states is None or not np.isfinite(states[i]).all() else states[i] for i in range(len(options))]
         results = [Retrieved()] * len(options)
         subsets = [option.among(self.catalog) for option in options]
         wanted = [self._wanted(option) for option in options]
@@ -133,12 +181,12 @@ class Retriever:
             for i, row in zip(together, found, strict=True):
                 # As many whatever is excluded and whoever shares the batch.
                 places = [place for place in row.tolist() if place >= 0 and place not in excluded[i]][: wanted[i]]
-                results[i] = self._judge(embeddings[i], texts[i], places, options[i])
+                results[i] = self._judge(embeddings[i], texts[i], places, options[i], own[i])
                 if not self._filled(results[i], options[i]):
                     lenders = self._nearest_lenders(embeddings[i], subsets[i], options[i])
                     more = self._as_many_as_needed(places, (p for p in lenders if p not in excluded[i]), options[i])
                     if more:
-                        results[i] = self._judge(embeddings[i], texts[i], [*places, *more], options[i])
+                        results[i] = self._judge(embeddings[i], texts[i], [*places, *more], options[i], own[i])
         return results
 
     def _nearest_lenders(self, embedding: Embeddings, subset: TaskSubset | None, options: RoutingOptions) -> list[int]:
@@ -178,11 +226,28 @@ class Retriever:
             lending = max(lending, len(result.adapters))
         return lending >= self._top_k(options)
 
-    def _judge(self, embedding: Embeddings, text: str, found: list[int], options: RoutingOptions) -> Retrieved:
+    def _whitening(self, excluded: Collection[str]) -> Whitening | None:
+        """The states' without tasks that are not to be known; None where that is the catalog's own."""
+        whitening = self._reranker.by_states.whitening if self._reranker.by_states is not None else None
+        seen = frozenset(self.catalog.sampled.intersection(excluded))
+        if whitening is None or not seen:
+            return None
+
+        def make() -> Whitening:
+            rows = [self.catalog.examples(place).states for place in sorted(self.catalog.places(list(seen)))]
+            return whitening.without(np.concatenate([of for of in rows if of is not None]))
+
+        return _remembered(self._whitenings, _KNOWN_WHITENINGS, seen, make)
+
+    def _judge(
+        self, embedding: Embeddings, text: str, found: list[int], options: RoutingOptions, state: States | None
+    ) -> Retrieved:
         if not found:
             return Retrieved()
         places = np.array(found, np.int64)
-        ranking = self._reranker.rank(embedding, text, self.catalog.candidates(places), self._norms[places])
+        whitening = None if state is None else self._whitening(options.exclude_tasks)
+        candidates, norms = self.catalog.candidates(places), self._norms[places]
+        ranking = self._reranker.rank(embedding, text, candidates, norms, state, whitening)
         config = self.config.asked(options)
         logits = ranking.logits if config.rerank else _COSINE_LOGIT * ranking.cosines
         order = np.argsort(-logits, kind="stable")
@@ -204,7 +269,8 @@ class Retriever:
             tuple(tasks),
             self._utilities(embedding, places, own, kindred, options),
             ranking.familiarity,
-            ranking.familiarity < self._reranker.stranger,
+            ranking.stranger,
+            ranking.states is not None,
         )
 
     def _utilities(
@@ -307,4 +373,5 @@ def _chances(
     own = softmax(logits)
     if not config.rerank:
         return own, np.zeros_like(own)
-    return ranking.familiarity * own, (1 - ranking.familiarity) * softmax(_KINDRED_LOGIT * ranking.words)
+    kindred = _KINDRED_LOGIT * ranking.words if ranking.states is None else _KINDRED_STATES_LOGIT * ranking.states
+    return ranking.familiarity * own, (1 - ranking.familiarity) * softmax(kindred)

@@ -8,24 +8,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorauter.catalog.build import probed
 from lorauter.catalog.catalog import Catalog
 from lorauter.encoder import Encoder
 from lorauter.errors import InvalidRequest
 from lorauter.routing.compose import RoutingDecision, compose
 from lorauter.routing.options import RoutingConfig, RoutingOptions
 from lorauter.routing.retrieve import Retriever
+from lorauter.states import StateModel
 from lorauter.tasks import is_encodable
 
 
 class Router:
     """Decides which adapters answer a query.
 
+    Args:
+        states: reads queries that it is not sure of, if the catalog has states; without it these are not looked at.
+
     Raises:
-        CatalogError: the encoder is not the one that the catalog was built with.
+        CatalogError: the encoder is not the one that the catalog was built with, or the states are others.
     """
 
-    def __init__(self, catalog: Catalog, encoder: Encoder, config: RoutingConfig | None = None) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        encoder: Encoder,
+        config: RoutingConfig | None = None,
+        *,
+        states: StateModel | None = None,
+    ) -> None:
         catalog.check_encoder(encoder)
+        if states is not None and catalog.states is not None:
+            catalog.check_states(probed(states))
+        self._states = states
         self.config = config or RoutingConfig()
         self.catalog = catalog
         self._encoder = encoder
@@ -33,22 +48,30 @@ class Router:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, encoder: Encoder | str = "default", config: RoutingConfig | None = None
+        cls,
+        path: str | Path,
+        *,
+        encoder: Encoder | str = "default",
+        states: StateModel | str | None = "default",
+        config: RoutingConfig | None = None,
     ) -> Router:
         """Load the current catalog of a folder or `s3://` URI.
 
         Args:
             path: the catalog; "default" is the examples'.
             encoder: an encoder, or a folder or Hugging Face id of one; "default" is the one that lorauter ships.
+            states: likewise, a model of states; loaded if the catalog has any. None looks at none.
             config: routing settings.
 
         Raises:
             CatalogError, StoreUnavailable, ConfigError.
         """
-        from lorauter.defaults import load_encoder, resolve_catalog
+        from lorauter.defaults import load_encoder, load_states, resolve_catalog
 
         catalog = Catalog.load(resolve_catalog(str(path)))
-        return cls(catalog, load_encoder(encoder) if isinstance(encoder, str) else encoder, config)
+        if isinstance(states, str):
+            states = load_states(states) if catalog.states is not None else None
+        return cls(catalog, load_encoder(encoder) if isinstance(encoder, str) else encoder, config, states=states)
 
     def route(
         self, texts: Sequence[str], options: RoutingOptions | Sequence[RoutingOptions] | None = None
@@ -68,7 +91,7 @@ class Router:
             check_text(text, param=f"input[{i}]")
         if not texts:
             return []
-        retrieved = self._retriever.retrieve(self._encoder.encode(texts), texts, options)
+        retrieved = self._retriever.retrieve_with(self._states, self._encoder.encode(texts), texts, options)
         return [
             compose(
                 found,

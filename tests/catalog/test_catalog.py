@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_states import HashingStates
 
 from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import Catalog, CatalogTask, RankedAdapter, build_catalog, current_version, use_version
+from lorauter.catalog.build import probed
 from lorauter.catalog.catalog import FORMAT
 from lorauter.catalog.parts import key_of
 from lorauter.catalog.rerank import Reranker
@@ -292,3 +294,33 @@ def test_the_same_encoder_fits_whatever_its_name_and_rounding(catalog) -> None:
     almost = Bent(lambda rows: rows.astype(np.float16).astype(np.float32))
     almost.name = "another-name"
     catalog.check_encoder(almost)
+
+
+def test_states_are_stored_with_whose_they_are(make_task, store) -> None:
+    tasks = [make_task(name, *(f"{name} question {i}" for i in range(6))) for name in ("one", "two", "three")]
+    catalog = build_catalog(tasks, ENCODER, states=HashingStates())
+    again = Catalog.load(store, version=catalog.save(store))
+    again.read_whole()
+    assert again.version == catalog.version
+    assert again.states is not None
+    assert again.states.model == "hashing-states-24"
+    again.check_states(probed(HashingStates()))
+    with pytest.raises(CatalogError, match="with the states of 'hashing-states-24', and those of 'hashing-states-32'"):
+        again.check_states(probed(HashingStates(32)))
+    for place in range(3):
+        np.testing.assert_array_equal(again.examples(place).states, catalog.examples(place).states)
+    [state] = HashingStates().states(["one question"])
+    [query] = ENCODER.encode(["one question"])
+    one, two = (
+        of.reranker.rank(query, "one question", of.candidates(np.arange(3)), None, state) for of in (catalog, again)
+    )
+    np.testing.assert_array_equal(one.logits, two.logits)
+    assert (one.familiarity, one.states.tolist()) == (two.familiarity, two.states.tolist())
+    assert build_catalog(tasks, ENCODER).states is None
+
+
+def test_a_catalog_without_states_has_none_of_any_model(make_task) -> None:
+    catalog = build_catalog([make_task("one")], ENCODER)
+    assert "states" not in json.loads(catalog._head)
+    with pytest.raises(CatalogError, match="built with no states"):
+        catalog.check_states(probed(HashingStates()))

@@ -2,7 +2,9 @@
 
 import random
 
+import numpy as np
 import pytest
+from fake_states import HashingStates
 
 from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
@@ -18,7 +20,7 @@ from lorauter.catalog import (
 )
 from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.encoder import HashingEncoder
-from lorauter.errors import CatalogError, ConfigError, StoreUnavailable
+from lorauter.errors import CatalogError, ConfigError, StoreUnavailable, TaskError
 
 NAMES = ("agnews", "sst2", "wic", "xsum")
 POOL = ("spare", "sst2", "wic")
@@ -223,3 +225,45 @@ def test_what_cannot_be_changed_is_refused(tasks, repository, encoder) -> None:
     repository.store.down = True
     with pytest.raises(StoreUnavailable):
         with_adapters(catalog, repository)
+
+
+# States
+
+
+def test_a_changed_catalog_has_the_states_of_one_that_is_built_anew(tasks, encoder):
+    *before, last = tasks.values()
+    first = build_catalog(before, encoder, states=HashingStates())
+    changed = with_tasks(first, [last], encoder, states=HashingStates())
+    anew = build_catalog(list(tasks.values()), encoder, states=HashingStates())
+    assert changed.version == anew.version
+    assert anew.version != build_catalog(list(tasks.values()), encoder).version
+    assert without_tasks(changed, [last.name]).version == first.version
+
+
+def test_only_examples_that_are_new_are_read(tasks, encoder):
+    catalog, states = build_catalog(list(tasks.values()), encoder, states=HashingStates()), HashingStates()
+    with_tasks(catalog, [tasks["wic"]], encoder, states=states)
+    assert states.read == [PROBE_TEXT]
+
+
+def test_tasks_that_come_have_the_states_that_the_others_have(tasks, encoder):
+    *before, last = tasks.values()
+    plain, read = build_catalog(before, encoder), build_catalog(before, encoder, states=HashingStates(24))
+    with pytest.raises(CatalogError, match="states of 'hashing-states-24', and tasks that come need theirs"):
+        with_tasks(read, [last], encoder)
+    with pytest.raises(CatalogError, match="those of 'hashing-states-32' are others"):
+        with_tasks(read, [last], encoder, states=HashingStates(32))
+    unasked = HashingStates()
+    assert with_tasks(plain, [last], encoder, states=unasked).version == with_tasks(plain, [last], encoder).version
+    assert not unasked.read
+
+
+def test_an_example_that_has_no_state_is_named(tasks, encoder):
+    class Refusing(HashingStates):
+        def states(self, texts):
+            found = super().states(texts)
+            found[[i for i, text in enumerate(texts) if text == "wic question 3"]] = np.nan
+            return found
+
+    with pytest.raises(TaskError, match=r"wic.*validation\[3\]: 'hashing-states-24' has no state of this input"):
+        build_catalog(list(tasks.values()), encoder, states=Refusing())

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from command_line import Cli, Ran
+from fake_states import HashingStates
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -272,7 +273,8 @@ def test_change_is_as_if_built_anew(
     ran = cli("change", catalog, *options)
     assert ran.code == 0, ran
     found = [task for task in [*read_tasks(more), *read_tasks(tmp_path / "tasks")] if task.name in ("tides", "sums")]
-    anew = build_catalog(found, HashingEncoder(), repository=AdapterRepository(open_store(pool)))
+    repository = AdapterRepository(open_store(pool))
+    anew = build_catalog(found, HashingEncoder(), states=HashingStates(), repository=repository)
     assert ran.out == f"{anew.version}\t2 tasks, 4 adapters, 2 tasks with an adapter\n"
     assert current_version(catalog) == anew.version
     assert cli("change", catalog, "--remove-adapter", "tides").code == 0

@@ -36,7 +36,7 @@ def test_the_deployments_and_what_they_are_given() -> None:
     found = parts(assemble(CONFIG, {}))
     assert set(found) == set(DEPLOYMENTS)
     assert list(found)[-1] == "Router"
-    assert found["QueryEmbedder"].init_args == ("default",)
+    assert found["QueryEmbedder"].init_args == ("default", "default")
     config, embedder = found["TaskRetriever"].init_args
     here = CONFIG.model_copy(update={"engine": replace(CONFIG.engine, device="cpu")})
     assert config == here

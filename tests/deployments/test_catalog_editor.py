@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_states import HashingStates
 
 from deployments import catalog_editor
 from deployments.access import Caller
@@ -21,6 +22,7 @@ from deployments.config import AppConfig
 from lorauter.adapters import AdapterManifest, AdapterRepository, ModelShape, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_adapters, with_tasks
+from lorauter.catalog.catalog import PROBE_TEXT
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import (
     AdapterNotFound,
@@ -206,10 +208,10 @@ def test_a_change_that_began_ends_though_its_client_left(
 ) -> None:
     began = threading.Event()
 
-    def slowly(*args: Any) -> Catalog:
+    def slowly(*args: Any, **given: Any) -> Catalog:
         began.set()
         time.sleep(0.05)
-        return with_tasks(*args)
+        return with_tasks(*args, **given)
 
     monkeypatch.setattr(catalog_editor, "with_tasks", slowly)
 
@@ -228,10 +230,10 @@ def test_who_publishes_by_other_means_meanwhile_loses_nothing(
 ) -> None:
     others = [make_task("theirs")]
 
-    def while_another_publishes(catalog: Catalog, *args: Any) -> Catalog:
+    def while_another_publishes(catalog: Catalog, *args: Any, **given: Any) -> Catalog:
         if others:
             with_tasks(catalog, [others.pop()], ENCODER).save(config.catalog)
-        return with_tasks(catalog, *args)
+        return with_tasks(catalog, *args, **given)
 
     monkeypatch.setattr(catalog_editor, "with_tasks", while_another_publishes)
     asyncio.run(editor.put_task(ANYBODY, make_task("ours")))
@@ -463,3 +465,26 @@ def test_adapters_of_the_hub_are_taken_in_and_out_of_the_catalog_and_stay_there(
             await editor.remove_adapter(ANYBODY, "sums")
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_task_that_comes_to_a_catalog_with_states_has_its_own(
+    editor: Any, config: AppConfig, make_task: Callable[..., Task], reads: bool
+) -> None:
+    tasks, model = [make_task("sums"), make_task("poems")], HashingStates()
+    build_catalog(tasks, ENCODER, states=HashingStates()).save(config.catalog)
+    editor._embedder.states = Method(model.states)
+    if not reads:
+        editor._state_model = None
+        with pytest.raises(CatalogError, match="name that model"):
+            asyncio.run(editor.put_task(ANYBODY, make_task("films")))
+        return
+    asyncio.run(editor.put_task(ANYBODY, make_task("films")))
+    anew = build_catalog([*tasks, make_task("films")], ENCODER, states=HashingStates())
+    assert Catalog.load(config.catalog).version == anew.version
+    assert set(model.read) == {PROBE_TEXT, *(example.input for example in make_task("films").validation)}
+
+
+def test_nothing_is_read_for_a_catalog_without_states(editor: Any, make_task: Callable[..., Task]) -> None:
+    editor._embedder.states = Method(lambda _: pytest.fail("was read"))
+    asyncio.run(editor.put_task(ANYBODY, make_task("films")))

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_states import HashingStates
 
 from deployments import embedder
 from deployments.embedder import QueryEmbedder
 from lorauter.encoder import Embeddings, HashingEncoder
+from lorauter.errors import ConfigError
 
 
 class Encoder:
@@ -62,6 +64,36 @@ def test_queries_that_come_together_are_embedded_together_and_a_lone_one_at_once
     assert encoder.lots == [1, 1, 64, 36, 200, 1]
     for texts, vectors in zip(queries, answers, strict=True):
         np.testing.assert_array_equal(vectors, HashingEncoder().encode(texts))
+
+
+def test_a_text_is_read_by_a_model_that_is_loaded_for_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[str, dict[str, int]]] = []
+    model = HashingStates()
+
+    def load(name: str, **how: int) -> HashingStates:
+        loaded.append((name, how))
+        return model
+
+    monkeypatch.setattr(embedder, "load_encoder", lambda _: HashingEncoder())
+    monkeypatch.setattr(embedder, "load_states", load)
+    monkeypatch.setattr(embedder, "RayRecorder", Metrics)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr(embedder, "join_serve_logs", lambda: None)
+    monkeypatch.setattr(embedder, "own_gpus_only", lambda: None)
+    replica = QueryEmbedder.func_or_class("fake", "reader")
+    asyncio.run(replica.embed(["nothing is read for this"]))
+    assert not loaded
+    queries = [["lone"], [f"of many {i}" for i in range(20)], ["last", "one"]]
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*map(replica.states, queries))
+
+    for texts, states in zip(queries, asyncio.run(ask()), strict=True):
+        np.testing.assert_array_equal(states, HashingStates().states(texts))
+    assert [name for name, _ in loaded] == ["reader"]
+    assert sorted(model.read) == sorted(text for texts in queries for text in texts)
+    with pytest.raises(ConfigError, match="no model of states is served"):
+        asyncio.run(QueryEmbedder.func_or_class("fake").states(["a text"]))
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 4), (128, 4)])

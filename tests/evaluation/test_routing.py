@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_states import HashingStates
 
 from lorauter.catalog.rerank import Reranker
 from lorauter.encoder import HashingEncoder
@@ -96,7 +97,12 @@ def test_a_text_is_embedded_once(tasks) -> None:
 
 def test_a_catalog_is_built_once_for_all_measurements(tasks, monkeypatch) -> None:
     built, build = [], routing.build_catalog
-    monkeypatch.setattr(routing, "build_catalog", lambda of, encoder: (built.append(len(of)), build(of, encoder))[1])
+
+    def counted(of, encoder, **given):
+        built.append(len(of))
+        return build(of, encoder, **given)
+
+    monkeypatch.setattr(routing, "build_catalog", counted)
     catalogs = RememberingCatalogs(HashingEncoder(256))
     for config in (PAPER, RoutingConfig()):
         alone = evaluate_routing(tasks, queries_of(tasks), HashingEncoder(256), config)
@@ -202,3 +208,21 @@ def test_a_set_of_another_shape_is_refused_by_its_name(tmp_path, content) -> Non
     path.write_text(content)
     with pytest.raises(TaskError, match=r"set\.json"):
         read_query_set(path)
+
+
+def test_states_tell_what_words_do_not_and_only_where_they_are_asked(tasks) -> None:
+    states = HashingStates(width=64)
+    found = {}
+    for name, catalogs, sure in (
+        ("without", RememberingCatalogs(HashingEncoder(256)), 1.0),
+        ("never", RememberingCatalogs(HashingEncoder(256), states), 0.0),
+        ("always", RememberingCatalogs(HashingEncoder(256), states), 1.0),
+    ):
+        found[name] = evaluate_routing(tasks, queries_of(tasks), catalogs, RoutingConfig(sure=sure))
+    assert [found[name].by_states for name in found] == [0, 0, 1]
+    assert found["without"].known_auc == found["never"].known_auc
+    assert found["without"].calibration_error == found["never"].calibration_error
+    assert found["always"].known_auc != found["never"].known_auc
+    assert found["always"].top_1 == 1
+    assert found["always"].route_ms < 1000
+    assert set(states.read) >= {text for _, text in queries_of(tasks)}

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from fake_states import HashingStates
 
 from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
@@ -117,3 +118,21 @@ def test_a_router_refuses_another_encoder_and_a_missing_catalog(tmp_path, catalo
         Router(catalog, HashingEncoder(64))
     with pytest.raises(CatalogError, match="is not there"):
         Router.load(tmp_path, encoder=ENCODER)
+
+
+def test_what_it_is_not_sure_of_is_read_and_the_decision_says_so(make_task) -> None:
+    tasks = [make_task(name, *(f"{name} question {i}" for i in range(8))) for name in ("films", "news", "law")]
+    catalog, states = build_catalog(tasks, ENCODER, states=HashingStates()), HashingStates()
+    texts = ["films question 3", "zyzzyva qoph"]
+    router = Router(catalog, ENCODER, RoutingConfig(sure=0.5), states=states)
+    states.read.clear()  # what tells that it is the catalog's own
+    known, unknown = router.route(texts)
+    assert states.read == texts[1:]
+    assert not known.by_states
+    assert "by_states" not in known.to_json()
+    assert unknown.by_states
+    assert unknown.to_json()["by_states"] is True
+    assert router.route(texts[:1]) == Router(catalog, ENCODER).route(texts[:1])
+    with pytest.raises(CatalogError, match="those of 'hashing-states-32' are others"):
+        Router(catalog, ENCODER, states=HashingStates(32))
+    Router(build_catalog(tasks, ENCODER), ENCODER, states=HashingStates(32))  # has no states that it could contradict
