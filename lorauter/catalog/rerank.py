@@ -292,7 +292,7 @@ def _held_out(sample: Sample, tasks: Tasks) -> tuple[Floats, Floats]:
     rivals = tasks.nearest(np.stack([sample.examples[t][i] for fold in out for t, i in fold]), _RIVALS)
     sampled = {int(place): i for i, place in enumerate(own)}
     parts: list[Floats] = []
-    without: list[Floats] = []
+    without: list[Floats] = []  # of the own task
     row = iter(rivals)
     for kept, fold in zip(folds, out, strict=True):
         if not fold:
@@ -303,6 +303,8 @@ def _held_out(sample: Sample, tasks: Tasks) -> tuple[Floats, Floats]:
         precision, idf = _precision(examples), idf_of(ids for task in grams for ids in task)
         inside: dict[int, Candidates] = {}
         told: list[tuple[int, int, Candidates]] = []
+        at: list[list[int]] = []  # where the candidates of each are
+        means: dict[int, NDArray[np.float16]] = {}  # of the states of all of them
         for task, i in fold:
             found = next(row)
             others = found[(found != own[task]) & (found >= 0)]
@@ -317,28 +319,59 @@ def _held_out(sample: Sample, tasks: Tasks) -> tuple[Floats, Floats]:
                         inside[t] = Candidates.of([examples[t]], [grams[t]], idf, states[t : t + 1])
                     candidates.centroids[n], candidates.lengths[n] = inside[t].centroids[0], inside[t].lengths[0]
                     words[n] = inside[t].words[0]
-                    if candidates.states is not None and (mean := inside[t].states) is not None:
-                        candidates.states[n] = mean[0]
+            if candidates.states is not None:
+                means |= dict(zip(places.tolist(), candidates.states, strict=True))
+            at.append(places.tolist())
             told.append((task, i, candidates._replace(words=words)))
         if told:  # at once, as small products of matrices take longer
             centroids = np.concatenate([candidates.centroids for _, _, candidates in told])
             lengths = np.concatenate([candidates.lengths for _, _, candidates in told])
             norms = norms_of(centroids, lengths, precision).reshape(len(told), -1)
-            whitening = Whitening.fit(states) if states else None
-            known: dict[int, Whitening] = {}
-            for (task, i, candidates), norm in zip(told, norms, strict=True):
-                embedding, ids = sample.examples[task][i], sample.grams[task][i]
-                found_parts = _parts(embedding, ids, candidates, norm, precision, idf)
-                rest = found_parts[1:]
-                if whitening is not None and candidates.states is not None:
-                    if task not in known:
-                        known[task] = whitening.without(states[task])
-                    state, means = sample.states[task][i][None], whitening.centred(candidates.states)
-                    found_parts = np.column_stack([found_parts, whitening.similarities(state, means)[0]])
-                    rest = np.column_stack([rest, known[task].similarities(state, means)[0, 1:]])
-                parts.append(found_parts)
-                without.append(rest)
-    return np.array(parts, np.float64), np.array(without, np.float64)
+            of_fold = np.array(
+                [
+                    _parts(sample.examples[task][i], sample.grams[task][i], candidates, norm, precision, idf)
+                    for (task, i, candidates), norm in zip(told, norms, strict=True)
+                ]
+            )
+            rest = of_fold[:, 1:]
+            if means:
+                means |= {int(own[t]): of.states[0] for t, of in inside.items() if of.states is not None}
+                asked = [(task, sample.states[task][i]) for task, i, _ in told]
+                similar, apart = _similar(states, asked, means, at)
+                of_fold = np.concatenate([of_fold, similar[:, :, None]], axis=2)
+                rest = np.concatenate([rest, apart[:, 1:, None]], axis=2)
+            parts.append(of_fold)
+            without.append(rest)
+    if not parts:
+        return np.zeros((0, 0, 4)), np.zeros((0, 0, 4))
+    return np.concatenate(parts), np.concatenate(without)
+
+
+def _similar(
+    kept: Sequence[States],
+    asked: Sequence[tuple[int, NDArray[np.float16]]],
+    means: Mapping[int, NDArray[np.float16]],
+    at: Sequence[Sequence[int]],
+) -> tuple[Floats, Floats]:
+    """Similarities of states by a whitening that was fitted to other examples, and by one without the own task's too:
+    (n, rivals) each.
+
+    Args:
+        kept: of each task the states that it is fitted to.
+        asked: n states that it is not, and whose each is.
+        means: of rivals, by their places.
+        at: the rivals of each of the n.
+    """
+    whitening, states = Whitening.fit(kept), np.stack([state for _, state in asked])
+    order = {place: n for n, place in enumerate(means)}
+    tasks = whitening.centred(np.stack(list(means.values())))
+    similar = whitening.similarities(states, tasks)
+    apart, owners = np.empty_like(similar), np.array([task for task, _ in asked])
+    for task in np.unique(owners):
+        mine = owners == task
+        apart[mine] = whitening.without(kept[task]).similarities(states[mine], tasks)
+    rows, columns = np.arange(len(asked))[:, None], np.array([[order[place] for place in places] for places in at])
+    return similar[rows, columns], apart[rows, columns]
 
 
 def _fit(parts: Floats, without: Floats) -> Fit:

@@ -56,12 +56,14 @@ class Fitted:
     examples: list[np.ndarray]
     texts: list[list[str]]
     among: Callable[[np.ndarray], np.ndarray] = lambda cosines: cosines  # how near tasks are, as a search sees it
+    states: Sequence[np.ndarray] = ()
 
     def __post_init__(self) -> None:
         self.grams = [tuple(map(grams_of, task)) for task in self.texts]
-        self.all = Candidates.of(self.examples, self.grams, idf_of(ids for task in self.grams for ids in task))
+        idf = idf_of(ids for task in self.grams for ids in task)
+        self.all = Candidates.of(self.examples, self.grams, idf, self.states)
         names = tuple(map(str, range(len(self.examples))))
-        sample = Sample(names, (0,) * len(names), tuple(self.examples), tuple(self.grams))
+        sample = Sample(names, (0,) * len(names), tuple(self.examples), tuple(self.grams), tuple(self.states))
         self.reranker = Reranker.fit(sample, self)
 
     def places(self, names: Sequence[str]) -> np.ndarray:
@@ -72,7 +74,8 @@ class Fitted:
 
     def candidates(self, places: np.ndarray) -> Candidates:
         words = [self.all.words[place] for place in places]
-        return Candidates(self.all.centroids[places], self.all.lengths[places], words)
+        states = None if self.all.states is None else self.all.states[places]
+        return Candidates(self.all.centroids[places], self.all.lengths[places], words, states)
 
     def rank(self, embedding: np.ndarray, text: str, tasks: Sequence[int] | None = None) -> Ranking:
         places = np.arange(len(self.examples)) if tasks is None else np.asarray(tasks)
@@ -308,3 +311,59 @@ def test_the_softmax() -> None:
     np.testing.assert_allclose(softmax(np.log([1.0, 2.0, 5.0])), [0.125, 0.25, 0.625])
     np.testing.assert_allclose(softmax(np.array([1e6, 0.0, -1e6])), [1, 0, 0])
     np.testing.assert_allclose(softmax(np.array([[0.0, 0.0], [1e300, -1e300]])), [[0.5, 0.5], [1, 0]])
+
+
+# States
+
+
+@dataclass
+class StatesWorld(World):
+    """Tasks with states too, of which the words say little: each task has directions of its own among many."""
+
+    width: int = 60
+
+    def state(self, task: int) -> np.ndarray:
+        own = np.random.default_rng(1000 + task).standard_normal((2, self.width))
+        noise = self.random.standard_normal((2, self.width))
+        return (3 + 0.7 * own + noise).astype(np.float16)
+
+
+def test_states_tell_tasks_apart_and_strangers_from_all_of_them() -> None:
+    """A stranger is judged by a whitening without its task, in the fit as afterwards: its chances are what they say."""
+    world = StatesWorld(12, noise=3.0, own=0.05)
+    embeddings, texts = world.examples(*[20] * 12)
+    states = [np.stack([world.state(task) for _ in range(20)]) for task in range(12)]
+    fitted = Fitted(embeddings, texts, states=states)
+    asked = [(task, world.embed(task), world.text(task), world.state(task)) for task in range(12) for _ in range(10)]
+    by_states, all_tasks = fitted.reranker.by_states, np.arange(12)
+    firsts, known, unknown, plain = [], [], [], []
+    for task, embedding, text, state in asked:
+        ranking = fitted.reranker.rank(embedding, text, fitted.candidates(all_tasks), None, state)
+        firsts.append(ranking.logits.argmax() == task)
+        known.append(ranking.familiarity)
+        others = fitted.candidates(all_tasks[all_tasks != task])
+        whitening = by_states.whitening.without(states[task])
+        unknown.append(fitted.reranker.rank(embedding, text, others, None, state, whitening).familiarity)
+        plain.append(fitted.rank(embedding, text).logits.argmax() == task)
+    assert np.mean(firsts) > np.mean(plain) + 0.1
+    assert np.mean(np.array(known)[:, None] > np.array(unknown)) > 0.9
+    assert abs(np.mean(known) + np.mean(unknown) - 1) < 0.1
+    assert np.mean(unknown) < 0.3
+
+
+def test_without_states_nothing_else_changes() -> None:
+    embeddings, texts = World(6).examples(*[8] * 6)
+    states = [np.random.default_rng(task).standard_normal((8, 2, 16)).astype(np.float16) for task in range(6)]
+    one, two = Fitted(embeddings, texts).reranker.arrays(), Fitted(embeddings, texts, states=states).reranker.arrays()
+    assert {name for name in two if not name.startswith("by_states.")} == one.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, two[name], err_msg=name)
+
+
+def test_one_example_a_task_takes_what_other_catalogs_gave() -> None:
+    embeddings, texts = World(5).examples(*[1] * 5)
+    states = [np.random.default_rng(task).standard_normal((1, 2, 16)).astype(np.float16) for task in range(5)]
+    fitted = Fitted(embeddings, texts, states=states)
+    ranking = fitted.reranker.rank(embeddings[2][0], texts[2][0], fitted.candidates(np.arange(5)), None, states[2][0])
+    assert ranking.logits.argmax() == 2
+    assert np.isfinite([*ranking.logits, ranking.familiarity, *ranking.states]).all()

@@ -239,9 +239,9 @@ def test_who_publishes_by_other_means_meanwhile_loses_nothing(
     asyncio.run(editor.put_task(ANYBODY, make_task("ours")))
     assert set(served(config)) == {"sums", "poems", "theirs", "ours"}
 
-    def forever(catalog: Catalog, *args: Any) -> Catalog:
+    def forever(catalog: Catalog, *args: Any, **given: Any) -> Catalog:
         with_tasks(catalog, [make_task(f"theirs{len(catalog.tasks)}")], ENCODER).save(config.catalog)
-        return with_tasks(catalog, *args)
+        return with_tasks(catalog, *args, **given)
 
     monkeypatch.setattr(catalog_editor, "with_tasks", forever)
     with pytest.raises(Conflict, match="somebody else published"):
