@@ -281,6 +281,18 @@ def test_change_is_as_if_built_anew(
     assert served(catalog) == {"sums": ["sums"], "tides": []}
 
 
+def test_states_are_kept_with_the_examples_unless_none_are_wanted(
+    cli: Cli, catalog: Path, tasks: Path, make_task: Callable[..., Task], tmp_path: Path
+) -> None:
+    assert Catalog.load(catalog).states is not None
+    more = write_tasks(tmp_path / "more", make_task("tides"))
+    cli("change", catalog, "--add-tasks", more, "--states", "none").refused("tasks that come need theirs")
+    assert cli("build", "--tasks", tasks, "--out", tmp_path / "plain", "--states", "none").code == 0
+    assert Catalog.load(tmp_path / "plain").states is None
+    assert cli("change", tmp_path / "plain", "--add-tasks", more).code == 0
+    assert Catalog.load(tmp_path / "plain").states is None
+
+
 def test_another_version_that_keeps_its_scores_is_named(
     cli: Cli,
     match: Cli,
@@ -348,14 +360,15 @@ def test_what_is_published_meanwhile_is_kept_by_a_change_and_stops_a_build(
     built.refused("somebody else made version")
     current = current_version(catalog)
     assert set(served(catalog)) == {"sums", "poems", "tides", "theirs", "theirs-too"}
-    anew = build_catalog(read_tasks(tasks), HashingEncoder(), repository=AdapterRepository(open_store(pool)))
+    repository = AdapterRepository(open_store(pool))
+    anew = build_catalog(read_tasks(tasks), HashingEncoder(), states=HashingStates(), repository=repository)
     assert anew.version in built.err
     assert current in built.err
     assert cli("use", catalog, anew.version).code == 0
 
 
 def change_catalog_of(catalog: Path, task: Task) -> None:
-    with_tasks(Catalog.load(catalog), [task], HashingEncoder()).save(catalog)
+    with_tasks(Catalog.load(catalog), [task], HashingEncoder(), states=HashingStates()).save(catalog)
 
 
 def test_versions_are_listed_and_used_again(cli: Cli, catalog: Path) -> None:

@@ -41,8 +41,9 @@ def tasks(tmp_path: Path, make_task: Callable[..., Task]) -> Path:
 
 @pytest.fixture
 def catalog(cli: Cli, pool: Path, tasks: Path, tmp_path: Path) -> Path:
-    """A catalog of the tasks with the adapters of the pool."""
-    assert cli("catalog", "build", "--tasks", tasks, "--adapters", pool, "--out", tmp_path / "catalog").code == 0
+    """A catalog of the tasks with the adapters of the pool, told apart by words alone."""
+    options = ("--tasks", tasks, "--adapters", pool, "--out", tmp_path / "catalog", "--states", "none")
+    assert cli("catalog", "build", *options).code == 0
     return tmp_path / "catalog"
 
 
@@ -306,6 +307,22 @@ def test_a_row_is_decided_as_the_library_decides_it(route: Cli, tmp_path: Path, 
         assert "constrained" not in row
     assert route([{"input": text, "constrain": True}]).code == 0
     assert rows(tmp_path / "out.jsonl")[0]["constrained"] is None  # its task knows no answers
+
+
+def test_what_words_do_not_tell_is_looked_at_once_more(
+    cli: Cli, route: Cli, tmp_path: Path, catalog: Path, tasks: Path
+) -> None:
+    strange = [{"input": "zyzzyva qoph"}]
+    assert route(strange).code == 0
+    [plain] = rows(tmp_path / "out.jsonl")
+    assert "by_states" not in plain
+    assert cli("catalog", "build", "--tasks", tasks, "--out", catalog).code == 0
+    assert route(strange).code == 0
+    assert rows(tmp_path / "out.jsonl")[0]["by_states"] is True
+    assert route(strange, "--states", "none").code == 0
+    [again] = rows(tmp_path / "out.jsonl")
+    assert "by_states" not in again
+    assert again["confidence"] == plain["confidence"]
 
 
 def test_many_rows_come_out_in_order(route: Cli, tmp_path: Path) -> None:
