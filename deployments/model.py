@@ -47,6 +47,7 @@ _PATIENT = 2 / 3  # of the time that a request waits for its first token: what t
 # the client.
 _ITEMS_S = min(2000.0, 125.0 * len(os.sched_getaffinity(0)))
 _WHOLE_S = 30.0
+_SHORT = 4000  # characters: to encode them takes no longer than to have a thread do it
 
 Mixture = tuple[tuple[Adapter, float], ...]
 
@@ -129,15 +130,19 @@ class LoraModel:
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's tokens. Raises InvalidRequest."""
-        return await asyncio.to_thread(self._engine.codec.encode, prompt)
+        return await self._encode(prompt)
 
     async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of tokens. Raises InvalidRequest."""
         decode = self._engine.codec.decode
         return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
 
+    async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        encode = self._engine.codec.encode
+        return encode(prompt) if prompt.characters < _SHORT else await asyncio.to_thread(encode, prompt)
+
     async def _answer(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk]:
-        prompt = await asyncio.to_thread(self._engine.codec.encode, call.prompt)  # a long text takes its time
+        prompt = await self._encode(call.prompt)
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         before, started = self._tiers(call), time.monotonic()
