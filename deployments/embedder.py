@@ -67,7 +67,7 @@ class QueryEmbedder:
         self._state_model = state_model
         self._reader: StateModel | None = None
         self._read_together = Together(self._read, size=len, most=_READ_TOGETHER)
-        self._server = ReplicaServer({"embed": self.embed, "name": self.name})
+        self._server = ReplicaServer({"embed": self.embed, "states": self.states, "name": self.name})
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Serve's hook: where the ingress calls this replica."""

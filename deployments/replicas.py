@@ -28,6 +28,7 @@ from lorauter.errors import Overloaded
 _ADDRESS = "lorauter_rpc"
 _REQUEST_ID = "request-id"
 _RETRY_AFTER_S = 1.0
+_WAITING = 1000  # calls
 
 
 class ReplicaServer:
@@ -98,7 +99,7 @@ class Replicas:
         most: calls that a replica has from here at once.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], *, most: int) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], *, most: int = _WAITING) -> None:
         self._deployment = handle.deployment_id
         self._most = most
         self._known: dict[str, _Known] = {}

@@ -24,7 +24,8 @@ from deployments.fits import check_adapters, check_base_model
 from deployments.live_catalog import LiveCatalog, kept_folder
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
-from deployments.replicas import ReplicaServer
+from deployments.replicas import Replicas, ReplicaServer
+from deployments.retries import answered
 from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted, visible_places
 from deployments.startup import tells_why
@@ -63,7 +64,7 @@ class TaskRetriever:
         own_gpus_only()
         self._metrics = RoutingMetrics(RayRecorder())
         assert config.catalog is not None  # else AdapterListing is in this one's place
-        self._embedder = embedder if config.state_model is not None else None
+        self._embedder = Replicas(embedder) if config.state_model is not None else None
         self._told = -_TELL_S
         self._history = History(open_store(config.catalog))
         self._layouts: WeakKeyDictionary[Catalog, dict[Permitted, Layout]] = WeakKeyDictionary()
@@ -152,9 +153,9 @@ class TaskRetriever:
         """What the model of states makes of texts; None where it does not answer: they are routed without."""
         assert self._embedder is not None
         try:
-            async with asyncio.timeout(_STATES_S):
-                states: States = await self._embedder.states.remote(texts)
-                return states
+            embedder = self._embedder
+            states: States = await answered(lambda: embedder.call("states", texts), timeout_s=_STATES_S)
+            return states
         except Exception as error:  # noqa: BLE001 (whatever it is, the texts are to be answered)
             if time.monotonic() - self._told >= _TELL_S:
                 self._told = time.monotonic()

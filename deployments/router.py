@@ -58,7 +58,6 @@ _LORAS_S = 2.0  # for which what is on the devices is no old news: gateways ask 
 _DEMAND = 4096  # adapters of which each node tells how much they were wanted
 _TOGETHER = 64  # texts to be embedded that go together
 _READY_S = 1800.0  # an encoder may have to be downloaded first
-_WAITING = 1000  # calls that a replica has of one ingress replica at most
 
 
 @serve.deployment(
@@ -95,9 +94,9 @@ class Router:
         self._access = Access(config.access, SharedLimits() if config.access.closed else None)
         self._recorder = RayRecorder()
         self._metrics = RoutingMetrics(self._recorder)
-        self._embedder = Replicas(embedder, most=_WAITING)
-        self._retriever = Replicas(retriever, most=_WAITING)
-        self._model = Replicas(model, most=_WAITING)
+        self._embedder = Replicas(embedder)
+        self._retriever = Replicas(retriever)
+        self._model = Replicas(model)
         self._cache = CacheSpec(config.adapters, config.cache)
         self._dispatch = Dispatch(self._model, self._cache, batch=config.engine.rows)
         self._encoder: str | None = None

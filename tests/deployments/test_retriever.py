@@ -77,7 +77,11 @@ class Embedder:
     """A handle of the deployment that reads."""
 
     def __init__(self, states: Callable[..., Any]) -> None:
-        self.states = SimpleNamespace(remote=states)
+        self._states = states
+
+    async def call(self, method: str, texts: list[str]) -> Any:
+        assert method == "states"
+        return self._states(texts)
 
 
 def test_a_replica_has_read_what_it_is_not_sure_of_and_goes_on_where_nobody_reads(
