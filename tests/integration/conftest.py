@@ -26,11 +26,11 @@ from deployments.config import AccessSettings, AppConfig
 from deployments.limits import limits_actor
 from deployments.router import Router
 from lorauter.adapters import AdapterRepository, adapter_folders, open_store
-from lorauter.catalog import Catalog, build_catalog, current_version
-from lorauter.defaults import load_encoder
+from lorauter.catalog import Catalog, current_version, with_adapter
+from lorauter.defaults import resolve_catalog
 from lorauter.keys import hash_key, new_key
 from lorauter.names import AdapterKey
-from lorauter.tasks import read_task, read_tasks
+from lorauter.tasks import read_task
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "lorauter-test"
@@ -105,11 +105,10 @@ def published(s3_server: Any) -> str:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.env.items():
             patch.setenv(name, value)
-        repository = AdapterRepository(open_store(f"{uri}/adapters"))
+        repository, catalog = AdapterRepository(open_store(f"{uri}/adapters")), Catalog.load(resolve_catalog("default"))
         for folder in adapter_folders(ROOT / "examples" / "adapters"):
-            repository.push(folder)
-        tasks = read_tasks(ROOT / "examples" / "tasks")
-        build_catalog(tasks, load_encoder("default"), repository=repository).save(f"{uri}/catalog")
+            catalog = with_adapter(catalog, repository.push(folder))  # a pushed one's version is not a folder's
+        catalog.save(f"{uri}/catalog")
     return uri
 
 

@@ -46,10 +46,12 @@ def test_every_metric_exists_after_some_traffic(service: Any, s3: Any, root: Pat
         assert service.ask("base", CANARY + " and so on" * 20).status_code == 200
     lacking = with_adapter(Catalog.load(service.config.catalog), AdapterManifest("sst2", "0" * 16, {}))
     lacking.save(service.config.catalog)
-    wait_for_catalog(service.url, lacking.version)
-    assert service.ask("lorauter", review).json()["lorauter"]["left_out"]
-    use_version(service.config.catalog, before)
-    service.settle()
+    try:
+        wait_for_catalog(service.url, lacking.version)
+        assert service.ask("lorauter", review).json()["lorauter"]["left_out"]
+    finally:
+        use_version(service.config.catalog, before)
+        service.settle()
     never = {metrics.EVICTIONS, metrics.PREEMPTIONS}  # what there is room for does not leave
     expected = {f"{series}[{{ ]" for metric in set(metrics.ALL) - never for series in metric.series}
     expected |= {f'ray_lorauter_adapters_resident{{.*tier="{tier}"' for tier in ("device", "host", "disk")}
