@@ -203,7 +203,10 @@ def test_routing_without_answers(service: Any, examples: Any) -> None:
             "/v1/route",
             json={"input": text, "top_k": 2, "exclude_tasks": ["sst2"], "exclude_adapters": ["sentiment140"]},
         ).json()["data"][0]
+        strange = client.post("/v1/route", json={"input": ["Wie wird das Wetter?", text, "2 + 2 ="]}).json()["data"]
         tasks = client.get("/v1/tasks").json()
+    # What it is not sure of has been read by the model of states.
+    assert [decision.get("by_states", False) for decision in strange] == [True, False, True]
     assert plain[0]["adapters"] == plain[1]["adapters"]
     assert 0.5 < plain[0]["confidence"] <= plain[0]["tasks"][0]["probability"] <= 1
     assert plain[0]["adapters"][0]["name"] == "sst2"
