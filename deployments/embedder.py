@@ -21,7 +21,7 @@ from deployments.tracing import span
 from lorauter.catalog.whitening import States
 from lorauter.defaults import load_encoder, load_states
 from lorauter.encoder import Embeddings
-from lorauter.errors import ConfigError
+from lorauter.errors import ConfigError, ServiceUnavailable
 from lorauter.states import StateModel
 
 _READ_TOGETHER = 8  # texts, of which each takes many times as long as to embed it
@@ -67,7 +67,7 @@ class QueryEmbedder:
         self._state_model = state_model
         self._reader: StateModel | None = None
         self._read_together = Together(self._read, size=len, most=_READ_TOGETHER)
-        self._server = ReplicaServer({"embed": self.embed, "states": self.states, "name": self.name})
+        self._server = ReplicaServer({"embed": self.embed, "states": self.states_if_loaded, "name": self.name})
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Serve's hook: where the ingress calls this replica."""
@@ -87,6 +87,13 @@ class QueryEmbedder:
         """See `lorauter.states.StateModel.states`. Raises ConfigError: there is no such model."""
         with self._metrics.step("read"), span("read"):
             return await self._read_together.ask(texts)
+
+    async def states_if_loaded(self, texts: list[str]) -> States:
+        """The same for queries, which do not wait for the model to be loaded. Raises ServiceUnavailable: it is not."""
+        if self._reader is None:
+            self._read_together.tell([])  # for those that come later
+            raise ServiceUnavailable("the model of states is being loaded")
+        return await self.states(texts)
 
     async def _read(self, requests: list[list[str]]) -> list[States]:
         def read() -> States:

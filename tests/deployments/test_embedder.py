@@ -14,7 +14,7 @@ from fake_states import HashingStates
 from deployments import embedder
 from deployments.embedder import QueryEmbedder
 from lorauter.encoder import Embeddings, HashingEncoder
-from lorauter.errors import ConfigError
+from lorauter.errors import ConfigError, ServiceUnavailable
 
 
 class Encoder:
@@ -86,12 +86,16 @@ def test_a_text_is_read_by_a_model_that_is_loaded_for_the_first_one(monkeypatch:
     queries = [["lone"], [f"of many {i}" for i in range(20)], ["last", "one"]]
 
     async def ask() -> list[Any]:
-        return await asyncio.gather(*map(replica.states, queries))
+        with pytest.raises(ServiceUnavailable, match="is being loaded"):  # a query does not wait for it
+            await replica.states_if_loaded(["too soon"])
+        answers = await asyncio.gather(*map(replica.states, queries))
+        np.testing.assert_array_equal(await replica.states_if_loaded(queries[0]), answers[0])
+        return answers
 
     for texts, states in zip(queries, asyncio.run(ask()), strict=True):
         np.testing.assert_array_equal(states, HashingStates().states(texts))
     assert [name for name, _ in loaded] == ["reader"]
-    assert sorted(model.read) == sorted(text for texts in queries for text in texts)
+    assert sorted(model.read) == sorted(["lone", *(text for texts in queries for text in texts)])
     with pytest.raises(ConfigError, match="no model of states is served"):
         asyncio.run(QueryEmbedder.func_or_class("fake").states(["a text"]))
 
