@@ -24,6 +24,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+from ray.exceptions import RayTaskError
+
 from lorauter.errors import LorauterError
 from lorauter.pickled import PickledError
 
@@ -152,7 +154,10 @@ class RpcServer:
         except Exception as error:
             if not isinstance(error, LorauterError):
                 logger.exception("%s failed", method)
-            connection.send((_ERROR, number, PickledError.of(error)))
+            cause: Exception = error
+            while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
+                cause = cause.cause  # an actor's error, which Ray has in a class made on the spot: no pickle names it
+            connection.send((_ERROR, number, PickledError.of(cause)))
 
 
 class RpcClient:
