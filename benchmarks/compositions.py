@@ -77,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, help="in place of the default")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which no further setting is begun")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which nothing more is fitted")
     parser.add_argument("--fit", action="store_true", help="answer nothing")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--methods", default="base,oracle,default", help="that are answered beside the compositions")
@@ -97,6 +97,11 @@ def main() -> None:
         config = EngineConfig(max_batch=args.batch, max_queue=8192)
         return load_engine(model, config, aliases=base_model_aliases("default"))
 
+    def score(missing: list[Evaluation]) -> None:  # whose engine is gone from the device when it ends
+        with closing(engine()) as running:
+            scorer = EngineScorer(running, load, tasks)
+            score_all(missing, scorer, table, lambda left: say(f"{left} scores are left"), chunk_size=4096)
+
     table = ScoreTable(args.out / "scores.jsonl")
     wanted = [
         Evaluation(adapter, task.name, i)
@@ -107,9 +112,7 @@ def main() -> None:
     missing = [one for one in wanted if not table.has(one)]
     if missing:
         say(f"{len(missing)} of {len(wanted)} scores are to be made")
-        with closing(engine()) as running:
-            scorer = EngineScorer(running, load, tasks)
-            score_all(missing, scorer, table, lambda left: say(f"{left} scores are left"), chunk_size=4096)
+        score(missing)
     say("building the catalog")
     encoder = load_encoder("default")
     catalog = build_catalog(tasks, encoder, repository=repository, scores=table.by_task())
@@ -144,8 +147,15 @@ def main() -> None:
 
         def told(done: int, total: int, what: str, label: str = f"{regime} {variant}") -> None:
             say(f"{label}: {done}/{total} {what[:110]}")
+            if time.perf_counter() - started > args.seconds:
+                raise TimeoutError
 
-        made[regime, variant] = composer.make(todo, told)
+        try:
+            composer.make(todo, told)
+        except TimeoutError:
+            todo = [one for one in todo if composer.has(one)]
+            say(f"{regime} {variant}: the time is up; {len(todo)} of {len(chosen)} tasks are there")
+        made[regime, variant] = composer.make(todo)
         took = time.perf_counter() - begun
         fits = {f"{r}/{v}": [told_of(one) for one in of] for (r, v), of in made.items()}
         (args.out / "fits.json").write_text(json.dumps(fits))
@@ -165,7 +175,9 @@ def main() -> None:
         return
 
     rows = []
-    asked = [task for task in every if task.name in chosen]
+    done = {one.provenance.task for of in made.values() for one in of}
+    asked = [task for task in every if task.name in done]
+    say(f"{len(asked)} tasks are asked")
     methods = dict.fromkeys(args.methods.split(","))
     plain = list(decide(asked, catalog, encoder, methods, split=args.split))
     rows += plain
@@ -181,7 +193,7 @@ def main() -> None:
         composed = decide(asked, catalog, encoder, {COMPOSED: None}, regimes=[regime], split=args.split, composed=held)
         rows += [{**row, "method": f"{COMPOSED} {variant}", "id": f"{variant}/{row['id']}"} for row in composed]
         for row in plain:
-            if row["method"] == "default" and row["regime"] == regime:
+            if row["method"] == "default" and row["regime"] == regime and row["task"] in of_task:
                 name = f"{variant} alone"
                 mixture = {of_task[row["task"]].name: 1.0}
                 rows.append({**row, "adapters": mixture, "method": name, "id": f"{name}/{row['id']}"})

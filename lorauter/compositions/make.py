@@ -36,8 +36,9 @@ from lorauter.errors import ConfigError
 from lorauter.tasks import Task
 
 _FILE = "composition.json"
-_CPU_BYTES = 3 << 30  # of activations
-_PASSES = 4  # of a step, about: fewer leave a GPU idle between two, more leave more to make again after a break
+_CPU_BYTES = 1 << 30  # of activations
+_POSITIONS = 32768  # of a pass at most: a GPU is busy with them for longer than they take to launch
+_PASSES = 4  # of a step, about: more leave more to make again after a break
 _DIGITS = 4  # of a weight in the provenance
 
 Progress = Callable[[int, int, str], None]
@@ -112,6 +113,10 @@ class Composer:
         self._work = work
         self._base_model = base_model
 
+    def has(self, one: Wanted) -> bool:
+        """Whether it is made already."""
+        return (self._folder(one) / _FILE).is_file()
+
     def make(self, wanted: Sequence[Wanted], progress: Progress = lambda done, total, what: None) -> list[Made]:
         """Make what is not there yet.
 
@@ -120,7 +125,7 @@ class Composer:
             TaskError: an example does not fit the model's context.
             InvalidRequest: the model has no chat template.
         """
-        missing = [one for one in wanted if not (self._folder(one) / _FILE).is_file()]
+        missing = [one for one in wanted if not self.has(one)]
         dialogues = {one.name: self._dialogues(one.task) for one in missing}
         steps = self.config.steps
         done, total = (len(wanted) - len(missing)) * steps, len(wanted) * steps
@@ -129,6 +134,7 @@ class Composer:
             # Cutting is the CPU's work, beside the next group's fits.
             with _repeatable(self._decoder.device), ThreadPoolExecutor(1) as beside:
                 limits = self._limits()
+                progress(done, total, f"passes of at most {limits['tokens']} positions, {limits['outputs']} outputs")
                 stack = AdapterStack(
                     self._adapters, self._decoder.shape, dtype=self._decoder.dtype, device=self._decoder.device
                 )
@@ -164,11 +170,14 @@ class Composer:
     def _limits(self) -> dict[str, int]:
         """Positions and outputs of a pass, by the memory that there is."""
         decoder = self._decoder
-        width = sum(a + b for a, b in decoder.shape.linears.values())
         ranks = sum(sum(adapter.ranks.values()) for adapter in self._adapters)
-        position = decoder.shape.layers * (3 * width + 3 * ranks + 8 * decoder.hidden) * decoder.dtype.itemsize
+        kept = 2 * decoder.hidden + 5 * decoder.heads * decoder.head_dim + 2 * decoder.intermediate + ranks
+        position = (decoder.shape.layers * kept + 20 * decoder.intermediate) * decoder.dtype.itemsize
         free = _free_bytes(decoder.device) // 2 if decoder.device.type == "cuda" else _CPU_BYTES
-        return {"tokens": max(256, free // position), "outputs": max(64, free // (8 * 16 * decoder.vocabulary))}
+        return {
+            "tokens": min(max(256, free // position), _POSITIONS),
+            "outputs": max(64, free // (64 * decoder.vocabulary)),
+        }
 
     def _folder(self, one: Wanted) -> Path:
         made_of = {
