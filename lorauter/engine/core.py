@@ -82,8 +82,7 @@ class EngineCore:
         # What is on its way and when it was launched: steps with their plans, and choices.
         self._flights: deque[tuple[StepPlan | None, Flight, float]] = deque()
         self._taken = 0.0  # when the last one's tokens were taken
-        self._planning = 0.0  # when the next step was to be planned
-        self._launching = 0.0  # seconds from then until it is launched, at most
+        self._launching = 0.0  # seconds that it takes to plan and launch a step, at most
         self._inbox: deque[Begin | Drop | Lockstep | tuple[Begin, Held | Exception]] = deque()
         self._wake = threading.Condition()
         self._lockstep = False
@@ -183,7 +182,6 @@ class EngineCore:
         if not self._busy():
             self._tell(idle=True)
         due = self._due() if self._flights else 0.0
-        held_back = due > time.perf_counter()
         while (left := due - time.perf_counter()) > 0 and not self._closed:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or self._inbox, left)
@@ -191,7 +189,6 @@ class EngineCore:
         with self._wake:
             self._wake.wait_for(lambda: self._closed or (self._awaited <= 0 and (self._inbox or self._busy())))
         self._obey()
-        self._planning = due if held_back else time.perf_counter()
         return not self._closed
 
     def _obey(self, *, prepare: bool = False) -> None:
@@ -258,6 +255,7 @@ class EngineCore:
     def _turn(self) -> bool:
         """Choose what can be chosen, launch the next step if there is one, and take the tokens of all that came before
         it, or of this one too, if it is time to. Returns whether any were taken."""
+        began = time.perf_counter()
         self.slots.begin_step()
         landed = self._choose() if self._held else False
         plan = self.scheduler.plan()
@@ -266,7 +264,7 @@ class EngineCore:
         if plan is not None:
             flight, now = self._runner.launch(plan), time.perf_counter()
             self._flights.append((plan, flight, now))
-            took = now - self._planning
+            took = now - began
             self._launching = max(took, self._launching + _QUICKER * (took - self._launching))
         ahead = int(self._runner.overlaps and plan is not None)
         while len(self._flights) > ahead:
