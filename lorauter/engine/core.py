@@ -181,20 +181,12 @@ class EngineCore:
         """Wait for work, and take it in; False once the engine is closed."""
         if not self._busy():
             self._tell(idle=True)
-        due = self._due() if self._flights else 0.0
-        while (left := due - time.perf_counter()) > 0 and not self._closed:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closed or self._inbox, left)
-            self._obey(prepare=True)
+        elif self._flights:
+            self._hold_back()
         with self._wake:
             self._wake.wait_for(lambda: self._closed or (self._awaited <= 0 and (self._inbox or self._busy())))
-        self._obey()
-        return not self._closed
-
-    def _obey(self, *, prepare: bool = False) -> None:
-        """Take in what is to begin and to end; `prepare` the former for a step that is planned later."""
-        with self._wake:
             orders, self._inbox = self._inbox, deque()
+            closed = self._closed
         self._turns += bool(orders)
         for order in orders:
             if isinstance(order, tuple):
@@ -215,18 +207,17 @@ class EngineCore:
                 self.scheduler.drop(sequence)
                 self._report.let_go.append(order.id)
                 self._forget(sequence)
-        if prepare:
-            for sequence in self.scheduler.waiting:
-                self.slots.prepare(sequence)
+        return not closed
 
-    def _due(self) -> float:
-        """When to plan the next step: not much before the device is free for it, so that whoever comes while one is
-        computed is in the next one, and not in the next but one, and has its adapters there; 0 where nobody who came
-        could be in it."""
+    def _hold_back(self) -> None:
+        """Plan no step much before the device is free for it: whoever comes while one is computed is in the next one
+        then, and not in the next but one. Not where nobody who came could be in it."""
         if self._lockstep or not self.scheduler.takes_more:
-            return 0.0
+            return
         _, flight, launched = self._flights[-1]
-        return max(launched, self._taken) + flight.least_s - self._launching - _MARGIN_S
+        due = max(launched, self._taken) + flight.least_s - self._launching - _MARGIN_S
+        if (left := due - time.perf_counter()) > 0:
+            time.sleep(left)
 
     def _begin(self, order: Begin) -> None:
         packed = [adapter for adapter, _ in order.adapters if isinstance(adapter, PackedAdapter)]

@@ -118,17 +118,20 @@ class CudaFlight:
 
 
 class CopyStream:
-    """Copies adapters to the device beside its work; see `Copies`."""
+    """Copies adapters to the device beside its work.
+
+    Attributes:
+        launched: what happens once the latest step is computed: until then it may read what is to be overwritten.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.launched: torch.cuda.Event | None = None
 
-    def __call__(self, to: Tensor, source: Tensor, after: Any) -> torch.cuda.Event:
-        """See `Copies`: other copies too, if they began earlier, are over then."""
+    def __call__(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
+            if self.launched is not None:
+                self._stream.wait_event(self.launched)
             to.copy_(source, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)

@@ -7,9 +7,9 @@ that loading is one copy whatever mix of target modules comes. Knows nothing of 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,29 +143,6 @@ class Placed:
     copied: Any = None
 
 
-class Copies(Protocol):
-    """How numbers get to the device.
-
-    Attributes:
-        launched: what happens once the latest step is computed.
-    """
-
-    launched: Any
-
-    def __call__(self, to: Tensor, source: Tensor, after: Any) -> Any:
-        """Copy, once `after` has happened, which was `launched` once; returns `Placed.copied`."""
-
-
-class CopiesAtOnce:
-    """See `Copies`: where every step is computed when it has been launched."""
-
-    launched = None
-
-    def __call__(self, to: Tensor, source: Tensor, after: Any) -> None:
-        """See `Copies`."""
-        to.copy_(source)
-
-
 @dataclass
 class _Resident:
     placed: Placed
@@ -175,7 +152,6 @@ class _Resident:
     loaded: int  # the step before which its copy began
     last_used: int
     pins: int = 0
-    read: tuple[int, Any] = (0, None)  # after so many releases it was in use last; by steps until this has happened
 
 
 class AdapterSlots:
@@ -185,7 +161,7 @@ class AdapterSlots:
         shape: the base model's layers and linear shapes.
         budget_bytes: the arena's size.
         max_rank: the largest rank to take.
-        copy: how numbers get to the device.
+        copy: how numbers get to the device, (to, from); returns `Placed.copied`. None copies at once.
         ahead: whether a copy begun before one step is for the next, so that no step waits for it, unless no other
             adapter is in use.
     """
@@ -198,7 +174,7 @@ class AdapterSlots:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
-        copy: Copies | None = None,
+        copy: Callable[[Tensor, Tensor], Any] | None = None,
         ahead: bool = False,
     ) -> None:
         self.shape = shape
@@ -206,7 +182,7 @@ class AdapterSlots:
         self.budget_bytes = budget_bytes
         self.arena = torch.empty(budget_bytes // dtype.itemsize, dtype=dtype, device=device)
         self._max_rank = max_rank
-        self._copy = copy or CopiesAtOnce()
+        self._copy = copy or _copy_now
         self._ahead = ahead
         self._stretches = Stretches(self.arena.numel())
         self._resident: dict[AdapterKey, _Resident] = {}
@@ -216,7 +192,6 @@ class AdapterSlots:
         self._tiles = [0] * len(self.groups)  # of theirs
         self._early: dict[ActiveSequence, None] = {}  # wait for their copies or turns, and have them pinned
         self._releases = 0
-        self._read: tuple[int, Any] = (0, None)  # the latest `_Resident.read` of all that has left
         self._refused: dict[ActiveSequence, int] = {}  # found no room, after so many releases
         self._step = 0
         self._clock = 0
@@ -282,7 +257,8 @@ class AdapterSlots:
         """Let go of every adapter that no sequence uses."""
         unused = [key for key, resident in self._resident.items() if not resident.pins]
         for key in unused:
-            resident = self._leave(key)
+            resident = self._resident.pop(key)
+            self._free_slots.append(resident.placed.slot)
             self._stretches.give_back(resident.start, resident.size)
         self.counters.evictions += len(unused)
 
@@ -354,15 +330,7 @@ class AdapterSlots:
         if keys := self._pinned.pop(sequence, ()):
             self._releases += 1
         for key in keys:
-            self._resident[key].read = self._releases, self._copy.launched
             self._pin(self._resident[key], -1)
-
-    def _leave(self, key: AdapterKey) -> _Resident:
-        """An adapter is on the device no longer."""
-        resident = self._resident.pop(key)
-        self._free_slots.append(resident.placed.slot)
-        self._read = max(self._read, resident.read, key=lambda read: read[0])
-        return resident
 
     def _pin(self, resident: _Resident, change: int) -> None:
         before, resident.pins = resident.pins, resident.pins + change
@@ -393,11 +361,11 @@ class AdapterSlots:
                 return False
         self._stretches, leaving, starts = room
         for key in leaving:
-            self._leave(key)
+            self._free_slots.append(self._resident.pop(key).placed.slot)
         began = time.perf_counter()
         for packed, start in zip(missing, starts, strict=True):
             size = packed.numbers.numel()
-            copied = self._copy(self.arena[start : start + size], packed.numbers, self._read[1])
+            copied = self._copy(self.arena[start : start + size], packed.numbers)
             parts = {target: part.moved(start) for target, part in packed.parts.items()}
             placed = Placed(packed.key, self._free_slots.pop(), parts, copied)
             tiles = packed.tiles(self.groups)
@@ -434,6 +402,10 @@ class AdapterSlots:
                     return None
             starts.append(start)
         return stretches, leaving, starts
+
+
+def _copy_now(to: Tensor, source: Tensor) -> None:
+    to.copy_(source)
 
 
 def default_budget(device: torch.device) -> int:

@@ -171,28 +171,6 @@ def test_a_copy_that_goes_on_beside_a_step_is_waited_for(slots_of, adapter, hold
     assert slots.acquire(hold(slots, [(b, 1.0)]))
 
 
-def test_a_copy_waits_for_no_step_but_those_that_read_what_it_overwrites(slots_of, adapter, hold):
-    class Copies:
-        launched, copies = None, []
-
-        def __call__(self, to, source, after):
-            to.copy_(source)
-            self.copies.append(after)
-
-    copies = Copies()
-    slots = slots_of(room(*[2 * Q] * 2), copy=copies)
-    a, b, c = (hold(slots, [(adapter(name, q_proj=2), 1.0)]) for name in "abc")
-    assert slots.acquire(a) and slots.acquire(b)
-    copies.launched = "step 5"
-    slots.release(a)
-    copies.launched = "step 9"
-    assert slots.acquire(c)
-    slots.release(c)
-    slots.forget()
-    assert slots.acquire(a)
-    assert copies.copies == [None, None, "step 5", "step 9"]
-
-
 def test_what_is_prepared_is_ready_a_step_later_and_gives_way_to_who_is_next(slots_of, adapter, hold):
     a, b, c, wide = adapter("a", q_proj=2), adapter("b", q_proj=2), adapter("c", q_proj=2), adapter("w", q_proj=4)
     slots = slots_of(room(*[2 * Q] * 3), ahead=True)
