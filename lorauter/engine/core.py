@@ -1,9 +1,9 @@
 """The device's side of an engine: takes orders, plans and launches steps, and reports what each of them brought.
 
 It joins two rooms. The scheduler decides what a step processes, the runner computes it. One thread plans and launches;
-on a GPU it plans a step while the one before it is computed, as late as the device allows. The tokens of answers that
-are held to grammars are chosen between two steps, as soon as it is known what may come: while that is looked for, and
-it goes on longer than the device is busy, steps are launched without them. Knows nothing of text or of who asks.
+on a GPU it plans a step while the one before it is computed. The tokens of answers that are held to grammars are chosen
+between two steps, as soon as it is known what may come: while that is looked for, and it goes on longer than the device
+is busy, steps are launched without them. Knows nothing of text or of who asks.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ _CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
 _TELL_S = 0.5  # between two reports with counters, while steps go on
 _PATIENCE_S = 0.002  # for which a step waits that could begin, for what may come in an answer: once for each token
 _POLL_S = 0.0001
-_MARGIN_S = 0.0003  # by which a step is launched before the one before it ends, at least
-_QUICKER = 0.05  # share of a quicker launch in how long launches take
 
 
 class EngineCore:
@@ -82,7 +80,6 @@ class EngineCore:
         # What is on its way and when it was launched: steps with their plans, and choices.
         self._flights: deque[tuple[StepPlan | None, Flight, float]] = deque()
         self._taken = 0.0  # when the last one's tokens were taken
-        self._launching = 0.0  # seconds that it takes to plan and launch a step, at most
         self._inbox: deque[Begin | Drop | Lockstep | tuple[Begin, Held | Exception]] = deque()
         self._wake = threading.Condition()
         self._lockstep = False
@@ -181,8 +178,6 @@ class EngineCore:
         """Wait for work, and take it in; False once the engine is closed."""
         if not self._busy():
             self._tell(idle=True)
-        elif self._flights:
-            self._hold_back()
         with self._wake:
             self._wake.wait_for(lambda: self._closed or (self._awaited <= 0 and (self._inbox or self._busy())))
             orders, self._inbox = self._inbox, deque()
@@ -208,16 +203,6 @@ class EngineCore:
                 self._report.let_go.append(order.id)
                 self._forget(sequence)
         return not closed
-
-    def _hold_back(self) -> None:
-        """Plan no step much before the device is free for it: whoever comes while one is computed is in the next one
-        then, and not in the next but one. Not where nobody who came could be in it."""
-        if self._lockstep or not self.scheduler.takes_more:
-            return
-        _, flight, launched = self._flights[-1]
-        due = max(launched, self._taken) + flight.least_s - self._launching - _MARGIN_S
-        if (left := due - time.perf_counter()) > 0:
-            time.sleep(left)
 
     def _begin(self, order: Begin) -> None:
         packed = [adapter for adapter, _ in order.adapters if isinstance(adapter, PackedAdapter)]
@@ -246,17 +231,13 @@ class EngineCore:
     def _turn(self) -> bool:
         """Choose what can be chosen, launch the next step if there is one, and take the tokens of all that came before
         it, or of this one too, if it is time to. Returns whether any were taken."""
-        began = time.perf_counter()
         self.slots.begin_step()
         landed = self._choose() if self._held else False
         plan = self.scheduler.plan()
         if self._came:
             self._note_begun()
         if plan is not None:
-            flight, now = self._runner.launch(plan), time.perf_counter()
-            self._flights.append((plan, flight, now))
-            took = now - began
-            self._launching = max(took, self._launching + _QUICKER * (took - self._launching))
+            self._flights.append((plan, self._runner.launch(plan), time.perf_counter()))
         ahead = int(self._runner.overlaps and plan is not None)
         while len(self._flights) > ahead:
             self._land()

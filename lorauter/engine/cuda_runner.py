@@ -36,7 +36,6 @@ _MOST_STEP_TOKENS = 8192
 _LEAST_STEP_TOKENS = 64
 _LONGEST_STEP_S = 0.06  # that begins prompts while no row decodes, where no setting bounds it
 _SLOWER = 2.0  # times as long as a step without prompts may one with prompts take, while rows decode
-_SLOWER_STEP = 0.05  # share of a slower step in how long steps like it take
 _GRAPHS_BYTES = 3 << 29  # for graphs and libraries, beside what a step takes
 _SHARE = 0.95  # of what is free then
 _KINDS = 3  # of graphs of each size
@@ -70,23 +69,15 @@ class _Size:
         return 3 * self.tokens + 2 * self.outputs + 2 + 4 * self.queries
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Graph:
     graph: Any
     logits: Tensor
     chosen: Tensor
-    least_s: float = 0.0  # that its steps have taken, as far as is known; rises slowly
-
-    def took(self, seconds: float) -> None:
-        """Learn from a step."""
-        known = self.least_s or seconds
-        self.least_s = min(seconds, known + _SLOWER_STEP * (seconds - known))
 
 
 class CudaFlight:
     """A step or choice on its way: `tokens` is on the host once `done` has happened, those at `places` its result."""
-
-    least_s = 0.0
 
     def __init__(
         self, tokens: Tensor, ranks: StepRanks | None, done: torch.cuda.Event, places: Sequence[int] | None = None
@@ -95,12 +86,6 @@ class CudaFlight:
         self.ranks = ranks
         self.done = done
         self._places = places
-        self._timed: tuple[torch.cuda.Event, _Graph] | None = None
-
-    def time(self, began: torch.cuda.Event, graph: _Graph) -> None:
-        """Learn how long the graph's steps take from this one, which has begun then."""
-        self.least_s = graph.least_s
-        self._timed = began, graph
 
     @property
     def computed(self) -> bool:
@@ -110,9 +95,6 @@ class CudaFlight:
     def wait(self) -> list[int]:
         """See `Flight.wait`."""
         self.done.synchronize()
-        if self._timed is not None:
-            began, graph = self._timed
-            graph.took(began.elapsed_time(self.done) / 1000)
         result: list[int] = self._tokens.tolist()
         return result if self._places is None else [result[place] for place in self._places]
 
@@ -259,19 +241,12 @@ class CudaRunner(Runner):
     def launch(self, plan: StepPlan) -> Flight:
         """See `Runner.launch`."""
         stream = torch.cuda.current_stream()
-        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        began.record()
         for start in plan.starts:
             for placed, _ in self._slots.placed(start.mixture):
                 if placed.copied is not None:
                     stream.wait_event(placed.copied)
         self._begin(plan)
-        graph: _Graph | None = None
-        if self._ranker.asked and plan.scored:
-            logits, chosen = self._compute(plan)
-        else:
-            graph = self._replay(plan)
-            logits, chosen = graph.logits, graph.chosen[: sum(1 for _ in plan.sampled)]
+        logits, chosen = self._compute(plan) if self._ranker.asked and plan.scored else self._replay(plan)
         sampled = list(plan.sampled)
         if held := [number for place, piece in enumerate(sampled) if piece.held for number in (place, piece.row)]:
             pairs = to_device(torch.tensor(held, dtype=torch.int32), logits.device)
@@ -288,8 +263,6 @@ class CudaRunner(Runner):
         places = [place for place, piece in enumerate(sampled) if not piece.held] if held else None
         flight = self._flight(chosen, self._ranker.of_step(plan, logits, chosen), places)
         self._copies.launched = flight.done
-        if graph is not None:
-            flight.time(began, graph)
         return flight
 
     @torch.inference_mode()
@@ -317,7 +290,7 @@ class CudaRunner(Runner):
         if ranks is not None:
             ranks = replace(ranks, table=_to_host(ranks.table))
         host = _to_host(chosen)
-        done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return CudaFlight(host, ranks, done, places)
 
@@ -331,8 +304,8 @@ class CudaRunner(Runner):
             return logits, rows
         return logits, kernels.greedy(logits[: len(rows)], rows, self._last_tokens)
 
-    def _replay(self, plan: StepPlan) -> _Graph:
-        """A step by its graph: logits of the pieces that sample, and their likeliest tokens, are its first ones."""
+    def _replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """A step by its graph: logits of the pieces that sample, and their likeliest tokens."""
         pieces = [*plan.decoding, *plan.prompts]
         tokens: list[int] = []
         positions: list[int] = []
@@ -356,7 +329,7 @@ class CudaRunner(Runner):
         changed = mixtures.active if isinstance(mixtures, CudaMixtures) else frozenset()
         graph = self._graphs[size, next(kind for kind in self._kinds if changed <= kind)]
         graph.graph.replay()
-        return graph
+        return graph.logits, graph.chosen[: len(outputs)]
 
     def _sample(
         self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Tensor | None = None

@@ -31,11 +31,9 @@ class Flight(Protocol):
 
     Attributes:
         ranks: what it tells of probabilities, once it has been waited for; None if nobody asks.
-        least_s: seconds that it takes at least from when the device begins it, by what steps like it have taken.
     """
 
     ranks: StepRanks | None
-    least_s: float
 
     @property
     def computed(self) -> bool:
@@ -49,7 +47,6 @@ class Landed:
     """A step or choice whose tokens are there."""
 
     computed = True
-    least_s = 0.0
 
     def __init__(self, tokens: Sequence[int], ranks: StepRanks | None = None) -> None:
         self._tokens = list(tokens)

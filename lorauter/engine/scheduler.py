@@ -144,11 +144,6 @@ class Scheduler:
         """Share of the blocks that running sequences hold."""
         return 1 - self._pool.free / self._pool.size
 
-    @property
-    def takes_more(self) -> bool:
-        """Whether somebody who came now could run: there is a row, and nobody waits."""
-        return bool(self._free_rows) and not self.waiting
-
     # --- planning
 
     @property

@@ -4,7 +4,6 @@ import asyncio
 import random
 import re
 import threading
-import time
 from functools import partial
 
 import pytest
@@ -224,46 +223,3 @@ def test_steps_with_held_rows_are_launched_before_the_last_ones_tokens_are_taken
         assert happened.index(("launch", step + 1)) < happened.index(("step", step))
         assert happened.index(("choose", step)) < happened.index(("launch", step + 1))
         assert happened.index(("launch", step + 1)) < happened.index(("choice", step))
-
-
-class TimedRunner(AheadRunner):
-    """Steps take so long on a device of its own, one after the other."""
-
-    step_s = 0.12
-    free = 0.0
-
-    def launch(self, plan):
-        flight = super().launch(plan)
-        self.launches.append((time.monotonic(), {*(p.row for p in plan.decoding), *(p.row for p in plan.prompts)}))
-        end = self.free = max(self.free, time.monotonic()) + self.step_s
-        flight.least_s, taking = self.step_s, flight.wait
-        flight.wait = lambda: time.sleep(max(0.0, end - time.monotonic())) or taking()
-        return flight
-
-
-def test_who_comes_while_a_step_is_computed_is_in_the_next_one(start, counting, monkeypatch):
-    monkeypatch.setattr(core_module, "Runner", TimedRunner)
-    launches = TimedRunner.launches = []
-    engine = start(counting, max_batch=2)
-    _, ended = told(engine, ask("a", max_tokens=8))
-    while len(launches) < 3:
-        time.sleep(0.001)
-    time.sleep(0.03)  # its device is in the midst of a step
-    came, before = time.monotonic(), len(launches)
-    _, too = told(engine, ask("m", max_tokens=3))
-    assert ended.wait(20) and too.wait(20)
-    later = [rows for at, rows in launches if at > came]
-    assert later[0] == {0, 1}
-    assert before < 8
-    starts = [at for at, _ in launches]
-    assert starts[-1] - starts[0] < (len(starts) + 1) * TimedRunner.step_s  # the device was never idle for it
-
-
-def test_nothing_is_held_back_where_nobody_who_came_could_run(start, counting, monkeypatch):
-    monkeypatch.setattr(core_module, "Runner", TimedRunner)
-    launches = TimedRunner.launches = []
-    engine = start(counting, max_batch=1)
-    began = time.monotonic()
-    engine.generate([ask("a", max_tokens=3)])
-    assert [at - began < i * TimedRunner.step_s + 0.1 for i, (at, _) in enumerate(launches)] == [True] * 3
-    assert launches[1][0] - launches[0][0] < TimedRunner.step_s / 2
