@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,8 +33,25 @@ _WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
 _TRIED = 256  # parts of a schema that are looked at for what is wrong
 _BATCHES = 4  # whose masks are found at once: what takes long keeps nobody else waiting
 _MOST_THREADS = 8
+_DEAR_S = 0.05  # to compile a grammar
 # Of what a single step may take: about 15 ms.
 _LIMITS = LLParserLimits(step_lexer_fuel=200_000, step_max_items=50_000)
+
+
+class _Lane:
+    """A compiled grammar. Copies of a matcher share its lexer behind a lock, so that their masks are found one after
+    another: answers beside each other are copies of several, unless these take long to compile."""
+
+    def __init__(self, matcher: LLMatcher, seconds: float) -> None:
+        self._matcher = matcher
+        self.is_dear = seconds > _DEAR_S
+        self.answers: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def begin(self) -> Held:
+        """An answer."""
+        held = Held(self._matcher.deep_copy())
+        self.answers.add(held)
+        return held
 
 
 class Held:
@@ -85,9 +103,10 @@ class Grammars:
         self._vocabulary = vocabulary
         self._tool_format = tool_format
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[tuple[Grammar | None, ToolUse | None], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[Grammar | None, ToolUse | None], list[_Lane]] = OrderedDict()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_BATCHES, "masks")
+        self._parallel = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
         self._executor: LLExecutor | None = None
 
     def begin(self, grammar: Grammar | None, tokens: Sequence[int] = (), calls: ToolUse | None = None) -> Held:
@@ -101,7 +120,7 @@ class Grammars:
         Raises:
             InvalidRequest: it is no such grammar, or the tokens are not of it.
         """
-        held = Held(self._matcher(grammar, calls))
+        held = self._lane(grammar, calls).begin()
         if tokens and not held.matcher.consume_tokens(list(tokens)):
             raise InvalidRequest("what the answer has so far does not fit its grammar", param=_param(grammar))
         self._find([held])
@@ -125,7 +144,7 @@ class Grammars:
 
         with self._lock:
             if self._executor is None:
-                self._executor = LLExecutor(max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2)))
+                self._executor = LLExecutor(self._parallel)
             executor = self._executor
         if tokens:
             executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
@@ -147,21 +166,25 @@ class Grammars:
                 )
             return self._tokenizer
 
-    def _matcher(self, grammar: Grammar | None, calls: ToolUse | None) -> LLMatcher:
+    def _lane(self, grammar: Grammar | None, calls: ToolUse | None) -> _Lane:
+        """The lane with the fewest answers; a new one rather than their second, as far as masks are found at once."""
         if not self._ends:
             raise InvalidRequest("the base model has no token that ends an answer", param=_param(grammar))
         form = grammar, calls
         with self._lock:
-            matcher = self._compiled.get(form)
-            if matcher is not None:
+            lanes = self._compiled.get(form, [])
+            if lanes:
                 self._compiled.move_to_end(form)
-                return matcher.deep_copy()
-        matcher = self._compile(grammar, calls)
+                lane = min(lanes, key=lambda lane: len(lane.answers))
+                if not lane.answers or lane.is_dear or len(lanes) >= self._parallel:
+                    return lane
+        began = time.perf_counter()
+        lane = _Lane(self._compile(grammar, calls), time.perf_counter() - began)
         with self._lock:
-            self._compiled[form] = matcher
+            self._compiled.setdefault(form, []).append(lane)
             while len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
-            return matcher.deep_copy()
+        return lane
 
     def _compile(self, grammar: Grammar | None, calls: ToolUse | None) -> LLMatcher:
         schemas = [Grammar("json", tool.schema, tool.param) for tool in calls.tools] if calls is not None else []

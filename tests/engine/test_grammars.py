@@ -151,6 +151,24 @@ def test_what_is_compiled_is_kept_within_bounds(grammars, monkeypatch):
     assert compiled == ["a", "b", "c", "d", "b"]
 
 
+def test_answers_side_by_side_share_no_matcher_as_far_as_there_are_threads(codec, monkeypatch):
+    """Copies of one have a lock in common: their masks would be found one after the other."""
+    grammars = Grammars(codec.backend, codec.eos_ids, 259)
+    grammars._parallel = 3
+    monkeypatch.setattr(grammars_module, "_DEAR_S", 10.0)
+    grammar = Grammar("regex", "[ab]+")
+    answers = [grammars.begin(grammar) for _ in range(7)]
+    (lanes,) = grammars._compiled.values()
+    assert sorted(len(lane.answers) for lane in lanes) == [2, 2, 3]
+    del answers[3:]
+    assert sum(len(lane.answers) for lane in lanes) == 3
+    assert [allowed(one) for one in answers] == [[ord("a"), ord("b")]] * 3
+    monkeypatch.setattr(grammars_module, "_DEAR_S", 0.0)
+    dear = [grammars.begin(Grammar("regex", "c+")) for _ in range(4)]
+    assert [len(lane.answers) for lane in [*grammars._compiled.values()][-1]] == [len(dear)]
+    grammars.close()
+
+
 def test_answers_are_alone_with_what_they_have(grammars):
     grammar = Grammar("regex", "abc|axd")
     one, two = grammars.begin(grammar), grammars.begin(grammar, b"a")
