@@ -1,7 +1,7 @@
 """What hidden states change: known tasks told apart, unknown ones noticed, and how well unseen tasks are answered.
 
     python benchmarks/states.py --tasks DIR --adapters URI --out DIR [--examples 20] [--queries N]
-        [--only a,b] [--test] [--latency N]
+        [--only a,b] [--test] [--regimes OOD] [--variants] [--latency N]
 
 Every adapter is scored on the first validation examples of every task, which make a catalog with states and one
 without. The other validation examples are asked, to choose settings by; with --test the test queries too, by the
@@ -27,6 +27,7 @@ from lorauter.defaults import base_model_aliases, load_encoder, load_states, res
 from lorauter.engine import EngineConfig, load_engine
 from lorauter.evaluation.answering import adapters_in, answer
 from lorauter.evaluation.methods import decide
+from lorauter.evaluation.regimes import REGIMES
 from lorauter.evaluation.report import evaluate
 from lorauter.evaluation.routing import RememberingCatalogs, RememberingEncoder, evaluate_routing, queries_of
 from lorauter.evaluation.rows import DecisionRow, ScoredRow, read_answers
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--only", help="these tasks alone")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--test", action="store_true")
+    parser.add_argument("--regimes", default=",".join(REGIMES))
+    parser.add_argument("--variants", action="store_true", help="try other settings on the validation examples")
     parser.add_argument("--latency", type=int)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -136,8 +139,13 @@ def main() -> None:
     rows = []
     for split in splits:
         methods = {"oracle": None, **{name: RoutingConfig(**settings) for name, settings in SETTINGS.items()}}
-        made = list(decide(every, catalog, encoder, methods, states=states, split=split))
-        if split == "validation":
+        regimes = [*dict.fromkeys((REGIMES[0], *args.regimes.split(",")))]  # the oracle is asked in the first
+        made = [
+            row
+            for row in decide(every, catalog, encoder, methods, states=states, split=split, regimes=regimes)
+            if row["method"] == "oracle" or row["regime"] in args.regimes.split(",")
+        ]
+        if args.variants and split == "validation":
             own, logit = retrieve._KINDRED_STATES_LOGIT, 0.0
             for name, (logit, settings) in VARIANTS.items():
                 retrieve._KINDRED_STATES_LOGIT = logit
