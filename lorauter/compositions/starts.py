@@ -10,6 +10,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from lorauter.catalog.catalog import Catalog
 from lorauter.routing import Retrieved, Retriever, RoutingConfig, RoutingOptions, compose
 
+# Of a weight. Further ones change with the threads that the encoder has, and a composition is known by what it is made of.
+_DIGITS = 4
+
 Barred = Mapping[str, Collection[str]]
 """Of each task that is asked about, which the catalog has, the adapters that it may not use."""
 
@@ -25,7 +28,7 @@ def example_mixtures(
     versions, found = catalog.adapters, {}
     for name, options, retrieved in _retrieved(catalog, config, barred, unknown=unknown):
         decisions = [compose(one, options, config, catalog_version="", versions=versions) for one in retrieved]
-        found[name] = [{a.name: a.weight for a in decision.adapters} for decision in decisions]
+        found[name] = [{a.name: round(a.weight, _DIGITS) for a in decision.adapters} for decision in decisions]
     return found
 
 

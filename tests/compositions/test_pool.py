@@ -33,6 +33,8 @@ def test_fits_begin_where_the_router_is_without_what_is_barred(catalog) -> None:
     assert len(found["sums"]) == 4
     assert not any("sums" in mixture for mixture in found["sums"])
     assert all(max(mixture, key=mixture.__getitem__) == "rain" for mixture in found["rain"])
+    # A composition is known by them: what an encoder's threads change must not make it another one.
+    assert all(weight == round(weight, 4) for of in found.values() for mixture in of for weight in mixture.values())
 
 
 def test_the_sources_of_a_large_pool_are_those_of_use(catalog) -> None:
