@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from lorauter.catalog.catalog import Catalog
 from lorauter.routing import Retrieved, Retriever, RoutingConfig, RoutingOptions, compose
 
-# Of a weight. Further ones change with the threads that the encoder has, and a composition is known by what it is made of.
+# Of a weight: further ones change with the encoder's threads, and a composition is known by what it is made of.
 _DIGITS = 4
 
 Barred = Mapping[str, Collection[str]]
