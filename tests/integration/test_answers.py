@@ -153,11 +153,13 @@ def test_prompts_of_all_forms_embeddings_and_tokens(service: Any) -> None:
         assert chat.count(mark) == 3  # the template's own system message, the user's, the answer's
         assert "ray_lorauter_" in http.get("/metrics").text
     for model in ("base", "lorauter"):
-        alone = [client.completions.create(model=model, prompt=text, max_tokens=4).choices[0].text for text in texts]
+        answers = [client.completions.create(model=model, prompt=text, max_tokens=4) for text in texts]
+        alone = [answer.choices[0].text for answer in answers]
+        tokens = sum(answer.usage.completion_tokens for answer in answers)
         for prompts in (texts, ids):
             answer = client.completions.create(model=model, prompt=prompts, max_tokens=4)
             assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(alone))
-            assert answer.usage.completion_tokens == 8
+            assert answer.usage.completion_tokens == tokens > 2
     several = client.completions.create(model="base", prompt=texts, max_tokens=4, stream=True)
     streamed = ["", ""]
     for piece in several:
