@@ -2,7 +2,7 @@
 
 A replica tells Serve where it listens (`ReplicaServer`), Serve tells who calls it (`Replicas`), and is told in turn how
 many calls each has, by which it scales. A replica that is to go, which Serve tells of at once, gets no new calls, and
-ends with its last one.
+ends with its last one; one that cannot be reached gets none until it can.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.serve._private.common import ReplicaID, RunningReplicaInfo
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
@@ -22,13 +23,14 @@ from ray.serve.context import _get_serve_request_context, _set_request_context
 from ray.serve.handle import DeploymentHandle
 
 from deployments import tracing
-from deployments.rpc import Address, RpcCall, RpcClient, RpcServer
+from deployments.rpc import Address, ConnectionLost, RpcCall, RpcClient, RpcServer
 from lorauter.errors import Overloaded
 
 _ADDRESS = "lorauter_rpc"
 _REQUEST_ID = "request-id"
 _RETRY_AFTER_S = 1.0
 _WAITING = 1000  # calls
+_FIRST_LOOK_S, _LOOK_S = 0.2, 5.0
 
 
 class ReplicaServer:
@@ -67,7 +69,10 @@ def _within(context: Mapping[str, str]) -> Iterator[None]:
     """What a call's lines in the log and its spans go by."""
     _set_request_context(request_id=context.get(_REQUEST_ID, ""))
     with tracing.continued(context):
-        yield
+        try:
+            yield
+        except RayTaskError as error:  # an actor's, in a class that Ray makes on the spot: no pickle names it
+            raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
 def _context() -> dict[str, str]:
@@ -102,7 +107,9 @@ class Replicas:
     def __init__(self, handle: DeploymentHandle[Any], *, most: int = _WAITING) -> None:
         self._deployment = handle.deployment_id
         self._most = most
-        self._known: dict[str, _Known] = {}
+        self._infos: dict[str, RunningReplicaInfo] = {}  # Serve's last word
+        self._known: dict[str, _Known] = {}  # those of them that can be reached
+        self._lost: dict[str, asyncio.Task[None]] = {}  # the others: who looks for them
         self._listeners: list[Callable[[Sequence[Replica]], None]] = []
         self._arrived = asyncio.Event()
         self._counts = _serves_counts(handle)
@@ -156,20 +163,22 @@ class Replicas:
 
     def _told(self, targets: Any) -> None:
         """Serve's: a DeploymentTargetInfo."""
-        there = {
+        self._infos = {
             info.replica_id.unique_id: info for info in targets.running_replicas if _ADDRESS in info.replica_metadata
         }
-        for name in self._known.keys() - there.keys():
+        for name in self._known.keys() - self._infos.keys():
             known = self._known.pop(name)
             known.leaves = True
             if known.client.ongoing == 0:
                 known.client.close()
-        for name, info in there.items():
-            replica = Replica(name, info.node_id or "", info.routing_stats)
+        for name, info in self._infos.items():
             if name in self._known:
-                self._known[name].replica = replica
-            else:
-                self._known[name] = self._meet(replica, info)
+                self._known[name].replica = _replica(info)
+            elif name not in self._lost:
+                self._known[name] = self._meet(info)
+        self._changed()
+
+    def _changed(self) -> None:
         if self._known:
             self._arrived.set()
         else:
@@ -177,15 +186,44 @@ class Replicas:
         for listener in self._listeners:
             listener([known.replica for known in self._known.values()])
 
-    def _meet(self, replica: Replica, info: RunningReplicaInfo) -> _Known:
+    def _meet(self, info: RunningReplicaInfo) -> _Known:
         def ended() -> None:
             self._counts.dec_num_running_requests_for_replica(known.id)
             if known.leaves and known.client.ongoing == 0:
                 known.client.close()
 
-        client = RpcClient(Address(*info.replica_metadata[_ADDRESS]), ended)
-        known = _Known(replica, info.replica_id, client)
+        client = RpcClient(Address(*info.replica_metadata[_ADDRESS]), ended, lambda: self._lose(known))
+        known = _Known(_replica(info), info.replica_id, client)
         return known
+
+    def _lose(self, known: _Known) -> None:
+        """A replica cannot be reached: it has no calls until it can, long before Serve knows whether it is dead."""
+        name = known.replica.name
+        if self._known.pop(name, None) is not None:
+            self._lost[name] = asyncio.create_task(self._find(known))
+            self._changed()
+
+    async def _find(self, known: _Known) -> None:
+        name, pause_s = known.replica.name, _FIRST_LOOK_S
+        try:
+            while name in self._infos:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LOOK_S)
+                with suppress(ConnectionLost):
+                    await known.client.connect()
+                    break
+        finally:
+            del self._lost[name]
+        if name in self._infos:
+            known.replica = _replica(self._infos[name])
+            self._known[name] = known
+            self._changed()
+        else:
+            known.client.close()
+
+
+def _replica(info: RunningReplicaInfo) -> Replica:
+    return Replica(info.replica_id.unique_id, info.node_id or "", info.routing_stats)
 
 
 def _serves_counts(handle: DeploymentHandle[Any]) -> Any:

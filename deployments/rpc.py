@@ -24,8 +24,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-from ray.exceptions import RayTaskError
-
 from lorauter.errors import LorauterError
 from lorauter.pickled import PickledError
 
@@ -154,10 +152,7 @@ class RpcServer:
         except Exception as error:
             if not isinstance(error, LorauterError):
                 logger.exception("%s failed", method)
-            cause: Exception = error
-            while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
-                cause = cause.cause  # an actor's error, which Ray has in a class made on the spot: no pickle names it
-            connection.send((_ERROR, number, PickledError.of(cause)))
+            connection.send((_ERROR, number, PickledError.of(error)))
 
 
 class RpcClient:
@@ -166,11 +161,18 @@ class RpcClient:
     Args:
         address: the server's.
         ended: is told of each call that has ended, however it did.
+        lost: is told that the connection is lost, or cannot be made.
     """
 
-    def __init__(self, address: Address, ended: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        address: Address,
+        ended: Callable[[], object] = lambda: None,
+        lost: Callable[[], object] = lambda: None,
+    ) -> None:
         self._address = address
         self._ended = ended
+        self._told_lost = lost
         self._connection: _Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._unsent: list[Any] = []
@@ -190,6 +192,15 @@ class RpcClient:
     def ongoing(self) -> int:
         """Calls in progress."""
         return len(self._calls)
+
+    async def connect(self) -> None:
+        """Have a connection before the first call. Raises ConnectionLost."""
+        if self._connection is None:
+            if self._connecting is None:
+                self._connecting = asyncio.get_running_loop().create_task(self._connect())
+            await asyncio.wait([self._connecting])
+        if self._connection is None:
+            raise self._loss()
 
     def close(self) -> None:
         """End; calls in progress are lost."""
@@ -253,9 +264,14 @@ class RpcClient:
         self._connection = None
         self._unsent.clear()
         calls, self._calls = self._calls, {}
+        if not self._closed:
+            self._told_lost()
         for call in calls.values():
             self._ended()
-            call.told(_ERROR, ConnectionLost(f"the connection to {self._address.host}:{self._address.port} is lost"))
+            call.told(_ERROR, self._loss())
+
+    def _loss(self) -> ConnectionLost:
+        return ConnectionLost(f"the connection to {self._address.host}:{self._address.port} is lost")
 
 
 class RpcCall:

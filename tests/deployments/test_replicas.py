@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID, DeploymentTargetInfo, ReplicaID, RunningReplicaInfo
 
 import deployments.replicas
 from deployments.replicas import Replica, Replicas, ReplicaServer
-from lorauter.errors import Overloaded
+from deployments.retries import answered
+from lorauter.errors import AdapterNotFound, Overloaded
 
 DEPLOYMENT = DeploymentID("LoraModel", "lorauter")
 
@@ -71,7 +73,10 @@ class World:
             await self.hang.wait()
             yield "end"
 
-        self.servers[name] = ReplicaServer({"whoami": whoami, "stream": stream})
+        async def fetch() -> None:
+            raise RayTaskError("fetch", "where it was", AdapterNotFound("gone", adapter="a")).as_instanceof_cause()
+
+        self.servers[name] = ReplicaServer({"whoami": whoami, "stream": stream, "fetch": fetch})
         metadata = await self.servers[name].metadata()
         self._infos[name] = RunningReplicaInfo(
             ReplicaID(name, DEPLOYMENT), f"node-of-{name}", None, None, name, 5, False, [], report, metadata
@@ -102,6 +107,8 @@ def test_a_call_waits_for_a_replica_and_serve_hears_that_it_does(monkeypatch: py
         await world.start("r0")
         world.tell("r0")
         assert await (await waiting) == "r0"
+        with pytest.raises(AdapterNotFound, match="gone"):  # an actor's, of which Ray makes something of its own
+            await (await replicas.call("fetch"))
         assert world.counts.queued == 0 and world.counts.running == {"r0": 0}
 
     run(monkeypatch, scenario)
@@ -163,5 +170,36 @@ def test_a_replica_that_does_not_say_where_it_listens_is_none(monkeypatch: pytes
             async with asyncio.timeout(0.05):
                 await replicas.call("whoami")
         assert world.counts.queued == 0
+
+    run(monkeypatch, scenario)
+
+
+def test_who_cannot_be_reached_gets_no_calls_until_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve tells of a death later, if it is one."""
+    monkeypatch.setattr(deployments.replicas, "_FIRST_LOOK_S", 0.01)
+
+    async def scenario(world: World) -> None:
+        replicas, heard = world.replicas(), list[list[str]]()
+        for name in ("dead", "cut"):
+            await world.start(name)
+        world.tell("dead", "cut")
+        replicas.listen(lambda there: heard.append([replica.name for replica in there]))
+        streams = [await replicas.call("stream") for _ in range(2)]
+        for stream in streams:
+            await anext(stream)
+        dead, cut = (world.servers[name]._server for name in ("dead", "cut"))
+        dead.close()
+        await asyncio.sleep(0.02)
+        assert heard[-1] == ["cut"]
+        assert [await (await replicas.call("whoami")) for _ in range(5)] == ["cut"] * 5
+        world.tell("dead", "cut")
+        assert [await (await replicas.call("whoami")) for _ in range(5)] == ["cut"] * 5, "Serve does not know yet"
+        for connection in list(cut._connections):
+            connection.close()
+        assert await answered(lambda: replicas.call("whoami"), timeout_s=10) == "cut", "it was waited for"
+        assert list(replicas._lost) == ["dead"]
+        world.tell("cut")
+        await asyncio.sleep(0.1)
+        assert not replicas._lost and not [count for count in world.counts.running.values() if count]
 
     run(monkeypatch, scenario)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import uvloop
-from ray.exceptions import RayTaskError
 
 import deployments.rpc
 from deployments.rpc import Address, ConnectionLost, RpcClient, RpcServer
@@ -36,9 +35,6 @@ class Target:
 
     async def fail(self, error: Exception) -> None:
         raise error
-
-    async def fail_in_an_actor(self, error: Exception) -> None:
-        raise RayTaskError("fetch", "where it was raised", error).as_instanceof_cause()
 
     async def count(self, to: int, error: Exception | None = None) -> AsyncGenerator[int]:
         try:
@@ -74,8 +70,7 @@ class Target:
 
     def server(self) -> RpcServer:
         methods = (
-            self.echo, self.fail, self.fail_in_an_actor, self.count, self.forever, self.odd, self.odd_items,
-            self.gives_up,
+            self.echo, self.fail, self.count, self.forever, self.odd, self.odd_items, self.gives_up,
         )  # fmt: skip
         return RpcServer({method.__name__: method for method in methods}, self.within)
 
@@ -107,9 +102,6 @@ def test_results_items_and_errors_come_as_they_are() -> None:
         with pytest.raises(InvalidRequest, match="no") as caught:
             await client.call("fail", InvalidRequest("no", param="x"))
         assert caught.value.param == "x"
-        with pytest.raises(InvalidRequest, match="no") as caught:
-            await client.call("fail_in_an_actor", InvalidRequest("no", param="y"))
-        assert caught.value.param == "y"
         heard = []
         with pytest.raises(Overloaded) as refused:
             async for item in client.call("count", 3, Overloaded("full", retry_after_s=2, replica="r")):
