@@ -24,7 +24,7 @@ from lorauter.encoder import Embeddings
 from lorauter.errors import ConfigError, ServiceUnavailable
 from lorauter.states import StateModel
 
-_READ_TOGETHER = 8  # texts, of which each takes many times as long as to embed it
+_READ_TOGETHER = 8  # texts, of which each takes many times as long as to embed it, but for a GPU
 _TOGETHER = 64  # texts, lest one who has hundreds keeps all others waiting
 _THREADS = 4
 
@@ -66,7 +66,9 @@ class QueryEmbedder:
         self._together = Together(self._encode, size=len, most=_TOGETHER)
         self._state_model = state_model
         self._reader: StateModel | None = None
-        self._read_together = Together(self._read, size=len, most=_READ_TOGETHER)
+        self._read_together = Together(
+            self._read, size=len, most=_TOGETHER if torch.cuda.is_available() else _READ_TOGETHER
+        )
         self._server = ReplicaServer({"embed": self.embed, "states": self.states_if_loaded, "name": self.name})
 
     async def record_replica_metadata(self) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from lorauter.uris import called
 _DEPTHS = (0.5, 0.7, 0.9)  # of 9, 15, 21, 27 and 30 layers of 30, those that tell
 _MOST_TOKENS = 480  # the last of a prompt, where its question mostly is
 _MOST_CHARS = 16_000  # of a text; as many tokens of more letters there are not
-_TOGETHER = 1024  # tokens of prompts in a pass; more take as long each
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -58,7 +57,7 @@ class PromptStates:
             )
         layers = sorted({max(1, round(depth * decoder.shape.layers)) for depth in _DEPTHS})
         self._codec = codec
-        self._reader = PromptReader(decoder, layers, length=_MOST_TOKENS, tokens=_TOGETHER)
+        self._reader = PromptReader(decoder, layers, length=_MOST_TOKENS)
         self.name = called(model)
 
     def states(self, texts: Sequence[str]) -> States:

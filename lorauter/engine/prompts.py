@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from lorauter.engine.blocks import blocks_of
 from lorauter.engine.model import Decoder
 from lorauter.engine.runner import step_class
-from lorauter.engine.step import Span, StepBatch
+from lorauter.engine.step import Memory, RmsNorm, Span, StepBatch
 from lorauter.engine.torch_step import TorchStep
 
-_ROWS = 16  # prompts in a pass at most
+
+class Limits(NamedTuple):
+    """What is read in a pass at most: prompts, and tokens of them all, but for one prompt that is longer."""
+
+    rows: int
+    tokens: int
+
+
+ON_CPU = Limits(16, 1024)  # more take as long each
+ON_GPU = Limits(64, 16384)  # a pass is some hundreds of launches, whatever it reads
 
 
 class PromptReader:
@@ -23,17 +34,18 @@ class PromptReader:
         decoder: the model.
         layers: after which of them states are wanted, from 1 on.
         length: tokens of a prompt at most.
-        tokens: of the prompts of a pass at most, but for one that is longer.
+        whole: whether prompts are read as `WholePrompts` does; None: on a GPU, whose own steps are of captured shapes.
     """
 
-    def __init__(self, decoder: Decoder, layers: Sequence[int], *, length: int, tokens: int) -> None:
+    def __init__(self, decoder: Decoder, layers: Sequence[int], *, length: int, whole: bool | None = None) -> None:
+        whole = decoder.device.type == "cuda" if whole is None else whole
         self._decoder = decoder
         self._layers = list(layers)
-        self._tokens = tokens
-        # The steps of a GPU are of captured shapes; prompts that nobody answers are few, and of any.
-        self._step = TorchStep if decoder.device.type == "cuda" else step_class(decoder)
-        blocks = blocks_of(max(length, tokens)) + _ROWS
-        self._memory = decoder.memory(blocks=blocks, rows=_ROWS, length=min(length, decoder.max_positions))
+        self._limits = ON_GPU if whole else ON_CPU
+        self._step = WholePrompts if whole else step_class(decoder)
+        rows, tokens = self._limits
+        blocks = 1 if whole else blocks_of(max(length, tokens)) + rows
+        self._memory = decoder.memory(blocks=blocks, rows=rows, length=min(length, decoder.max_positions))
 
     def states(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """(n, layers, hidden), in the model's dtype, of n prompts of a token or more."""
@@ -43,7 +55,7 @@ class PromptReader:
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         batch: list[Sequence[int]] = []
         for prompt in prompts:
-            if batch and (len(batch) == _ROWS or sum(map(len, batch)) + len(prompt) > self._tokens):
+            if batch and (len(batch) == self._limits.rows or sum(map(len, batch)) + len(prompt) > self._limits.tokens):
                 yield batch
                 batch = []
             batch.append(prompt)
@@ -73,3 +85,31 @@ class PromptReader:
 
         batch = StepBatch(ids(tokens), ids(rows), ids(positions), 0, spans, ids(ends))
         return self._decoder.states(self._step(self._memory, batch), batch, self._layers)
+
+
+class WholePrompts(TorchStep):
+    """Prompts from their first token to their last, side by side and padded: all are attended to at once, and nothing
+    is kept of them."""
+
+    def __init__(self, memory: Memory, batch: StepBatch) -> None:
+        super().__init__(memory, batch)
+        self._shape = len(batch.spans), max(span.length for span in batch.spans)
+        self._places = batch.rows.long() * self._shape[1] + batch.positions
+
+    def attention(
+        self, layer: int, qkv: Tensor, q_norm: RmsNorm | None, k_norm: RmsNorm | None, window: int | None
+    ) -> Tensor:
+        """See `Step.attention`."""
+        rows, length = self._shape
+        q, k, v = map(self._padded, self._heads(qkv, q_norm, k_norm))
+        near = None
+        if window is not None and window < length:
+            near = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=near, is_causal=near is None, enable_gqa=True)
+        return out.transpose(1, 2).reshape(rows * length, -1)[self._places]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """(tokens, heads, head_dim) as (prompts, heads, length, head_dim)."""
+        padded = x.new_zeros(self._shape[0] * self._shape[1], *x.shape[1:])
+        padded[self._places] = x
+        return padded.view(*self._shape, *x.shape[1:]).transpose(1, 2)

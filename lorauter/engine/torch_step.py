@@ -65,11 +65,7 @@ class TorchStep:
     ) -> Tensor:
         """See `Step.attention`."""
         memory = self._memory
-        heads = qkv.view(qkv.shape[0], -1, memory.head_dim)
-        q, k, v = torch.split(heads, [memory.heads, memory.kv_heads, memory.kv_heads], dim=1)
-        if q_norm is not None and k_norm is not None:
-            q, k = q_norm(q), k_norm(k)
-        q, k = self._rotate(q), self._rotate(k)
+        q, k, v = self._heads(qkv, q_norm, k_norm)
         keys, values = memory.cache.keys[layer], memory.cache.values[layer]
         keys[self._blocks, :, self._batch.positions % BLOCK] = k
         values[self._blocks, :, self._batch.positions % BLOCK] = v
@@ -79,6 +75,15 @@ class TorchStep:
             out[here] = attend(q[here], keys, values, memory.table[span.row], span, window)
             offset += span.length
         return out.view(out.shape[0], -1)
+
+    def _heads(self, qkv: Tensor, q_norm: RmsNorm | None, k_norm: RmsNorm | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (tokens, heads, head_dim) each, normalised and rotated."""
+        memory = self._memory
+        heads = qkv.view(qkv.shape[0], -1, memory.head_dim)
+        q, k, v = torch.split(heads, [memory.heads, memory.kv_heads, memory.kv_heads], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = q_norm(q), k_norm(k)
+        return self._rotate(q), self._rotate(k), v
 
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotary position embedding (RoFormer, arXiv 2104.09864), halves as transformers lays them out."""

@@ -65,7 +65,7 @@ class RoutingConfig(BaseModel):
     softening: Annotated[FiniteFloat, Field(ge=1, le=100)] = 4.0
     num_tasks: Annotated[int, Field(ge=1, le=1000)] = 10
     fallback: bool = True
-    sure: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.95
+    sure: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.7
 
     @model_validator(mode="before")
     @classmethod

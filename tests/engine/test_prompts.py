@@ -8,11 +8,12 @@ from lorauter.engine.prompts import PromptReader
 LENGTHS = (1, 40, 17, 16, 2, 33, *range(1, 20))
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("layers", [[1, 3], [2]])
 @pytest.mark.parametrize("kind", ["llama", "qwen2-window", "qwen3"])
-def test_states_are_transformers(pool, forced, kind, layers):
+def test_states_are_transformers(pool, forced, kind, layers, whole):
     prompts = [sequence.tokens for sequence in forced([(length, length + 1) for length in LENGTHS])]
-    reader = PromptReader(pool.decoder(kind), layers, length=41, tokens=64)
+    reader = PromptReader(pool.decoder(kind), layers, length=41, whole=whole)
     states = reader.states(prompts)
     assert states.shape == (len(prompts), len(layers), 64)
     seen = {}
