@@ -1,6 +1,6 @@
 """Router: the ingress. It routes a query and passes the answer on.
 
-Holds no model and no catalog; it talks to the other deployments through their handles. The HTTP side is
+Holds no model and no catalog; it calls the other deployments' replicas (`deployments.replicas`). The HTTP side is
 `deployments.api`.
 """
 
