@@ -1,9 +1,9 @@
 """Traces: lorauter's own spans among those that Serve makes, sent by OTLP when that is configured.
 
-Serve makes a span for each request in its proxy and in the ingress; where there is no proxy `deployments.listener` makes
-one. Calls between the deployments carry their context along. Serve's `tracing_config` names `deployments.tracing:otlp`
-as what sends them. Without that nothing here imports OpenTelemetry, and a span costs a comparison. Spans carry the
-request's id and figures, no prompt or answer.
+Serve makes a span for each request in its proxy and in the ingress; where there is no proxy `deployments.listener`
+makes one. Calls between the deployments carry their context along. Serve's `tracing_config` names
+`deployments.tracing:otlp` as what sends them. Without that nothing here imports OpenTelemetry, and a span costs a
+comparison. Spans carry the request's id and figures, no prompt or answer.
 """
 
 from __future__ import annotations
