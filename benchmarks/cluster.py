@@ -32,13 +32,13 @@ import torch
 from local_s3 import LocalS3, free_port
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.serve.config import RequestRouterConfig
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.app import DEPLOYMENTS, assemble
 from deployments.config import AppConfig
+from deployments.router import Router
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.defaults import resolve_model
 
@@ -50,6 +50,20 @@ WIDTHS = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, KEY_VALUE), "v_proj": (
 ADAPTER_BYTES = 4 * LAYERS * RANK * sum(map(sum, WIDTHS.values()))
 BASE = "lorauter/benchmark-base"
 ROUTERS = ("default", "residency")
+
+
+def by_load(_: object, queues: dict[str, int], *args: object, avoid: tuple[str, ...] = ()) -> list[str]:
+    """The less busy of two replicas, as Serve chooses."""
+    two = random.sample(list(queues), min(2, len(queues)))
+    return sorted(two, key=queues.__getitem__)
+
+
+class ByLoad(Router.func_or_class):
+    """An ingress that chooses replicas so."""
+
+    async def __init__(self, *args: object) -> None:
+        await super().__init__(*args)
+        self._dispatch.placement.rank = by_load
 
 
 @dataclass
@@ -226,9 +240,9 @@ def main() -> None:
             light = {"ray_actor_options": {"num_cpus": 0.1}}
             model = {"num_replicas": NODES, "max_replicas_per_node": 1,
                      "ray_actor_options": {"num_cpus": 0.1, "resources": {"model": 1}}}  # fmt: skip
-            if router == "default":
-                model["request_router_config"] = RequestRouterConfig()
             overrides = {**dict.fromkeys(DEPLOYMENTS, light), "LoraModel": model}
+            if router == "default":
+                overrides["Router"] = {**light, "func_or_class": ByLoad}
             serve.run(assemble(config, overrides), name=router, route_prefix=f"/{router}")
             arms[router] = Arm(config)
         for router in ROUTERS:
