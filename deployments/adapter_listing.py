@@ -79,6 +79,7 @@ class AdapterListing:
         self._live = await asyncio.to_thread(LiveListing, repository, refresh_s=refresh_s)
         self._live.start()
         self._server = ReplicaServer(
+            "TaskRetriever",
             {
                 method.__name__: method
                 for method in (
@@ -90,7 +91,7 @@ class AdapterListing:
                     self.layout,
                     self.history,
                 )
-            }
+            },
         )
 
     async def record_replica_metadata(self) -> dict[str, Any]:

@@ -69,7 +69,9 @@ class QueryEmbedder:
         self._read_together = Together(
             self._read, size=len, most=_TOGETHER if torch.cuda.is_available() else _READ_TOGETHER
         )
-        self._server = ReplicaServer({"embed": self.embed, "states": self.states_if_loaded, "name": self.name})
+        self._server = ReplicaServer(
+            "QueryEmbedder", {"embed": self.embed, "states": self.states_if_loaded, "name": self.name}
+        )
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Serve's hook: where the ingress calls this replica."""

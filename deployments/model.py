@@ -79,7 +79,7 @@ class LoraModel:
         self._first_token_s = config.api.first_token_s
         self._streams = 0  # that are read as they come
         self._server = ReplicaServer(
-            {"generate": self.generate, "tokenize": self.tokenize, "detokenize": self.detokenize}
+            "LoraModel", {"generate": self.generate, "tokenize": self.tokenize, "detokenize": self.detokenize}
         )
         self._adapters = HostAdapters(
             self._node_cache,

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -37,11 +38,12 @@ class ReplicaServer:
     """A replica's own server.
 
     Args:
+        part: the deployment's name, for traces.
         handlers: see `RpcServer`.
     """
 
-    def __init__(self, handlers: Mapping[str, Callable[..., Any]]) -> None:
-        self._server = RpcServer(handlers, _within)
+    def __init__(self, part: str, handlers: Mapping[str, Callable[..., Any]]) -> None:
+        self._server = RpcServer(handlers, partial(_within, part))
 
     async def metadata(self) -> dict[str, Any]:
         """Listen, on the node's address in the cluster. To be returned by Serve's hook `record_replica_metadata`, which
@@ -65,10 +67,10 @@ def _node_ip() -> str:
 
 
 @contextmanager
-def _within(context: Mapping[str, str]) -> Iterator[None]:
+def _within(part: str, method: str, context: Mapping[str, str]) -> Iterator[None]:
     """What a call's lines in the log and its spans go by."""
     _set_request_context(request_id=context.get(_REQUEST_ID, ""))
-    with tracing.continued(context):
+    with tracing.continued(context), tracing.span(f"{part}.{method}"):
         try:
             yield
         except RayTaskError as error:  # an actor's, in a class that Ray makes on the spot: no pickle names it

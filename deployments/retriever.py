@@ -100,6 +100,7 @@ class TaskRetriever:
             self._live = other_thread.submit(load).result()
         self._live.start()
         self._server = ReplicaServer(
+            "TaskRetriever",
             {
                 method.__name__: method
                 for method in (
@@ -111,7 +112,7 @@ class TaskRetriever:
                     self.layout,
                     self.history,
                 )
-            }
+            },
         )
 
     async def record_replica_metadata(self) -> dict[str, Any]:

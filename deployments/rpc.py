@@ -38,7 +38,7 @@ _GREETING_S = 5.0
 _LOST_S = 10  # without a sign of life from the other machine's kernel
 _CALL, _CANCEL, _ITEM, _RESULT, _END, _ERROR = range(6)
 
-Within = Callable[[Mapping[str, str]], AbstractContextManager[object]]
+Within = Callable[[str, Mapping[str, str]], AbstractContextManager[object]]
 
 
 class ConnectionLost(Exception):
@@ -59,10 +59,10 @@ class RpcServer:
     Args:
         handlers: by name, coroutine functions, whose result is the answer, and asynchronous generators, each of whose
             items is sent as it comes. Cancelled when the caller cancels, or is gone.
-        within: is entered around each call, with what its caller says of it.
+        within: is entered around each call, with its handler's name and what its caller says of it.
     """
 
-    def __init__(self, handlers: Mapping[str, Callable[..., Any]], within: Within = lambda _: nullcontext()) -> None:
+    def __init__(self, handlers: Mapping[str, Callable[..., Any]], within: Within = lambda *_: nullcontext()) -> None:
         self._handlers = handlers
         self._within = within
         self._token = secrets.token_bytes(32)
@@ -134,7 +134,7 @@ class RpcServer:
         self, connection: _Connection, number: int, method: str, args: Sequence[Any], context: Mapping[str, str]
     ) -> None:
         try:
-            with self._within(context):
+            with self._within(method, context):
                 answer = self._handlers[method](*args)
                 if isinstance(answer, AsyncGenerator):
                     try:

@@ -76,7 +76,7 @@ class World:
         async def fetch() -> None:
             raise RayTaskError("fetch", "where it was", AdapterNotFound("gone", adapter="a")).as_instanceof_cause()
 
-        self.servers[name] = ReplicaServer({"whoami": whoami, "stream": stream, "fetch": fetch})
+        self.servers[name] = ReplicaServer("LoraModel", {"whoami": whoami, "stream": stream, "fetch": fetch})
         metadata = await self.servers[name].metadata()
         self._infos[name] = RunningReplicaInfo(
             ReplicaID(name, DEPLOYMENT), f"node-of-{name}", None, None, name, 5, False, [], report, metadata

@@ -64,7 +64,8 @@ class Target:
         raise asyncio.CancelledError
 
     @contextmanager
-    def within(self, context: Mapping[str, str]) -> Any:
+    def within(self, method: str, context: Mapping[str, str]) -> Any:
+        assert hasattr(self, method) or method == "blocks" or " " in method
         self.contexts.append(context)
         yield
 
