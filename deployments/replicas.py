@@ -8,7 +8,9 @@ ends with its last one; one that cannot be reached gets none until it can.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments import tracing
 from deployments.rpc import Address, ConnectionLost, RpcCall, RpcClient, RpcServer
 from lorauter.errors import Overloaded
+
+logger = logging.getLogger("lorauter.calls")
 
 _ADDRESS = "lorauter_rpc"
 _REQUEST_ID = "request-id"
@@ -70,11 +74,15 @@ def _node_ip() -> str:
 def _within(part: str, method: str, context: Mapping[str, str]) -> Iterator[None]:
     """What a call's lines in the log and its spans go by."""
     _set_request_context(request_id=context.get(_REQUEST_ID, ""))
+    started = time.perf_counter()
     with tracing.continued(context), tracing.span(f"{part}.{method}"):
         try:
             yield
         except RayTaskError as error:  # an actor's, in a class that Ray makes on the spot: no pickle names it
             raise error.cause if isinstance(error.cause, Exception) else error from None
+        finally:
+            if logger.isEnabledFor(logging.INFO):  # as Serve has it of its own calls
+                logger.info("call %s", method, extra={"seconds": round(time.perf_counter() - started, 6)})
 
 
 def _context() -> dict[str, str]:

@@ -70,7 +70,7 @@ def test_a_service_is_told_commits_and_not_branches(hub_server: HubServer, monke
     app = build(AppConfig(base_model="hf://org/tiny", encoder="hf://org/tiny@main", adapters="hf://org/pool"))
     config, embedder = app._bound_deployment.init_args[:2]
     assert config.base_model == f"hf://org/tiny@{commit}"
-    assert embedder._bound_deployment.init_args == (f"hf://org/tiny@{commit}",)
+    assert embedder._bound_deployment.init_args == (f"hf://org/tiny@{commit}", "default")
 
 
 def test_what_describes_a_model_comes_without_its_weights(hub_server: HubServer) -> None:

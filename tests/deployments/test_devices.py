@@ -70,7 +70,7 @@ def test_who_could_take_a_gpu_takes_its_own_alone(
     for name in ("load_encoder", "start_engine"):
         monkeypatch.setattr(deployments.batch.stages, name, look)
     monkeypatch.setattr(deployments.batch.stages, "NodeCache", lambda spec: None)
-    monkeypatch.setattr(deployments.batch.stages.Catalog, "load", lambda uri, version: None)
+    monkeypatch.setattr(deployments.batch.stages.Catalog, "load", lambda uri, version: SimpleNamespace(states=None))
     start: dict[str, Any] = {
         "QueryEmbedder": lambda: QueryEmbedder.func_or_class("default"),
         "RouteStage": lambda: RouteStage(BatchConfig(), "v1"),
@@ -92,7 +92,7 @@ def test_the_start_looks_at_an_encoder_on_the_cpu(machine: Any, monkeypatch: pyt
     monkeypatch.setattr(deployments.preflight, "load_encoder", load)
     for name in ("_check_base_model", "_check_writable", "check_base_model", "check_adapters"):
         monkeypatch.setattr(deployments.preflight, name, lambda *_: None)
-    catalog = SimpleNamespace(encoder="another", check_encoder=lambda encoder: None)
+    catalog = SimpleNamespace(encoder="another", states=None, check_encoder=lambda encoder: None)
     monkeypatch.setattr(deployments.preflight, "_read_catalog", lambda *_: catalog)
     deployments.preflight.preflight(AppConfig(adapters="s3://b/a", catalog="s3://b/c"), lambda _: None)
     assert devices == ["cpu"]

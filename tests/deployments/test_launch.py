@@ -101,7 +101,7 @@ def test_an_unknown_key_is_refused_by_name(
     data = shipped()
     place = data
     for key in where:
-        place = place[key]
+        place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
     place["surprise"] = 1
     with pytest.raises(ConfigError, match=r"unknown.*surprise") as caught:
         read(data)
