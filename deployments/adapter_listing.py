@@ -17,7 +17,7 @@ from ray import serve
 
 from deployments.calls import CatalogDescription
 from deployments.logs import join_serve_logs
-from deployments.replicas import ReplicaServer
+from deployments.replicas import ReplicaServer, by_name
 from deployments.startup import tells_why
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.errors import InvalidRequest
@@ -78,21 +78,8 @@ class AdapterListing:
         repository = AdapterRepository(open_store(adapters))
         self._live = await asyncio.to_thread(LiveListing, repository, refresh_s=refresh_s)
         self._live.start()
-        self._server = ReplicaServer(
-            "TaskRetriever",
-            {
-                method.__name__: method
-                for method in (
-                    self.decide,
-                    self.versions,
-                    self.check_probe,
-                    self.describe,
-                    self.examples,
-                    self.layout,
-                    self.history,
-                )
-            },
-        )
+        asked = (self.decide, self.versions, self.check_probe, self.describe, self.examples, self.layout, self.history)
+        self._server = ReplicaServer("TaskRetriever", by_name(*asked))
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Serve's hook: where the ingress calls this replica."""

@@ -37,7 +37,7 @@ def connect(address: str, **local: Any) -> None:
         ConfigError: there is no such cluster, or Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Serve's processes, which inherit it, call each other by gRPC: half of the CPU time of Ray's own calls.
+    # Serve's proxies, which inherit it, call the ingress by gRPC: half of the CPU time of Ray's own calls.
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
     if address == LOCAL:

@@ -25,7 +25,7 @@ from deployments.host_adapters import HostAdapters
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
 from deployments.placement import report
-from deployments.replicas import ReplicaServer
+from deployments.replicas import ReplicaServer, by_name
 from deployments.samplers import Sampling, model_sampler
 from deployments.startup import tells_why
 from deployments.tracing import span
@@ -78,9 +78,7 @@ class LoraModel:
         self._adapter_wait_s = config.host.wait_s
         self._first_token_s = config.api.first_token_s
         self._streams = 0  # that are read as they come
-        self._server = ReplicaServer(
-            "LoraModel", {"generate": self.generate, "tokenize": self.tokenize, "detokenize": self.detokenize}
-        )
+        self._server = ReplicaServer("LoraModel", by_name(self.generate, self.tokenize, self.detokenize))
         self._adapters = HostAdapters(
             self._node_cache,
             Reading(self._engine),

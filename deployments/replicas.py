@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,11 @@ class ReplicaServer:
         await self._server.drained()
 
 
+def by_name(*methods: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Methods as handlers, under the names that they have."""
+    return {method.__name__: method for method in methods}
+
+
 def _node_ip() -> str:
     ip: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return ip
@@ -103,7 +108,7 @@ class _Known:
     replica: Replica
     id: ReplicaID
     client: RpcClient
-    leaves: bool = field(default=False)
+    leaves: bool = False
 
 
 class Replicas:

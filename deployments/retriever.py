@@ -24,7 +24,7 @@ from deployments.fits import check_adapters, check_base_model
 from deployments.live_catalog import LiveCatalog, kept_folder
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
-from deployments.replicas import Replicas, ReplicaServer
+from deployments.replicas import Replicas, ReplicaServer, by_name
 from deployments.retries import answered
 from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted, visible_places
@@ -99,21 +99,8 @@ class TaskRetriever:
         with ThreadPoolExecutor(1) as other_thread:  # in this one, a loop runs, and handles cannot be waited for
             self._live = other_thread.submit(load).result()
         self._live.start()
-        self._server = ReplicaServer(
-            "TaskRetriever",
-            {
-                method.__name__: method
-                for method in (
-                    self.decide,
-                    self.versions,
-                    self.check_probe,
-                    self.describe,
-                    self.examples,
-                    self.layout,
-                    self.history,
-                )
-            },
-        )
+        asked = (self.decide, self.versions, self.check_probe, self.describe, self.examples, self.layout, self.history)
+        self._server = ReplicaServer("TaskRetriever", by_name(*asked))
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Serve's hook: where the ingress calls this replica."""

@@ -196,9 +196,7 @@ class RpcClient:
     async def connect(self) -> None:
         """Have a connection before the first call. Raises ConnectionLost."""
         if self._connection is None:
-            if self._connecting is None:
-                self._connecting = asyncio.get_running_loop().create_task(self._connect())
-            await asyncio.wait([self._connecting])
+            await asyncio.wait([self._being_made()])
         if self._connection is None:
             raise self._loss()
 
@@ -223,8 +221,13 @@ class RpcClient:
             self._lost()
         else:
             self._unsent.append(message)
-            if self._connecting is None:
-                self._connecting = asyncio.get_running_loop().create_task(self._connect())
+            self._being_made()
+
+    def _being_made(self) -> asyncio.Task[None]:
+        """Who makes the connection."""
+        if self._connecting is None:
+            self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        return self._connecting
 
     async def _connect(self) -> None:
         host, port, token = self._address

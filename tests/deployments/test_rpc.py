@@ -19,7 +19,6 @@ from deployments.rpc import Address, ConnectionLost, RpcClient, RpcServer
 from lorauter.errors import InvalidRequest, Overloaded
 
 HOST = "127.0.0.1"
-Scenario = Callable[[RpcServer, RpcClient], Awaitable[None]]
 
 
 class Target:
