@@ -61,8 +61,18 @@ class Room:
     total: tuple[Resources, ...]
 
     def waiting(self, mine: Mine) -> list[Actor]:
-        """The actors of an owner that have no place yet."""
-        return [actor for actor in self.actors if mine(actor) and actor.resources and not actor.placed]
+        """The actors of an owner that have no place yet and find none; what there is room for is only late."""
+        free = [dict(node) for node in self.free]
+        waiting = []
+        for actor in self.actors:
+            if actor.placed or not actor.resources:
+                continue
+            if node := next((node for node in free if _fits(actor.resources, node)), None):
+                for kind, amount in actor.resources.items():
+                    node[kind] -= amount
+            elif mine(actor):
+                waiting.append(actor)
+        return waiting
 
     def is_stuck(self, mine: Mine) -> bool:
         """Whether all actors of one label wait, so that nothing goes on."""
@@ -71,7 +81,7 @@ class Room:
 
     def never(self, resources: Resources) -> bool:
         """Whether no node has so much, were it all free."""
-        return not any(all(node.get(kind, 0.0) + _SLACK >= n for kind, n in resources.items()) for node in self.total)
+        return not any(_fits(resources, node) for node in self.total)
 
     def most(self, kind: str) -> float:
         """What the node with the most of something has."""
@@ -111,6 +121,10 @@ class Room:
         largest = sorted(held.items(), key=lambda item: (-max(item[1].values()), item[0]))
         names = [f"{label} ({_amounts(amounts)})" for label, amounts in largest[:_NAMED]]
         return ", ".join(names + [f"{len(largest) - _NAMED} more"] * (len(largest) > _NAMED))
+
+
+def _fits(resources: Resources, node: Resources) -> bool:
+    return all(node.get(kind, 0.0) + _SLACK >= amount for kind, amount in resources.items())
 
 
 def _amounts(resources: Resources) -> str:

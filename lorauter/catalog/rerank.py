@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from lorauter.catalog.lexicon import Grams, Words, grams_of, idf_of, similarities
 from lorauter.catalog.sample import Sample
@@ -178,7 +179,15 @@ class Reranker:
 
     @classmethod
     def fit(cls, sample: Sample, tasks: Tasks) -> Reranker:
-        """Fit to a sample of tasks, among all of them."""
+        """Fit to a sample of tasks, among all of them.
+
+        On one thread, for its last bits hang on how many there are: the same tasks are the same catalog anywhere.
+        """
+        with threadpool_limits(1, user_api="blas"):
+            return cls._fit(sample, tasks)
+
+    @classmethod
+    def _fit(cls, sample: Sample, tasks: Tasks) -> Reranker:
         parts, without = _held_out(sample, tasks)
         known = len(parts) > 0 and parts.shape[1] > 1
         fitted = _fit(parts[:, :, :3], without[:, :, :3]) if known else _UNFITTED

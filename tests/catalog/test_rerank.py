@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from lorauter.catalog.lexicon import grams_of, idf_of
 from lorauter.catalog.rerank import Candidates, Ranking, Reranker, softmax
@@ -173,6 +174,19 @@ def test_a_query_is_less_familiar_with_its_task_taken_out() -> None:
     assert np.mean(unknown) < 0.2
     assert np.mean(np.array(unknown) < fitted.reranker.stranger) < 0.1
     assert np.mean(np.array(known) < fitted.reranker.stranger) < 0.01
+
+
+def test_the_fit_is_the_same_however_many_threads_there_are() -> None:
+    world = StatesWorld(5, width=576)
+    embeddings, texts = world.examples(*[10] * 5)
+    states = [np.stack([world.state(task) for _ in range(10)]) for task in range(5)]
+    fits = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            fits.append(Fitted(embeddings, texts, states=states).reranker.arrays())
+    assert fits[0].keys() == fits[1].keys()
+    for name, array in fits[0].items():
+        assert array.tobytes() == fits[1][name].tobytes(), name
 
 
 def test_the_fit_is_the_same_to_the_byte_and_does_not_touch_what_it_is_given() -> None:

@@ -44,6 +44,18 @@ def test_with_one_worker_at_work_nothing_is_stuck() -> None:
     assert not room.is_stuck(mine)
 
 
+def test_what_there_is_room_for_is_only_late() -> None:
+    waits = Actor("", ANSWER.label, "02", {"CPU": 1.0}, placed=False)
+    others = Actor("", "LoraModel", "01", {"CPU": 1.0}, placed=False)
+    nodes = ({"CPU": 1.0},), ({"CPU": 2.0},)
+    assert Room((waits,), *nodes).shortage(mine) is None
+    assert not Room((waits,), *nodes).is_stuck(mine)
+    for first in (waits, others):  # which has the place
+        line = Room((first, waits), *nodes).shortage(mine)
+        assert line is not None
+        assert "1 of AnswerStage of the batch job 02 with 1 CPU" in line
+
+
 def test_holders_are_told_the_largest_first_and_no_more_than_some() -> None:
     many = tuple(Actor("", f"actor-{i}", "01", {"CPU": float(i)}, placed=True) for i in range(1, 10))
     line = Room((ANSWER, *many), ({"CPU": 0.0},), ({"CPU": 45.0},)).shortage(mine)

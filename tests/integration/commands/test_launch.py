@@ -257,8 +257,7 @@ def test_what_only_a_replica_finds_out_reaches_the_console_in_one_line(
     assert process.returncode == 1
     *before, last = log.read_text().splitlines()
     assert last.startswith("error: LoraModel cannot start: the base model's weights are damaged: ")
-    # A busy machine may start a replica so late that it is told of as waiting for room.
-    assert [line for line in before if not re.match(rf"{_SAID}|waiting for room", line)] == []
+    assert [line for line in before if not re.match(_SAID, line)] == []
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
 
