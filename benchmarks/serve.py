@@ -5,16 +5,16 @@
     python benchmarks/serve.py --vllm-url http://HOST:PORT    # vLLM's server too, on the same load
 
 Starts `lorauter serve` with the shipped configuration (a batch of --clients rows) and asks it real prompts of the
-example tasks, each once, by clients that ask one after the other: routed and of the base model, streamed and whole. The
-engine alone, in a process of its own with the niceness of Ray's workers, answers the same prompts under the mixtures
-that the library chooses for them, all at once; it runs before and after, and its mean counts. Then the time to the
-first token of a lone request and beside 31 others. The last lines are one figure each.
+example tasks, each once, by clients that ask one after the other, in several processes (`clients.py`; what they take is
+told): routed and of the base model, streamed and whole. The engine alone, in a process of its own with the niceness of
+Ray's workers, answers the same prompts under the mixtures that the library chooses for them, all at once; it runs
+before and after, and its mean counts. Then the time to the first token of a lone request and beside 31 others. The last
+lines are one figure each.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import signal
@@ -24,14 +24,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import aiohttp  # comes with Ray Serve
 import psutil
 import torch
 import yaml
+from clients import Cell, Clients
 from engine_common import ATTENTION, ROOT, SHAPES, random_model
 from local_s3 import free_port
 
@@ -39,6 +39,9 @@ from lorauter.tasks import read_tasks
 
 WORKER_NICENESS = 15  # Ray's own setting for its workers
 MAX_TOKENS = 64
+CORES_A_PROCESS = 4  # of the clients
+WARM_S = 4.0
+STARTED = time.monotonic()
 AT_ONCE = 32
 LONE = 12
 PARTS = {
@@ -53,30 +56,11 @@ MODELS = {"routed": "lorauter", "base": "base"}
 CHAT = "/v1/chat/completions"
 
 
-@dataclass
-class Cell:
-    """What became of one load.
-
-    Attributes:
-        seconds: from the first request to the last answer.
-        firsts: seconds to each streamed answer's first token.
-        errors: what went wrong.
-        texts: whole answers, by the prompt's number.
-        cpu: seconds of CPU time by process of the service.
-    """
-
-    seconds: float = 0.0
-    firsts: list[float] = field(default_factory=list)
-    errors: Counter[str] = field(default_factory=Counter)
-    texts: dict[int, str] = field(default_factory=dict)
-    cpu: Counter[str] = field(default_factory=Counter)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer requests: under four minutes on two CPU cores")
     parser.add_argument("--clients", type=int, help="clients, and rows of the batch (16; on a GPU 128)")
-    parser.add_argument("--requests", type=int, help="of each load (192; on a GPU 1024)")
+    parser.add_argument("--requests", type=int, help="of each load (192; on a GPU 4096, with --shape 8B 1024)")
     parser.add_argument("--repeats", type=int, default=1, help="of each load; the median counts")
     parser.add_argument("--shape", choices=list(SHAPES), help="random weights, in place of the default model")
     parser.add_argument("--vllm-url", help="a running server of vLLM: with the base model as its first one")
@@ -87,45 +71,69 @@ def main() -> None:
         return
     on_gpu = torch.cuda.is_available()
     clients = args.clients or (128 if on_gpu else 16)
-    count = args.requests or (1024 if on_gpu else 192) // (3 if args.quick else 1)
+    usual = (1024 if args.shape == "8B" else 4096) if on_gpu else 192
+    count = args.requests or usual // (3 if args.quick else 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the service ends too
-    with tempfile.TemporaryDirectory(prefix="serve-") as folder:
-        run(args, Path(folder), clients, count, on_gpu)
+    with (
+        tempfile.TemporaryDirectory(prefix="serve-") as folder,
+        Clients(max(1, len(os.sched_getaffinity(0)) // CORES_A_PROCESS)) as asking,
+    ):
+        run(args, Path(folder), asking, clients, count, on_gpu)
 
 
-def run(args: argparse.Namespace, folder: Path, clients: int, count: int, on_gpu: bool) -> None:
+def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, count: int, on_gpu: bool) -> None:
+    print(
+        f"{count} requests a load, {clients} at once, {torch.cuda.get_device_name() if on_gpu else 'CPU'}", flush=True
+    )
     settings = random_pool(args.shape, folder) if args.shape else {}
     loads = {f"{model}_{way}": texts(i, count) for model in MODELS for i, way in enumerate(("streamed", "whole"))}
     port = free_port()
     config = folder / "serve.yaml"
     config.write_text(yaml.safe_dump(configuration(port, clients, settings)))
     task = {"clients": clients, "settings": settings, "loads": loads}
-    (folder / "task.json").write_text(json.dumps(task))
-    print(
-        f"{count} requests a load, {clients} at once, {torch.cuda.get_device_name() if on_gpu else 'CPU'}", flush=True
-    )
-    before = measure_alone(folder / "task.json")
+    before = measure_alone(task, folder)
     with Service(config, port, folder) as service:
+        told("the service is there")
         url = f"http://127.0.0.1:{port}"
-        asyncio.run(ask_all(url, "lorauter", texts(2, 2 * clients), clients, streamed=True))  # all adapters come
+
+        def ask(model: str, prompts: list[str], at_once: int, *, streamed: bool) -> Cell:
+            return asking.ask(f"{url}{CHAT}", [body(model, prompt, streamed) for prompt in prompts], at_once)
+
+        for _ in range(2):  # all adapters come, and what looks twice at some queries
+            ask("lorauter", texts(2, 2 * clients), clients, streamed=True)
+            time.sleep(WARM_S)
         cells: dict[str, list[Cell]] = {}
         for _ in range(args.repeats):
             for name, load in loads.items():
                 model, way = name.split("_")
                 before_cpu = service.cpu()
-                cell = asyncio.run(ask_all(url, MODELS[model], load, clients, streamed=way == "streamed"))
+                cell = ask(MODELS[model], load, clients, streamed=way == "streamed")
                 cell.cpu = service.cpu() - before_cpu
                 cells.setdefault(name, []).append(cell)
+                told(f"{name}: {count / cell.seconds:.1f} requests/s, {cell.errors.total()} errors")
                 loads[name] = [f"{text} " for text in load]  # what was computed of the last ones is no help
-        lone = asyncio.run(ask_all(url, "base", texts(3, LONE), 1, streamed=True))
-        crowd = asyncio.run(ask_all(url, "base", texts(4, 3 * AT_ONCE), AT_ONCE, streamed=True))
-    after = measure_alone(folder / "task.json")
+        lone = ask("base", texts(3, LONE), 1, streamed=True)
+        crowd = ask("base", texts(4, 3 * AT_ONCE), AT_ONCE, streamed=True)
+    after = measure_alone({**task, "routed": before["routed"]}, folder)
     vllm = {}
     if args.vllm_url:
+        with urlopen(f"{args.vllm_url}/v1/models") as answer:
+            model = json.load(answer)["data"][0]["id"]
         for way in ("streamed", "whole"):
-            cell = asyncio.run(ask_all(args.vllm_url, None, loads[f"base_{way}"], clients, streamed=way == "streamed"))
-            vllm[way] = count / cell.seconds
+            bodies = [body(model, prompt, way == "streamed") for prompt in loads[f"base_{way}"]]
+            vllm[way] = count / asking.ask(f"{args.vllm_url}{CHAT}", bodies, clients).seconds
     report(cells, (before, after), count, lone, crowd, vllm)
+
+
+def body(model: str, prompt: str, streamed: bool) -> dict[str, Any]:
+    """A request."""
+    message = {"role": "user", "content": prompt}
+    return {"model": model, "messages": [message], "max_tokens": MAX_TOKENS, "temperature": 0, "stream": streamed}
+
+
+def told(what: str) -> None:
+    """Say how far it is."""
+    print(f"[{time.monotonic() - STARTED:5.0f} s] {what}", flush=True)
 
 
 def report(
@@ -149,10 +157,13 @@ def report(
         told = f", {same} of {len(row[0].texts)} answers the same" if row[0].texts else ""
         print(f"{name:18} {served:12.2f} {own[0]:12.2f} {own[1]:9.2f}   {tokens:.1f} tokens each{told}")
     parts = [*PARTS, "all else"]
-    print(f"CPU ms a request   {' '.join(f'{part:>13}' for part in parts)}")
+    print(f"CPU ms a request   {' '.join(f'{part:>13}' for part in parts)}       clients (busiest)   engine alone")
     for name, row in cells.items():
         each = [1000 * statistics.fmean(cell.cpu[part] for cell in row) / count for part in parts]
-        print(f"{name:18} {' '.join(f'{ms:13.1f}' for ms in each)}   alone {1000 * cpu_alone(runs, name) / count:.1f}")
+        clients = 1000 * statistics.fmean(cell.clients_cpu for cell in row) / count
+        busiest = max(cell.clients_busy for cell in row)
+        own = 1000 * cpu_alone(runs, name) / count
+        print(f"{name:18} {' '.join(f'{ms:13.2f}' for ms in each)} {clients:13.2f} ({busiest:6.0%}) {own:14.2f}")
     for way, rate in vllm.items():
         figures[f"base_{way}_of_vllm"] = count / statistics.median(c.seconds for c in cells[f"base_{way}"]) / rate
     alone_s, median_s = statistics.median(lone.firsts), statistics.median(crowd.firsts)
@@ -175,12 +186,13 @@ def cpu_alone(runs: tuple[dict[str, Any], dict[str, Any]], name: str) -> float:
 
 
 def texts(part: int, count: int) -> list[str]:
-    """Prompts of the example tasks, the tasks taking turns; others for each part, so that no prompt was seen before."""
+    """Prompts of the example tasks, the tasks taking turns, with a number before those that come again: others for each
+    part, so that of none anything was computed before."""
     tasks = read_tasks(ROOT / "examples" / "tasks")
     rows = [[example.input for example in (*task.test, *task.validation)] for task in tasks]
     every = [row[i] for i in range(max(map(len, rows))) for row in rows if i < len(row)]
-    start = part * count
-    return [f"{every[i % len(every)]}{' ' * (i // len(every))}" for i in range(start, start + count)]
+    turns = [divmod(i, len(every)) for i in range(part * count, (part + 1) * count)]
+    return [f"{turn}. {every[i]}" if turn else every[i] for turn, i in turns]
 
 
 # --- the service
@@ -208,9 +220,9 @@ class Service:
     def __enter__(self) -> Service:
         while True:
             try:
-                asyncio.run(_get(f"http://127.0.0.1:{self._port}/healthz"))
-                return self
-            except (aiohttp.ClientError, OSError):
+                with urlopen(f"http://127.0.0.1:{self._port}/healthz"):
+                    return self
+            except OSError:
                 if self._process.poll() is not None:
                     sys.exit(self._log.read_text())
                 time.sleep(0.5)
@@ -235,110 +247,52 @@ class Service:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-# --- the load
-
-
-async def _get(url: str) -> Any:
-    async with aiohttp.ClientSession() as session, session.get(url) as response:
-        response.raise_for_status()
-        return await response.json()
-
-
-async def ask_all(url: str, model: str | None, prompts: list[str], clients: int, *, streamed: bool) -> Cell:
-    """Ask each prompt once, so many at a time; `model` None is a server's first one."""
-    cell = Cell()
-    waiting = iter(enumerate(prompts))
-    if model is None:
-        model = (await _get(f"{url}/v1/models"))["data"][0]["id"]
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=300)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-
-        async def client() -> None:
-            for i, prompt in waiting:
-                body = {
-                    "model": model,
-                    "messages": [{"role": "user", "content": prompt}],
-                    "max_tokens": MAX_TOKENS,
-                    "temperature": 0,
-                    "stream": streamed,
-                }
-                try:
-                    await ask(session, f"{url}{CHAT}", body, i, cell)
-                except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                    cell.errors[repr(error)[:200]] += 1
-
-        began = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(clients)))
-        cell.seconds = time.perf_counter() - began
-    return cell
-
-
-async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], i: int, cell: Cell) -> None:
-    """Ask once, and note what comes."""
-    began = time.perf_counter()
-    async with session.post(url, json=body) as response:
-        if response.status != 200:
-            cell.errors[f"{response.status} {(await response.text())[:200]}"] += 1
-        elif not body["stream"]:
-            cell.texts[i] = (await response.json())["choices"][0]["message"]["content"]
-        else:
-            first, end = None, b""
-            async for piece in response.content.iter_any():
-                first = first or time.perf_counter() - began
-                end = (end + piece)[-400:]
-            if not end.endswith(b"data: [DONE]\n\n"):
-                cell.errors[f"a stream ended with {end.decode(errors='replace')[-200:]}"] += 1
-            elif first is not None:
-                cell.firsts.append(first)
-
-
 # --- the engine alone
 
 
-def measure_alone(task: Path) -> dict[str, Any]:
-    """Seconds, tokens and answers of each load, by the engine in a process of its own."""
-    command = [sys.executable, __file__, "--alone", str(task)]
+def measure_alone(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Seconds, tokens and answers of each load, by the engine in a process of its own, and the mixtures, which the next
+    run is told."""
+    (folder / "task.json").write_text(json.dumps(task))
+    command = [sys.executable, __file__, "--alone", str(folder / "task.json")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    rates = ", ".join(f"{load} {len(task['loads'][load]) / found[load]['seconds']:.1f}" for load in task["loads"])
+    told(f"the engine alone: {rates} requests/s")
     return found
 
 
 def alone(task: dict[str, Any]) -> None:
     """What `measure_alone` starts."""
-    from lorauter import Router
     from lorauter.adapters import LoraWeights
-    from lorauter.defaults import base_model_aliases, resolve_adapters, resolve_catalog, resolve_model
+    from lorauter.defaults import base_model_aliases, resolve_adapters, resolve_model
     from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams, load_engine
     from lorauter.engine.load import warm_up
     from lorauter.engine.slots import PackedAdapter
 
     os.nice(WORKER_NICENESS - os.nice(0))
     torch.set_num_threads(1)  # the encoder's threads would be beside the engine's for good
-    router = Router.load(resolve_catalog(task["settings"].get("catalog", "default")))
-    routed = {load: router.route(prompts) for load, prompts in task["loads"].items() if "routed" in load}
+    routed = task.get("routed") or mixtures(task)
     name = task["settings"].get("base_model", "default")
     pool = Path(resolve_adapters(task["settings"].get("adapters", "default")))
     engine = load_engine(resolve_model(name), EngineConfig(max_batch=task["clients"]), aliases=base_model_aliases(name))
-    packed: dict[str, PackedAdapter] = {}
-    loads = {}
-    for load, prompts in task["loads"].items():
-        mixtures: list[list[tuple[PackedAdapter, float]]] = [[] for _ in prompts]
-        for mixture, decision in zip(mixtures, routed.get(load, ()), strict=False):
-            for one in decision.adapters:
-                if one.name not in packed:
-                    packed[one.name] = engine.pack(LoraWeights.load(pool / one.name, name=one.name, version="1"))
-                mixture.append((packed[one.name], one.weight))
-        loads[load] = [
+    used = {adapter for load in routed.values() for mixture in load for adapter, _ in mixture}
+    packed: dict[str, PackedAdapter] = {
+        name: engine.pack(LoraWeights.load(pool / name, name=name, version="1")) for name in sorted(used)
+    }
+    loads = {
+        load: [
             GenerationRequest(
                 engine.codec.chat([{"role": "user", "content": prompt}]),
-                tuple(mixture),
+                tuple((packed[adapter], weight) for adapter, weight in mixture),
                 SamplingParams(max_tokens=MAX_TOKENS),
             )
-            for prompt, mixture in zip(prompts, mixtures, strict=True)
+            for prompt, mixture in zip(prompts, routed.get(load) or [()] * len(prompts), strict=True)
         ]
+        for load, prompts in task["loads"].items()
+    }
     warm_up(engine)
-    found = {}
+    found: dict[str, Any] = {"routed": routed}
     for load, requests in loads.items():
         began, cpu = time.perf_counter(), time.process_time()
         answers = engine.generate(requests)
@@ -350,6 +304,19 @@ def alone(task: dict[str, Any]) -> None:
         }
     engine.close()
     print(json.dumps(found))
+
+
+def mixtures(task: dict[str, Any]) -> dict[str, list[list[tuple[str, float]]]]:
+    """The mixture of each prompt that is routed, by load."""
+    from lorauter import Router
+    from lorauter.defaults import resolve_catalog
+
+    router = Router.load(resolve_catalog(task["settings"].get("catalog", "default")))
+    return {
+        load: [[(one.name, one.weight) for one in decision.adapters] for decision in router.route(prompts)]
+        for load, prompts in task["loads"].items()
+        if "routed" in load
+    }
 
 
 # --- random weights
@@ -364,6 +331,7 @@ def random_pool(shape: str, folder: Path) -> dict[str, Any]:
 
     model, adapters, catalog = folder / "model", folder / "adapters", folder / "catalog"
     random_model(shape, "cuda" if torch.cuda.is_available() else "cpu").save_pretrained(model)
+    told("the model is saved")
     AutoTokenizer.from_pretrained(resolve_model("default")).save_pretrained(model)
     sizes = SHAPES[shape]
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -387,6 +355,7 @@ def random_pool(shape: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "lorauter_cli", "catalog", "build"]
     command += ["--tasks", str(ROOT / "examples" / "tasks"), "--adapters", str(adapters), "--out", str(catalog)]
     subprocess.run(command, check=True)
+    told("its adapters and their catalog are there")
     return {"base_model": str(model), "adapters": str(adapters), "catalog": str(catalog)}
 
 
