@@ -6,7 +6,10 @@ decoding. Needs torch, transformers and safetensors alone. Knows nothing of whic
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from statistics import fmean
@@ -19,23 +22,33 @@ from lorauter.adapters.weights import LoadAdapter, LoraWeights
 from lorauter.catalog.dialogues import Dialogue, check_length, dialogue_of, prompt_of, target_ids
 from lorauter.catalog.scores import Evaluation, Failed, Outcome, Scorer
 from lorauter.defaults import base_model_aliases, resolve_model
-from lorauter.engine.blocks import blocks_of
 from lorauter.engine.engine import MultiLoraEngine
 from lorauter.engine.load import load_decoder, load_engine
+from lorauter.engine.lora_stack import LoraStack, stacked, stacked_bytes
 from lorauter.engine.model import Decoder
-from lorauter.engine.plan import Mixture, Piece, RowStart, StepPlan
-from lorauter.engine.runner import Runner
-from lorauter.engine.scheduler import ActiveSequence
-from lorauter.engine.slots import AdapterSlots, PackedAdapter
+from lorauter.engine.sampling import to_device
+from lorauter.engine.slots import PackedAdapter, pack_weights
+from lorauter.engine.step import StepBatch
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import GenerationRequest, SamplingParams
-from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected, ConfigError, InvalidRequest, TaskError
+from lorauter.engine.whole_step import AdaptedStep
+from lorauter.errors import (
+    AdapterError,
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterUnavailable,
+    ConfigError,
+    InvalidRequest,
+    TaskError,
+)
 from lorauter.tasks import Task
 
 ScoredBy = Literal["metric", "likelihood"]
 
-_LENGTH_STEP = 64  # cache lengths are multiples of it: the model keeps its rotary tables for each length
-_MAX_OUTPUTS = 256  # logits held at once: a vocabulary of 128k takes 128 MiB in float32
+_LENGTH_STEP = 32  # lengths are multiples of it: the model keeps its rotary tables for each length
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+_LOGIT_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits held at once, in float32
+_READERS = 4  # adapters that are read side by side
 
 
 class EngineScorer:
@@ -122,18 +135,18 @@ class EngineScorer:
 class LikelihoodScorer:
     """Scores by the mean log-probability of the target's tokens and of the answer's end, given the prompt.
 
-    The end is any of the tokens that end an answer, their probabilities summed. Whole sequences are packed in forward
-    passes of one adapter each. Adapters that cannot be loaded, do not fit the model, or make its output not finite have
+    The end is any of the tokens that end an answer, their probabilities summed. A pass has whole sequences, each under
+    an adapter of its own. Adapters that cannot be loaded, do not fit the model, or make its output not finite have
     failed.
 
     Args:
-        decoder: the base model; nothing else may run on it meanwhile.
+        decoder: the base model.
         codec: its tokenizer.
-        load_adapter: called once for every adapter of a `score` call.
+        load_adapter: called once for every adapter of a `score` call, from several threads.
         tasks: what evaluations refer to.
-        batch_tokens: in one pass; also bounds its key-value cache. A longer sequence goes alone.
+        batch_tokens: in one pass; a longer sequence goes alone. None takes what suits the device.
         max_rank: the largest adapter rank to take.
-        adapter_bytes: bytes of adapters resident on the device at most.
+        adapter_bytes: bytes of adapters on the device at most.
 
     Raises:
         TaskError: an example does not fit the model's context.
@@ -148,18 +161,19 @@ class LikelihoodScorer:
         load_adapter: LoadAdapter,
         tasks: Sequence[Task],
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         max_rank: int = 128,
         adapter_bytes: int = 1 << 30,
     ) -> None:
         if not codec.eos_ids:
             raise ConfigError("the base model has no token that ends an answer", setting="base_model")
+        place = decoder.device.type
         self._decoder = decoder
         self._load_adapter = load_adapter
-        self._batch_tokens = batch_tokens
-        self._slots = AdapterSlots(
-            decoder.shape, budget_bytes=adapter_bytes, max_rank=max_rank, dtype=decoder.dtype, device=decoder.device
-        )
+        self._batch_tokens = batch_tokens or _BATCH_TOKENS[place]
+        self._outputs = max(1, _LOGIT_BYTES[place] // (4 * decoder.vocabulary))
+        self._max_rank = max_rank
+        self._adapter_bytes = adapter_bytes
         self._ends = torch.tensor(sorted(codec.eos_ids), device=decoder.device)
         self._dialogues: dict[tuple[str, int], Dialogue] = {}
         for task in tasks:
@@ -174,25 +188,51 @@ class LikelihoodScorer:
             TaskError, AdapterUnavailable, StoreError: as `EngineScorer.score`.
         """
         _check_known(evaluations, self._dialogues)
+        by_adapter = dict(_by_adapter(evaluations))
         outcomes: dict[Evaluation, Outcome] = {}
-        for name, own in _by_adapter(evaluations):
-            weights = _loaded(self._load_adapter, name)
-            if isinstance(weights, Failed):
-                outcomes |= dict.fromkeys(own, weights)
+        together: dict[str, PackedAdapter] = {}
+
+        def score_together() -> None:
+            rows = [(i, e) for i, name in enumerate(together) for e in by_adapter[name]]
+            values = self._log_likelihoods(
+                self._stacked(list(together.values())), [(i, (e.task, e.example)) for i, e in rows]
+            )
+            for (_, evaluation), value in zip(rows, values, strict=True):
+                failed = Failed(str(_not_finite(evaluation.adapter)))
+                outcomes[evaluation] = failed if value is None else value
+            together.clear()
+
+        decoder = self._decoder
+        for name, adapter in zip(by_adapter, _ahead(self._packed, by_adapter), strict=True):
+            if isinstance(adapter, Failed):
+                outcomes |= dict.fromkeys(by_adapter[name], adapter)
                 continue
-            try:
-                outcomes |= self._score_adapter(weights, own)
-            except (AdapterError, InvalidRequest) as error:
-                outcomes |= dict.fromkeys(own, Failed(str(error)))
+            all_bytes = stacked_bytes([*together.values(), adapter], decoder.shape, decoder.dtype)
+            if together and all_bytes > self._adapter_bytes:
+                score_together()
+            together[name] = adapter
+        score_together()
         return outcomes
 
-    def _score_adapter(self, weights: LoraWeights, evaluations: Sequence[Evaluation]) -> dict[Evaluation, Outcome]:
-        values = self.score_mixture([(self.pack(weights), 1.0)], [(e.task, e.example) for e in evaluations])
-        return dict(zip(evaluations, values, strict=True))
+    def _stacked(self, adapters: Sequence[PackedAdapter]) -> LoraStack:
+        return stacked(adapters, self._decoder.shape, dtype=self._decoder.dtype, device=self._decoder.device)
+
+    def _packed(self, name: str) -> PackedAdapter | Failed:
+        weights = _loaded(self._load_adapter, name)
+        if isinstance(weights, Failed):
+            return weights
+        try:
+            packed = self.pack(weights)
+            self._check([packed])
+            return packed
+        except (AdapterError, InvalidRequest) as error:
+            return Failed(str(error))
 
     def pack(self, weights: LoraWeights) -> PackedAdapter:
         """An adapter as `score_mixture` takes it. Raises AdapterRejected if it does not fit the model."""
-        return self._slots.pack(weights)
+        decoder = self._decoder
+        pin = decoder.device.type == "cuda"
+        return pack_weights(weights, decoder.shape, decoder.dtype, max_rank=self._max_rank, pin=pin)
 
     def score_mixture(
         self, mixture: Sequence[tuple[PackedAdapter, float]], examples: Sequence[tuple[str, int]]
@@ -204,70 +244,71 @@ class LikelihoodScorer:
             AdapterRejected: they make the model's output not finite.
         """
         adapters = [packed for packed, _ in mixture]
-        weights = tuple((packed.key, weight) for packed, weight in mixture)
-        holder = ActiveSequence([], 0, 0, weights, adapters=adapters)
-        self._slots.check(adapters)
-        self._slots.acquire(holder)
-        try:
-            scores: dict[tuple[str, int], float] = {}
-            for batch in self._batches(examples):
-                values = self._log_likelihoods([self._dialogues[example] for example in batch], weights)
-                if values is None:
-                    names = ", ".join(packed.key[0] for packed in adapters)
-                    raise AdapterRejected("the model's output is not finite under it", adapter=names)
-                scores |= dict(zip(batch, values, strict=True))
-            return [scores[example] for example in examples]
-        finally:
-            self._slots.release(holder)
+        self._check(adapters)
+        stack = self._stacked(adapters).mixed([weight for _, weight in mixture])
+        values = self._log_likelihoods(stack, [(0, example) for example in examples])
+        finite = [value for value in values if value is not None]
+        if len(finite) < len(values):
+            raise _not_finite(", ".join(packed.name for packed in adapters))
+        return finite
 
-    def _batches(self, examples: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-        """The examples in batches that fit one pass, those of about the same length together."""
-        batch: list[tuple[str, int]] = []
+    def _check(self, adapters: Sequence[PackedAdapter]) -> None:
+        total = sum(packed.nbytes for packed in adapters)
+        if total > self._adapter_bytes:
+            raise AdapterUnavailable(
+                f"needs {total} bytes on the device; adapter_bytes is {self._adapter_bytes}",
+                adapter=", ".join(packed.name for packed in adapters),
+            )
+
+    def _log_likelihoods(self, stack: LoraStack, rows: Sequence[tuple[int, tuple[str, int]]]) -> list[float | None]:
+        """Of rows, each the place of an adapter in the stack and an example, the mean log-probability of the target and
+        its end, or None where the model's output is not finite."""
+        found: list[float | None] = [None] * len(rows)
+        for batch in self._batches([self._dialogues[example] for _, example in rows]):
+            dialogues = [self._dialogues[rows[i][1]] for i in batch]
+            for i, value in zip(batch, self._pass(stack, [rows[i][0] for i in batch], dialogues), strict=True):
+                found[i] = value if math.isfinite(value) else None
+        return found
+
+    def _batches(self, dialogues: Sequence[Dialogue]) -> Iterator[list[int]]:
+        """The rows in batches that fit one pass, those of about the same length together."""
+        batch: list[int] = []
         outputs = 0
-        for example in sorted(set(examples), key=lambda e: (len(self._dialogues[e].tokens), e)):
-            dialogue = self._dialogues[example]
-            outputs += dialogue.outputs
-            positions = (len(batch) + 1) * _padded(len(dialogue.tokens))
-            if batch and (positions > self._batch_tokens or outputs > _MAX_OUTPUTS):
+        for i in sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].tokens)):
+            outputs += dialogues[i].outputs
+            positions = (len(batch) + 1) * _padded(len(dialogues[i].tokens))
+            if batch and (positions > self._batch_tokens or outputs > self._outputs):
                 yield batch
-                batch, outputs = [], dialogue.outputs
-            batch.append(example)
+                batch, outputs = [], dialogues[i].outputs
+            batch.append(i)
         if batch:
             yield batch
 
     @torch.inference_mode()
-    def _log_likelihoods(self, dialogues: Sequence[Dialogue], mixture: Mixture) -> list[float] | None:
-        """The mean log-probability of each target and its end, or None if the model's output is not finite."""
+    def _pass(self, stack: LoraStack, adapters: Sequence[int], dialogues: Sequence[Dialogue]) -> list[float]:
+        device = self._decoder.device
+        length = _padded(max(len(dialogue.tokens) for dialogue in dialogues))
+        tokens = torch.zeros(len(dialogues), length, dtype=torch.long)
         outputs: list[int] = []
         wanted: list[int] = []
         ends: list[int] = []  # which of the outputs predict the end
-        starts: list[RowStart] = []
-        pieces: list[Piece] = []
-        blocks: list[tuple[int, int, int]] = []
-        first = 0
         for row, dialogue in enumerate(dialogues):
-            outputs += range(first + dialogue.prompt - 1, first + len(dialogue.tokens))
-            first += len(dialogue.tokens)
+            tokens[row, : len(dialogue.tokens)] = torch.tensor(dialogue.tokens)
+            outputs += range(row * length + dialogue.prompt - 1, row * length + len(dialogue.tokens))
             wanted += [*dialogue.tokens[dialogue.prompt :], 0]
             ends.append(len(wanted) - 1)
-            starts.append(RowStart(row, mixture, SamplingParams(), 0, 0, ()))
-            pieces.append(Piece(row, 0, dialogue.tokens, samples=False))
-            taken = len(blocks) + 1  # block 0 is for padding
-            blocks += [(row, place, taken + place) for place in range(blocks_of(len(dialogue.tokens)))]
-        # A fresh cache: what a broken adapter leaves behind must reach nobody.
-        length = _padded(max(len(dialogue.tokens) for dialogue in dialogues))
-        runner = Runner(self._decoder, self._slots, rows=len(dialogues), blocks=len(blocks), length=length)
-        logits = runner.logits(StepPlan((), starts, blocks, (), pieces), outputs)
-        log_probabilities = logits.float().log_softmax(dim=-1)
 
-        def ids(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=self._decoder.device)
+        def ids(values: Sequence[int] | Tensor) -> Tensor:
+            return to_device(torch.as_tensor(values, dtype=torch.long), device)
 
-        chosen = log_probabilities.gather(1, ids(wanted)[:, None])[:, 0]
-        chosen[ids(ends)] = log_probabilities[ids(ends)][:, self._ends].logsumexp(dim=-1)
-        if not chosen.isfinite().all():
-            return None
-        values = iter(chosen.tolist())
+        positions = torch.arange(length, device=device).repeat(len(dialogues))
+        batch = StepBatch(ids(tokens.view(-1)), positions, positions, 0, (), ids(outputs))
+        step = AdaptedStep(self._decoder, stack, ids(adapters), length)
+        logits = self._decoder.forward(step, batch).float()
+        chosen = logits.gather(1, ids(wanted)[:, None])[:, 0]
+        last = ids(ends)
+        chosen[last] = logits[last][:, self._ends].logsumexp(-1)
+        values = iter((chosen - logits.logsumexp(-1)).tolist())
         return [fmean(next(values) for _ in range(dialogue.outputs)) for dialogue in dialogues]
 
 
@@ -301,6 +342,22 @@ def _loaded(load_adapter: LoadAdapter, name: str) -> LoraWeights | Failed:
         return load_adapter(name)
     except (AdapterRejected, AdapterNotFound, InvalidRequest) as error:
         return Failed(str(error))
+
+
+def _ahead(read: Callable[[str], PackedAdapter | Failed], names: Iterable[str]) -> Iterator[PackedAdapter | Failed]:
+    """What is read of each name, in their order, a few ahead of whoever takes it."""
+    waiting: deque[Future[PackedAdapter | Failed]] = deque()
+    with ThreadPoolExecutor(_READERS) as readers:
+        for name in names:
+            waiting.append(readers.submit(read, name))
+            if len(waiting) > _READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _not_finite(adapter: str) -> AdapterRejected:
+    return AdapterRejected("the model's output is not finite under it", adapter=adapter)
 
 
 def _by_adapter(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, list[Evaluation]]]:

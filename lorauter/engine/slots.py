@@ -128,6 +128,31 @@ def pack(
     return PackedAdapter(key, numbers, parts)
 
 
+def pack_weights(
+    weights: LoraWeights, shape: ModelShape, dtype: torch.dtype, *, max_rank: int, pin: bool
+) -> PackedAdapter:
+    """Check an adapter and lay it out; slow, and done once for each.
+
+    Raises:
+        AdapterRejected: it does not fit the model, or its numbers overflow the model's dtype.
+    """
+    weights.check_fits(shape, max_rank=max_rank)
+    pairs = {}
+    for target, rank in weights.ranks.items():
+        inputs, outputs = shape.linears[target]
+        a = torch.zeros(rank, shape.layers, inputs, dtype=dtype)
+        b = torch.zeros(rank, shape.layers, outputs, dtype=dtype)
+        for layer in range(shape.layers):
+            pair = weights.tensors.get((layer, target))
+            if pair is not None:
+                a[: pair[0].shape[0], layer] = pair[0].to(dtype)
+                b[: pair[1].shape[1], layer] = pair[1].T.to(dtype)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise AdapterRejected(f"has numbers too large for {dtype}", adapter=weights.name)
+        pairs[target] = a, b
+    return pack(weights.key, pairs, dtype, pin=pin)
+
+
 def _whole(size: int) -> int:
     """Elements of a tensor of so many, filled up so that the next one begins where wide loads may."""
     return -(-size // _WIDE) * _WIDE
@@ -208,26 +233,14 @@ class AdapterSlots:
         return sum(aligned(resident.size) for resident in list(self._resident.values())) * self.arena.itemsize
 
     def pack(self, weights: LoraWeights) -> PackedAdapter:
-        """Check an adapter and make it ready for the device; slow, and done once for each.
-
-        Raises:
-            AdapterRejected: it does not fit the model, or its numbers overflow the model's dtype.
-        """
-        weights.check_fits(self.shape, max_rank=self._max_rank)
-        pairs = {}
-        for target, rank in weights.ranks.items():
-            inputs, outputs = self.shape.linears[target]
-            a = torch.zeros(rank, self.shape.layers, inputs, dtype=self.arena.dtype)
-            b = torch.zeros(rank, self.shape.layers, outputs, dtype=self.arena.dtype)
-            for layer in range(self.shape.layers):
-                pair = weights.tensors.get((layer, target))
-                if pair is not None:
-                    a[: pair[0].shape[0], layer] = pair[0].to(a.dtype)
-                    b[: pair[1].shape[1], layer] = pair[1].T.to(b.dtype)
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise AdapterRejected(f"has numbers too large for {a.dtype}", adapter=weights.name)
-            pairs[target] = a, b
-        return pack(weights.key, pairs, self.arena.dtype, pin=self.arena.device.type == "cuda")
+        """See `pack_weights`."""
+        return pack_weights(
+            weights,
+            self.shape,
+            self.arena.dtype,
+            max_rank=self._max_rank,
+            pin=self.arena.device.type == "cuda",
+        )
 
     def check(self, adapters: Sequence[PackedAdapter]) -> None:
         """Raise AdapterUnavailable unless all of these adapters together fit the device."""
