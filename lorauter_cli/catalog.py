@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,8 +77,10 @@ def build(
 
     An adapter serves the task of its own name, or those that --mapping gives it. With --match every adapter meets a
     few examples of every task, and the best of them more and more (successive halving); those of a task's name or
-    mapping meet all of its examples. With --compose tasks without an adapter of their own, whose best one scores under
-    a half, or whose composition is stale, get one that is composed from the others, where it beats their mixture.
+    mapping meet all of its examples. Of more than 64 adapters those that compute the same are tried once, and the
+    targets' likelihood says first which dozen a task is tried with. With --compose tasks without an adapter of their
+    own, whose best one scores under a half, or whose composition is stale, get one that is composed from the others,
+    where it beats their mixture.
     """
     from lorauter.adapters import open_store
     from lorauter.catalog import build_catalog, publish
@@ -257,9 +260,10 @@ def _matched(
     catalog: Catalog, tasks: Sequence[Task], repository: AdapterRepository, by: _By, model: str, file: Path | None
 ) -> Catalog:
     """The catalog with the adapters that matching finds; those that cannot be used are out of it."""
-    from lorauter.catalog import provenance, scoring, with_scores, without_adapters
+    from lorauter.catalog import scoring, with_scores, without_adapters
     from lorauter.catalog.match import MatchConfig, match_adapters
     from lorauter.catalog.scores import ScoreTable
+    from lorauter.catalog.screen import LARGE, screen
     from lorauter.evaluation.answering import adapters_in
 
     if not catalog.adapters:
@@ -268,32 +272,81 @@ def _matched(
         raise ConfigError(f"the folder of {file} is not there", setting="scores")
     table = ScoreTable(file)
     with_scores(catalog, _worth(table, by))  # scores of other tasks are refused before, not after, hours of work
-    if file is not None:
-        with phase("reading the base model's files"):
-            digest = provenance.model_digest(model)
-        made_of = provenance.Provenance(digest, by.value, provenance.task_digests(tasks), catalog.adapters)
-        table.bind(made_of)
     # What was composed of a task's examples is told nothing by its answers to them.
     adapters = {name: version for name, version in catalog.adapters.items() if name not in catalog.composed}
-    config = MatchConfig(
-        candidates={e.name: [a.name for a in e.adapters if a.name in adapters] for e in catalog.entries}
-    )
-    with ExitStack() as stack:
-        with phase("loading the base model"):
-            load = adapters_in(repository, adapters)
-            scorer = stack.enter_context(scoring.open_scorer(by.value, model, load, tasks))
-        what = f"trying {len(adapters)} adapters on {len(tasks)} tasks"
-        progress = stack.enter_context(counting(what, "evaluations are made, up to the end of this round"))
-        matching = match_adapters(
-            tasks, adapters, scorer, config, table, lambda done, left: progress(done, done + left)
-        )
-    for name, reason in matching.failures.items():
+    favoured = {e.name: [a.name for a in e.adapters if a.name in adapters] for e in catalog.entries}
+    load = adapters_in(repository, adapters)
+    failures: dict[str, str] = {}
+    shortlists: Mapping[str, Sequence[str]] | None = None
+    spent = 0
+    if len(adapters) > LARGE:
+        likelihoods = table
+        if by is not _By.likelihood:
+            likelihoods = ScoreTable(file and file.with_suffix(f".likelihood{file.suffix}"))
+        _bind(likelihoods, _By.likelihood, tasks, catalog, model)
+        with ExitStack() as stack:
+            with phase("loading the base model"):
+                seeing = scoring.open_likelihood_scorer(model, load, tasks)
+            what = f"screening {len(adapters)} adapters for {len(tasks)} tasks by likelihood"
+            progress = stack.enter_context(counting(what, "evaluations are made, up to the end of this round"))
+            screened = screen(
+                tasks,
+                adapters,
+                seeing,
+                likelihoods,
+                favoured=favoured,
+                progress=lambda done, left: progress(done, done + left),
+                chunk_size=scoring.chunk_size(),
+            )
+        del seeing  # the device is the engine's
+        failures |= screened.matching.failures
+        shortlists, spent = screened.shortlists, screened.matching.spent
+        if screened.twins:
+            some = ", ".join(f"{name} ({other})" for name, other in [*screened.twins.items()][:3])
+            more = f" and {len(screened.twins) - 3} more" if len(screened.twins) > 3 else ""
+            warn(f"not tried, as they compute the same as another, which is: {some}{more}")
+    if shortlists is None or by is not _By.likelihood:
+        _bind(table, by, tasks, catalog, model)
+        tried = {name: version for name, version in adapters.items() if name not in failures}
+        with ExitStack() as stack:
+            with phase("loading the base model"):
+                scorer = stack.enter_context(scoring.open_scorer(by.value, model, load, tasks))
+            what = f"trying {'the' if shortlists else len(tried)} adapters on {len(tasks)} tasks"
+            progress = stack.enter_context(counting(what, "evaluations are made, up to the end of this round"))
+            config = MatchConfig(
+                candidates={task: [n for n in names if n in tried] for task, names in favoured.items()},
+            )
+            if shortlists is not None:  # all of which are worth all examples
+                config = replace(config, min_candidates=max(1, *map(len, shortlists.values())))
+            matching = match_adapters(
+                tasks,
+                tried,
+                scorer,
+                config,
+                table,
+                lambda done, left: progress(done, done + left),
+                among=shortlists,
+                chunk_size=scoring.chunk_size(),
+            )
+        failures |= matching.failures
+        spent += matching.spent
+    for name, reason in failures.items():
         warn(f"left out: {name}: {reason}")
-    share = matching.spent / matching.exhaustive
-    notify(f"{matching.spent} evaluations, {share:.1%} of the {matching.exhaustive} of every adapter on every example")
-    if len(matching.failures) == len(adapters):
+    exhaustive = len(adapters) * sum(len(task.validation) for task in tasks)
+    notify(f"{spent} evaluations, {spent / exhaustive:.1%} of the {exhaustive} of every adapter on every example")
+    if len(failures) == len(adapters):
         raise ConfigError(f"no adapter can be used on the base model {model!r}; is it theirs?", setting="model")
-    return without_adapters(with_scores(catalog, _worth(table, by)), matching.failures)
+    return without_adapters(with_scores(catalog, _worth(table, by)), failures)
+
+
+def _bind(table: ScoreTable, by: _By, tasks: Sequence[Task], catalog: Catalog, model: str) -> None:
+    """Say what a table's scores are of, where they are kept. Raises CatalogError: they are of something else."""
+    from lorauter.catalog import provenance
+
+    if table.kept:
+        with phase("reading the base model's files"):
+            digest = provenance.model_digest(model)
+        table.bind(provenance.Provenance(digest, by.value, provenance.task_digests(tasks), catalog.adapters))
 
 
 def _worth(table: ScoreTable, by: _By) -> dict[str, dict[str, dict[int, float]]]:

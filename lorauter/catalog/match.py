@@ -19,6 +19,8 @@ from lorauter.catalog.scores import Evaluation, Outcome, Scorer, ScoreTable, sco
 from lorauter.errors import ConfigError, LorauterError
 from lorauter.tasks import Task
 
+_OF_A_DESCENT = 0.25  # of those who stay: variants of one adapter would be all that a task has
+
 
 @dataclass(frozen=True)
 class MatchConfig:
@@ -85,6 +87,9 @@ class Matching:
         examples: `{task: how many validation examples it has}`.
         adapters: names; their order does not matter.
         table: scores there are already.
+        among: `{task: [adapter, ...]}` that it is tried with at all; all where it is not named.
+        kin: `{adapter: the first of its descent}`, as `lorauter.catalog.alike.kin` gives it: a descent has at
+            most a quarter of those that stay, while there are others.
 
     Raises:
         ConfigError: a task has no example, or `config.candidates` names a task or an adapter that is not there.
@@ -96,10 +101,15 @@ class Matching:
         adapters: Sequence[str],
         config: MatchConfig | None = None,
         table: ScoreTable | None = None,
+        *,
+        among: Mapping[str, Collection[str]] | None = None,
+        kin: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config or MatchConfig()
         self.table = ScoreTable() if table is None else table
         self.adapters = sorted(set(adapters))
+        self._among = {task: frozenset(names) for task, names in (among or {}).items()}
+        self._kin = kin or {}
         self._orders: dict[str, list[int]] = {}
         for task, count in sorted(examples.items()):
             if count < 1:
@@ -139,7 +149,7 @@ class Matching:
 
     @property
     def exhaustive(self) -> int:
-        """Evaluations that the whole matrix would take."""
+        """Evaluations that the whole matrix of these adapters would take."""
         return len(self.adapters) * sum(map(len, self._orders.values()))
 
     @property
@@ -169,7 +179,8 @@ class Matching:
         """
         config, order = self.config, self._orders[task]
         rounds: list[tuple[list[str], int, int]] = []
-        alive = [name for name in self.adapters if name not in self.table.failures]
+        among = self._among.get(task)
+        alive = [n for n in self.adapters if n not in self.table.failures and (among is None or n in among)]
         seen, end, places = 0, config.first_examples, len(alive)
         while True:
             # Nobody can leave any more, so there is nothing to stop for.
@@ -181,9 +192,20 @@ class Matching:
                 return rounds, missing
             ranked = self._ranked(task, alive, order[:end])
             places = max(config.min_candidates, int(config.keep * places))
+            ranked = self._few_of_a_descent(ranked, max(1, int(_OF_A_DESCENT * places)))
             favoured = config.candidates.get(task, ())
             alive = ranked[:places] + [name for name in ranked[places:] if name in favoured]
             seen, end = end, 2 * end
+
+    def _few_of_a_descent(self, ranked: Sequence[str], most: int) -> list[str]:
+        """The same order, but all that a descent has over so many behind the others."""
+        count: dict[str, int] = {}
+        first, behind = [], []
+        for name in ranked:
+            of = self._kin.get(name, name)
+            count[of] = count.get(of, 0) + 1
+            (first if count[of] <= most else behind).append(name)
+        return [*first, *behind]
 
     def _ranked(self, task: str, adapters: Iterable[str], examples: Sequence[int]) -> list[str]:
         return sorted(adapters, key=lambda name: (-self.table.mean(name, task, examples), name))
@@ -196,12 +218,18 @@ def match_adapters(
     config: MatchConfig | None = None,
     table: ScoreTable | None = None,
     progress: Callable[[int, int], None] = lambda done, left: None,
+    *,
+    among: Mapping[str, Collection[str]] | None = None,
+    kin: Mapping[str, str] | None = None,
+    chunk_size: int = 256,
 ) -> Matching:
     """Score round after round until every task has its adapters.
 
     Args:
         adapters: names, or `{name: version}`.
-        table: where outcomes go, some hundreds at a time, and what need not be scored again. It is bound to these
+        among, kin: as `Matching`.
+        chunk_size: evaluations made between two writes of the table.
+        table: where outcomes go, chunk by chunk, and what need not be scored again. It is bound to these
             tasks, and to the adapters' versions if they are given; `ScoreTable.bind` says more of what it is of.
         progress: called with the evaluations made so far and those left in this round.
 
@@ -213,9 +241,16 @@ def match_adapters(
         CatalogError: the table's scores are of something else.
         LorauterError: the scorer gives no outcome for an evaluation, or fails as a whole.
     """
-    matching = Matching({task.name: len(task.validation) for task in tasks}, list(adapters), config, table)
+    examples = {task.name: len(task.validation) for task in tasks}
+    matching = Matching(examples, list(adapters), config, table, among=among, kin=kin)
     versions = adapters if isinstance(adapters, Mapping) else {}
     matching.table.bind(Provenance(tasks=task_digests(tasks), adapters=versions))
     while evaluations := matching.next_round():
-        score_all(evaluations, scorer, matching.table, lambda left: progress(matching.spent, left))
+        score_all(
+            evaluations,
+            scorer,
+            matching.table,
+            lambda left: progress(matching.spent, left),
+            chunk_size=chunk_size,
+        )
     return matching

@@ -84,6 +84,11 @@ class ScoreTable:
                 else:
                     raise CatalogError(f"{evaluation} has neither a score nor a failure", uri=str(path))
 
+    @property
+    def kept(self) -> bool:
+        """Whether there is a file."""
+        return self._path is not None
+
     def bind(self, made_of: Provenance) -> None:
         """Say what the scores are of, those that are there and those to come; the file is told by the next `add`.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorauter.adapters.weights import LoadAdapter, LoraWeights
+from lorauter.catalog.alike import Sketch, sketch
 from lorauter.catalog.dialogues import Dialogue, check_length, dialogue_of, prompt_of, target_ids
 from lorauter.catalog.scores import Evaluation, Failed, Outcome, Scorer
 from lorauter.defaults import base_model_aliases, resolve_model
@@ -48,6 +49,7 @@ ScoredBy = Literal["metric", "likelihood"]
 _LENGTH_STEP = 32  # lengths are multiples of it: the model keeps its rotary tables for each length
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 _LOGIT_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits held at once, in float32
+_KEPT_BYTES = 4 << 30  # of adapters in host memory
 _READERS = 4  # adapters that are read side by side
 
 
@@ -142,7 +144,7 @@ class LikelihoodScorer:
     Args:
         decoder: the base model.
         codec: its tokenizer.
-        load_adapter: called once for every adapter of a `score` call, from several threads.
+        load_adapter: called from several threads; what it reads is kept, as far as there is room.
         tasks: what evaluations refer to.
         batch_tokens: in one pass; a longer sequence goes alone. None takes what suits the device.
         max_rank: the largest adapter rank to take.
@@ -174,6 +176,8 @@ class LikelihoodScorer:
         self._outputs = max(1, _LOGIT_BYTES[place] // (4 * decoder.vocabulary))
         self._max_rank = max_rank
         self._adapter_bytes = adapter_bytes
+        self._kept: dict[str, PackedAdapter] = {}
+        self._room = _KEPT_BYTES
         self._ends = torch.tensor(sorted(codec.eos_ids), device=decoder.device)
         self._dialogues: dict[tuple[str, int], Dialogue] = {}
         for task in tasks:
@@ -217,22 +221,39 @@ class LikelihoodScorer:
     def _stacked(self, adapters: Sequence[PackedAdapter]) -> LoraStack:
         return stacked(adapters, self._decoder.shape, dtype=self._decoder.dtype, device=self._decoder.device)
 
+    def look(self, names: Iterable[str]) -> dict[str, Sketch | Failed]:
+        """What there is to see of adapters before they are tried: their sketches, or why they cannot be used.
+
+        Raises:
+            AdapterUnavailable, StoreError: as `score`.
+        """
+        names = list(names)
+        shape = self._decoder.shape
+        return {
+            name: packed if isinstance(packed, Failed) else sketch(packed, shape)
+            for name, packed in zip(names, _ahead(self._packed, names), strict=True)
+        }
+
     def _packed(self, name: str) -> PackedAdapter | Failed:
+        if (kept := self._kept.get(name)) is not None:
+            return kept
         weights = _loaded(self._load_adapter, name)
         if isinstance(weights, Failed):
             return weights
         try:
             packed = self.pack(weights)
             self._check([packed])
-            return packed
         except (AdapterError, InvalidRequest) as error:
             return Failed(str(error))
+        if packed.nbytes <= self._room:
+            self._room -= packed.nbytes
+            self._kept[name] = packed
+        return packed
 
     def pack(self, weights: LoraWeights) -> PackedAdapter:
         """An adapter as `score_mixture` takes it. Raises AdapterRejected if it does not fit the model."""
         decoder = self._decoder
-        pin = decoder.device.type == "cuda"
-        return pack_weights(weights, decoder.shape, decoder.dtype, max_rank=self._max_rank, pin=pin)
+        return pack_weights(weights, decoder.shape, decoder.dtype, max_rank=self._max_rank, pin=False)
 
     def score_mixture(
         self, mixture: Sequence[tuple[PackedAdapter, float]], examples: Sequence[tuple[str, int]]
@@ -334,6 +355,11 @@ def open_likelihood_scorer(model: str, load_adapter: LoadAdapter, tasks: Sequenc
     """The same, by likelihood; there is nothing to close."""
     decoder, codec = load_decoder(resolve_model(model), aliases=base_model_aliases(model))
     return LikelihoodScorer(decoder, codec, load_adapter, tasks)
+
+
+def chunk_size() -> int:
+    """Evaluations that are worth making together where this process computes."""
+    return 4096 if torch.cuda.is_available() else 256
 
 
 def _loaded(load_adapter: LoadAdapter, name: str) -> LoraWeights | Failed:

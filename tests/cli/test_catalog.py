@@ -239,6 +239,32 @@ def test_matching_on_a_model(
 
 
 @pytest.mark.parametrize("by", ["metric", "likelihood"])
+def test_a_large_pool_is_screened_first(
+    match: Cli, pool: Path, make_adapter: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setattr("lorauter.catalog.screen.LARGE", 4)
+    make_adapter(pool, "stranger", base="org/another")
+    make_adapter(pool, "twin", fill=0.25)
+    make_adapter(pool, "zwilling", fill=0.25)
+    file = tmp_path / "scores.jsonl"
+    ran = match("--by", by, "--model", model, "--scores", file)
+    assert ran.code == 0, ran
+    assert "left out: stranger: adapter 'stranger': " in ran.err
+    assert "not tried, as they compute the same as another, which is: zwilling (twin)" in ran.err
+    first = Catalog.load(tmp_path / "out")
+    for task in first.tasks:
+        assert sorted(task.scores) == ["poems", "spare", "sums", "twin"]
+        assert all(0 <= score <= 1 for of in task.scores.values() for score in of.values())
+    assert {"zwilling"} < set(first.adapters) and "stranger" not in first.adapters
+    assert (tmp_path / "scores.likelihood.jsonl").exists() == (by == "metric")
+    for scored in (file, tmp_path / "scores.likelihood.jsonl"):
+        if scored.exists():
+            scored.write_text("".join(scored.read_text().splitlines(keepends=True)[:5]))
+    again = match("--by", by, "--model", model, "--scores", file)
+    assert again.code == 0 and Catalog.load(tmp_path / "out").version == first.version
+
+
+@pytest.mark.parametrize("by", ["metric", "likelihood"])
 def test_an_outage_is_no_adapters_failure(tasks: Path, model: Path, by: Any) -> None:
     for error in (AdapterUnavailable("away", adapter="sums"), StoreUnavailable("away", uri="s3://b")):
 
