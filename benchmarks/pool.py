@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from pool_derived import KINDS, Lora
 from pool_training import SCALING, train, trainings
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lorauter.adapters.peft_config import CONFIG_FILE, TARGETS
 from lorauter.adapters.tensors import PREFIX, module_of

@@ -200,7 +200,8 @@ class Matching:
     def _few_of_a_descent(self, ranked: Sequence[str], most: int) -> list[str]:
         """The same order, but all that a descent has over so many behind the others."""
         count: dict[str, int] = {}
-        first, behind = [], []
+        first: list[str] = []
+        behind: list[str] = []
         for name in ranked:
             of = self._kin.get(name, name)
             count[of] = count.get(of, 0) + 1
