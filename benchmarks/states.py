@@ -1,11 +1,13 @@
 """What hidden states change: known tasks told apart, unknown ones noticed, and how well unseen tasks are answered.
 
     python benchmarks/states.py --tasks DIR --adapters URI --out DIR [--examples 20] [--queries N]
-        [--only a,b] [--test] [--regimes OOD] [--variants] [--latency N]
+        [--only a,b] [--test] [--regimes OOD] [--variants] [--decide] [--latency N]
 
 Every adapter is scored on the first validation examples of every task, which make a catalog with states and one
 without. The other validation examples are asked, to choose settings by; with --test the test queries too, by the
-default alone. --latency times so many texts instead, one at a time. What is in the folder is not made again.
+default alone. With --regimes only answers are made, of these regimes; with --decide no answers, but rows.jsonl, which
+benchmarks/answers.py answers elsewhere. --latency times so many texts instead, one at a time. What is in the folder is
+not made again.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def main() -> None:
     parser.add_argument("--only", help="these tasks alone")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--test", action="store_true")
-    parser.add_argument("--regimes", default=",".join(REGIMES))
+    parser.add_argument("--regimes", help="these alone, and no routing figures, which take longer than all answers")
+    parser.add_argument("--decide", action="store_true", help="write what is to be answered, and end")
     parser.add_argument("--variants", action="store_true", help="try other settings on the validation examples")
     parser.add_argument("--latency", type=int)
     args = parser.parse_args()
@@ -128,8 +131,9 @@ def main() -> None:
     splits = {"validation": [replace(task, test=task.validation[args.examples :]) for task in every]}
     if args.test:
         splits["test"] = every
+    wanted_regimes = list(REGIMES) if args.regimes is None else args.regimes.split(",")
     known = RememberingCatalogs(encoder, states)
-    for split, asked in splits.items():
+    for split, asked in splits.items() if args.regimes is None else ():
         queries = queries_of(asked)
         for name, settings in SETTINGS.items():
             found = evaluate_routing(tasks, queries, known, RoutingConfig(**settings))
@@ -139,11 +143,11 @@ def main() -> None:
     rows = []
     for split in splits:
         methods = {"oracle": None, **{name: RoutingConfig(**settings) for name, settings in SETTINGS.items()}}
-        regimes = [*dict.fromkeys((REGIMES[0], *args.regimes.split(",")))]  # the oracle is asked in the first
+        regimes = [*dict.fromkeys((REGIMES[0], *wanted_regimes))]  # the oracle is asked in the first
         made = [
             row
             for row in decide(every, catalog, encoder, methods, states=states, split=split, regimes=regimes)
-            if row["method"] == "oracle" or row["regime"] in args.regimes.split(",")
+            if row["method"] == "oracle" or row["regime"] in wanted_regimes
         ]
         if args.variants and split == "validation":
             own, logit = retrieve._KINDRED_STATES_LOGIT, 0.0
@@ -154,6 +158,9 @@ def main() -> None:
             retrieve._KINDRED_STATES_LOGIT = own
         rows += [{**row, "split": split, "id": f"{split}/{row['id']}"} for row in made]
         say(f"{len(rows)} rows to answer")
+    if args.decide:
+        (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
     with closing(engine()) as running:
         asked_rows = [DecisionRow.from_json(row, source="row") for row in rows]
         answer(asked_rows, running, load, args.out / "answers.jsonl", progress=lambda d, t: say(f"{d} of {t} answered"))

@@ -25,6 +25,7 @@ from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import ContextLengthExceeded, InvalidRequest
 from lorauter.evaluation.rows import AnswerRow, DecisionRow, Question, check_unique, drop_torn_line, read_answers
 from lorauter.evaluation.token_routers import ROUTERS, TokenRouters
+from lorauter.turns import chat_of
 
 Asked = TypeVar("Asked")
 
@@ -40,7 +41,7 @@ def answer(
     chunk_size: int = 1024,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Answer rows greedily, one user turn each, and append the answers to `output` as they come.
+    """Answer rows greedily, one user turn each after their examples, and append the answers to `output` as they come.
 
     A row whose id has an answer there already is skipped, so a run that was cut off goes on where it stopped. Rows
     that ask the same of the same adapters are answered once. Prompts that leave no room for an answer, and mixtures
@@ -171,7 +172,7 @@ def _answered(
     outcomes: dict[Question, AnswerRow] = {}
     asked: dict[str, list[tuple[Question, tuple[int, ...]]]] = {}
     for question in questions:
-        prompt = engine.codec.chat([{"role": "user", "content": question.input}])
+        prompt = engine.codec.chat(chat_of(question.examples, question.input))
         if len(prompt) >= engine.max_model_len:
             outcomes[question] = _failure(ContextLengthExceeded(len(prompt), engine.max_model_len))
         else:
@@ -226,7 +227,13 @@ def _chunks(questions: Sequence[Question], size: int) -> Iterator[list[Question]
 
 def _place(question: Question) -> tuple[object, ...]:
     """Sorts questions by their adapters, so that few are swapped on the device, and few fused ones held."""
-    return question.mixing, [name for name, _ in question.adapters], question.adapters, question.input
+    return (
+        question.mixing,
+        [name for name, _ in question.adapters],
+        question.adapters,
+        question.examples,
+        question.input,
+    )
 
 
 def _resume(output: Path) -> dict[str, AnswerRow]:

@@ -16,6 +16,7 @@ from typing import Any
 from lorauter.errors import InvalidRequest
 from lorauter.evaluation.regimes import REGIMES
 from lorauter.tasks import METRICS, is_encodable
+from lorauter.turns import ExampleTurns
 
 MIXINGS = ("outputs", "matrices", "arrow", "spectr")
 """Of adapters: their outputs by the weights; their matrices, averaged by the weights; or by every token's own choice
@@ -31,17 +32,22 @@ class Question:
         adapters: names and weights, the heaviest first, none of weight 0; empty means the base model.
         max_tokens: tokens to generate at most.
         mixing: one of MIXINGS.
+        examples: what is shown before the message, the nearest first.
     """
 
     input: str
     adapters: tuple[tuple[str, float], ...]
     max_tokens: int
     mixing: str = "outputs"
+    examples: tuple[ExampleTurns, ...] = ()
 
 
 @dataclass(frozen=True)
 class DecisionRow:
-    """A question with its id: `{"id", "input", "adapters": {name: weight}, "max_tokens", "mixing"?}`."""
+    """A question with its id: `{"id", "input", "adapters": {name: weight}, "max_tokens", "mixing"?, "examples"?}`.
+
+    `examples` are `{"place", "input", "target"}`.
+    """
 
     id: str
     question: Question
@@ -62,7 +68,10 @@ class DecisionRow:
         if mixing not in MIXINGS:
             raise InvalidRequest(f"{source}: mixing is {mixing!r}, not one of {', '.join(MIXINGS)}", param="mixing")
         mixture = sorted(((n, float(w)) for n, w in adapters.items() if w), key=lambda item: (-item[1], item[0]))
-        return cls(row_id, Question(str(text), tuple(mixture), max_tokens, mixing if mixture else "outputs"))
+        examples = _examples(data.get("examples", []), source=source)
+        if examples and mixing != "outputs":
+            raise InvalidRequest(f"{source}: mixing {mixing!r} knows no examples; leave them out", param="examples")
+        return cls(row_id, Question(str(text), tuple(mixture), max_tokens, mixing if mixture else "outputs", examples))
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,20 @@ def check_unique(ids: Iterable[str]) -> None:
         if row_id in seen:
             raise InvalidRequest(f"two rows have the id {row_id!r}; give each its own", param="id")
         seen.add(row_id)
+
+
+def _examples(given: object, *, source: str) -> tuple[ExampleTurns, ...]:
+    if not isinstance(given, list):
+        raise InvalidRequest(f"{source}: examples must be a list, got {type(given).__name__}", param="examples")
+    examples = []
+    for one in given:
+        place = one.get("place") if isinstance(one, Mapping) else None
+        if not isinstance(place, int) or isinstance(place, bool):
+            needed = 'examples are {"place": number, "input", "target"}'
+            raise InvalidRequest(f"{source}: {needed}, got {one!r}", param="examples")
+        asked, answered = (_string(one, key, source=f"{source}, examples") for key in ("input", "target"))
+        examples.append(ExampleTurns(place, asked, answered))
+    return tuple(examples)
 
 
 def _string(data: Mapping[str, Any], key: str, *, source: str) -> str:

@@ -15,6 +15,7 @@ from lorauter.errors import AdapterNotFound, InvalidRequest
 from lorauter.evaluation import answering
 from lorauter.evaluation.answering import adapters_in, answer, fused
 from lorauter.evaluation.rows import DecisionRow, Question, read_answers
+from lorauter.turns import ExampleTurns
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -32,8 +33,8 @@ def output(tmp_path):
     return tmp_path / "out" / "answers.jsonl"
 
 
-def row(row_id, text="hello", adapters=(), max_tokens=6, mixing="outputs") -> DecisionRow:
-    return DecisionRow(row_id, Question(text, tuple(adapters), max_tokens, mixing))
+def row(row_id, text="hello", adapters=(), max_tokens=6, mixing="outputs", examples=()) -> DecisionRow:
+    return DecisionRow(row_id, Question(text, tuple(adapters), max_tokens, mixing, tuple(examples)))
 
 
 def expected(engine, text, adapters=(), max_tokens=6):
@@ -52,6 +53,7 @@ ROWS = [
     row("two", adapters=[("b", 0.7), ("a", 0.3)]),
     row("fused", adapters=[("b", 0.7), ("a", 0.3)], mixing="matrices"),
     row("other", "a film", [("c", 1.5)], max_tokens=9),
+    row("shown", "hi", [("a", 1.0)], examples=[ExampleTurns(7, "q7", "a7"), ExampleTurns(2, "q2", "a2")]),
 ]
 
 
@@ -66,13 +68,14 @@ def test_each_row_is_answered_under_its_own_adapters(engine, load, output, chunk
         "two": expected(engine, "hello", [(a, 0.3), (b, 0.7)]),
         "fused": expected(engine, "hello", [(fused([(a, 0.3), (b, 0.7)]), 1.0)]),
         "other": expected(engine, "a film", [(c, 1.5)], max_tokens=9),
+        "shown": expected(engine, "q2>a2>q7>a7>hi", [(a, 1.0)]),  # by their places, whichever is the nearest
     }
     answers = read_answers(output)
     assert {row_id: a.answer for row_id, a in answers.items()} == {row_id: r.text for row_id, r in right.items()}
     assert {a.answer for a in answers.values()} == {r.text for r in right.values()}
     assert len({a.answer for a in answers.values()}) == len(ROWS), "the adapters make no difference"
     assert (answers["other"].finish_reason, answers["other"].completion_tokens) == ("length", 9)
-    assert seen[0] == (0, 5) and seen[-1] == (5, 5) and len(seen) == 1 + -(-5 // chunk_size)
+    assert seen[0] == (0, 6) and seen[-1] == (6, 6) and len(seen) == 1 + -(-6 // chunk_size)
 
 
 def test_the_same_question_is_asked_once(engine, load, output) -> None:
@@ -100,13 +103,13 @@ def test_a_run_goes_on_where_it_was_cut_off(engine, load, output) -> None:
     seen = []
     again = row("again", *vars(next(r for r in ROWS if r.id == kept[0]).question).values())
     answer([*ROWS, again], engine, load, output, progress=lambda *counts: seen.append(counts))
-    assert asked(engine) == 3, "neither what is answered nor what asks the same is asked again"
+    assert asked(engine) == 4, "neither what is answered nor what asks the same is asked again"
     assert output.read_bytes().startswith(b"".join(lines[:2]))
-    assert len(output.read_bytes().splitlines()) == 6
+    assert len(output.read_bytes().splitlines()) == 7
     answers = read_answers(output)
     assert answers.pop("again").answer == whole[kept[0]].answer
     assert answers == whole
-    assert seen == [(3, 6), (6, 6)]
+    assert seen == [(3, 7), (7, 7)]
     before, engine.calls = output.read_bytes(), []
     answer([*ROWS, again], engine, load, output)
     assert asked(engine) == 0 and output.read_bytes() == before

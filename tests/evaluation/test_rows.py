@@ -14,6 +14,7 @@ from lorauter.evaluation.rows import (
     read_decisions,
     read_scored,
 )
+from lorauter.turns import ExampleTurns
 
 DECISION = {"id": "1", "input": "hello", "adapters": {"a": 0.25, "b": 0.75, "c": 0}, "max_tokens": 5}
 SCORED = {"method": "m", "regime": "OOD", "task": "t", "domain": "d", "metric": "em", "target": "x"}
@@ -22,14 +23,19 @@ SCORED = {"method": "m", "regime": "OOD", "task": "t", "domain": "d", "metric": 
 def test_one_file_serves_the_answering_and_the_scoring(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(
-        json.dumps(DECISION | SCORED) + "\n\n" + json.dumps(DECISION | SCORED | {"id": "2", "mixing": "spectr"})
+        json.dumps(DECISION | SCORED)
+        + "\n\n"
+        + json.dumps(DECISION | SCORED | {"id": "2", "mixing": "spectr"})
+        + "\n"
+        + json.dumps(DECISION | SCORED | {"id": "3", "examples": [{"place": 4, "input": "q", "target": "a"}]})
     )
     mixture = (("b", 0.75), ("a", 0.25))
     assert read_decisions(path) == [
         DecisionRow("1", Question("hello", mixture, 5)),
         DecisionRow("2", Question("hello", mixture, 5, "spectr")),
+        DecisionRow("3", Question("hello", mixture, 5, examples=(ExampleTurns(4, "q", "a"),))),
     ]
-    assert read_scored(path) == [ScoredRow(id=row_id, **SCORED) for row_id in ("1", "2")]
+    assert read_scored(path) == [ScoredRow(id=row_id, **SCORED) for row_id in ("1", "2", "3")]
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
@@ -55,6 +61,10 @@ def test_mixing_nothing_is_asking_the_base_model(mixing, adapters) -> None:
         ({"mixing": True}, "mixing"),
         ({"mixing": ["arrow"]}, "mixing"),
         ({"mixing": None}, "mixing"),
+        ({"examples": {}}, "examples"),
+        ({"examples": [["q", "a"]]}, "examples"),
+        ({"examples": [{"place": True, "input": "q", "target": "a"}]}, "examples"),
+        ({"examples": [{"place": 0, "input": "q", "target": "a"}], "mixing": "arrow"}, "examples"),
         ({"regime": "ood"}, "regime"),
         ({"metric": "f1"}, "metric"),
         ({"target": 1}, "target"),
