@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from lorauter.engine.types import Chunk, Prompt, SamplingParams
 from lorauter.routing.compose import AdapterWeight, LeftOut
 from lorauter.tools.formats import FormatName
+from lorauter.turns import ExampleTurns
 
 
 class Choice(NamedTuple):
@@ -33,6 +34,8 @@ class GenerateCall:
         whole: nobody reads the answer before its end.
         tells_prompt: the prompt's tokens are wanted too.
         tells_tiers: where the adapters were is wanted too.
+        examples: what goes before the prompt, as far as there is room, the nearest first.
+        unshown: the adapters in place of its own, if there is room for none.
     """
 
     prompt: Prompt
@@ -46,6 +49,8 @@ class GenerateCall:
     whole: bool = False
     tells_prompt: bool = False
     tells_tiers: bool = False
+    examples: tuple[ExampleTurns, ...] = ()
+    unshown: tuple[AdapterWeight, ...] = ()
 
     @property
     def resumed(self) -> bool:
@@ -60,7 +65,8 @@ class Admitted:
     `left_out` are those of the call's adapters that the answer goes on without, `cached_tokens` the prompt's tokens
     that were found computed, `prompt` their ids and texts, if they are wanted. `tool_format` is how calls are written
     in the answer, if it may have any. `tiers` says of each adapter where it was, if that is wanted; `fetched_s` and
-    `waited_s` how long it took until the adapters were here, and then until the engine began.
+    `waited_s` how long it took until the adapters were here, and then until the engine began. `examples` is how many
+    went before the prompt.
     """
 
     prompt_tokens: int
@@ -71,6 +77,7 @@ class Admitted:
     tiers: tuple[tuple[str, str], ...] = ()
     fetched_s: float = field(default=0.0, compare=False)
     waited_s: float = field(default=0.0, compare=False)
+    examples: int = 0
 
 
 @dataclass(frozen=True)

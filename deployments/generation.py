@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +32,7 @@ from deployments.openai_answers import error_answer
 from deployments.openai_types import ChatBody, CompletionBody
 from deployments.options import reword
 from deployments.scope import ScopedOptions, visible
+from deployments.shown import suited
 from deployments.streams import EventStream
 from deployments.telling import Telling, likelihood
 from deployments.timing import Timing
@@ -156,11 +158,14 @@ class Generation:
                     whole=not body.stream,
                     tells_prompt=Telling.wants_prompt(body),
                     tells_tiers=body.lorauter.timings,
+                    examples=decision.examples,
+                    unshown=decision.unshown,
                 )
                 return meter.metered(self._counted(call), sizes[place])
 
             async with room:
-                return await self._admit(body, texts[place : place + 1], caller, decisions[place], ask)
+                suits = partial(suited, prompt=prompts[place], sampling=sampling)
+                return await self._admit(body, texts[place : place + 1], caller, decisions[place], suits, ask)
 
         try:
             begun = await _all([begin(place) for place in range(len(prompts))])
@@ -268,7 +273,13 @@ class Generation:
         return [RoutingDecision(None, (), mixture)] * prompts
 
     async def _admit(
-        self, body: GeneratingBody, text: Sequence[str], caller: Caller, decision: RoutingDecision, ask: _Ask
+        self,
+        body: GeneratingBody,
+        text: Sequence[str],
+        caller: Caller,
+        decision: RoutingDecision,
+        suits: Callable[[RoutingDecision], RoutingDecision],
+        ask: _Ask,
     ) -> _Begun:
         """The decision in the end, and the answer as it comes; until it is admitted an error can still have its own
         status.
@@ -285,7 +296,8 @@ class Generation:
                 [decision] = await self._decide(body.model_copy(update={"lorauter": routed}), text, 1, caller)
                 decision = replace(decision, left_out=tuple(left_out))
             if attempt == _DECISIONS:
-                decision = replace(decision, adapters=())
+                decision = replace(decision, adapters=(), unshown=())
+            decision = suits(decision)
             stream = ask(decision)
             try:
                 admitted = await anext(stream)
@@ -298,7 +310,7 @@ class Generation:
                 left_out += [LeftOut(adapter.name, adapter.version, cause) for adapter in decision.adapters]
                 continue
             assert isinstance(admitted, Admitted)
-            decision = decision.without(admitted.left_out)
+            decision = decision.with_examples(admitted.examples, "no_room").without(admitted.left_out)
             return _Begun(decision, admitted, stream, Timing(decision.seconds, admitted))
         raise AssertionError("unreachable: the base model alone lacks no adapter")
 

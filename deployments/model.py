@@ -8,7 +8,8 @@ import os
 import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -38,6 +39,7 @@ from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing.compose import LeftOut, cause_of, without
+from lorauter.turns import ExampleTurns, encoded
 
 logger = logging.getLogger("lorauter.model")
 
@@ -128,21 +130,29 @@ class LoraModel:
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's tokens. Raises InvalidRequest."""
-        return await self._encode(prompt)
+        ids, _ = await self._encode(prompt)
+        return ids
 
     async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of tokens. Raises InvalidRequest."""
         decode = self._engine.codec.decode
         return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
 
-    async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        encode = self._engine.codec.encode
-        return encode(prompt) if prompt.characters < _SHORT else await asyncio.to_thread(encode, prompt)
+    async def _encode(
+        self, prompt: Prompt, examples: Sequence[ExampleTurns] = (), max_tokens: int = 0
+    ) -> tuple[tuple[int, ...], int]:
+        """A prompt's tokens, and how many examples are among them."""
+        how = partial(encoded, context=self._engine.max_model_len, max_tokens=max_tokens)
+        if prompt.characters + sum(len(e.input) + len(e.target) for e in examples) < _SHORT:
+            return how(self._engine.codec.encode, prompt, examples)
+        return await asyncio.to_thread(how, self._engine.codec.encode, prompt, examples)
 
     async def _answer(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk]:
-        prompt = await self._encode(call.prompt)
+        prompt, shown = await self._encode(call.prompt, call.examples, call.sampling.max_tokens)
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
+        if call.examples and not shown:
+            call = replace(call, adapters=call.adapters or call.unshown)
         before, started = self._tiers(call), time.monotonic()
         mixture, left_out = await self._mixture(call)
         fetched_s = time.monotonic() - started
@@ -187,6 +197,7 @@ class LoraModel:
                             tiers,
                             fetched_s,
                             chunk.waited_s,
+                            shown,
                         )
                         yield Begun(admitted, chunk)
             finally:

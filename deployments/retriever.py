@@ -173,6 +173,7 @@ class TaskRetriever:
                 "description": entry.description,
                 "validation_examples": entry.examples,
                 "answers": entry.answers,
+                **({} if entry.shown is None else {"shown": entry.shown.helps()}),
                 "adapters": [{**vars(adapter), **marks.get(adapter.name, {})} for adapter in entry.adapters],
             }
             for entry in catalog.entries

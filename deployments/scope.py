@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,6 +60,13 @@ class ScopedOptions(RoutingOptions):
     def allows(self, adapter: str) -> bool:
         """Whether an adapter may be used."""
         return permits(self.permitted, adapter) and super().allows(adapter)
+
+    def may_show(self, declared: Collection[str]) -> bool:
+        """Whether the examples of a task may be shown: one of the adapters that were made for it has to be the
+        caller's, or the task's name where there is none. One that was merely tried on it lets the caller be routed to
+        it, no more.
+        """
+        return not is_hidden(declared, self.permitted)
 
     @property
     def adapters_key(self) -> Hashable:

@@ -61,7 +61,11 @@ def build(
         _By, typer.Option(help="What is tried: the task's metric on an answer, or the target's likelihood (faster).")
     ] = _By.metric,
     scores: Annotated[
-        Path | None, typer.Option(help="JSON lines that keep the scores; a run that was cut off goes on from them.")
+        Path | None,
+        typer.Option(
+            help="JSON lines that keep the scores, and beside them (.examples) the answers of --examples; a run that "
+            "was cut off goes on from them."
+        ),
     ] = None,
     compose: Annotated[
         bool,
@@ -69,6 +73,14 @@ def build(
             "--compose", help="Compose adapters for tasks that have none or a poor one, and push them to the store."
         ),
     ] = False,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            help="Find out which tasks are answered better after so many of their examples, for routing.examples.",
+            min=1,
+            max=16,
+        ),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="The base model to try on: a folder, an id, a store's URI, or 'default'.")
     ] = (DEFAULT),
@@ -80,7 +92,8 @@ def build(
     mapping meet all of its examples. Of more than 64 adapters those that compute the same are tried once, and the
     targets' likelihood says first which dozen a task is tried with. With --compose tasks without an adapter of their
     own, whose best one scores under a half, or whose composition is stale, get one that is composed from the others,
-    where it beats their mixture.
+    where it beats their mixture. With --examples each task's examples are asked after the nearest of the others, by
+    the mixture and by the base model alone, and what that gains is in the catalog.
     """
     from lorauter.adapters import open_store
     from lorauter.catalog import build_catalog, publish
@@ -90,8 +103,10 @@ def build(
 
     if match and adapters is None:
         raise ConfigError("--match needs adapters to try; name their store with --adapters", setting="adapters")
-    if scores is not None and not match:
-        raise ConfigError("--scores is of use only with --match", setting="scores")
+    if scores is not None and not match and examples is None:
+        raise ConfigError("--scores is of use only with --match or --examples", setting="scores")
+    if scores is not None and not scores.absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {scores} is not there", setting="scores")
     if compose and adapters is None:
         raise ConfigError("--compose needs adapters to compose from; name their store with --adapters")
     target = adapters_to_write(adapters) if compose and adapters else None
@@ -118,6 +133,10 @@ def build(
         catalog = _matched(catalog, found, repository, by, model, scores)
     if target is not None:
         catalog = _composed(catalog, target, model)
+    if examples is not None:
+        from lorauter_cli.examples import asked_after_examples
+
+        catalog = asked_after_examples(catalog, target or repository, model, examples, scores)
     _tell_stale(catalog)
     with phase("publishing the catalog"):
         version = publish(catalog, out, over=over)
@@ -268,8 +287,6 @@ def _matched(
 
     if not catalog.adapters:
         raise ConfigError(f"there is no adapter in {repository.store.uri}", setting="adapters")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {file} is not there", setting="scores")
     table = ScoreTable(file)
     with_scores(catalog, _worth(table, by))  # scores of other tasks are refused before, not after, hours of work
     # What was composed of a task's examples is told nothing by its answers to them.

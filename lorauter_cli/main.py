@@ -54,7 +54,7 @@ app.command()(batch)
 app.command()(doctor)
 
 _BATCH = 256
-_DECIDED = ("tasks", "adapters", "confidence", "constrained", "by_states")
+_DECIDED = ("tasks", "adapters", "confidence", "constrained", "shown", "by_states")
 
 _Encoder = Annotated[str, typer.Option(help="Sentence encoder: a folder, an id, a store's URI, or 'default'.")]
 
@@ -180,16 +180,20 @@ def route(
     top_k: Annotated[int | None, typer.Option(help="Adapters in a mixture, at most.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Divides utilities before the softmax.")] = None,
     num_tasks: Annotated[int, typer.Option(help="Tasks to report for each row.")] = 10,
+    examples: Annotated[
+        int | None, typer.Option(help="Examples of the likeliest task to show before a query, at most.")
+    ] = None,
 ) -> None:
     """Decide tasks and adapters for every row of a file, and generate nothing.
 
-    A row may carry its own top_k, temperature, exclude_tasks, exclude_adapters, allow_adapters and constrain, which
-    adds `constrained`; what else it carries is kept. The output appears whole, or not at all.
+    A row may carry its own top_k, temperature, exclude_tasks, exclude_adapters, allow_adapters, constrain, which adds
+    `constrained`, and examples, which adds `shown`; what else it carries is kept. The output appears whole, or not at
+    all.
     """
     from lorauter.routing import Router, RoutingConfig, RoutingOptions
 
     try:
-        given = {"top_k": top_k, "temperature": temperature, "num_tasks": num_tasks}
+        given = {"top_k": top_k, "temperature": temperature, "num_tasks": num_tasks, "examples": examples}
         config = RoutingConfig.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise ConfigError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error

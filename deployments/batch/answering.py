@@ -14,7 +14,8 @@ from deployments.batch.rows import Work, decision_columns, described, read_reque
 from deployments.forms import held_to
 from deployments.host_adapters import HostAdapters
 from deployments.openai_answers import error_answer
-from lorauter.engine import GenerationRequest
+from deployments.shown import suited
+from lorauter.engine import GenerationRequest, SamplingParams
 from lorauter.engine.engine import Engine
 from lorauter.engine.feed import Outcome, feed
 from lorauter.engine.messages import Adapter
@@ -22,6 +23,7 @@ from lorauter.errors import AdapterRejected, AdapterUnavailable, InvalidRequest,
 from lorauter.names import AdapterKey
 from lorauter.routing import LeftOut, RoutingDecision
 from lorauter.routing.compose import cause_of
+from lorauter.turns import encoded
 
 _AHEAD = 256  # requests that are ready before the engine takes them: what a shard holds of adapters at most
 _TOGETHER = 64  # rows whose adapters are fetched at once
@@ -31,6 +33,7 @@ _ANSWERED = ("left_out", "answer", "finish_reason", "prompt_tokens", "completion
 T = TypeVar("T")
 Ready = tuple[GenerationRequest, int] | Exception
 Fetched = Adapter | Exception
+Asked = tuple[SamplingParams, tuple[int, ...]] | Exception
 
 
 class Answering:
@@ -108,6 +111,7 @@ class Answering:
         try:
             for start in range(0, len(work.order), _TOGETHER):
                 places = work.order[start : start + _TOGETHER]
+                asked = {place: self._read(work, place) for place in places}
                 keys = {
                     adapter.key
                     for place in places
@@ -116,35 +120,54 @@ class Answering:
                 }
                 fetched = self._wait(self._fetch_all(sorted(keys)))
                 for place in places:
-                    put(self._request(work, place, fetched))
+                    put(self._request(work, place, asked[place], fetched))
         except BaseException as error:  # noqa: BLE001 (a thread's last word: else the engine would wait for ever)
             put(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         put(None)
 
-    def _request(self, work: Work, place: int, fetched: dict[AdapterKey, Fetched]) -> Ready:
+    def _read(self, work: Work, place: int) -> Asked:
+        """How a row is answered, and its prompt's tokens, after the examples that there is room for."""
+        decision = work.decisions[place]
+        if isinstance(decision, Exception):
+            return decision
+        try:
+            request = read_request(work.rows[place], self._config)
+            decision = suited(decision, request.prompt, request.sampling)
+            prompt, shown = encoded(
+                self._engine.codec.encode,
+                request.prompt,
+                decision.examples,
+                context=self._engine.max_model_len,
+                max_tokens=request.sampling.max_tokens,
+            )
+            if not prompt:
+                raise InvalidRequest("the prompt has no tokens", param="prompt")
+        except Exception as error:  # noqa: BLE001 (this row's trouble alone)
+            return error.with_traceback(None)
+        work.decisions[place] = decision.with_examples(shown, "no_room")
+        return request.sampling, prompt
+
+    def _request(self, work: Work, place: int, asked: Asked, fetched: dict[AdapterKey, Fetched]) -> Ready:
         """A row's request. Where it was routed, its mixture goes on without broken adapters, if anything is left.
 
         Those that are gone, or cannot be fetched, make the row an error: started again, the job would answer otherwise.
         """
         decision = work.decisions[place]
-        if isinstance(decision, Exception):
-            return decision
+        if isinstance(asked, Exception) or isinstance(decision, Exception):
+            return asked if isinstance(asked, Exception) else decision  # type: ignore[return-value]
         broken = {a.key: e for a in decision.adapters if isinstance(e := fetched[a.key], AdapterRejected)}
         if decision.routed and len(broken) < len(decision.adapters):
             left_out = [LeftOut(*key, cause_of(error)) for key, error in broken.items()]
             decision = work.decisions[place] = decision.without(left_out)
+        sampling, prompt = asked
         try:
-            request = read_request(work.rows[place], self._config)
-            prompt = self._engine.codec.encode(request.prompt)
-            if not prompt:
-                raise InvalidRequest("the prompt has no tokens", param="prompt")
             mixture = []
             for adapter in decision.adapters:
                 packed = fetched[adapter.key]
                 if isinstance(packed, Exception):
                     raise packed
                 mixture.append((packed, adapter.weight))
-            return GenerationRequest(prompt, tuple(mixture), held_to(request.sampling, decision)), len(prompt)
+            return GenerationRequest(prompt, tuple(mixture), held_to(sampling, decision)), len(prompt)
         except Exception as error:  # noqa: BLE001 (this row's trouble alone)
             return error.with_traceback(None)
 

@@ -36,11 +36,13 @@ _MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 _TASK = pa.struct([("name", pa.string()), ("score", pa.float64()), ("probability", pa.float64())])
 _ADAPTER = pa.struct([("name", pa.string()), ("version", pa.string()), ("weight", pa.float64())])
 _LEFT_OUT = pa.struct([("name", pa.string()), ("version", pa.string()), ("cause", pa.string())])
+_SHOWN = pa.struct([("task", pa.string()), ("places", pa.list_(pa.int64())), ("by", pa.string()), ("why", pa.string())])
 _DECISION = [
     ("tasks", pa.list_(_TASK)),
     ("adapters", pa.list_(_ADAPTER)),
     ("confidence", pa.float64()),
     ("constrained", pa.string()),
+    ("shown", _SHOWN),
 ]
 _ANSWER = [
     ("answer", pa.string()),

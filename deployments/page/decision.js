@@ -10,6 +10,16 @@ const TIERS = {
   peer: "It came from another node.",
   store: "It came from the store.",
 };
+const UNSHOWN = {
+  unsure: "it is not certain enough which task it is of",
+  not_yours: "the key has no adapter that was made for the task",
+  unchecked: "nobody has found out whether they help this task",
+  no_help: "they do not help this task",
+  too_long: "they take too many tokens",
+  no_room: "the context has no room for them",
+  not_one_turn: "it is more than one question",
+  held: "the answer is held to a form of its own",
+};
 const FEW = 5;
 const SHARP = 0.95;
 
@@ -18,6 +28,7 @@ export function verdict(decision, model) {
   const [heaviest] = decision.adapters;
   if (model === "base") return ["base", "The base model alone, as it was asked for."];
   if (decision.confidence === null) return ["by hand", "The adapters were named, and nothing was routed."];
+  if (!heaviest && decision.shown?.task) return ["by example", "The base model alone answers this task best after examples of it."];
   if (!heaviest) return ["fell back", "It fits no known task: the base model answers alone."];
   if (heaviest.weight >= SHARP) return ["sharp", "It is clear which adapter to use."];
   return ["soft", `A mixture of ${decision.adapters.length} adapters: no one of them is clearly the one to use.`];
@@ -38,9 +49,16 @@ export function decisionView(decision, model, { compact = false } = {}) {
   if (!compact) parts.push(h("p", { class: "hint" }, why));
   if (decision.tasks.length) parts.push(h("h3", {}, "Likeliest tasks"), taskBars(decision.tasks, compact ? 3 : FEW));
   if (decision.adapters.length) parts.push(h("h3", {}, "Mixture"), adapterBars(decision.adapters));
+  if (decision.shown) parts.push(h("p", { class: "hint", "data-shown": decision.shown.places.length }, shownLine(decision.shown)));
   for (const left of decision.left_out || [])
     parts.push(h("p", { class: "error" }, `${left.name} is left out: ${left.cause.replace("_", " ")}`));
   return h("div", { class: "decision" }, ...parts);
+}
+
+/** Which examples went before the question, or why none did. */
+function shownLine({ task, places, why }) {
+  if (why) return `No examples went before it: ${UNSHOWN[why] || why}.`;
+  return `${places.length} examples of ${task} went before it: ${places.map((place) => `#${place + 1}`).join(", ")}.`;
 }
 
 function taskBars(tasks, few) {

@@ -20,6 +20,7 @@ from lorauter.adapters.repository import AdapterRepository, Report
 from lorauter.catalog.catalog import PROBE_TEXT, Catalog
 from lorauter.catalog.pool import Pool, read_pool
 from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Segment, TaskRow, runs
+from lorauter.catalog.shown import ShownExamples
 from lorauter.catalog.utility import Scores, shrunken_scores, worths
 from lorauter.catalog.whitening import StatesOf
 from lorauter.encoder import Encoder, normalised
@@ -97,6 +98,7 @@ class Draft(NamedTuple):
         scores: as `build_catalog` takes them.
         examples: as `embed` gives them.
         ahead, behind: what was composed for it, as `composed_for` gives it.
+        shown: what its examples do before a query, if that was found out.
     """
 
     task: Task
@@ -105,6 +107,7 @@ class Draft(NamedTuple):
     examples: Examples
     ahead: tuple[str, ...] = ()
     behind: tuple[str, ...] = ()
+    shown: ShownExamples | None = None
 
 
 def make_segment(drafts: Sequence[Draft], adapters: Container[str]) -> Segment:
@@ -203,7 +206,8 @@ def _entry(draft: Draft, scores: dict[str, dict[int, float]], values: Mapping[st
         order = sorted(range(len(found)), key=lambda i: (-worth[i], found[i].name))[:MAX_RANKED]
         ranked = tuple(found[i] for i in order)
     ahead, behind = (tuple(map(RankedAdapter, names)) for names in (draft.ahead, draft.behind))
-    return CatalogTask(draft.task, (*ahead, *ranked, *behind), scores, (*draft.ahead, *declared, *draft.behind))
+    of = (*draft.ahead, *declared, *draft.behind)
+    return CatalogTask(draft.task, (*ahead, *ranked, *behind), scores, of, draft.shown)
 
 
 def _assign(tasks: Sequence[Task], pool: Pool, mapping: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

@@ -16,6 +16,7 @@ from lorauter.catalog.build import Draft, composed_for, embed, logger, make_segm
 from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.pool import Pool, read_pool
 from lorauter.catalog.segments import Examples, runs
+from lorauter.catalog.shown import ShownExamples
 from lorauter.catalog.utility import Scores
 from lorauter.encoder import Encoder
 from lorauter.errors import CatalogError, ConfigError
@@ -131,6 +132,21 @@ def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
     return _changed(catalog, added=scores)
 
 
+def with_shown(catalog: Catalog, shown: Mapping[str, ShownExamples]) -> Catalog:
+    """Say of tasks what their examples do before a query; of others stays what was said.
+
+    Raises:
+        ConfigError: a task is not there, or it is said of another number of examples than it has.
+    """
+    _check_there(shown, catalog.names, "task")
+    for name, of in shown.items():
+        place = catalog.place(name)
+        assert place is not None
+        if len(of.tokens) != (has := catalog.entries[place].examples):
+            raise ConfigError(f"task {name!r} has {has} examples, and {len(of.tokens)} were shown", setting="shown")
+    return _changed(catalog, shown=shown)
+
+
 def _reader(catalog: Catalog, states: StateModel | None) -> StateModel | None:
     """What reads examples that come. Raises CatalogError: not what has read those that are there."""
     if catalog.states is None:
@@ -160,19 +176,20 @@ def _changed(
     gone: Collection[str] = (),
     pool: Pool | None = None,
     added: Mapping[str, Scores] | None = None,
+    shown: Mapping[str, ShownExamples] | None = None,
 ) -> Catalog:
     """The catalog with some of it replaced: tasks, adapters with their base model; and with scores added."""
-    put, added = put or {}, added or {}
+    put, added, shown = put or {}, added or {}, shown or {}
     pool = pool or _pool(catalog)
     adapters = pool.versions
     renewed = {name for name, version in adapters.items() if catalog.adapters.get(name) != version}
     left = catalog.adapters.keys() - adapters.keys()
-    touched = {*put, *added, *left, *(renewed - catalog.adapters.keys())}  # adapters, as tasks of their names
+    touched = {*put, *added, *shown, *left, *(renewed - catalog.adapters.keys())}  # adapters, as tasks of their names
     # And tasks for which something was composed, or is no more.
     touched |= {of.task for name, of in pool.composed.items() if catalog.composed.get(name) != of}
     touched |= {of.task for name, of in catalog.composed.items() if pool.composed.get(name) != of}
     names = sorted((set(catalog.names) - set(gone)) | put.keys())
-    known = {segment.names: segment for segment in catalog.segments if left.isdisjoint(segment.adapters)}
+    there = {segment.names: segment for segment in catalog.segments if left.isdisjoint(segment.adapters)}
 
     def draft(name: str) -> Draft:
         place = catalog.place(name)
@@ -186,15 +203,17 @@ def _changed(
                 assigned = [adapter for adapter in declared if adapter in adapters]  # by a mapping
         merged = _merged(scores, added.get(name, {}), renewed)
         composed = composed_for(name, assigned, pool.composed)
+        known = before.entry.shown if before is not None and (new is None or new.scored) else None
+        of = shown.get(name, known)
         if new is not None:
-            return Draft(new.task, tuple(assigned), merged, new.examples, *composed)
+            return Draft(new.task, tuple(assigned), merged, new.examples, *composed, of)
         assert before is not None
-        return Draft(before.entry.task, tuple(assigned), merged, before.examples, *composed)
+        return Draft(before.entry.task, tuple(assigned), merged, before.examples, *composed, of)
 
     segments = []
     for start, end in runs(names):
         within = tuple(names[start:end])
-        segment = known.get(within)
+        segment = there.get(within)
         if segment is None or not touched.isdisjoint(within):
             segment = make_segment([draft(name) for name in within], adapters)
         segments.append(segment)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from lorauter.catalog.lexicon import Grams, Words, grams_of, idf_of
 from lorauter.catalog.parts import Arrays, Parts, digest_of, pack, text_in, texts_of
+from lorauter.catalog.shown import ShownExamples
 from lorauter.catalog.whitening import States, mean_state
 from lorauter.encoder import Embeddings, normalised
 from lorauter.tasks import Answers, Task
@@ -47,12 +48,14 @@ class CatalogTask:
     Attributes:
         scores: `{adapter: {validation example: score}}`, of all that were tried on it.
         declared: adapters that were made for it, by their name or a mapping.
+        shown: what its examples do before a query, if that was found out.
     """
 
     task: Task
     adapters: tuple[RankedAdapter, ...]
     scores: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     declared: tuple[str, ...] = ()
+    shown: ShownExamples | None = None
 
     @property
     def name(self) -> str:
@@ -72,6 +75,7 @@ class TaskEntry:
     answers: Answers | None
     adapters: tuple[RankedAdapter, ...]
     declared: tuple[str, ...]
+    shown: ShownExamples | None
 
 
 class Examples(NamedTuple):
@@ -201,6 +205,15 @@ class Segment:
         answers = text_in(self._routing, i + 2)["answers"]
         return tuple(answers) if isinstance(answers, list) else answers
 
+    def declared(self, i: int) -> tuple[str, ...]:
+        """The adapters that were made for a task, those that it does not rank among them."""
+        return tuple(text_in(self._routing, i + 2)["declared"])
+
+    def shown(self, i: int) -> ShownExamples | None:
+        """What a task's examples do before a query, if that was found out."""
+        shown = text_in(self._routing, i + 2).get("shown")
+        return None if shown is None else ShownExamples.from_json(shown)
+
     def words(self, i: int) -> Words:
         """A task's words."""
         span = _span(self._routing["words_ends"], i)
@@ -217,7 +230,8 @@ class Segment:
             int(self.sizes[i]),
             self.answers(i),
             self.ranked(i)[0],
-            tuple(told["declared"]),
+            self.declared(i),
+            self.shown(i),
         )
 
     def task(self, i: int) -> CatalogTask:
@@ -228,6 +242,7 @@ class Segment:
             entry.adapters,
             {name: {int(example): s for example, s in of.items()} for name, of in kept["scores"].items()},
             entry.declared,
+            entry.shown,
         )
 
     def examples(self, i: int) -> Examples:
@@ -313,6 +328,7 @@ def _told(entry: CatalogTask) -> dict[str, Any]:
         **{key: task[key] for key in ("domain", "metric", "description")},
         "answers": task.get("answers"),
         "declared": list(entry.declared),
+        **({} if entry.shown is None else {"shown": entry.shown.to_json()}),
     }
 
 

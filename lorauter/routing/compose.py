@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected
 from lorauter.names import AdapterKey
+from lorauter.routing.examples import Shown, Why
 from lorauter.routing.options import RoutingConfig, RoutingOptions
 from lorauter.routing.retrieve import Retrieved
 from lorauter.tasks import Answers
+from lorauter.turns import ExampleTurns
 
 _LEAST_WEIGHT = 0.01  # a utility mixture leaves out what weighs less: it would be fetched for nothing
 
@@ -86,6 +88,8 @@ class RoutingDecision:
         constrain: whether the answer was to be held to the first task's answers.
         answers: these; None where that was not asked, the task has none, or the query is stranger than any task's.
         by_states: whether what the catalog's model of states makes of the query was looked at too.
+        shown: the first task's examples that go before the query, or why none; None where none were asked for.
+        unshown: what the mixture is without them, where the base model alone answers with them.
         seconds: what the steps of deciding took (embed, retrieve), where that was measured; of all texts that were
             decided together.
     """
@@ -98,6 +102,8 @@ class RoutingDecision:
     constrain: bool = False
     answers: Answers | None = None
     by_states: bool = False
+    shown: Shown | None = None
+    unshown: tuple[AdapterWeight, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -116,11 +122,26 @@ class RoutingDecision:
         kept = without(self.adapters, {adapter.key for adapter in left_out})
         return replace(self, adapters=kept, left_out=(*self.left_out, *left_out))
 
+    @property
+    def examples(self) -> tuple[ExampleTurns, ...]:
+        """Those that go before the query, the nearest first."""
+        return () if self.shown is None else self.shown.turns
+
+    def with_examples(self, count: int, why: Why) -> RoutingDecision:
+        """The same with so many of its examples, the nearest; without any, the mixture that there is then, and why."""
+        if self.shown is None or count >= len(self.examples):
+            return self
+        if count:
+            return replace(self, shown=replace(self.shown, turns=self.examples[:count]))
+        return replace(self, adapters=self.adapters or self.unshown, unshown=(), shown=Shown(why=why))
+
     def to_json(self) -> dict[str, Any]:
-        """As the HTTP API and the command line show it; `left_out` where there is any, `constrained` where asked,
-        `by_states` where they were looked at."""
+        """As the HTTP API and the command line show it; `left_out` where there is any, `constrained` and `shown` where
+        asked, `by_states` where they were looked at."""
         left_out = {"left_out": [vars(adapter) for adapter in self.left_out]} if self.left_out else {}
         constrained = {"constrained": self.constrained} if self.constrain else {}
+        first = self.tasks[0].name if self.tasks else None
+        shown = {} if self.shown is None else {"shown": self.shown.to_json(first)}
         return {
             "catalog_version": self.catalog_version,
             "tasks": [vars(task) for task in self.tasks],
@@ -129,6 +150,7 @@ class RoutingDecision:
             **({"by_states": True} if self.by_states else {}),
             **left_out,
             **constrained,
+            **shown,
         }
 
 
@@ -161,6 +183,7 @@ def compose(
     softmax(score / temperature) (LORAUTER, arXiv 2601.21795, section 3.3), where the score is the cosine, or the
     logarithm of the probability where tasks are reranked. An adapter that serves several of them gets their weights'
     sum; one whose weight underflows to 0 is left out.
+    Where examples are shown that the base model alone answers best with, there is no mixture.
 
     Args:
         catalog_version, versions: of the catalog that it was retrieved from, and of its adapters.
@@ -185,18 +208,22 @@ def compose(
             for task in lending
         ]
         weights = _softmax(scores, temperature)
+    mixture = tuple(
+        AdapterWeight(name, versions[name], weight, name in composed)
+        for name, weight in sorted(weights.items(), key=lambda item: -item[1])
+        if weight
+    )
+    alone = retrieved.shown is not None and bool(retrieved.shown.turns) and retrieved.shown.by == "base"
     return RoutingDecision(
         catalog_version,
         tuple(TaskScore(task.name, task.score, task.probability) for task in tasks),
-        tuple(
-            AdapterWeight(name, versions[name], weight, name in composed)
-            for name, weight in sorted(weights.items(), key=lambda item: -item[1])
-            if weight
-        ),
+        () if alone else mixture,
         retrieved.confidence,
         constrain=options.constrain,
         answers=retrieved.tasks[0].answers if options.constrain and retrieved.tasks and not stranger else None,
         by_states=retrieved.by_states,
+        shown=retrieved.shown,
+        unshown=mixture if alone else (),
     )
 
 

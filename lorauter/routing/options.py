@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TopK = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[FiniteFloat, Field(gt=0, le=100)]
+Examples = Annotated[int, Field(ge=0, le=16)]
 Names = Annotated[frozenset[str], Field(strict=False)]  # any collection of strings will do
 
 Preset = Literal["default", "paper"]
@@ -51,6 +52,10 @@ class RoutingConfig(BaseModel):
             catalog lacks.
         sure: where the catalog has states, a query's own is looked at unless the chance of its first task is as high
             without; 0 looks at none, 1 at all.
+        examples: the nearest examples of the first task that go before a query, as turns of its chat, at most: where
+            the task is beyond doubt and it is known that they help it (see `lorauter.catalog.left_out`); 0 shows none.
+        examples_sure: the chance of the first task from which it is beyond doubt.
+        examples_tokens: that they take together, at most.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,6 +71,9 @@ class RoutingConfig(BaseModel):
     num_tasks: Annotated[int, Field(ge=1, le=1000)] = 10
     fallback: bool = True
     sure: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.7
+    examples: Examples = 0
+    examples_sure: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.9
+    examples_tokens: Annotated[int, Field(ge=1)] = 1024
 
     @model_validator(mode="before")
     @classmethod
@@ -82,7 +90,12 @@ class RoutingConfig(BaseModel):
 def _of_preset(config: RoutingConfig, preset: Preset) -> RoutingConfig:
     """A preset, that looks at as many tasks as a router does."""
     return RoutingConfig(
-        preset=preset, candidates=config.candidates, num_tasks=config.num_tasks, selection=config.selection
+        preset=preset,
+        candidates=config.candidates,
+        num_tasks=config.num_tasks,
+        selection=config.selection,
+        examples_sure=config.examples_sure,
+        examples_tokens=config.examples_tokens,
     )
 
 
@@ -104,6 +117,10 @@ class RoutingOptions(BaseModel):
     constrain: Annotated[
         bool, Field(description="hold the answer to the likeliest task's `answers`, if it has any")
     ] = False
+    examples: Annotated[
+        Examples | None,
+        Field(description="show so many of the likeliest task's examples before a lone question, where they help it"),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +134,10 @@ class RoutingOptions(BaseModel):
     def allows(self, adapter: str) -> bool:
         """Whether an adapter may be used."""
         return adapter not in self.exclude_adapters and (self.allow_adapters is None or adapter in self.allow_adapters)
+
+    def may_show(self, declared: Collection[str]) -> bool:
+        """Whether the examples of a task may be shown for which these adapters were made, or which has this name."""
+        return True
 
     @property
     def adapters_key(self) -> Hashable:

@@ -7,7 +7,7 @@ adapters.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from lorauter.catalog.utility import COMPOSED, PRIOR_EXAMPLES, best_score, worth
 from lorauter.catalog.whitening import States, Whitening
 from lorauter.encoder import Embeddings
 from lorauter.errors import InvalidRequest
+from lorauter.routing.examples import Shelf, Shown
 from lorauter.routing.options import RoutingConfig, RoutingOptions
 from lorauter.states import StateModel
 from lorauter.tasks import Answers
@@ -36,6 +37,7 @@ _MAX_ADAPTERS = 64
 _KNOWN = 10_000  # tasks that are remembered as they were looked up
 _KNOWN_LENDERS = 256  # sets of adapters, of which it is remembered whom they serve
 _KNOWN_WHITENINGS = 64  # sets of tasks that were taken out of the whitening
+_KNOWN_SHELVES = 1000  # tasks whose examples are at hand
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -77,6 +79,7 @@ class Retrieved:
         familiarity: the probability that the query is one of any of the catalog's tasks.
         stranger: whether it is stranger than nearly every query of a task that the catalog lacks.
         by_states: whether its state was looked at.
+        shown: the first task's examples that go before it, or why none; None where none were asked for.
     """
 
     tasks: tuple[RetrievedTask, ...] = ()
@@ -84,6 +87,7 @@ class Retrieved:
     familiarity: float = 0.0
     stranger: bool = False
     by_states: bool = False
+    shown: Shown | None = None
 
     @property
     def confidence(self) -> float:
@@ -109,6 +113,7 @@ class Retriever:
         self._matrices: dict[int, Any] = {}
         self._lenders: dict[Hashable, TaskSubset] = {}
         self._whitenings: dict[Hashable, Whitening] = {}
+        self._shelves: dict[int, Shelf] = {}
 
     def retrieve_with(
         self,
@@ -265,13 +270,37 @@ class Retriever:
                 answers = segment.answers(i)
                 tasks.append(RetrievedTask(segment.names[i], float(score), adapters, float(probability), answers))
                 lent += bool(adapters)
-        return Retrieved(
+        result = Retrieved(
             tuple(tasks),
             self._utilities(embedding, places, own, kindred, options),
             ranking.familiarity,
             ranking.stranger,
             ranking.states is not None,
         )
+        count = config.examples if options.examples is None else options.examples
+        if not count:
+            return result
+        return replace(result, shown=self._shown(embedding, int(places[0]), result.confidence, count, options))
+
+    def _shown(
+        self, embedding: Embeddings, place: int, confidence: float, count: int, options: RoutingOptions
+    ) -> Shown:
+        """The first task's examples that go before a query. Raises CatalogError, StoreError: they cannot be read."""
+        config = self.config.asked(options)
+        if confidence < config.examples_sure:
+            return Shown(why="unsure")
+        segment, i = self.catalog.at(place)
+        known, declared = segment.shown(i), segment.declared(i)
+        if not options.may_show(declared or (segment.names[i],)):
+            return Shown(why="not_yours")
+        help = None if known is None else known.help(own=any(map(options.allows, declared)))
+        if known is None or help is None:
+            return Shown(why="unchecked")
+        if help.by is None:
+            return Shown(why="no_help")
+        shelf = _remembered(self._shelves, _KNOWN_SHELVES, place, lambda: Shelf.of(self.catalog, place))
+        turns = shelf.nearest(embedding, count, known.tokens, config.examples_tokens)
+        return Shown(turns, help.by) if turns else Shown(why="too_long")
 
     def _utilities(
         self,

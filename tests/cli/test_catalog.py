@@ -238,6 +238,31 @@ def test_matching_on_a_model(
         assert all(0 <= score <= 1 for of in task.scores.values() for score in of.values())
 
 
+def test_examples_are_asked_after_others(
+    cli: Cli, pool: Path, model: Path, make_task: Callable[..., Task], tmp_path: Path
+) -> None:
+    """A run that was cut off goes on; what is found out is in the catalog, which is else as it would be without."""
+    some = write_tasks(tmp_path / "some", make_task("sums"), make_task("rain"))
+    given = ("build", "--tasks", some, "--adapters", pool, "--model", model, "--out", tmp_path / "out")
+    kept = tmp_path / "s.jsonl.examples"
+    ran = cli(*given, "--examples", 1, "--scores", tmp_path / "s.jsonl")
+    assert ran.code == 0, ran
+    assert "examples help " in ran.err
+    catalog = Catalog.load(tmp_path / "out")
+    assert [(e.name, e.shown and (e.shown.count, bool(e.shown.own))) for e in catalog.entries] == [
+        ("rain", (1, False)),
+        ("sums", (1, True)),
+    ]
+    whole = kept.read_bytes()
+    kept.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    assert cli(*given, "--examples", 1, "--scores", tmp_path / "s.jsonl").out == ran.out
+    assert kept.read_bytes().startswith(b"".join(whole.splitlines(keepends=True)[:3]))
+    assert sorted(kept.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert cli(*given).out != ran.out, "another version"
+    assert {entry.shown for entry in Catalog.load(tmp_path / "out").entries} == {None}
+    assert cli(*given, "--examples", 17).code == 2
+
+
 @pytest.mark.parametrize("by", ["metric", "likelihood"])
 def test_a_large_pool_is_screened_first(
     match: Cli, pool: Path, make_adapter: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str

@@ -27,16 +27,18 @@ class EchoingEngine:
 
     def __init__(self) -> None:
         self.config = EngineConfig(max_batch=4, max_queue=4)
+        self.max_model_len = 50
         self.codec = SimpleNamespace(encode=self._encode)
         self.served: list[tuple[str, ...]] = []
         self.sampled: list[SamplingParams] = []
+        self.prompts: list[str] = []
         self.running = 0
         self._lock = threading.Condition()
         self._asked: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        said = prompt.messages[-1]["content"] if prompt.text is None else prompt.text
+        said = ">".join(turn["content"] for turn in prompt.messages) if prompt.text is None else prompt.text
         return tuple(said.encode())
 
     def held(self) -> threading.Condition:
@@ -60,6 +62,7 @@ class EchoingEngine:
             request, sink = asked
             self.served.append(tuple(packed.name for packed, _ in request.adapters))
             self.sampled.append(request.sampling)
+            self.prompts.append(bytes(request.prompt).decode())
             sink(Chunk("+".join(self.served[-1]), (1, 2), "stop"))
 
     def close(self) -> None:

@@ -10,6 +10,8 @@ from deployments.batch.rows import SourceRow, Work, order_by_adapters
 from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
 from lorauter.routing import AdapterWeight, RoutingDecision, TaskScore
+from lorauter.routing.examples import Shown
+from lorauter.turns import ExampleTurns
 
 
 @pytest.fixture
@@ -86,6 +88,27 @@ def test_answers_are_held_to_what_the_decision_says(make, echoing) -> None:
     make().answer(work)
     assert [sampling.grammar for sampling in echoing.sampled] == [Grammar("choice", '["yes", "no"]'), None]
     assert [row["constrained"] for row in work.results] == ["t", None]
+
+
+def test_examples_go_before_a_lone_prompt_as_far_as_there_is_room(make, echoing) -> None:
+    """Where the base model alone was to answer after them and there is room for none, the mixture does."""
+    near, far = ExampleTurns(4, "q4", "a4"), ExampleTurns(2, "q2", "a2")
+    shown = replace(routed(()).decisions[0], tasks=(TaskScore("t", 1.0, 1.0),), shown=Shown((near, far), "base"))
+    shown = replace(shown, unshown=(AdapterWeight("a", "1", 1.0),))
+    work = routed(*[()] * 4, prompts=["ask", "x" * 16, "x" * 22, "ask"])
+    work.decisions = [shown] * 4
+    work.rows[3] = SourceRow(3, {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "ask"}]})
+    make().answer(work)
+    assert [row["error"] for row in work.results] == [None] * 4
+    assert echoing.prompts == ["q2>a2>q4>a4>ask", "q4>a4>" + "x" * 16, "x" * 22, "s>ask"]
+    assert [row["answer"] for row in work.results] == ["", "", "a", "a"]
+    assert [row["shown"] for row in work.results] == [
+        {"task": "t", "places": [2, 4], "by": "base"},
+        {"task": "t", "places": [4], "by": "base"},
+        {"places": [], "why": "no_room"},
+        {"places": [], "why": "not_one_turn"},
+    ]
+    assert [row["prompt_tokens"] for row in work.results] == [15, 22, 22, 5]
 
 
 def test_an_adapter_that_cannot_be_had_just_now_is_tried_again(make, adapters) -> None:

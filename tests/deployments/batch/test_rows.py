@@ -238,7 +238,7 @@ def test_an_error_says_its_kind_and_leaves_the_other_columns_empty() -> None:
     assert described(KeyError("x")).startswith("internal KeyError")
     columns = decision_columns(error)
     assert columns.pop("error") == described(error)
-    assert columns == dict.fromkeys(["tasks", "adapters", "confidence", "constrained"])
+    assert columns == dict.fromkeys(["tasks", "adapters", "confidence", "constrained", "shown"])
 
 
 def test_route_only_reads_no_sampling() -> None:

@@ -1,0 +1,154 @@
+"""Which tasks' queries are answered better after examples: found out on a catalog's own examples, each left out once.
+
+Every example is asked as a query: as the router would answer it, and after the nearest of the task's others, by its
+mixture and by the base model alone; all of it with the adapters that were made for the task, and without them. Examples
+help a task where that gains more than chance would. Answers come from `lorauter.evaluation.answering`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from lorauter.catalog.catalog import Catalog
+from lorauter.catalog.shown import Help, ShownExamples
+from lorauter.engine.text import TextCodec
+from lorauter.evaluation.metrics import score
+from lorauter.evaluation.rows import AnswerRow, DecisionRow
+from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
+from lorauter.routing.examples import Shelf
+from lorauter.tasks import Example, Task
+from lorauter.turns import ExampleTurns, chat_of
+
+_MOST_TOKENS = 256  # of an answer
+_ERRORS = 1.0  # standard errors that a gain has to be at least
+
+Barred = Mapping[str, Collection[str]]
+
+
+class Trial(NamedTuple):
+    """A left-out example as it is asked.
+
+    Attributes:
+        own: whether the adapters that were made for the task may be used.
+        way: "plain" is without examples; "mixture" and "base" are what answers after them.
+        row: for the answering step.
+    """
+
+    task: str
+    own: bool
+    way: str
+    place: int
+    row: DecisionRow
+
+
+def trials(
+    catalog: Catalog,
+    count: int,
+    codec: TextCodec,
+    *,
+    model: str = "",
+    barred: Barred | None = None,
+    config: RoutingConfig | None = None,
+) -> list[Trial]:
+    """All that is to be asked; of tasks with one example nothing.
+
+    Args:
+        count: examples shown at most; fewer where they take more than `config.examples_tokens`.
+        codec: the base model's.
+        model: what tells it from others: answers of an earlier run are taken only where all is the same.
+        barred: adapters that a task's queries may not use in any case.
+    """
+    config = config or RoutingConfig()
+    retriever = Retriever(catalog, config)
+    found: list[Trial] = []
+    for place, name in enumerate(catalog.names):
+        row = catalog.row(place)
+        task, of = row.entry.task, row.examples.embeddings
+        if len(task.validation) < 2:
+            continue
+        away = frozenset((barred or {}).get(name, ()))
+        cases = {False: RoutingOptions(exclude_adapters=away.union(row.entry.declared))}
+        if not away.issuperset(row.entry.declared):
+            cases[True] = RoutingOptions(exclude_adapters=away)
+        shelf, tokens = Shelf(task, of), tokens_of(codec, task)
+        shown = [shelf.nearest(one, count, tokens, config.examples_tokens, but=i) for i, one in enumerate(of)]
+        texts = [example.input for example in task.validation]
+        for own, options in cases.items():
+            asked = [options] * len(texts)
+            decisions = [
+                compose(one, options, config, catalog_version="", versions=catalog.adapters)
+                for one in retriever.retrieve(of, texts, asked)
+            ]
+            for i, (example, decision, turns) in enumerate(zip(task.validation, decisions, shown, strict=True)):
+                mixture = {adapter.name: adapter.weight for adapter in decision.adapters}
+                versions = [model, *(str(adapter.key) for adapter in decision.adapters)]
+                ways = {"plain": (mixture, ()), "mixture": (mixture, turns), "base": ({}, turns)}
+                for way, (adapters, before) in ways.items() if turns else ():
+                    found.append(Trial(name, own, way, i, _row(task, example, adapters, before, versions)))
+    return found
+
+
+def tokens_of(codec: TextCodec, task: Task) -> tuple[int, ...]:
+    """What each of a task's examples takes in a prompt. Raises InvalidRequest: the model has no chat template."""
+    alone = len(codec.chat(chat_of((), "?")))
+    turns = [ExampleTurns(i, example.input, example.target) for i, example in enumerate(task.validation)]
+    return tuple(len(codec.chat(chat_of([turn], "?"))) - alone for turn in turns)
+
+
+def helped(
+    catalog: Catalog, count: int, codec: TextCodec, asked: Sequence[Trial], answers: Mapping[str, AnswerRow]
+) -> dict[str, ShownExamples]:
+    """What was found out of each task that was asked.
+
+    Raises:
+        ConfigError: a metric's package is not installed.
+    """
+    scores: dict[tuple[str, bool], dict[str, list[float]]] = {}
+    tasks: dict[str, Task] = {}
+    for trial in asked:
+        if trial.task not in tasks:
+            [place] = catalog.places([trial.task]).tolist()
+            tasks[trial.task] = catalog.tasks[place].task
+        task = tasks[trial.task]
+        value = score(task.metric, answers[trial.row.id].answer, task.validation[trial.place].target)
+        scores.setdefault((trial.task, trial.own), {}).setdefault(trial.way, []).append(value)
+    return {
+        name: ShownExamples(
+            count,
+            _help(scores[name, True]) if (name, True) in scores else None,
+            _help(scores[name, False]),
+            tokens_of(codec, task),
+        )
+        for name, task in tasks.items()
+    }
+
+
+def _help(scores: Mapping[str, Sequence[float]]) -> Help:
+    means = {way: fmean(values) for way, values in scores.items()}
+    best = "base" if means["base"] > means["mixture"] else "mixture"
+    gains = [after - before for after, before in zip(scores[best], scores["plain"], strict=True)]
+    gain, error = fmean(gains), stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    return Help(best if gain > 0 and gain >= _ERRORS * error else None, gain, error)  # type: ignore[arg-type]
+
+
+def _row(
+    task: Task,
+    example: Example,
+    adapters: Mapping[str, float],
+    before: Sequence[ExampleTurns],
+    made_of: Sequence[str],
+) -> DecisionRow:
+    longest = max(len(one.target) for one in task.validation)
+    row = {
+        "input": example.input,
+        "adapters": adapters,
+        "max_tokens": min(_MOST_TOKENS, math.ceil(longest / 2) + 8),
+        "examples": [{"place": turn.place, "input": turn.input, "target": turn.target} for turn in before],
+    }
+    digest = hashlib.sha256(json.dumps([row, made_of], sort_keys=True).encode()).hexdigest()[:16]
+    return DecisionRow.from_json({**row, "id": f"{task.name}/{digest}"}, source=task.name)
