@@ -5,6 +5,7 @@
     python benchmarks/engine.py moving  # requests that come and go, on real prompts; on a CPU or a GPU
     python benchmarks/engine.py held    # half of a batch held to a JSON schema; on a CPU or a GPU
     python benchmarks/engine.py check   # on a GPU: the engine's tokens against transformers with merged weights
+    python benchmarks/engine.py profile # where the time of steps goes, on the host and on a GPU
 
 Figures are tokens per second of whole requests, prompts included, where nothing else is said: the median of --repeats
 runs, the cases taking turns. --json FILE keeps them. transformers and PEFT are measured beside the engine, in the same
@@ -23,7 +24,7 @@ from engine_common import ROOT, SHAPES, figures
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=["cpu", "gpu", "moving", "held", "check"])
+    parser.add_argument("suite", choices=["cpu", "gpu", "moving", "held", "check", "profile"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--shape", choices=list(SHAPES), help="with gpu: one of them; with moving: random weights of it"

@@ -157,8 +157,9 @@ def gpu_peers(shape: str, model: Any) -> None:
 def zipf(shape: str, model: Any, args: argparse.Namespace) -> None:
     """1,000 adapters in host memory, 64 slots, requests on 3 each in a Zipf order, against 64 that are all resident.
 
-    Answers are of 64 to 192 tokens: where all end in the same step, a client that finds no room waits for a whole
-    generation, and the run is longer by one (1,169 steps for 1,038), whatever the engine does.
+    Once with answers of 128 tokens, over the whole run: there all end in the same step, and a client that finds no room
+    waits for a whole generation (1,169 steps for 1,038, whatever the engine does). Once with answers of 64 to 192, from
+    when each client has had one until one has no more to ask.
     """
     started = time.perf_counter()
     size = adapter_bytes(shape)
@@ -168,7 +169,7 @@ def zipf(shape: str, model: Any, args: argparse.Namespace) -> None:
     draw = random.Random(1)
     shares = [1 / (i + 1) for i in range(len(adapters))]
 
-    def wave(pool: Sequence[PackedAdapter]) -> list[GenerationRequest]:
+    def wave(pool: Sequence[PackedAdapter], lengths: tuple[int, int]) -> list[GenerationRequest]:
         def mixture(_: int) -> list[tuple[PackedAdapter, float]]:
             chosen: dict[tuple[str, str], PackedAdapter] = {}
             while len(chosen) < 3:
@@ -177,13 +178,13 @@ def zipf(shape: str, model: Any, args: argparse.Namespace) -> None:
             return [(adapter, 1 / 3) for adapter in chosen.values()]
 
         return [
-            replace(request, sampling=replace(request.sampling, max_tokens=draw.randint(64, 192)))
+            replace(request, sampling=replace(request.sampling, max_tokens=draw.randint(*lengths)))
             for request in random_requests(256, 128, 128, SHAPES[shape]["vocab_size"], mixture)
         ]
 
-    def timed(requests: Sequence[GenerationRequest]) -> tuple[float, float]:
-        """Of 32 clients that each wait for their answers: tokens a second from when each has had one answer until one
-        has no more to ask, and the median time to first token."""
+    def timed(requests: Sequence[GenerationRequest]) -> tuple[float, float, float]:
+        """Of 32 clients that each wait for their answers: tokens a second of the whole run, and while all ask; the
+        median time to first token."""
         firsts: list[float] = []
         begun: list[float] = []  # when a client has asked for the second time
         over: list[float] = []
@@ -204,28 +205,32 @@ def zipf(shape: str, model: Any, args: argparse.Namespace) -> None:
         async def everyone() -> None:
             await asyncio.gather(*[client(requests[i::32]) for i in range(32)])
 
+        started = time.perf_counter()
         asyncio.run(everyone())
+        whole = sum(count for _, count in arrivals) / (time.perf_counter() - started)
         since, until = max(begun), min(over)
-        tokens = sum(count for at, count in arrivals if since < at <= until)
-        return tokens / (until - since), statistics.median(firsts)
+        steady = sum(count for at, count in arrivals if since < at <= until) / (until - since)
+        return whole, steady, statistics.median(firsts)
 
-    timed(wave(adapters[:64]))
-    resident, resident_first = timed(wave(adapters[:64]))
-    before = engine.slots.counters.misses
-    timed(wave(adapters))
-    all_of_them, first = timed(wave(adapters))
-    loads = (engine.slots.counters.misses - before) / 2
-    report(f"{shape}, Zipf, 64 adapters, all resident", resident)
-    report(f"{shape}, Zipf, {len(adapters)} adapters, 64 slots", all_of_them)
-    report(f"{shape}, Zipf, loads in 256 requests", loads, "")
-    report(f"{shape}, Zipf, throughput of all resident", all_of_them / resident, "")
-    report(f"{shape}, Zipf, median time to first token of all resident", first / resident_first, "")
+    for lengths, which, name in (((128, 128), 0, "128 tokens each"), ((64, 192), 1, "64 to 192 tokens, while all ask")):
+        timed(wave(adapters[:64], lengths))
+        resident = timed(wave(adapters[:64], lengths))
+        before = engine.slots.counters.misses
+        timed(wave(adapters, lengths))
+        all_of_them = timed(wave(adapters, lengths))
+        loads = (engine.slots.counters.misses - before) / 2
+        title = f"{shape}, Zipf, {name}"
+        report(f"{title}: 64 adapters", resident[which])
+        report(f"{title}: {len(adapters)}, 64 slots", all_of_them[which])
+        report(f"{title}: loads in 256 requests", loads, "")
+        report(f"{title}: of all resident", all_of_them[which] / resident[which], "")
+        report(f"{title}: first token of all resident", all_of_them[2] / resident[2], "")
     engine.close()
 
 
 def target_sets(shape: str, model: Any, args: argparse.Namespace) -> None:
-    """Adapters of three kinds of target modules under a full budget, against those of one kind: as many requests of
-    each kind as of the others, so that the harmonic mean of the kinds' own rates is what three engines would make."""
+    """Adapters of three kinds of target modules under a full budget, against the mean of those of one kind each. As
+    many requests are of each kind as of the others: the harmonic mean is what three engines would make."""
     kinds = (ATTENTION, MLP, ATTENTION + MLP)
     budget = 24 * adapter_bytes(shape)
 
@@ -250,8 +255,8 @@ def target_sets(shape: str, model: Any, args: argparse.Namespace) -> None:
     for each, figure in zip(("attention", "MLP", "all"), one, strict=True):
         report(f"{shape}, target sets, {each}", figure)
     report(f"{shape}, target sets, three kinds", three)
-    report(f"{shape}, three kinds of target sets of one kind", three / statistics.harmonic_mean(one), "")
-    report(f"{shape}, three kinds of target sets of the kinds' mean rate", three / statistics.fmean(one), "")
+    report(f"{shape}, three kinds of target sets of one kind", three / statistics.fmean(one), "")
+    report(f"{shape}, three kinds of target sets of the harmonic mean", three / statistics.harmonic_mean(one), "")
 
 
 def adapter_bytes(shape: str) -> int:

@@ -1,9 +1,12 @@
 """The device's side of an engine: takes orders, plans and launches steps, and reports what each of them brought.
 
 It joins two rooms. The scheduler decides what a step processes, the runner computes it. One thread plans and launches;
-on a GPU it plans a step while the one before it is computed. The tokens of answers that are held to grammars are chosen
-between two steps, as soon as it is known what may come: while that is looked for, and it goes on longer than the device
-is busy, steps are launched without them. Knows nothing of text or of who asks.
+on a GPU it plans a step while the one before it is computed. Answers that are held to grammars and take the likeliest
+token are like others: a step chooses among the tokens that may come, if it has been found in time which these are, and
+else among all; a token that may not come then is refused, and the answer goes on from the one before. Tokens that are
+sampled for answers held to grammars are chosen between two steps, once it is known what may come: while that is looked
+for, and it goes on longer than the device is busy, steps are launched without them. Knows nothing of text or of who
+asks.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from lorauter.engine.config import EngineConfig
 from lorauter.engine.grammars import Grammars, Held
 from lorauter.engine.messages import Begin, Counters, Drop, Facts, Handled, Lockstep, Order, Report
 from lorauter.engine.model import Decoder
-from lorauter.engine.plan import NOT_FINITE, StepPlan
+from lorauter.engine.plan import NOT_FINITE, REFUSED, RowStart, StepPlan
 from lorauter.engine.runner import Flight, Runner
 from lorauter.engine.scheduler import ActiveSequence, Scheduler
 from lorauter.engine.slots import AdapterSlots, PackedAdapter, default_budget
@@ -34,7 +37,7 @@ from lorauter.errors import InvalidRequest, LorauterError
 P = ParamSpec("P")
 _CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
 _TELL_S = 0.5  # between two reports with counters, while steps go on
-_PATIENCE_S = 0.002  # for which a step waits that could begin, for what may come in an answer: once for each token
+_PATIENCE_S = 0.002  # for which it is waited for what may come in an answer, though a step could begin
 _POLL_S = 0.0001
 
 
@@ -68,7 +71,8 @@ class EngineCore:
             reuse=config.prefix_reuse,
             failed=weakly(self._fail),
         )
-        self._grammars = Grammars(codec.backend, codec.eos_ids, model.vocabulary, codec.tool_format)
+        board = self._runner.board
+        self._grammars = Grammars(codec.backend, codec.eos_ids, model.vocabulary, codec.tool_format, board)
         self._held: dict[int, Held] = {}  # answers that have to be of a grammar
         self._max_rank = config.max_rank
         self._told = told
@@ -109,7 +113,8 @@ class EngineCore:
             return order
         try:
             sampling, answered = order.sampling, order.tokens[order.prompt :]
-            return order, self._grammars.begin(sampling.grammar, answered, sampling.calls)
+            index, greedy = len(order.tokens), sampling.greedy
+            return order, self._grammars.begin(sampling.grammar, answered, sampling.calls, index=index, greedy=greedy)
         except Exception as error:  # noqa: BLE001 (this request's trouble alone)
             return order, error
 
@@ -232,13 +237,18 @@ class EngineCore:
         """Choose what can be chosen, launch the next step if there is one, and take the tokens of all that came before
         it, or of this one too, if it is time to. Returns whether any were taken."""
         self.slots.begin_step()
+        aligned = self._lockstep and bool(self._held)
+        if aligned:  # what a step is of must not depend on how long it takes to find out what may come
+            wait([held.masks for held in self._held.values()])
         landed = self._choose() if self._held else False
         plan = self.scheduler.plan()
         if self._came:
             self._note_begun()
         if plan is not None:
+            if plan.starts:
+                self._seat(plan.starts)
             self._flights.append((plan, self._runner.launch(plan), time.perf_counter()))
-        ahead = int(self._runner.overlaps and plan is not None)
+        ahead = int(self._runner.overlaps and plan is not None and not aligned)
         while len(self._flights) > ahead:
             self._land()
             landed = True
@@ -251,17 +261,29 @@ class EngineCore:
             if (came := self._came.pop(sequence.id, None)) is not None:
                 self._waited[sequence.id] = now - came
 
+    def _seat(self, starts: Sequence[RowStart]) -> None:
+        """Rows have others now: let what may come in their answers be posted there."""
+        rows = {start.row for start in starts}
+        for sequence in self.scheduler.running:
+            if sequence.row in rows and sequence.row is not None:
+                held = self._held.get(sequence.id)
+                self._runner.board.give(sequence.row, held if held is not None and held.greedy else None)
+
     def _choose(self) -> bool:
-        """Choose the tokens of answers that are held to grammars, where it is known what may come. Returns whether the
-        tokens were taken."""
-        undecided = self.scheduler.undecided
-        self._await_masks([self._held[sequence.id] for sequence in undecided])
+        """Choose the tokens of answers that are held to grammars, where it is known what may come, or let those go on
+        that take the likeliest. Returns whether tokens were taken."""
+        undecided = [(sequence, self._held[sequence.id]) for sequence in self.scheduler.undecided]
+        self._await_masks([held for _, held in undecided if not (held.greedy and self._flights)])
         chosen, masks = [], []
-        for sequence in undecided:
-            held = self._held[sequence.id]
+        for sequence, held in undecided:
             try:
-                if held.masks.done():
-                    masks.append(held.mask())
+                if not held.masks.done():
+                    continue
+                mask = held.mask()
+                if held.greedy:
+                    self.scheduler.resume(sequence)
+                elif mask is not None:
+                    masks.append(mask)
                     chosen.append(sequence)
             except LorauterError as error:
                 self.scheduler.drop(sequence)
@@ -291,6 +313,8 @@ class EngineCore:
         """Take the tokens of the oldest step or choice on its way."""
         done, flight, launched = self._flights.popleft()
         tokens = flight.wait()
+        if self._held:
+            self._check(tokens, flight)
         self._take_scores(flight)
         events = self.scheduler.take(tokens)
         now = time.perf_counter()
@@ -316,7 +340,24 @@ class EngineCore:
             elif sequence.id in self._held:
                 held.append((self._held[sequence.id], event.token))
         if held:
-            self._grammars.advance(held)
+            self._grammars.advance(held, probe=not self._lockstep)
+
+    def _check(self, tokens: list[int], flight: Flight) -> None:
+        """Refuse tokens that may not come, or of which it is not known whether they may; what may come is looked for
+        then."""
+        for place, sequence in enumerate(self.scheduler.decided):
+            held = self._held.get(sequence.id)
+            if held is None or sequence.void or tokens[place] == NOT_FINITE or flight.masked(place):
+                continue
+            try:
+                wait([held.masks], timeout=max(0.0, held.since + _PATIENCE_S - time.perf_counter()))
+                if not held.allows(tokens[place]):
+                    tokens[place] = REFUSED
+                    if held.masks.done() and held.words is None:
+                        self._grammars.find(held)
+            except LorauterError as error:
+                self.scheduler.drop(sequence)
+                self._end([(sequence, error)])
 
     def _take_scores(self, flight: Flight) -> None:
         """Note what a step that has landed tells of prompts, but for what is known already."""

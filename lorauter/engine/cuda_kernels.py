@@ -10,6 +10,8 @@ GPU (or TRITON_INTERPRET=1). Knows nothing of models or requests beyond tensors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ from lorauter.engine.cuda_lora import (
 
 __all__ = [
     "Expand",
+    "Posted",
     "add_norm",
     "decode_attention",
     "greedy",
@@ -255,77 +258,82 @@ def write_pairs(flat: Tensor, where: Tensor, values: Tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["words"])
-def _peaks_kernel(logits, held, tops, places, vocabulary, words, HELD: tl.constexpr, BLOCK: tl.constexpr):
+def _peaks_kernel(
+    logits, rows, outputs, positions, board, tops, places, sure, vocabulary, words, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    source = row
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
-    allowed = inside
-    if HELD:
-        source = tl.load(held + row * words).to(tl.int64)
-        word = tl.load(held + row * words + 1 + columns // 32, mask=inside, other=0)
-        allowed = inside & (((word >> (columns % 32)) & 1) != 0)
-    value = tl.load(logits + source * vocabulary + columns, mask=inside, other=0.0).to(tl.float32)
+    # The host writes to the board meanwhile, the index of the token last.
+    mine = board + tl.load(rows + row).to(tl.int64) * words
+    index = tl.load(positions + tl.load(outputs + row)) + 1
+    known = tl.load(mine, volatile=True) == index
+    word = tl.load(mine + 1 + columns // 32, mask=inside & known, other=-1, volatile=True)
+    value = tl.load(logits + row * vocabulary + columns, mask=inside, other=0.0).to(tl.float32)
     finite = tl.min((tl.abs(value) < float("inf")).to(tl.int32))
-    value = tl.where(allowed, value, float("-inf"))
+    value = tl.where(inside & (((word >> (columns % 32)) & 1) != 0), value, float("-inf"))
     top = tl.max(value)
     place = tl.min(tl.where(value == top, columns, vocabulary))
     piece = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(tops + piece, top)
     tl.store(places + piece, tl.where(finite == 1, place, -1))
+    tl.store(sure + piece, known.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["stride"])
-def _greedy_kernel(tops, places, rows, stride, last, chosen, pieces, BLOCK: tl.constexpr):
+@triton.jit
+def _greedy_kernel(tops, places, sure, rows, last, chosen, pieces, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     top = tl.load(tops + row * pieces + at, mask=at < pieces, other=float("-inf"))
     place = tl.load(places + row * pieces + at, mask=at < pieces, other=2147483647)
     token = tl.min(tl.where((top == tl.max(top)) | (place < 0), place, 2147483647))
-    tl.store(chosen + row, token)
-    tl.store(last + tl.load(rows + row * stride), tl.maximum(token, 0))
+    tl.store(chosen + 2 * row, token)
+    tl.store(chosen + 2 * row + 1, tl.min(tl.load(sure + row * pieces + at, mask=at < pieces, other=1)))
+    tl.store(last + tl.load(rows + row), tl.maximum(token, 0))
 
 
-def greedy(logits: Tensor, rows: Tensor, last: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Posted:
+    """Where `greedy` finds which tokens may come.
+
+    Attributes:
+        board: (rows, 1 + words) int32, in the host's pinned memory, which may change meanwhile: the index of the token
+            that it is for, and 32 tokens that may come in each number, the first its least bit.
+        outputs: (m,) int32, which tokens the logits are of.
+        positions: (n,) int32, where in their sequences the tokens are.
+    """
+
+    board: Tensor
+    outputs: Tensor
+    positions: Tensor
+
+
+def greedy(logits: Tensor, rows: Tensor, last: Tensor, posted: Posted) -> Tensor:
     """The most likely token of each row, the first of equals; -1 where any logit is not finite.
 
     Args:
         logits: (m, vocabulary), contiguous.
         rows: (m,) int32.
         last: (rows,) int32; last[rows] becomes what was chosen, 0 for -1.
+        posted: a row may have any token if what may come is not there for the one after its output. What comes only
+            while this runs may serve for a part of the tokens.
 
     Returns:
-        (m,) int32.
+        (m, 2) int32: of each row the token, and 1 if it was known which may come, else 0.
     """
-    return _greedy(logits, rows, last, None)
-
-
-def greedy_held(logits: Tensor, held: Tensor, last: Tensor) -> Tensor:
-    """The same of rows that may not have every token.
-
-    Args:
-        logits: (rows, vocabulary), contiguous.
-        held: (m, 1 + words) int32, contiguous: whose row of logits, and 32 tokens that may come in each number, the
-            first its least bit.
-        last: as for `greedy`.
-    """
-    return _greedy(logits, held, last, held)
-
-
-def _greedy(logits: Tensor, rows: Tensor, last: Tensor, held: Tensor | None) -> Tensor:
-    m, vocabulary = len(rows), logits.shape[1]
+    m, vocabulary = logits.shape
     block = min(4096, triton.next_power_of_2(vocabulary))
     pieces = triton.cdiv(vocabulary, block)
     tops = logits.new_empty(m, pieces, dtype=torch.float32)
-    places = logits.new_empty(m, pieces, dtype=torch.int32)
-    chosen = logits.new_empty(m, dtype=torch.int32)
-    words = 0 if held is None else held.shape[1]
+    places, sure = (logits.new_empty(m, pieces, dtype=torch.int32) for _ in range(2))
+    chosen = logits.new_empty(m, 2, dtype=torch.int32)
     _peaks_kernel[(m, pieces)](
-        logits, rows if held is None else held, tops, places, vocabulary, words, held is not None, block, num_warps=4
-    )
+        logits, rows, posted.outputs, posted.positions, posted.board, tops, places, sure, vocabulary,
+        posted.board.shape[1], block, num_warps=4,
+    )  # fmt: skip
     _greedy_kernel[(m,)](
-        tops, places, rows, rows.stride(0), last, chosen, pieces, triton.next_power_of_2(pieces), num_warps=1
-    )
+        tops, places, sure, rows, last, chosen, pieces, triton.next_power_of_2(pieces), num_warps=1
+    )  # fmt: skip
     return chosen
 
 

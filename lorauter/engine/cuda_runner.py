@@ -4,8 +4,9 @@ There is a graph for each size of batch, for steps that only decode and for thos
 the adapters in it change: nothing, attention alone, or any layer. All are captured before the first request, and none
 is ever lost: what they read (tokens, tables, mixtures) lies in fixed places, where each step writes what has changed. A
 row's last token stays on the device, so that a step can be launched before the host has seen the tokens of the one
-before. The tokens of rows that are held to grammars are chosen between two steps, by logits that the first of them has
-left. Knows nothing of requests.
+before. Which tokens may come in rows that are held to grammars a step reads from the host's memory as it chooses, so
+that there is time until then to find it out; where tokens are sampled they are chosen between two steps, by logits that
+the first of them has left. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class CudaFlight:
     def __init__(
         self, tokens: Tensor, ranks: StepRanks | None, done: torch.cuda.Event, places: Sequence[int] | None = None
     ) -> None:
-        self._tokens = tokens
+        self._tokens = tokens  # (n, 2), as `kernels.greedy` has them
         self.ranks = ranks
         self.done = done
         self._places = places
@@ -95,8 +96,12 @@ class CudaFlight:
     def wait(self) -> list[int]:
         """See `Flight.wait`."""
         self.done.synchronize()
-        result: list[int] = self._tokens.tolist()
+        result: list[int] = self._tokens[:, 0].tolist()
         return result if self._places is None else [result[place] for place in self._places]
+
+    def masked(self, place: int) -> bool:
+        """See `Flight.masked`."""
+        return bool(self._tokens[place if self._places is None else self._places[place], 1])
 
 
 class CopyStream:
@@ -169,7 +174,6 @@ class CudaRunner(Runner):
         self._pool: Any = None
         self._capture_all(sizes)
         kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
-        self.choose([Choice(0, 0)], [torch.full((-(-decoder.vocabulary // 32),), -1, dtype=torch.int32)])  # compiles
         if measure:
             self._measure()
 
@@ -211,7 +215,8 @@ class CudaRunner(Runner):
             queries.view(-1, 4),
         )
         logits = self.decoder.forward(CudaStep(self.memory, batch), batch)
-        return logits, kernels.greedy(logits, output_rows, self._last_tokens)
+        posted = kernels.Posted(self.board.numbers, outputs, positions)
+        return logits, kernels.greedy(logits, output_rows, self._last_tokens, posted)
 
     def _measure(self) -> None:
         """How many tokens a step with prompts may have while rows decode."""
@@ -255,13 +260,13 @@ class CudaRunner(Runner):
         if special := [place for place in self._sampler.sampled(rows) if not sampled[place].held]:
             where = to_device(torch.tensor(special), chosen.device)
             chosen = chosen.clone()
-            chosen[where] = self._sample(
+            chosen[where, 0] = self._sample(
                 logits[where],
                 [rows[place] for place in special],
                 [sampled[place].start + sampled[place].count for place in special],
             )
         places = [place for place, piece in enumerate(sampled) if not piece.held] if held else None
-        flight = self._flight(chosen, self._ranker.of_step(plan, logits, chosen), places)
+        flight = self._flight(chosen, self._ranker.of_step(plan, logits, chosen[:, 0]), places)
         self._copies.launched = flight.done
         return flight
 
@@ -269,21 +274,12 @@ class CudaRunner(Runner):
     def choose(self, choices: Sequence[Choice], masks: Sequence[Tensor]) -> Flight:
         """See `Runner.choose`; returns at once."""
         rows = [choice.row for choice in choices]
-        host = torch.empty(len(rows), 1 + len(masks[0]), dtype=torch.int32, pin_memory=True)
-        host[:, 0] = torch.tensor(rows)
-        torch.stack(list(masks), out=host[:, 1:])
-        held = host.to(self._kept.device, non_blocking=True)
-        chosen = kernels.greedy_held(self._kept, held, self._last_tokens)
-        if special := self._sampler.sampled(rows):
-            where = to_device(torch.tensor(special), chosen.device)
-            chosen[where] = self._sample(
-                self._kept[held[where, 0].long()],
-                [rows[place] for place in special],
-                [choices[place].position for place in special],
-                held[where, 1:],
-            )
-        ranks = self._ranker.of_choice(rows, self._kept[held[:, 0].long()], chosen) if self._ranker.asked else None
-        return self._flight(chosen, ranks)
+        device = self._kept.device
+        logits = self._kept[to_device(torch.tensor(rows), device)]
+        positions = [choice.position for choice in choices]
+        tokens = self._sample(logits, rows, positions, to_device(torch.stack(list(masks)), device))
+        ranks = self._ranker.of_choice(rows, logits, tokens) if self._ranker.asked else None
+        return self._flight(torch.stack((tokens, torch.ones_like(tokens)), dim=1), ranks)
 
     def _flight(self, chosen: Tensor, ranks: StepRanks | None, places: Sequence[int] | None = None) -> CudaFlight:
         """What has been launched so far, on its way to the host."""
@@ -295,17 +291,20 @@ class CudaRunner(Runner):
         return CudaFlight(host, ranks, done, places)
 
     def _compute(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """A step without a graph, which none has for the logits of whole prompts: logits and likeliest tokens."""
+        """A step without a graph, which none has for the logits of whole prompts; returns what `_replay` does."""
         batch = self._batch([*plan.decoding, *plan.prompts], len(plan.decoding), None)
         batch = replace(batch, tokens=kernels.take_tokens(batch.tokens, batch.rows, self._last_tokens))
         logits = self.decoder.forward(self._step(self.memory, batch), batch)
         rows = to_device(torch.tensor([piece.row for piece in plan.sampled], dtype=torch.int32), logits.device)
         if not len(rows):
-            return logits, rows
-        return logits, kernels.greedy(logits[: len(rows)], rows, self._last_tokens)
+            return logits, rows.new_empty(0, 2)
+        assert batch.outputs is not None
+        posted = kernels.Posted(self.board.numbers, batch.outputs, batch.positions)
+        return logits, kernels.greedy(logits[: len(rows)], rows, self._last_tokens, posted)
 
     def _replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """A step by its graph: logits of the pieces that sample, and their likeliest tokens."""
+        """A step by its graph: logits of the pieces that sample, and their likeliest tokens as `kernels.greedy` has
+        them."""
         pieces = [*plan.decoding, *plan.prompts]
         tokens: list[int] = []
         positions: list[int] = []

@@ -1,5 +1,7 @@
 """Answers held to grammars: which tokens may come next, found beside the device's work, by llguidance.
 
+In the midst of free text a great many may, and it takes ten times as long as elsewhere to find out which; the likeliest
+token is nearly always one of them there. So for answers that take it, it is only asked then whether it may come.
 Knows tokens and grammars; knows nothing of models, steps or devices.
 """
 
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
+from lorauter.engine.board import MaskBoard, Seat
 from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
 from lorauter.tools.formats import ToolFormat
@@ -34,6 +37,7 @@ _TRIED = 256  # parts of a schema that are looked at for what is wrong
 _BATCHES = 4  # whose masks are found at once: what takes long keeps nobody else waiting
 _MOST_THREADS = 8
 _DEAR_S = 0.05  # to compile a grammar
+_PROBE = "these"  # where it may come next, nearly anything may
 # Of what a single step may take: about 15 ms.
 _LIMITS = LLParserLimits(step_lexer_fuel=200_000, step_max_items=50_000)
 
@@ -47,42 +51,61 @@ class _Lane:
         self.is_dear = seconds > _DEAR_S
         self.answers: weakref.WeakSet[Held] = weakref.WeakSet()
 
-    def begin(self) -> Held:
+    def begin(self, index: int, greedy: bool) -> Held:
         """An answer."""
-        held = Held(self._matcher.deep_copy())
+        held = Held(self._matcher.deep_copy(), index, greedy)
         self.answers.add(held)
         return held
 
 
-class Held:
+class Held(Seat):
     """An answer that is held to a grammar: what it has so far, and what may come next.
 
     Attributes:
         matcher: what it has.
-        masks: done once it is known what may come.
+        greedy: whether it takes the likeliest of the tokens that may come.
+        masks: done once it is known what may come, or that nearly anything may.
         since: since when that is looked for, in seconds of `time.perf_counter`.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, index: int, greedy: bool) -> None:
+        super().__init__(index)
         self.matcher = matcher
-        self.masks: Future[Tensor] = Future()
+        self.greedy = greedy
+        self.masks: Future[Sequence[Tensor | None]] = Future()
         self.since = 0.0
         self._place = 0
 
-    def expect(self, masks: Future[Tensor], place: int) -> None:
+    def expect(self, masks: Future[Sequence[Tensor | None]], place: int) -> None:
         """What may come next will be found at this place."""
         self.masks, self._place, self.since = masks, place, time.perf_counter()
 
-    def mask(self) -> Tensor:
-        """The tokens that may come next, 32 in each number, (n,) int32; waits until they are known.
+    def mask(self) -> Tensor | None:
+        """The tokens that may come next, 32 in each number, (n,) int32, or None for nearly any; waits until they are
+        known.
 
         Raises:
             InvalidRequest: the grammar has become too complex.
         """
         mask = self.masks.result()[self._place]
+        self.check()
+        return mask
+
+    def allows(self, token: int) -> bool | None:
+        """Whether a token may come next; None if that is not known yet. Raises InvalidRequest as `mask` does."""
+        if not self.masks.done():
+            return None
+        mask = self.mask()
+        if mask is not None:
+            return bool(mask[token // 32] >> (token % 32) & 1)
+        fits: int = self.matcher.validate_tokens([token])
+        self.check()
+        return fits == 1
+
+    def check(self) -> None:
+        """Raise InvalidRequest if the grammar has become too complex."""
         if self.matcher.is_error():
             raise InvalidRequest(f"the answer cannot be held to its grammar: {_short(self.matcher.get_error())}")
-        return mask
 
 
 class Grammars:
@@ -93,15 +116,23 @@ class Grammars:
         ends: tokens that end an answer; at least one.
         vocabulary: tokens that the model knows.
         tool_format: how it writes calls of tools, if it does.
+        board: where what may come next is posted.
     """
 
     def __init__(
-        self, tokenizer: Any, ends: Collection[int], vocabulary: int, tool_format: ToolFormat | None = None
+        self,
+        tokenizer: Any,
+        ends: Collection[int],
+        vocabulary: int,
+        tool_format: ToolFormat | None = None,
+        board: MaskBoard | None = None,
     ) -> None:
         self._source = tokenizer
         self._ends = ends
         self._vocabulary = vocabulary
         self._tool_format = tool_format
+        self._board = board
+        self._probe: list[int] = tokenizer.encode(_PROBE, add_special_tokens=False).ids
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[tuple[Grammar | None, ToolUse | None], list[_Lane]] = OrderedDict()
         self._lock = threading.Lock()
@@ -109,51 +140,84 @@ class Grammars:
         self._parallel = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
         self._executor: LLExecutor | None = None
 
-    def begin(self, grammar: Grammar | None, tokens: Sequence[int] = (), calls: ToolUse | None = None) -> Held:
+    def begin(
+        self,
+        grammar: Grammar | None,
+        tokens: Sequence[int] = (),
+        calls: ToolUse | None = None,
+        *,
+        index: int = 1,
+        greedy: bool = False,
+    ) -> Held:
         """An answer that is to be held to a grammar, to calls of tools, or to either. Compiles them, if they are new.
 
         Args:
             grammar: of the answer, or of what is no call.
             tokens: what the answer has already.
             calls: the tools that it may call, or has to.
+            index: of its next token, in its sequence.
+            greedy: whether it takes the likeliest of the tokens that may come.
 
         Raises:
             InvalidRequest: it is no such grammar, or the tokens are not of it.
         """
-        held = self._lane(grammar, calls).begin()
+        held = self._lane(grammar, calls).begin(index, greedy)
         if tokens and not held.matcher.consume_tokens(list(tokens)):
             raise InvalidRequest("what the answer has so far does not fit its grammar", param=_param(grammar))
-        self._find([held])
+        self.find(held)
         return held
 
-    def advance(self, came: Sequence[tuple[Held, int]]) -> None:
-        """Answers have got a token each; returns at once."""
-        self._find([held for held, _ in came], [token for _, token in came])
+    def advance(self, came: Sequence[tuple[Held, int]], *, probe: bool = False) -> None:
+        """Answers have got a token each; returns at once.
+
+        Args:
+            probe: whether for greedy answers not to find out what may come, where nearly anything may.
+        """
+        for one, _ in came:
+            one.index += 1
+        self._find([one for one, _ in came], [token for _, token in came], probe)
+
+    def find(self, held: Held) -> None:
+        """Find out what may come next in an answer, whatever that takes; returns at once."""
+        self._find([held], (), False)
 
     def close(self) -> None:
         """Find nothing more."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _find(self, held: Sequence[Held], tokens: Sequence[int] = ()) -> None:
-        masks = self._threads.submit(self._masks, [one.matcher for one in held], tokens)
+    def _find(self, held: Sequence[Held], tokens: Sequence[int], probe: bool) -> None:
+        for one in held:
+            one.words = None
+        masks = self._threads.submit(self._masks, held, tokens, probe)
         for place, one in enumerate(held):
             one.expect(masks, place)
 
-    def _masks(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> Tensor:
+    def _masks(self, held: Sequence[Held], tokens: Sequence[int], probe: bool) -> Sequence[Tensor | None]:
         import torch  # whoever only checks a grammar needs none
 
         with self._lock:
             if self._executor is None:
                 self._executor = LLExecutor(self._parallel)
             executor = self._executor
+        matchers = [one.matcher for one in held]
         if tokens:
             executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
+        wanted = [one for one in held if not (probe and one.greedy and self._is_free(one.matcher))]
         words = -(-self._llguidance.vocab_size // 32)
-        masks = torch.zeros(len(matchers), words, dtype=torch.int32)
-        wanted = [(one, place) for place, one in enumerate(matchers) if not one.is_error()]
-        if wanted:
-            executor.unsafe_compute_mask_ptr(wanted, masks.data_ptr(), 4 * words, len(matchers))
-        return masks
+        masks = torch.zeros(len(wanted), words, dtype=torch.int32)
+        sound = [(one.matcher, place) for place, one in enumerate(wanted) if not one.matcher.is_error()]
+        if sound:
+            executor.unsafe_compute_mask_ptr(sound, masks.data_ptr(), 4 * words, len(wanted))
+        if self._board is not None:
+            for one, mask in zip(wanted, masks.numpy(), strict=True):
+                if not one.matcher.is_error():
+                    self._board.post(one, mask)
+        found = dict(zip(map(id, wanted), masks, strict=True))
+        return [found.get(id(one)) for one in held]
+
+    def _is_free(self, matcher: LLMatcher) -> bool:
+        """Whether an answer is in the midst of free text."""
+        return bool(matcher.validate_tokens(self._probe) == len(self._probe)) and not matcher.is_error()
 
     @property
     def _llguidance(self) -> LLTokenizer:

@@ -13,6 +13,8 @@ Mixture = tuple[tuple[AdapterKey, float], ...]
 
 NOT_FINITE = -1
 """In place of a token, where the model's output is not finite."""
+REFUSED = -2
+"""In place of a token that may not come, of an answer that is held to a grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Piece:
         tokens: its tokens; empty for the one that the row's last step has chosen, which only the device may know yet.
         samples: whether the token after it is wanted.
         targets: the tokens that follow its first ones, where their probabilities are wanted.
-        held: whether the token after it is chosen later, as a `Choice`, and is none of the step's.
+        held: whether the token after it is chosen later, as a `Choice`, once it is known which may come.
     """
 
     row: int

@@ -6,12 +6,13 @@ and is a step ahead of whoever takes the tokens. Knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lorauter.engine.board import MaskBoard
 from lorauter.engine.cpu_kernels import load_kernels
 from lorauter.engine.cpu_step import CpuStep
 from lorauter.engine.logprobs import Ranker, StepRanks
@@ -42,19 +43,27 @@ class Flight(Protocol):
     def wait(self) -> list[int]:
         """Its tokens, or NOT_FINITE: a step's as `StepPlan.sampled` says, a choice's in its order."""
 
+    def masked(self, place: int) -> bool:
+        """Whether one of them, once waited for, was chosen among those that may come."""
+
 
 class Landed:
     """A step or choice whose tokens are there."""
 
     computed = True
 
-    def __init__(self, tokens: Sequence[int], ranks: StepRanks | None = None) -> None:
+    def __init__(self, tokens: Sequence[int], ranks: StepRanks | None, masked: Collection[int]) -> None:
         self._tokens = list(tokens)
         self.ranks = ranks
+        self._masked = masked
 
     def wait(self) -> list[int]:
         """See `Flight.wait`."""
         return self._tokens
+
+    def masked(self, place: int) -> bool:
+        """See `Flight.masked`."""
+        return place in self._masked
 
 
 def step_class(decoder: Decoder) -> StepClass:
@@ -79,6 +88,7 @@ class Runner:
 
     Attributes:
         overlaps: whether a step may be launched before the last one's tokens are taken.
+        board: where steps read what may come next in rows, as far as it is there when they choose.
     """
 
     overlaps = False
@@ -98,11 +108,12 @@ class Runner:
         self._step = step_class(decoder)
         self.memory = decoder.memory(blocks=blocks, rows=rows, length=length)
         self.mixtures = self._new_mixtures(rows)
+        self.board = MaskBoard(rows + 1, decoder.vocabulary, pin=decoder.device.type == "cuda")
         self._sampler = Sampler(rows + 1, decoder.vocabulary, decoder.device)
         self._ranker = Ranker(rows + 1)
         self._step_tokens = step_tokens or _STEP_TOKENS
         self._last: list[int] = [0] * (rows + 1)  # each row's last token
-        # What the next tokens of rows are chosen by that are held to grammars.
+        # What the next tokens of rows are chosen by that wait for what may come.
         self._kept = torch.zeros(rows, decoder.vocabulary, dtype=decoder.dtype, device=decoder.device)
 
     def _new_mixtures(self, rows: int) -> Mixtures:
@@ -128,10 +139,20 @@ class Runner:
             tokens[special] = self._sampler.choose(
                 logits[special], [rows[place] for place in special], [positions[place] for place in special]
             )
+        if masked := [place for place in now if self.board.has(rows[place], positions[place])]:
+            own = [rows[place] for place in masked]
+            tokens[masked] = self._sampler.choose(
+                logits[masked], own, [positions[place] for place in masked], self.board.numbers[own, 1:]
+            )
         chosen = tokens.tolist()
         for place in now:
             self._last[rows[place]] = chosen[place]
-        return Landed([chosen[place] for place in now], self._ranker.of_step(plan, logits, tokens))
+        places = {place: i for i, place in enumerate(now)}
+        return Landed(
+            [chosen[place] for place in now],
+            self._ranker.of_step(plan, logits, tokens),
+            {places[place] for place in masked},
+        )
 
     def choose(self, choices: Sequence[Choice], masks: Sequence[Tensor]) -> Flight:
         """Choose tokens that steps have left open.
@@ -145,7 +166,7 @@ class Runner:
         result: list[int] = tokens.tolist()
         for row, token in zip(rows, result, strict=True):
             self._last[row] = token
-        return Landed(result, self._ranker.of_choice(rows, logits, tokens))
+        return Landed(result, self._ranker.of_choice(rows, logits, tokens), range(len(result)))
 
     def logits(self, plan: StepPlan, outputs: Sequence[int] | None = None) -> Tensor:
         """Compute a step, and return (m, vocabulary) logits: of the pieces that sample and then of those that have

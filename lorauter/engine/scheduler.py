@@ -3,9 +3,10 @@
 There are no phases: a running sequence has positions whose keys and values are computed, and tokens to come after
 them; each step gives every sequence that decodes its one token, and pieces of prompts what is left of the budget.
 Steps may be planned ahead: a step's tokens need not be known when the next is planned, and a sequence that turns out to
-have ended is dropped then. An answer that is held to a grammar is in no step between the one that computes its next
-token's chances and the choice of that token, which follows when it is known what may come. Knows nothing of text,
-models or devices.
+have ended is dropped then. So is what was planned after a token that is refused: the sequence goes on from the token
+before. An answer that is held to a grammar and does not take the likeliest token is in no step between the one that
+computes its next token's chances and the choice of that token, which follows when it is known what may come. Knows
+nothing of text, models or devices.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lorauter.engine.blocks import BLOCK, BlockPool, Parent, blocks_of
-from lorauter.engine.plan import NOT_FINITE, AdapterKey, Choice, Mixture, Piece, RowStart, StepPlan
+from lorauter.engine.plan import NOT_FINITE, REFUSED, AdapterKey, Choice, Mixture, Piece, RowStart, StepPlan
 from lorauter.engine.types import FinishReason, SamplingParams
 
 _MOST_TARGETS = 256  # of a step: each takes a row of logits
@@ -38,7 +39,7 @@ class ActiveSequence:
         ended: whether its last token is known, or nobody waits for it any more.
         id: what others know it by.
         told: positions of the prompt whose next tokens' probabilities are known.
-        undecided: whether its next token's chances are computed, or on their way, and its choice is not planned yet.
+        undecided: whether it waits until it is known what may come, for `choose` or `resume`.
     """
 
     tokens: list[int]
@@ -59,6 +60,7 @@ class ActiveSequence:
     begun: bool = False
     computed: int = 0
     coming: int = 0  # tokens that steps and choices on their way bring
+    void: int = 0  # further ones that follow a refused one
     blocks: list[int] = field(default_factory=list)
     published: int = 0  # blocks that may be found by others
     parent: Parent = None
@@ -148,7 +150,8 @@ class Scheduler:
 
     @property
     def undecided(self) -> list[ActiveSequence]:
-        """Running sequences that wait for `choose`."""
+        """Running sequences that wait until it is known what may come: for `resume` where the likeliest token is taken,
+        else for `choose`."""
         return [sequence for sequence in self.running if sequence.undecided]
 
     def choose(self, sequences: Sequence[ActiveSequence]) -> list[Choice]:
@@ -163,13 +166,22 @@ class Scheduler:
         self._flights.append(_Flight(list(sequences), []))
         return choices
 
+    def resume(self, sequence: ActiveSequence) -> None:
+        """Compute the chances of a refused token again, as it is known now what may come."""
+        sequence.undecided = False
+
+    @property
+    def decided(self) -> Sequence[ActiveSequence]:
+        """Whose tokens the oldest step or choice on its way brings, in their order."""
+        return self._flights[0].decided
+
     def plan(self) -> StepPlan | None:
         """The next step, or None if there is nothing to process before a token that is on its way has come."""
         step = _Step()
         before = self.preemptions
         prompts = []
         for sequence in list(self.running):
-            left = _left(sequence)
+            left = 0 if sequence.undecided else _left(sequence)
             if left > 1:
                 prompts.append(sequence)
             elif left and sequence.row is not None and self._grow(sequence, step):
@@ -215,7 +227,7 @@ class Scheduler:
         targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt)] if scores else ()
         assert sequence.row is not None
         known_tokens = sequence.tokens[start:end] if start < known else ()
-        held = samples and sequence.sampling.is_held
+        held = samples and sequence.sampling.is_held and not sequence.sampling.greedy
         piece = Piece(sequence.row, start, known_tokens, samples, targets, held)
         (step.decoding if count == 1 else step.prompts).append(piece)
         sequence.computed = end
@@ -331,7 +343,13 @@ class Scheduler:
         for place, (sequence, token) in enumerate(zip(decided, tokens, strict=True)):
             if sequence.ended:  # by the step before
                 continue
+            if sequence.void:
+                sequence.void -= 1
+                continue
             sequence.coming -= 1
+            if token == REFUSED:
+                self._refuse(sequence)
+                continue
             reason: FinishReason | None = None
             if token == NOT_FINITE:
                 sequence.ended = True
@@ -349,6 +367,13 @@ class Scheduler:
                 self._let_go(sequence)
         return events
 
+    def _refuse(self, sequence: ActiveSequence) -> None:
+        """What was planned on a token is of no use, and neither is what that brings."""
+        sequence.void, sequence.coming = sequence.coming, 0
+        if sequence.row is not None:
+            sequence.computed = len(sequence.tokens) - 1
+            sequence.undecided = True
+
     def abandon(self) -> list[ActiveSequence]:
         """After a step that failed: forget steps on their way and all that was computed; who ran has ended."""
         ended = list(self.running)
@@ -357,7 +382,7 @@ class Scheduler:
         self._flights.clear()
         self._left_rows = list(range(self._max_rows))  # also of the plan that failed
         for sequence in self.waiting:
-            sequence.coming = 0
+            sequence.coming = sequence.void = 0
         self._pool.forget()
         return ended
 

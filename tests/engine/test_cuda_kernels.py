@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from kernel_cases import DEVICE, FULL, HALF, Cache, KernelCases, assert_near, ints, pass_in_the_interpreter
 
+from lorauter.engine.board import MaskBoard, Seat
+
 LIMIT_S = 600  # the interpreter's
 
 
@@ -143,34 +145,44 @@ class Cases(KernelCases):
         logits[2] = -4
         logits[3, 6], logits[4, 0], logits[5, -1] = torch.nan, torch.inf, -torch.inf
         rows, last = ints(8, 7, 6, 5, 4, 3, 2, 1), torch.full((9,), 77, dtype=torch.int32, device=DEVICE)
-        chosen = kernels.greedy(logits, rows, last)
+        board = MaskBoard(9, vocabulary, pin=DEVICE == "cuda").numbers
+        posted = kernels.Posted(board, ints(*range(8)), ints(*range(8)))
+        chosen = kernels.greedy(logits, rows, last, posted)
         expected = logits.float().argmax(-1).int()
         expected[3:6] = -1
-        assert chosen.tolist()[:3] == [2, vocabulary - 1, 0]
-        assert chosen.dtype == torch.int32 and torch.equal(chosen, expected)
-        assert last.tolist() == [77, *chosen.clamp(min=0).tolist()[::-1]]
+        assert chosen[:3, 0].tolist() == [2, vocabulary - 1, 0]
+        assert chosen.dtype == torch.int32 and torch.equal(chosen[:, 0], expected)
+        assert not chosen[:, 1].any()
+        assert last.tolist() == [77, *chosen[:, 0].clamp(min=0).tolist()[::-1]]
 
     @pytest.mark.parametrize(("dtype", "vocabulary"), [(FULL, 7), (HALF, 4096), (FULL, 9000)])
-    def test_greedy_held(self, kernels, randn, draw, vocabulary):
-        logits = randn(9, vocabulary)
-        logits[3, 0] = torch.nan  # also where it may not come
-        words = -(-vocabulary // 32)
-        rows = [8, 3, 0, 5, 6]
-        masks = torch.randint(-(2**31), 2**31, (len(rows), words), generator=draw).int()
+    def test_greedy_among_what_may_come(self, kernels, randn, draw, vocabulary):
+        """Where it is there for the token after the row's output, and only there."""
+        logits = randn(6, vocabulary)
+        logits[1, 0] = torch.nan  # also where it may not come
+        rows, outputs, positions = [8, 3, 0, 5, 6, 2], [2, 1, 0, 5, 6, 4], [7, 9, 11, 0, 4, 6, 2]
+        board = MaskBoard(9, vocabulary, pin=DEVICE == "cuda")
+        masks = torch.randint(-(2**31), 2**31, (6, -(-vocabulary // 32)), generator=draw).int()
         masks[2] = 0
         masks[2, -1] = torch.tensor(1 << ((vocabulary - 1) % 32)).int()
-        masks[3] = 0
         masks[1, 0] &= ~1
-        held = torch.cat((torch.tensor(rows)[:, None].int(), masks), dim=1).to(DEVICE)
+        masks[:, 0] |= 2
+        for i, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+            index = positions[output] + 1
+            seat = Seat(index + {3: 1, 4: -1}.get(i, 0))  # those of the next and of the last token are of no use
+            board.post(seat, masks[i].numpy())
+            board.give(row, seat)
         last = torch.full((9,), 77, dtype=torch.int32, device=DEVICE)
-        chosen = kernels.greedy_held(logits, held, last)
+        posted = kernels.Posted(board.numbers, ints(*outputs), ints(*positions))
+        chosen = kernels.greedy(logits, ints(*rows), last, posted)
         may = torch.stack([(masks[:, i // 32] >> (i % 32)) & 1 for i in range(vocabulary)], dim=1).bool().to(DEVICE)
-        expected = logits[rows].float().masked_fill(~may, -torch.inf).argmax(-1).int()
-        assert expected[2] == vocabulary - 1
+        may[3:5] = True
+        expected = logits.float().masked_fill(~may, -torch.inf).argmax(-1).int()
         expected[1] = -1
-        assert chosen.tolist() == [*expected.tolist()[:3], 0, expected[4]]
-        assert [last[row] for row in rows] == chosen.clamp(min=0).tolist()
-        assert [last[row] for row in (1, 2, 4, 7)] == [77] * 4
+        assert chosen[:, 0].tolist() == expected.tolist()
+        assert chosen[:, 1].tolist() == [1, 1, 1, 0, 0, 1]
+        assert [last[row] for row in rows] == chosen[:, 0].clamp(min=0).tolist()
+        assert [last[row] for row in (1, 4, 7)] == [77] * 3
 
     @pytest.mark.parametrize("vocabulary", [7, 9000])
     def test_keep_rows(self, kernels, randn, vocabulary):

@@ -154,10 +154,10 @@ def test_free_answers_do_not_wait_until_it_is_known_what_may_come_in_others(star
     monkeypatch.setattr(core_module, "Runner", runner)
     known, find = threading.Event(), Grammars._masks
 
-    def finding(self, matchers, tokens):
+    def finding(self, held, tokens, probe):
         if tokens:  # else it is the first of its answer
             known.wait()
-        return find(self, matchers, tokens)
+        return find(self, held, tokens, probe)
 
     monkeypatch.setattr(Grammars, "_masks", finding)
     engine = start(counting, max_batch=4)
@@ -190,8 +190,12 @@ def test_who_is_cancelled_while_it_is_not_known_what_may_come_is_gone(start, cou
     assert engine.generate([ask("a", max_tokens=3)])[0].text == "bcd"
 
 
-def test_steps_with_held_rows_are_launched_before_the_last_ones_tokens_are_taken(start, counting, monkeypatch):
-    """The host is never what a step waits for: each is launched while the one before it is on its way."""
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_steps_with_held_rows_are_launched_before_the_last_ones_tokens_are_taken(
+    start, counting, monkeypatch, temperature
+):
+    """The host is never what a step waits for: each is launched while the one before it is on its way. What is sampled
+    is chosen between two."""
     monkeypatch.setattr(core_module, "_PATIENCE_S", 30.0)  # whatever else the machine does
     happened = []
 
@@ -215,11 +219,13 @@ def test_steps_with_held_rows_are_launched_before_the_last_ones_tokens_are_taken
     rows = []
     monkeypatch.setattr(core_module, "Runner", Noting)
     engine = start(counting, max_batch=4)
-    form = Grammar("regex", "[a-z]{40}")
-    asked = [ask("ab", max_tokens=20, **({"grammar": form} if i % 2 else {})) for i in range(4)]
+    form = {"grammar": Grammar("regex", "[a-z]{40}"), "temperature": temperature}
+    asked = [ask("ab", max_tokens=20, **(form if i % 2 else {})) for i in range(4)]
     assert [len(answer.token_ids) for answer in engine.generate(asked)] == [20] * 4
     assert rows == [0] + [4] * 19  # the held rows are in every step
+    assert any(what == "choose" for what, _ in happened) == bool(temperature)
     for step in range(19):
         assert happened.index(("launch", step + 1)) < happened.index(("step", step))
-        assert happened.index(("choose", step)) < happened.index(("launch", step + 1))
-        assert happened.index(("launch", step + 1)) < happened.index(("choice", step))
+        if temperature:
+            assert happened.index(("choose", step)) < happened.index(("launch", step + 1))
+            assert happened.index(("launch", step + 1)) < happened.index(("choice", step))

@@ -4,6 +4,8 @@ import json
 import random
 import re
 import threading
+import time
+from dataclasses import replace
 
 import jsonschema
 import pytest
@@ -14,6 +16,7 @@ from lorauter.engine import core as core_module
 from lorauter.engine import grammars as grammars_module
 from lorauter.engine.grammars import Grammars
 from lorauter.engine.runner import Runner
+from lorauter.engine.scheduler import Scheduler
 from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
 
@@ -161,6 +164,9 @@ def test_answers_side_by_side_share_no_matcher_as_far_as_there_are_threads(codec
     (lanes,) = grammars._compiled.values()
     assert sorted(len(lane.answers) for lane in lanes) == [2, 2, 3]
     del answers[3:]
+    until = time.monotonic() + 20  # the last one's mask may just have been found
+    while sum(len(lane.answers) for lane in lanes) > 3 and time.monotonic() < until:
+        time.sleep(0.001)
     assert sum(len(lane.answers) for lane in lanes) == 3
     assert [allowed(one) for one in answers] == [[ord("a"), ord("b")]] * 3
     monkeypatch.setattr(grammars_module, "_DEAR_S", 0.0)
@@ -229,6 +235,44 @@ def test_held_and_free_answers_under_any_mixture(pool, start, monkeypatch, ahead
     assert not engine._core._held
 
 
+FREE = of_schema(
+    {
+        "type": "array",
+        "items": {"type": "object", "properties": {"s": {"type": "string"}, "n": {"enum": ["one", "two"]}}},
+        "minItems": 9,
+    }
+)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("cache", [None, 24])
+def test_the_likeliest_tokens_are_those_of_masks_first(pool, start, monkeypatch, ahead, cache):
+    """Whether a step knew what may come, or took the likeliest of all, which was refused or not."""
+    if ahead:
+        monkeypatch.setattr(core_module, "Runner", AheadRunner)
+    decoder = pool.decoder("llama")
+    config = {"cache_bytes": cache * decoder.block_bytes()} if cache else {}
+    engine = start(decoder, max_batch=6, step_tokens=16, **config)
+    draw = random.Random(9)
+    refused, refuse = [], Scheduler._refuse
+    monkeypatch.setattr(Scheduler, "_refuse", lambda self, sequence: refused.append(1) or refuse(self, sequence))
+    forms = [FREE, SCHEMA, Grammar("regex", "[a-z]{4,}[0-9]{3}"), Grammar("regex", ".{5,}x")]
+    asked = []
+    for i in range(20):
+        prompt = tuple(draw.randrange(256) for _ in range(draw.choice([1, 9, 20])))
+        sampling = SamplingParams(60, grammar=forms[i % 4], logprobs=draw.choice([None, 1]))
+        asked.append(GenerationRequest(prompt, pool.mix(MIXTURES[i % 3]), sampling))
+
+    found = engine.generate(asked)
+    assert len(refused) > 20
+    # That which names the tokens that may come beside is chosen by masks.
+    every = tuple(range(259))
+    masked = [replace(one, sampling=replace(one.sampling, allowed_token_ids=every)) for one in asked]
+    refused.clear()
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in engine.generate(masked)]
+    assert not refused
+
+
 def test_the_free_answers_beside_held_ones_are_unchanged(pool, start):
     engine = start(pool.decoder("llama"), max_batch=8, prefix_reuse=False)
     free = [GenerationRequest((i, 5, 9), sampling=SamplingParams(30, ignore_eos=True)) for i in range(4)]
@@ -256,7 +300,7 @@ def test_an_answer_goes_on_where_another_engine_left_it(start, counting):
 
 def test_what_becomes_too_complex_ends_its_own_request(start, counting, monkeypatch):
     engine = start(counting, max_batch=2)
-    real, calls = grammars_module.Held.mask, []
+    real, calls = grammars_module.Held.check, []
 
     def failing(self):
         calls.append(1)
@@ -264,7 +308,7 @@ def test_what_becomes_too_complex_ends_its_own_request(start, counting, monkeypa
             raise InvalidRequest("the answer cannot be held to its grammar: too complex")
         return real(self)
 
-    monkeypatch.setattr(grammars_module.Held, "mask", failing)
+    monkeypatch.setattr(grammars_module.Held, "check", failing)
     with pytest.raises(InvalidRequest, match="too complex"):
         engine.generate([GenerationRequest((97,), sampling=SamplingParams(9, grammar=Grammar("regex", "[a-z]{20}")))])
     assert engine.generate([GenerationRequest((97,), sampling=SamplingParams(2))])[0].text == "bc"

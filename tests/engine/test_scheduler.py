@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from lorauter.engine.blocks import BLOCK, BlockPool
-from lorauter.engine.plan import NOT_FINITE
+from lorauter.engine.plan import NOT_FINITE, REFUSED
 from lorauter.engine.scheduler import ActiveSequence, Scheduler
 from lorauter.engine.types import Grammar, SamplingParams
 
@@ -51,6 +51,8 @@ class Device:
     roots: dict[int, object] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # position and token of what is open
+    guessing: set[int] = field(default_factory=set)  # rows whose tokens may be wrong ones
+    draw: random.Random = field(default_factory=lambda: random.Random(0))
     most: int = 0
 
     def run(self, plan, ends=()):
@@ -59,6 +61,7 @@ class Device:
         for start in plan.starts:
             assert start.row not in self.roots, "two sequences have one row"
             self.roots[start.row], self.tables[start.row] = start.mixture, {}
+            (self.guessing.add if start.sampling is GUESSED else self.guessing.discard)(start.row)
         for row, place, block in plan.blocks:
             assert block, "block 0 is nobody's"
             self.tables[row][place] = block
@@ -80,6 +83,8 @@ class Device:
             if piece.held:
                 self.kept[piece.row] = end, token
                 continue
+            if piece.row in self.guessing and self.draw.random() < 0.3:
+                token += WRONG
             tokens.append(token)
             self.last[piece.row] = max(token, 0)
         return tokens
@@ -97,7 +102,9 @@ class Device:
         return self.tables[row][position // BLOCK], position % BLOCK
 
 
-HELD = SamplingParams(grammar=Grammar("regex", "a"))
+WRONG = 1000
+GUESSED = SamplingParams(grammar=Grammar("regex", "a"))
+HELD = SamplingParams(temperature=1.0, grammar=Grammar("regex", "a"))
 
 
 def answer_of(root, tokens):
@@ -121,12 +128,23 @@ def make(scheduler, tokens, limit, mixture=(), sampling=None):
     return sequence
 
 
+def decide(scheduler, device, flights, sequences):
+    for sequence in sequences:
+        if sequence.sampling is GUESSED:
+            scheduler.resume(sequence)
+    if held := [sequence for sequence in sequences if sequence.sampling is HELD]:
+        flights.append(device.choose(scheduler.choose(held)))
+
+
+def checked(tokens):
+    return [REFUSED if token >= WRONG - 1 else token for token in tokens]
+
+
 def drive(scheduler, device, *, ahead, until=lambda: False):
     """Run until nothing is left; `ahead` steps are planned before the tokens of the first are known."""
     flights, events, steps = [], [], 0
     while not until():
-        if undecided := scheduler.undecided:
-            flights.append(device.choose(scheduler.choose(undecided)))
+        decide(scheduler, device, flights, scheduler.undecided)
         plan = scheduler.plan()
         if plan is not None:
             flights.append(device.run(plan))
@@ -134,7 +152,7 @@ def drive(scheduler, device, *, ahead, until=lambda: False):
         if not flights:
             break
         while len(flights) > (ahead if plan is not None else 0):
-            events += scheduler.take(flights.pop(0))
+            events += scheduler.take(checked(flights.pop(0)))
         assert steps < 20_000
     return events
 
@@ -165,7 +183,7 @@ def test_everybody_gets_the_tokens_that_are_theirs_whatever_comes_between(seed, 
             mixture = draw.choice(mixtures)
             if "broken" in str(mixture) or len({n for (n, _), _ in mixture}) <= room.size:
                 limit = min(blocks * BLOCK, len(tokens) + draw.randint(1, 40))
-                sequence = make(scheduler, tokens, limit, mixture, draw.choice([None, HELD]))
+                sequence = make(scheduler, tokens, limit, mixture, draw.choice([None, HELD, GUESSED]))
                 wanted[sequence] = expected(tokens, mixture, limit)
         if draw.random() < 0.05 and (left := [s for s in wanted if not s.ended]):
             victim = draw.choice(left)
@@ -175,15 +193,14 @@ def test_everybody_gets_the_tokens_that_are_theirs_whatever_comes_between(seed, 
             ruined.update(scheduler.abandon())
             flights.clear()
             device.cache.clear()
-        if chosen := [sequence for sequence in scheduler.undecided if draw.random() < 0.7]:
-            flights.append(device.choose(scheduler.choose(chosen)))
+        decide(scheduler, device, flights, [sequence for sequence in scheduler.undecided if draw.random() < 0.7])
         plan = scheduler.plan()
         if plan is not None:
             flights.append(device.run(plan))
         while len(flights) > (ahead if plan is not None else 0):
-            scheduler.take(flights.pop(0))
+            scheduler.take(checked(flights.pop(0)))
     while flights:
-        scheduler.take(flights.pop(0))
+        scheduler.take(checked(flights.pop(0)))
     drive(scheduler, device, ahead=ahead)
     told = {sequence for sequence, _ in failed}
     assert not scheduler.running
@@ -214,6 +231,26 @@ def test_who_waits_for_its_choice_is_in_no_step_and_keeps_nobody_out():
     assert {piece.row for piece in plan.decoding} == {free.row, held.row}
     (event,) = scheduler.take(device.choose(choices))
     assert (event.sequence, held.tokens) == (held, [5, 6, event.token])
+
+
+def test_a_token_that_is_refused_takes_what_was_planned_on_it_along():
+    scheduler, device = scheduler_of(), Device(4)
+    guessed, free = make(scheduler, [5, 6], 60, sampling=GUESSED), make(scheduler, [7, 8], 60)
+    first = device.run(scheduler.plan())
+    ahead = device.run(scheduler.plan())
+    (event,) = scheduler.take([REFUSED, first[1]])
+    assert (event.sequence, guessed.tokens, scheduler.undecided) == (free, [5, 6], [guessed])
+    plan = scheduler.plan()
+    assert [piece.row for piece in plan.decoding] == [free.row]
+    (event,) = scheduler.take(ahead)  # the other one's was made of a token that may not come
+    assert (event.sequence, guessed.tokens) == (free, [5, 6])
+    scheduler.take(device.run(plan))
+    scheduler.resume(guessed)
+    plan = scheduler.plan()
+    assert [(piece.start, piece.tokens) for piece in plan.decoding if piece.row == guessed.row] == [(1, [6])]
+    events = scheduler.take([9, 9])
+    assert [event.sequence for event in events] == [guessed, free]
+    assert guessed.tokens == [5, 6, 9]
 
 
 def test_decoding_rows_are_in_every_step_and_prompts_share_what_is_left():

@@ -1,0 +1,81 @@
+"""Which tokens may come next in rows, in host memory where whoever chooses them reads it: a GPU in the midst of a step.
+
+What is not there in time is not waited for: the token is chosen among all then, and told from others by that. Knows
+nothing of grammars or models.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Seat:
+    """Somebody whose next token may not be just any.
+
+    Attributes:
+        index: of that token in its sequence; at least 1.
+        row: which it has, if any; the board's to change.
+        words: what may come, 32 tokens in each int32, once it is posted.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.row: int | None = None
+        self.words: NDArray[np.int32] | None = None
+
+
+class MaskBoard:
+    """What may come next in each row.
+
+    Args:
+        rows: how many rows there are.
+        vocabulary: tokens of the model.
+        pin: whether a GPU is to read it.
+
+    Attributes:
+        numbers: (rows, 1 + words) int32: the index of the token that it is for, which is written last and is 0 where
+            any may come, and what may come.
+    """
+
+    def __init__(self, rows: int, vocabulary: int, *, pin: bool) -> None:
+        import torch  # whoever only checks a grammar needs none
+
+        self.numbers = torch.zeros(rows, 1 + -(-vocabulary // 32), dtype=torch.int32, pin_memory=pin)
+        self._array: NDArray[np.int32] = self.numbers.numpy()
+        self._seats: dict[int, Seat] = {}
+        self._lock = threading.Lock()
+
+    def give(self, row: int, seat: Seat | None) -> None:
+        """From now on a row is somebody's, or may have any token."""
+        if seat is None and row not in self._seats:
+            return
+        with self._lock:
+            former = self._seats.pop(row, None)
+            if former is not None and former.row == row:
+                former.row = None
+            self._array[row, 0] = 0
+            if seat is not None:
+                self._seats[row] = seat
+                seat.row = row
+                self._write(seat)
+
+    def post(self, seat: Seat, words: NDArray[np.int32]) -> None:
+        """It is known what may come next, in somebody's row or in that which it will have."""
+        with self._lock:
+            seat.words = words
+            self._write(seat)
+
+    def _write(self, seat: Seat) -> None:
+        if seat.row is not None and seat.words is not None:
+            self._array[seat.row, 1:] = seat.words[: self._array.shape[1] - 1]
+            self._array[seat.row, 0] = seat.index
+
+    def has(self, row: int, index: int) -> bool:
+        """Whether it is there for the token of this index."""
+        return bool(self._array[row, 0] == index)
