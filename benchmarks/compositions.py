@@ -1,12 +1,13 @@
 """Compositions of a pool, by settings: how their answers score on validation examples and on test queries.
 
     python benchmarks/compositions.py --tasks DIR --adapters URI --out DIR [--examples 20] [--only a,b]
-        [--jobs semi-OOD/layers,in-domain/layers,...] [--split validation|test] [--methods base,oracle,default,...]
+        [--jobs semi-OOD/default,in-domain/default,...] [--splits test,validation] [--methods base,oracle,default,...]
 
 The first validation examples of each task are what everything is made of: every adapter's score on every task, the
 catalog, the compositions with the task's own adapter (in-domain) and without it (semi-OOD), by each setting. The other
-validation examples are asked, to choose a setting by; with --split test the test queries. What is in the folder is not
-made again.
+validation examples are asked, to choose a setting by, or the test queries. What is in the folder is not made again.
+Each setting is answered in three ways: with what holds among the router's adapters, with what holds in place of the
+router's mixture, and with every composition alone, whether it holds or not.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from pathlib import Path
 
 import torch
 
-from lorauter.adapters import AdapterRepository, open_store
+from lorauter.adapters import AdapterRepository, LoraWeights, open_store
 from lorauter.catalog import build_catalog
 from lorauter.catalog.provenance import model_digest
 from lorauter.catalog.scores import Evaluation, ScoreTable, score_all
 from lorauter.catalog.scoring import EngineScorer
 from lorauter.compositions.config import ComposeConfig
 from lorauter.compositions.make import Composer, Made, Wanted
-from lorauter.compositions.starts import example_mixtures, mean_mixture
-from lorauter.defaults import base_model_aliases, load_encoder, resolve_model
+from lorauter.compositions.starts import example_mixtures, starts_of
+from lorauter.defaults import base_model_aliases, load_encoder, load_states, resolve_model
+from lorauter.encoder import RememberingEncoder
 from lorauter.engine import EngineConfig, load_engine
 from lorauter.engine.load import load_decoder
 from lorauter.evaluation.answering import adapters_in, answer
@@ -37,20 +39,19 @@ from lorauter.evaluation.methods import COMPOSED, decide
 from lorauter.evaluation.report import evaluate
 from lorauter.evaluation.rows import DecisionRow, ScoredRow, read_answers
 from lorauter.routing import RoutingConfig
+from lorauter.states import RememberingStates
 from lorauter.tasks import read_tasks
 
 BASE = ComposeConfig()
-# Settings, and where a fit begins: with the router's own mixtures for the examples, with what tasks worded alike would
-# lend an unknown task, or half way.
 VARIANTS = {
-    "layers": (BASE, "router"),
-    "targets": (replace(BASE, per_target=True), "router"),
-    "ten-groups": (replace(BASE, layer_groups=10), "router"),
-    "positive": (replace(BASE, non_negative=True), "router"),
-    "alike": (BASE, "alike"),
-    "half-alike": (BASE, "half"),
-    "pull": (replace(BASE, pull=0.3), "router"),
-    "adapters": (replace(BASE, layer_groups=1), "router"),
+    "default": BASE,
+    "layers": replace(BASE, each="adapter"),
+    "targets": replace(BASE, each="target"),
+    "columns": replace(BASE, each="column"),
+    "ten-groups": replace(BASE, each="adapter", layer_groups=10),
+    "adapters": replace(BASE, each="adapter", layer_groups=1),
+    "positive": replace(BASE, non_negative=True),
+    "pull": replace(BASE, pull=0.3),
 }
 started = time.perf_counter()
 
@@ -73,13 +74,14 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--only", help="compose for these tasks alone")
     parser.add_argument(
-        "--jobs", default="semi-OOD/layers,in-domain/layers", help="regimes and settings, in this order"
+        "--jobs", default="semi-OOD/default,in-domain/default", help="regimes and settings, in this order"
     )
     parser.add_argument("--steps", type=int, help="in place of the default")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=1e9, help="after which nothing more is fitted")
     parser.add_argument("--fit", action="store_true", help="answer nothing")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--splits", default="validation", help="test, validation or both, in this order")
+    parser.add_argument("--states", action="store_true", help="the router reads hidden states, as it does by default")
     parser.add_argument("--methods", default="base,oracle,default", help="that are answered beside the compositions")
     parser.add_argument("--scored", type=int, help="examples of each task that adapters are scored on")
     args = parser.parse_args()
@@ -114,8 +116,10 @@ def main() -> None:
         say(f"{len(missing)} of {len(wanted)} scores are to be made")
         score(missing)
     say("building the catalog")
-    encoder = load_encoder("default")
-    catalog = build_catalog(tasks, encoder, repository=repository, scores=table.by_task())
+    encoder = RememberingEncoder(load_encoder("default"))
+    states = RememberingStates(load_states("default")) if args.states else None
+    catalog = build_catalog(tasks, encoder, states=states, repository=repository, scores=table.by_task())
+    say("built")
 
     decoder, codec = load_decoder(resolve_model("default"), aliases=base_model_aliases("default"), plain=True)
     sources = [load(name) for name in pool]
@@ -123,7 +127,7 @@ def main() -> None:
     made: dict[tuple[str, str], list[Made]] = {}
     for job in args.jobs.split(","):
         regime, variant = job.split("/")
-        config, start = VARIANTS[variant]
+        config = VARIANTS[variant]
         config = config if args.steps is None else replace(config, steps=args.steps)
         begun = time.perf_counter()
         if begun - started > args.seconds:
@@ -131,13 +135,7 @@ def main() -> None:
             continue
         barred = {name: frozenset({name} if regime == "semi-OOD" else ()) for name in chosen}
         mixtures = example_mixtures(catalog, RoutingConfig(), barred)
-        alike = example_mixtures(catalog, RoutingConfig(), barred, unknown=True)
-        starts = {
-            name: mean_mixture(
-                {"router": mixtures[name], "alike": alike[name], "half": [*mixtures[name], *alike[name]]}[start]
-            )
-            for name in chosen
-        }
+        starts = starts_of(catalog, RoutingConfig(), barred)
         composer = Composer(decoder, codec, sources, args.out / "made", base_model=base, config=config)
         todo = [
             Wanted(f"{task.name}.{regime}.{variant}", task, mixtures[task.name], starts[task.name], barred[task.name])
@@ -165,6 +163,7 @@ def main() -> None:
             p = one.provenance
             say(
                 f"  {p.task:22} {p.score_before:7.3f} -> {p.score_after:7.3f} gain {p.gain:6.3f} +- {p.error:5.3f} "
+                f"right {p.right_before:.3f} -> {p.right_after:.3f} "
                 f"step {p.step:2} rank {p.rank} energy {p.energy:.4f} {'holds' if one.holds else '-'}"
             )
     del decoder, sources
@@ -174,13 +173,28 @@ def main() -> None:
     if args.fit:
         return
 
-    rows = []
     done = {one.provenance.task for of in made.values() for one in of}
     asked = [task for task in every if task.name in done]
-    say(f"{len(asked)} tasks are asked")
-    methods = dict.fromkeys(args.methods.split(","))
-    plain = list(decide(asked, catalog, encoder, methods, split=args.split))
-    rows += plain
+    folders = {one.name: one.folder for of in made.values() for one in of}
+
+    def load_any(name: str) -> LoraWeights:
+        return LoraWeights.load(folders[name], name=name, version="0" * 16) if name in folders else load(name)
+
+    with closing(engine()) as running:
+        for split in args.splits.split(","):
+            rows = list(decided(asked, catalog, encoder, states, args.methods.split(","), made, split))
+            answers_of(rows, running, load_any, args.out, split)
+    say("done")
+
+
+def decided(asked, catalog, encoder, states, methods, made, split):
+    """Rows of the methods, and of every setting in its three ways."""
+    regimes = list(dict.fromkeys(regime for regime, _ in made))
+    shared = {"states": states, "split": split}
+    plain = list(decide(asked, catalog, encoder, dict.fromkeys(methods), regimes=regimes, **shared))
+    if "in-domain" not in regimes:  # where these two are
+        plain += decide(asked, catalog, encoder, dict.fromkeys(["base", "oracle"]), regimes=["in-domain"], **shared)
+    yield from plain
     for (regime, variant), of in made.items():
         held = [
             ComposedFor(
@@ -190,43 +204,33 @@ def main() -> None:
             if one.holds
         ]
         of_task = {one.provenance.task: one for one in of}
-        composed = decide(asked, catalog, encoder, {COMPOSED: None}, regimes=[regime], split=args.split, composed=held)
-        rows += [{**row, "method": f"{COMPOSED} {variant}", "id": f"{variant}/{row['id']}"} for row in composed]
+        for row in decide(asked, catalog, encoder, {COMPOSED: None}, regimes=[regime], composed=held, **shared):
+            yield {**row, "method": f"{variant} beside", "id": f"{variant}/{row['id']}"}
         for row in plain:
             if row["method"] == "default" and row["regime"] == regime and row["task"] in of_task:
-                name = f"{variant} alone"
-                mixture = {of_task[row["task"]].name: 1.0}
-                rows.append({**row, "adapters": mixture, "method": name, "id": f"{name}/{row['id']}"})
-    folders = {one.name: one.folder for of in made.values() for one in of}
-    (args.out / f"decisions-{args.split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                one = of_task[row["task"]]
+                alone = {one.name: 1.0}
+                for way, mixture in (("kept", alone if one.holds else row["adapters"]), ("alone", alone)):
+                    name = f"{variant} {way}"
+                    yield {**row, "adapters": mixture, "method": name, "id": f"{name}/{row['id']}"}
 
-    def load_any(name: str):
-        if name in folders:
-            from lorauter.adapters import LoraWeights
 
-            return LoraWeights.load(folders[name], name=name, version=str(folders[name]))
-        return load(name)
-
-    say(f"{len(rows)} rows to answer")
-    with closing(engine()) as running:
-        asked_rows = [DecisionRow.from_json(row, source="row") for row in rows]
-        answer(
-            asked_rows,
-            running,
-            load_any,
-            args.out / f"answers-{args.split}.jsonl",
-            progress=lambda d, t: say(f"{d} of {t} answered"),
-        )
-    answers = read_answers(args.out / f"answers-{args.split}.jsonl")
+def answers_of(rows, running, load, out, split):
+    """Answer rows, and say how they score."""
+    (out / f"decisions-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    say(f"{split}: {len(rows)} rows to answer")
+    path = out / f"answers-{split}.jsonl"
+    asked = [DecisionRow.from_json(row, source="row") for row in rows]
+    answer(asked, running, load, path, progress=lambda done, total: say(f"{done} of {total} answered"))
+    answers = read_answers(path)
     report = {}
-    print(f"\n{args.split}: share of the oracle's score")
+    say(f"{split}: share of the oracle's score")
     for result in evaluate([ScoredRow.from_json(row, source="row") for row in rows], answers, rouge_for_bleu=True):
         share = f"{100 * result.of_oracle:6.1f} %" if result.of_oracle is not None else "-"
         low, high = result.interval
-        print(f"{result.method:28} {result.regime:10} {result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
+        print(f"{result.method:28} {result.regime:10} {result.score:.4f} ({low:.3f} to {high:.3f}) {share}", flush=True)
         report[f"{result.method}/{result.regime}"] = asdict(result)
-    (args.out / f"report-{args.split}.json").write_text(json.dumps(report))
-    say("done")
+    (out / f"report-{split}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,9 @@ class TaskRetriever:
         """What the catalog holds, and what is published in vain."""
         catalog = self._live.retriever.catalog
         stale = catalog.stale
-        marks = {name: {"composed": True, "stale": name in stale} for name in catalog.composed}
+        marks = {
+            name: {"score": of.score, "composed": True, "stale": name in stale} for name, of in catalog.composed.items()
+        }
         tasks = [
             {
                 "id": entry.name,

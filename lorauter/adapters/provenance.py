@@ -19,10 +19,17 @@ PROVENANCE = "lorauter.composition"
 
 @dataclass(frozen=True)
 class Composition:
-    """The task that an adapter was composed for, and the versions of the adapters that went into it."""
+    """What a composed adapter is.
+
+    Attributes:
+        task: that it was composed for.
+        sources: the versions of the adapters that went into it.
+        score: by the task's metric on validation examples that its weights had not seen; None where that is not known.
+    """
 
     task: str
     sources: Mapping[str, str]
+    score: float | None = None
 
     @classmethod
     def of(cls, provenance: Mapping[str, Any] | None) -> Composition | None:
@@ -30,8 +37,12 @@ class Composition:
         try:
             if provenance is None or not is_valid_name(provenance["task"]):
                 return None
-            return cls(provenance["task"], {str(row["name"]): str(row["version"]) for row in provenance["sources"]})
-        except (KeyError, TypeError):
+            score = float(provenance["right_after"]) if provenance.get("exact") is True else None
+            if score is not None and not 0 <= score <= 1:
+                return None
+            sources = {str(row["name"]): str(row["version"]) for row in provenance["sources"]}
+            return cls(provenance["task"], sources, score)
+        except (KeyError, TypeError, ValueError):
             return None
 
     def changed(self, versions: Mapping[str, str]) -> list[str]:

@@ -246,7 +246,10 @@ class Catalog:
     @cached_property
     def _own(self) -> dict[str, dict[str, bytes]]:
         """The parts that are no segments', by kind and digest."""
-        composed = {name: {"task": of.task, "sources": dict(of.sources)} for name, of in self.composed.items()}
+        composed = {
+            name: {key: value for key, value in vars(of).items() if value is not None}
+            for name, of in self.composed.items()
+        }
         kinds: dict[str, list[Arrays]] = {
             "adapters": _by_name(self.adapters),
             "composed": _by_name(composed),
@@ -399,7 +402,7 @@ class Catalog:
             adapters,
             head["encoder"],
             head["base_model"],
-            {name: Composition(of["task"], of["sources"]) for name, of in composed.items()},
+            {name: Composition(**of) for name, of in composed.items()},
             StatesOf(head["states"], shared["states_probe"]) if "states" in head else None,
             (lambda: Sample.from_arrays(parts.read(stored[0]))) if stored else lambda: None,
         )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from lorauter.errors import ConfigError
+
+Each = Literal["adapter", "target", "column"]
+"""What has a weight of its own in a layer: an adapter, each of its targets (q, k, v ...), or each of their ranks."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class ComposeConfig:
         learning_rate: of the first step; it falls to a fifth.
         folds: parts of the examples, each of which is left out of one fit.
         pull: towards the start: this times the squared distance, in the mean over layers, is added to the loss.
+        each: what has a weight of its own in a layer.
         layer_groups: groups of neighbouring layers that share their weights; 0 gives each layer its own.
-        per_target: whether q, k, v and so on of a layer have weights of their own.
         non_negative: whether weights under 0 are barred.
         margin: standard errors by which a composition has to beat the default mixture on examples that were left out.
         energy: share of the squared singular values that the rank has to keep.
@@ -33,8 +37,8 @@ class ComposeConfig:
     learning_rate: float = 0.03
     folds: int = 3
     pull: float = 0.0
+    each: Each = "adapter"
     layer_groups: int = 0
-    per_target: bool = False
     non_negative: bool = False
     margin: float = 1.0
     energy: float = 0.99
@@ -48,6 +52,16 @@ class ComposeConfig:
                 raise ConfigError(
                     f"compose.{name} is {getattr(self, name)}; it must be at least {value}", setting=f"compose.{name}"
                 )
+        if self.each not in get_args(Each):
+            raise ConfigError(
+                f"compose.each is {self.each!r}; it must be one of {', '.join(get_args(Each))}", setting="compose.each"
+            )
+        if self.each == "column" and self.layer_groups:
+            raise ConfigError(
+                f"compose.layer_groups is {self.layer_groups}, and layers share no columns; set it to 0, or "
+                "compose.each to 'adapter'",
+                setting="compose.layer_groups",
+            )
         if not 0 < self.energy <= 1:
             raise ConfigError(
                 f"compose.energy is {self.energy}; it must be over 0 and at most 1", setting="compose.energy"

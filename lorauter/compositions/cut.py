@@ -55,15 +55,13 @@ class Cutter:
             self._a[target] = torch.linalg.qr(a.float().cpu().mT)
             self._b[target] = torch.linalg.qr(b.float().cpu().mT)
 
-    def cut(self, weights: Tensor) -> Cut:
-        """The adapter of weights (layers, targets, adapters). Targets of which nothing is left are not in it."""
-        stack = self._stack
+    def cut(self, columns: Tensor) -> Cut:
+        """The adapter of weights (layers, all columns). Targets of which nothing is left are not in it."""
         pairs: dict[Where, Pair] = {}
         total = left = 0.0
-        for i, target in enumerate(stack.targets):
-            columns = weights[:, i].float().cpu() @ stack.spread[target].cpu()
+        for target, of in self._stack.by_target(columns.float().cpu()).items():
             (q_a, r_a), (q_b, r_b) = self._a[target], self._b[target]
-            product = (r_b * columns[:, None]) @ r_a.mT
+            product = (r_b * of[:, None]) @ r_a.mT
             u, s, v = _largest(product, self._max_rank)
             energy = float(product.square().sum())
             rank = self._rank(s.square().sum(0), energy)

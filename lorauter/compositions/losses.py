@@ -6,7 +6,7 @@ where causal attention does not look. Knows nothing of how weights are found.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,36 +100,28 @@ def _rows(rows: Sequence[Example], batch: Sequence[int], members: int, device: t
 
 
 def row_losses(
-    decoder: Decoder, end_ids: Tensor, stack: AdapterStack, columns: Mapping[str, Tensor], rows: Rows
-) -> Tensor:
-    """The mean negative log-probability of each row's target and its end: (rows,) float32.
+    decoder: Decoder, end_ids: Tensor, stack: AdapterStack, columns: Tensor, rows: Rows
+) -> tuple[Tensor, Tensor]:
+    """The mean negative log-probability of each row's target and its end, and the share of its tokens that would be
+    chosen if all before them had been: (rows,) float32 each, gradients to the first alone.
 
     Args:
         decoder: a plain one.
         end_ids: tokens that end an answer, whose probabilities are added up.
-        columns: of every member, as `AdapterStack.columns` gives them: by target (members, layers, R).
+        columns: of every member, as `AdapterStack.columns` gives them: (members, layers, all columns).
     """
     count = rows.members.shape[0]
-    weights = {
-        target: (rows.members @ of.flatten(1)).view(count, *of.shape[1:]).to(decoder.dtype)
-        for target, of in columns.items()
-    }
+    weights = stack.by_group((rows.members @ columns.flatten(1)).view(count, *columns.shape[1:]).to(decoder.dtype))
     positions = torch.arange(rows.length, device=decoder.device).repeat(count)
     batch = StepBatch(rows.tokens, positions, positions, 0, (), rows.outputs)
     logits = decoder.run(GradientStep(decoder, stack, weights, rows.length), batch).float()
     whole = logits.logsumexp(-1)
     ending = logits[:, end_ids].logsumexp(-1)
     chosen = logits.gather(1, rows.wanted[:, None])[:, 0]
-    return rows.means @ (whole - torch.where(rows.ends, ending, chosen))
-
-
-def losses_of(
-    decoder: Decoder, end_ids: Tensor, stack: AdapterStack, weights: Tensor, batches: Iterable[Rows]
-) -> Iterator[tuple[Rows, Tensor]]:
-    """The losses of passes under weights (members, layers, targets, adapters)."""
-    columns = stack.columns(weights)
-    for rows in batches:
-        yield rows, row_losses(decoder, end_ids, stack, columns, rows)
+    losses = rows.means @ (whole - torch.where(rows.ends, ending, chosen))
+    likeliest = logits.detach().argmax(-1)
+    right = torch.where(rows.ends, torch.isin(likeliest, end_ids), likeliest == rows.wanted)
+    return losses, rows.means @ right.float()
 
 
 def _padded(length: int) -> int:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -52,14 +53,14 @@ class Wanted:
     Attributes:
         name: of the adapter that comes of it.
         mixtures: what the router answers each validation example with now.
-        start: the mixture that the fit begins with.
+        starts: mixtures that the fit may begin with.
         barred: adapters that may not be a source.
     """
 
     name: str
     task: Task
     mixtures: Sequence[Weights]
-    start: Weights
+    starts: Sequence[Weights]
     barred: frozenset[str] = frozenset()
 
 
@@ -147,7 +148,10 @@ class Composer:
                         names = ", ".join(one.task.name for one in group)
                         progress(done + step * len(group), total, f"left-out loss {loss:.4f} of {names}")
 
-                    problems = [Problem(o.task.name, dialogues[o.name], o.mixtures, o.start, o.barred) for o in group]
+                    problems = [
+                        Problem(o.task.name, dialogues[o.name], o.mixtures, o.starts, o.barred, exact=_exact(o.task))
+                        for o in group
+                    ]
                     for one, fit in zip(group, fitter.fit(problems, told), strict=True):
                         written.append(beside.submit(self._write, one, fit, cutter, stack))
                     done += steps * len(group)
@@ -183,7 +187,7 @@ class Composer:
         made_of = {
             "name": one.name,
             "task": task_digests([one.task]),
-            "mixtures": [dict(sorted(mixture.items())) for mixture in (*one.mixtures, one.start)],
+            "mixtures": [dict(sorted(mixture.items())) for mixture in (*one.mixtures, *one.starts)],
             "sources": [list(adapter.key) for adapter in self._adapters if adapter.name not in one.barred],
             "base_model": self._base_model,
             "config": asdict(self.config),
@@ -196,12 +200,15 @@ class Composer:
             task=one.task.name,
             base_model=self._base_model,
             examples=task_digests([one.task])[one.task.name],
-            sources=_sources(fit.weights, stack),
+            sources=_sources(fit.weights, stack, by_target=self.config.each != "adapter"),
             targets=stack.targets,
             settings=asdict(self.config),
-            score_before=-sum(fit.before) / len(fit.before),
-            score_after=-sum(fit.after) / len(fit.after),
+            score_before=-fmean(fit.before),
+            score_after=-fmean(fit.after),
             error=fit.error,
+            right_before=fit.right_before,
+            right_after=fit.right_after,
+            exact=_exact(one.task),
             energy=cut.kept,
             rank=max(a.shape[0] for a, _ in cut.pairs.values()),
             step=fit.step,
@@ -218,20 +225,27 @@ class Composer:
     def _read(self, one: Wanted) -> Made:
         folder = self._folder(one)
         provenance = CompositionProvenance.from_json(json.loads((folder / _FILE).read_bytes()))
-        holds = provenance.gain > self.config.margin * provenance.error
-        return Made(one.name, folder / one.name, provenance, holds)
+        better = provenance.gain > self.config.margin * provenance.error
+        return Made(
+            one.name, folder / one.name, provenance, better and provenance.right_after >= provenance.right_before
+        )
 
 
-def _sources(weights: Tensor, stack: AdapterStack) -> tuple[Source, ...]:
-    """Weights (layers, targets, sources) as the provenance has them."""
-    alike = bool((weights == weights[:, :1]).all())
+def _exact(task: Task) -> bool:
+    """Whether its answers are right as a whole or not at all."""
+    return task.metric == "em"
+
+
+def _sources(columns: Tensor, stack: AdapterStack, *, by_target: bool) -> tuple[Source, ...]:
+    """Weights of columns (layers, all columns) as the provenance has them."""
+    means = stack.means(columns)
     found = []
     for i, adapter in enumerate(stack.sources):
-        own = weights[:, :, i]
-        if own.any():
-            rows = [[round(value, _DIGITS) for value in row] for row in own.tolist()]
-            kept = tuple(row[0] for row in rows) if alike else tuple(map(tuple, rows))
-            found.append(Source(adapter.name, adapter.version, kept))
+        own = means[..., i]  # (layers, targets)
+        if own.nan_to_num().any():
+            kept = own.nan_to_num() if by_target else own.nanmean(1)
+            rows = torch.round(kept, decimals=_DIGITS).tolist()
+            found.append(Source(adapter.name, adapter.version, tuple(tuple(r) if by_target else r for r in rows)))
     return tuple(found)
 
 

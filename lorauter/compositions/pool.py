@@ -13,7 +13,7 @@ from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.provenance import model_digest
 from lorauter.compositions.config import ComposeConfig
 from lorauter.compositions.make import Composer, Made, Progress, Wanted
-from lorauter.compositions.starts import example_mixtures, likeliest_sources, mean_mixture
+from lorauter.compositions.starts import example_mixtures, likeliest_sources, starts_of
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine.load import load_decoder
 from lorauter.errors import AdapterRejected, ConfigError
@@ -86,10 +86,8 @@ def compose_for(
         raise ConfigError(f"there is no task called {', '.join(unknown)}", setting="task")
     known = {name: catalog.tasks[place].task for name, place in places.items() if place is not None}
     away = {name: frozenset((barred or {}).get(name, ())) for name in sorted(tasks)}
-    mixtures = example_mixtures(catalog, RoutingConfig(), away)
-    wanted = [
-        Wanted(name_of(name), known[name], mixtures[name], mean_mixture(mixtures[name]), away[name]) for name in away
-    ]
+    mixtures, starts = example_mixtures(catalog, RoutingConfig(), away), starts_of(catalog, RoutingConfig(), away)
+    wanted = [Wanted(name_of(name), known[name], mixtures[name], starts[name], away[name]) for name in away]
     decoder, codec = load_decoder(resolve_model(model), device=device, aliases=base_model_aliases(model), plain=True)
     base = model_digest(model)
     loaded: dict[str, LoraWeights | None] = {}

@@ -25,7 +25,6 @@ class AdapterStack:
     Attributes:
         sources: the adapters.
         targets: those that any of them changes, in the order of the model's groups.
-        parts: by the first target of a group, those of its targets that are changed.
         a: by the first target of a group, (layers, R, in); R is the sum over its parts of the adapters' largest ranks,
             part after part. Layers and ranks that an adapter lacks are 0.
         b: by the first target of a group, (layers, R, out of the group), with the adapters' own scaling; 0 where a
@@ -42,11 +41,9 @@ class AdapterStack:
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
         self.spread: dict[str, Tensor] = {}
-        self.parts: dict[str, tuple[str, ...]] = {}
         for group in self.groups:
             changed = tuple(target for target in group.targets if any(target in of.ranks for of in adapters))
             if changed:
-                self.parts[group.first] = changed
                 found = {target: self._stacked(target) for target in changed}
                 self.a[group.first] = torch.cat([a for a, _, _ in found.values()], 1).to(device, dtype)
                 whole = torch.zeros(*self.a[group.first].shape[:2], sum(group.widths), dtype=dtype)
@@ -72,17 +69,26 @@ class AdapterStack:
                     row = rows.stop
                 column += width
 
-    def columns(self, weights: Tensor) -> dict[str, Tensor]:
-        """Weights of adapters as weights of columns.
+    def columns(self, weights: Tensor) -> Tensor:
+        """Weights of adapters (..., layers, targets, adapters) as weights of columns (..., layers, all columns)."""
+        return torch.cat([weights[..., i, :] @ self.spread[target] for i, target in enumerate(self.targets)], -1)
 
-        Args:
-            weights: (..., layers, targets, adapters) float32.
+    def by_target(self, columns: Tensor) -> dict[str, Tensor]:
+        """The columns (..., all columns) of each target."""
+        widths = [self.spread[target].shape[1] for target in self.targets]
+        return dict(zip(self.targets, torch.split(columns, widths, -1), strict=True))
 
-        Returns:
-            By the first target of a group (..., layers, R) float32.
-        """
-        of = {target: weights[..., i, :] @ self.spread[target] for i, target in enumerate(self.targets)}
-        return {first: torch.cat([of[target] for target in parts], -1) for first, parts in self.parts.items()}
+    def by_group(self, columns: Tensor) -> dict[str, Tensor]:
+        """The columns (..., all columns) of each group, by its first target."""
+        widths = [of.shape[1] for of in self.a.values()]
+        return dict(zip(self.a, torch.split(columns, widths, -1), strict=True))
+
+    def means(self, columns: Tensor) -> Tensor:
+        """The mean weight of each adapter's columns: (..., targets, adapters), NaN where it has none."""
+        found = [
+            of @ (self.spread[t] / self.spread[t].sum(1, keepdim=True)).mT for t, of in self.by_target(columns).items()
+        ]
+        return torch.stack(found, -2)
 
     def _stacked(self, target: str) -> tuple[Tensor, Tensor, Tensor]:
         """A, B and the spread of one target."""

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter that a composition was made of, with its weight in each layer: a number, or one for each target."""
+    """An adapter that a composition was made of, with its weight in each layer: a number, or one for each target, which
+    is the mean over its ranks where these have weights of their own.
+    """
 
     name: str
     version: str
@@ -45,6 +47,8 @@ class CompositionProvenance:
         score_before: mean log-likelihood of the examples' targets under the mixtures that the router gave them.
         score_after: the same under weights that had not seen them.
         error: standard error of the difference.
+        right_before, right_after: the share of the examples that came out right, under the same weights.
+        exact: whether an example came out right as a whole or not at all; else so much of it as tokens did.
         energy: share of the mixture's squared singular values that the rank keeps.
         rank: the largest.
         step: of the fit.
@@ -59,6 +63,9 @@ class CompositionProvenance:
     score_before: float
     score_after: float
     error: float
+    right_before: float
+    right_after: float
+    exact: bool
     energy: float
     rank: int
     step: int

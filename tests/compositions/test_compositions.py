@@ -18,7 +18,7 @@ from lorauter.catalog.scoring import LikelihoodScorer
 from lorauter.compositions.config import ComposeConfig
 from lorauter.compositions.cut import Cutter
 from lorauter.compositions.fit import Fitter, Problem
-from lorauter.compositions.losses import losses_of, passes
+from lorauter.compositions.losses import passes, row_losses
 from lorauter.compositions.make import Composer, Wanted
 from lorauter.compositions.stack import AdapterStack
 from lorauter.compositions.written import write_adapter
@@ -116,7 +116,7 @@ def test_a_mixtures_loss_is_the_engines_likelihood(base, decoder, codec, pool, s
     expected = scorer.score_mixture(packed, [("upper", i) for i in range(len(WORDS))])
     for tokens in (4096, 100):  # in one pass, and in many
         [fit] = fitter(decoder, codec, stack, replace(FEW, steps=1), tokens).fit(
-            [Problem("upper", dialogues, [mixture] * len(WORDS), mixture)]
+            [Problem("upper", dialogues, [mixture] * len(WORDS), [mixture])]
         )
         assert fit.before == pytest.approx([-value for value in expected], abs=1e-4)
 
@@ -129,8 +129,7 @@ def test_gradients_are_the_slopes_of_the_loss(base, pool, dialogues):
     )
 
     def loss(weights):
-        [(_, values)] = losses_of(precise, torch.tensor([END]), stack, weights, [rows])
-        return values.sum()
+        return row_losses(precise, torch.tensor([END]), stack, stack.columns(weights), rows)[0].sum()
 
     draw = torch.Generator().manual_seed(4)
     weights = torch.randn(2, 2, len(stack.targets), 3, generator=draw).mul(0.3).requires_grad_(True)
@@ -148,8 +147,8 @@ def test_a_task_whose_fit_has_ended_leaves_the_others_as_they_were(decoder, code
     """One task gets worse from the start, and its examples leave the batch before the other has ended."""
     config = replace(FEW, steps=12, patience=2, learning_rate=0.3)
     problems = [
-        Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0}),
-        Problem("few", dialogues[:3], [{"all": 0.5}] * 3, {"all": 0.5}, frozenset({"some"})),
+        Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [{"some": 1.0}]),
+        Problem("few", dialogues[:3], [{"all": 0.5}] * 3, [{"all": 0.5}], frozenset({"some"})),
     ]
     together = fitter(decoder, codec, stack, config).fit(problems)
     assert len(together[0].history) != len(together[1].history)
@@ -158,9 +157,11 @@ def test_a_task_whose_fit_has_ended_leaves_the_others_as_they_were(decoder, code
         assert fit.history == pytest.approx(alone.history, abs=1e-4)
 
 
-@pytest.mark.parametrize("config", [FEW, replace(FEW, layer_groups=1), replace(FEW, per_target=True)])
+@pytest.mark.parametrize(
+    "config", [FEW, replace(FEW, layer_groups=1), *(replace(FEW, each=each) for each in ("target", "column"))]
+)
 def test_weights_are_fitted_to_examples_that_others_are_left_out_of(decoder, codec, stack, dialogues, config):
-    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0})
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [{"some": 1.0}])
     [fit] = fitter(decoder, codec, stack, config).fit([problem])
     assert fit.history[-1] < fit.history[0]
     assert fit.gain > 0
@@ -170,21 +171,27 @@ def test_weights_are_fitted_to_examples_that_others_are_left_out_of(decoder, cod
     assert torch.equal(fit.weights, again.weights)  # to the bit
     if config.layer_groups == 1:
         assert (fit.weights == fit.weights[:1]).all()
-    assert bool((fit.weights == fit.weights[:, :1]).all()) is not config.per_target
+    means = stack.means(fit.weights)[1, :, :2]  # where both adapters have columns, and the third changes less
+    some = [i for i, target in enumerate(stack.targets) if target in ("q_proj", "v_proj")]
+    assert torch.allclose(means[some[0]], means[some[1]], atol=1e-6) is (config.each == "adapter")
+    of_v = stack.by_target(fit.weights)["v_proj"][
+        :, 2:5
+    ]  # of the second adapter, whose ranks share their weight or not
+    assert torch.equal(of_v, of_v[:, :1].expand(-1, 3)) is (config.each != "column")
 
 
 def test_what_is_left_out_of_a_fold_has_no_part_in_it(decoder, codec, stack, dialogues):
     """Whatever the examples of one fold say, weights that have not seen them are the same."""
     mixtures = [{"some": 1.0}] * len(WORDS)
     config = replace(FEW, patience=99)
-    one = fitter(decoder, codec, stack, config).fit([Problem("upper", dialogues, mixtures, mixtures[0])])[0]
+    one = fitter(decoder, codec, stack, config).fit([Problem("upper", dialogues, mixtures, mixtures[:1])])[0]
     changed = [
         dialogue_of(codec, Example("oh, " + example.input, example.target)) if fold == 0 else dialogue
         for example, dialogue, fold in zip(TASK.validation, dialogues, one.fold_of, strict=True)
     ]
     config = replace(config, steps=2)
     first, second = (
-        fitter(decoder, codec, stack, config).fit([Problem("upper", of, mixtures, mixtures[0])])[0]
+        fitter(decoder, codec, stack, config).fit([Problem("upper", of, mixtures, mixtures[:1])])[0]
         for of in (dialogues, changed)
     )
     assert first.step == second.step == 2
@@ -194,19 +201,19 @@ def test_what_is_left_out_of_a_fold_has_no_part_in_it(decoder, codec, stack, dia
 
 def test_tasks_that_are_fitted_together_fare_as_alone(decoder, codec, stack, dialogues):
     problems = [
-        Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0}),
-        Problem("few", dialogues[:3], [{"all": 0.5}] * 3, {"all": 0.5}, frozenset({"some"})),
+        Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [{"some": 1.0}]),
+        Problem("few", dialogues[:3], [{"all": 0.5}] * 3, [{"all": 0.5}], frozenset({"some"})),
     ]
     together = fitter(decoder, codec, stack).fit(problems)
     for problem, fit in zip(problems, together, strict=True):
         [alone] = fitter(decoder, codec, stack).fit([problem])
         assert fit.step == alone.step
         torch.testing.assert_close(fit.weights, alone.weights, atol=1e-4, rtol=1e-3)
-    assert not together[1].weights[:, :, 1].any()  # it may not use that one
+    assert not stack.means(together[1].weights)[..., 1].nan_to_num().any()  # it may not use that one
 
 
 def test_weights_under_zero_can_be_barred(decoder, codec, stack, dialogues):
-    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0})
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [{"some": 1.0}])
     free, barred = (
         fitter(decoder, codec, stack, replace(FEW, non_negative=value)).fit([problem])[0] for value in (False, True)
     )
@@ -214,12 +221,32 @@ def test_weights_under_zero_can_be_barred(decoder, codec, stack, dialogues):
 
 
 def test_a_pull_keeps_weights_near_the_start(decoder, codec, stack, dialogues):
-    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), {"some": 1.0})
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [{"some": 1.0}])
     start = torch.tensor([0.0, 1.0, 0.0])
     far, near = (
         fitter(decoder, codec, stack, replace(FEW, pull=value, patience=99)).fit([problem])[0] for value in (0.0, 100.0)
     )
+    start = stack.columns(start.expand(2, len(stack.targets), 3))
     assert (near.weights - start).norm() < (far.weights - start).norm()
+
+
+def test_each_fit_begins_where_the_examples_that_it_sees_fare_best(decoder, codec, stack, dialogues):
+    starts = [{"all": 9.0}, {"some": 1.0}, {"late": 1.0}]
+    mixtures = [{"some": 1.0}] * len(WORDS)
+    losses = {}
+    for start in starts:
+        problem = Problem("upper", dialogues, [start] * len(WORDS), [start])
+        [fit] = fitter(decoder, codec, stack, replace(FEW, steps=1)).fit([problem])
+        losses[max(start)] = fit.before
+    config = replace(FEW, steps=1, learning_rate=1e-9)  # so that a fit ends where it began
+    other = Problem("few", dialogues[:3], mixtures[:3], [{"late": 1.0}])
+    fit, lone = fitter(decoder, codec, stack, config).fit([Problem("upper", dialogues, mixtures, starts), other])
+    for fold, weights in enumerate(fit.folds):
+        seen = [i for i, of in enumerate(fit.fold_of) if of != fold]
+        best = min(losses, key=lambda name: sum(losses[name][i] for i in seen))
+        start = torch.tensor([next(s for s in starts if best in s).get(a.name, 0.0) for a in stack.sources])
+        torch.testing.assert_close(weights, stack.columns(start.expand(2, len(stack.targets), 3)))
+    assert stack.means(lone.weights)[1, stack.targets.index("v_proj"), 2] == pytest.approx(1)
 
 
 def logits(model):
@@ -245,7 +272,7 @@ def merged(base, decoder, stack, weights):
 
 def test_peft_computes_the_mixture(base, decoder, stack, tmp_path):
     weights = torch.randn(2, len(stack.targets), 3, generator=torch.Generator().manual_seed(5))
-    cut = Cutter(stack, energy=1.0, max_rank=64).cut(weights)
+    cut = Cutter(stack, energy=1.0, max_rank=64).cut(stack.columns(weights))
     assert cut.kept == pytest.approx(1)
     write_adapter(tmp_path / "mixed", cut, None, base_model="tiny-base", dtype=torch.float32)
     expected = merged(base, decoder, stack, weights)
@@ -261,16 +288,18 @@ def test_peft_computes_the_mixture(base, decoder, stack, tmp_path):
 def test_the_rank_is_the_smallest_that_keeps_the_energy(stack):
     weights = torch.ones(2, len(stack.targets), 3)
     weights[:, :, 1:] = 1e-4  # all but nothing is of the first adapter, of rank 2
-    cut = Cutter(stack, energy=0.99, max_rank=64).cut(weights)
+    cut = Cutter(stack, energy=0.99, max_rank=64).cut(stack.columns(weights))
     assert {a.shape[0] for a, _ in cut.pairs.values()} <= {1, 2}
     assert 0.99 <= cut.kept <= 1
-    assert {a.shape[0] for a, _ in Cutter(stack, energy=1.0, max_rank=1).cut(weights).pairs.values()} == {1}
+    assert {
+        a.shape[0] for a, _ in Cutter(stack, energy=1.0, max_rank=1).cut(stack.columns(weights)).pairs.values()
+    } == {1}
 
 
 def test_what_is_cut_is_the_nearest_of_its_rank(stack):
     """Held against the singular values of the products themselves."""
     weights = torch.randn(2, len(stack.targets), 3, generator=torch.Generator().manual_seed(6))
-    cut = Cutter(stack, energy=1.0, max_rank=2).cut(weights)
+    cut = Cutter(stack, energy=1.0, max_rank=2).cut(stack.columns(weights))
     for (layer, target), (a, b) in cut.pairs.items():
         place = stack.targets.index(target)
         parts = [
@@ -286,7 +315,7 @@ def composer(decoder, codec, pool, work, config=FEW):
     return Composer(decoder, codec, pool, work, base_model="digest", config=config)
 
 
-WANTED = Wanted("upper.composed", TASK, [{"some": 1.0}] * len(WORDS), {"some": 1.0}, frozenset({"late"}))
+WANTED = Wanted("upper.composed", TASK, [{"some": 1.0}] * len(WORDS), [{"some": 1.0}], frozenset({"late"}))
 
 
 def test_a_composition_says_what_it_is_made_of_and_what_it_gains(base, decoder, codec, pool, tmp_path):
@@ -301,6 +330,39 @@ def test_a_composition_says_what_it_is_made_of_and_what_it_gains(base, decoder, 
     weights.check_fits(decoder.shape, max_rank=64)
     assert weights.warnings == ()
     assert json.loads((made.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-base"
+
+
+def test_a_composition_that_gets_fewer_examples_right_does_not_hold(decoder, codec, pool, tmp_path):
+    """However much likelier their targets are."""
+    [made] = composer(decoder, codec, pool, tmp_path).make([WANTED])
+    file = made.folder.parent / "composition.json"
+    told = json.loads(file.read_text())
+    for before, holds in ((told["right_after"], True), (told["right_after"] + 0.125, False)):
+        file.write_text(json.dumps({**told, "right_before": before}))
+        assert composer(decoder, codec, pool, tmp_path).make([WANTED])[0].holds is holds
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_examples_come_out_right_as_greedy_answers_do(base, decoder, codec, stack, dialogues, exact):
+    mixture = {"some": 1.0}
+    model = merged(base, decoder, stack, torch.tensor([0.0, 1.0, 0.0]).expand(2, len(stack.targets), 3))
+
+    def said(one):
+        with torch.inference_mode():
+            return model(torch.tensor([one.tokens])).logits[0, one.prompt - 1 :].argmax(-1).tolist()
+
+    changed, wanted = [], []
+    for i, one in enumerate(dialogues):
+        tokens = list(one.tokens)
+        if i % 2:  # a target that begins as the model's answer does
+            tokens[one.prompt] = said(one)[0]
+        changed.append(replace(one, tokens=tuple(tokens)))
+        right = [a == b for a, b in zip(said(changed[-1]), [*tokens[one.prompt :], END], strict=True)]
+        wanted.append(float(all(right)) if exact else sum(right) / len(right))
+    problem = Problem("upper", changed, [mixture] * len(WORDS), [mixture], exact=exact)
+    [fit] = fitter(decoder, codec, stack).fit([problem])
+    assert fit.right_before == pytest.approx(sum(wanted) / len(wanted))
+    assert exact or fit.right_before > 0
 
 
 def test_what_is_made_is_not_made_again(decoder, codec, pool, tmp_path):
@@ -322,7 +384,7 @@ def test_what_is_made_is_not_made_again(decoder, codec, pool, tmp_path):
 def test_one_example_is_too_few(decoder, codec, pool, tmp_path):
     task = replace(TASK, validation=TASK.validation[:1])
     with pytest.raises(ConfigError, match="'upper' has one validation example"):
-        composer(decoder, codec, pool, tmp_path).make([Wanted("one", task, [{}], {})])
+        composer(decoder, codec, pool, tmp_path).make([Wanted("one", task, [{}], [{}])])
 
 
 def test_an_empty_pool_is_told(decoder, codec, tmp_path):

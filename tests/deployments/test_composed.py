@@ -13,6 +13,7 @@ from lorauter.encoder import HashingEncoder
 def test_composed_adapters_are_marked_and_stale_ones_said_to_be(make_task) -> None:
     catalog = build_catalog([make_task("rain", "is it dry?"), make_task("sums", "one and one?")], HashingEncoder())
     provenance = {"task": "rain", "sources": [{"name": "wet", "version": "1" * 16}]}
+    provenance |= {"right_before": 0.25, "right_after": 0.75, "exact": True}
     catalog = with_adapter(
         catalog,
         AdapterManifest("wet", "1" * 16, {}),
@@ -25,7 +26,7 @@ def test_composed_adapters_are_marked_and_stale_ones_said_to_be(make_task) -> No
         retriever._live = SimpleNamespace(retriever=SimpleNamespace(catalog=of), refused=None, close=lambda: None)
         return {task["id"]: task["adapters"] for task in asyncio.run(retriever.describe()).tasks}
 
-    marked = {"name": "rain.composed", "score": None, "composed": True, "stale": False}
+    marked = {"name": "rain.composed", "score": 0.75, "composed": True, "stale": False}
     assert told(catalog) == {"rain": [marked], "sums": [{"name": "sums", "score": None}]}
     newer = with_adapter(catalog, AdapterManifest("wet", "3" * 16, {}))
     assert told(newer)["rain"] == [{**marked, "stale": True}]
