@@ -320,7 +320,7 @@ class EngineCore:
         now = time.perf_counter()
         report = self._report
         if done is not None:
-            prompt_tokens = sum(piece.count for piece in done.prompts)
+            prompt_tokens = sum(piece.size for piece in done.prompts)
             report.step = len(done.decoding), prompt_tokens, now - max(launched, self._taken)
         self._taken = now
         ranked = flight.ranks.of_tokens() if flight.ranks is not None else {}

@@ -263,7 +263,7 @@ class CudaRunner(Runner):
             chosen[where, 0] = self._sample(
                 logits[where],
                 [rows[place] for place in special],
-                [sampled[place].start + sampled[place].count for place in special],
+                [sampled[place].start + sampled[place].size for place in special],
             )
         places = [place for place, piece in enumerate(sampled) if not piece.held] if held else None
         flight = self._flight(chosen, self._ranker.of_step(plan, logits, chosen[:, 0]), places)
@@ -306,21 +306,22 @@ class CudaRunner(Runner):
         """A step by its graph: logits of the pieces that sample, and their likeliest tokens as `kernels.greedy` has
         them."""
         pieces = [*plan.decoding, *plan.prompts]
-        tokens: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        outputs: list[int] = []
-        output_rows: list[int] = []
-        for piece in pieces:
-            tokens += piece.tokens or (-1,)
-            positions += range(piece.start, piece.start + piece.count)
-            rows += [piece.row] * piece.count
+        # Of those that decode there are many.
+        tokens = [piece.tokens[0] if piece.tokens else -1 for piece in plan.decoding]
+        positions = [piece.start for piece in plan.decoding]
+        rows = [piece.row for piece in plan.decoding]
+        outputs = [place for place, piece in enumerate(plan.decoding) if piece.samples]
+        output_rows = [rows[place] for place in outputs]
+        for piece in plan.prompts:
+            tokens += piece.tokens
+            positions += range(piece.start, piece.start + piece.size)
+            rows += [piece.row] * piece.size
             if piece.samples:
                 outputs.append(len(tokens) - 1)
                 output_rows.append(piece.row)
         sizes = self._mixed if plan.prompts or len(outputs) < len(pieces) else self._decode
         size = next(size for size in sizes if size.tokens >= len(tokens))
-        spans = [Span(piece.row, piece.start, piece.count) for piece in plan.prompts]
+        spans = [Span(piece.row, piece.start, piece.size) for piece in plan.prompts]
         queries = query_blocks(spans, len(plan.decoding), self._group)
         flat = [number for block in queries for number in block]
         self._write(size, tokens, rows, positions, outputs, output_rows, [len(plan.decoding), len(queries), *flat])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lorauter.engine.types import SamplingParams
 
@@ -17,8 +18,7 @@ REFUSED = -2
 """In place of a token that may not come, of an answer that is held to a grammar."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What a step processes of one row.
 
     Attributes:
@@ -38,7 +38,7 @@ class Piece:
     held: bool = False
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """How many tokens."""
         return len(self.tokens) or 1
 

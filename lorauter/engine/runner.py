@@ -129,7 +129,7 @@ class Runner:
         logits = self.logits(plan)
         sampled = list(plan.sampled)
         rows = [piece.row for piece in sampled]
-        positions = [piece.start + piece.count for piece in sampled]
+        positions = [piece.start + piece.size for piece in sampled]
         now = [place for place, piece in enumerate(sampled) if not piece.held]
         if len(now) < len(sampled):
             held = [place for place, piece in enumerate(sampled) if piece.held]
@@ -206,12 +206,12 @@ class Runner:
         for piece in pieces:
             scored += range(len(tokens), len(tokens) + len(piece.targets))
             tokens += piece.tokens or [self._last[piece.row]]
-            positions += range(piece.start, piece.start + piece.count)
-            rows += [piece.row] * piece.count
+            positions += range(piece.start, piece.start + piece.size)
+            rows += [piece.row] * piece.size
             if piece.samples:
                 wanted.append(len(tokens) - 1)
         device = self.decoder.device
-        spans = [Span(piece.row, piece.start, piece.count) for piece in pieces[decoding:]]
+        spans = [Span(piece.row, piece.start, piece.size) for piece in pieces[decoding:]]
 
         def ids(values: Sequence[int]) -> Tensor:
             return to_device(torch.tensor(values, dtype=torch.int32), device)

@@ -47,6 +47,7 @@ class Sampler:
         self._vocabulary = vocabulary
         self._device = device
         self._starts: list[RowStart | None] = [None] * rows
+        self._special: set[int] = set()  # rows that do not take the likeliest
         self._forbidden: dict[int, _Forbidden] = {}
         # Made when a row first needs them: (rows, vocabulary).
         self._counts: Tensor | None = None  # how often an answer has each token
@@ -57,6 +58,7 @@ class Sampler:
         """A row begins to be used."""
         sampling = start.sampling
         self._starts[start.row] = start
+        (self._special.discard if sampling.greedy else self._special.add)(start.row)
         self._forbidden.pop(start.row, None)
         if sampling.forbids:
             self._forbidden[start.row] = _Forbidden(start, self._vocabulary, self._device)
@@ -78,11 +80,7 @@ class Sampler:
 
     def sampled(self, rows: Sequence[int]) -> list[int]:
         """Which of these rows, by their place, do not take the likeliest token."""
-        return [
-            place
-            for place, row in enumerate(rows)
-            if (start := self._starts[row]) is not None and not start.sampling.greedy
-        ]
+        return [place for place, row in enumerate(rows) if row in self._special]
 
     def choose(
         self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Tensor | None = None

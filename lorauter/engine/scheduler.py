@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lorauter.engine.blocks import BLOCK, BlockPool, Parent, blocks_of
 from lorauter.engine.plan import NOT_FINITE, REFUSED, AdapterKey, Choice, Mixture, Piece, RowStart, StepPlan
@@ -40,6 +40,7 @@ class ActiveSequence:
         id: what others know it by.
         told: positions of the prompt whose next tokens' probabilities are known.
         undecided: whether it waits until it is known what may come, for `choose` or `resume`.
+        chosen: whether its tokens are chosen by `choose`.
     """
 
     tokens: list[int]
@@ -56,6 +57,7 @@ class ActiveSequence:
     id: int = 0
     told: int = 0
     undecided: bool = False
+    chosen: bool = field(init=False)
     row: int | None = None
     begun: bool = False
     computed: int = 0
@@ -66,9 +68,11 @@ class ActiveSequence:
     parent: Parent = None
     passed_over: int = 0  # how many later requests were admitted before it
 
+    def __post_init__(self) -> None:
+        self.chosen = self.sampling.is_held and not self.sampling.greedy
 
-@dataclass(frozen=True, slots=True)
-class Event:
+
+class Event(NamedTuple):
     """A sequence has got a token, the one that ends it if there is a reason; NOT_FINITE has none, and ends it.
 
     `place` is the token's among those of its step.
@@ -185,7 +189,10 @@ class Scheduler:
             if left > 1:
                 prompts.append(sequence)
             elif left and sequence.row is not None and self._grow(sequence, step):
-                self._process(sequence, 1, step)
+                if sequence.sampling.prompt_logprobs is None:
+                    self._decode(sequence, sequence.row, step)
+                else:
+                    self._process(sequence, 1, step)
         budget = self._budget(len(step.decoding)) - len(step.decoding)
         for sequence in prompts:
             if sequence.row is not None and budget > 0:
@@ -213,6 +220,19 @@ class Scheduler:
         rows, self._left_rows = self._left_rows, []
         return StepPlan(rows, step.starts, step.blocks, step.decoding, step.prompts)
 
+    def _decode(self, sequence: ActiveSequence, row: int, step: _Step) -> None:
+        """What `_process` does with the last token of a sequence: most of what there is to do."""
+        start = sequence.computed
+        step.decoding.append(Piece(row, start, sequence.tokens[start:], True, (), sequence.chosen))
+        sequence.computed = start + 1
+        if sequence.chosen:
+            sequence.undecided = True
+        else:
+            step.decided.append(sequence)
+            sequence.coming += 1
+        if (start + 1) // BLOCK > sequence.published:
+            self._publish(sequence)
+
     def _process(self, sequence: ActiveSequence, most: int, step: _Step) -> int:
         """Let the step process the next tokens of a running sequence; returns how many."""
         count = min(most, _left(sequence))
@@ -227,7 +247,7 @@ class Scheduler:
         targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt)] if scores else ()
         assert sequence.row is not None
         known_tokens = sequence.tokens[start:end] if start < known else ()
-        held = samples and sequence.sampling.is_held and not sequence.sampling.greedy
+        held = samples and sequence.chosen
         piece = Piece(sequence.row, start, known_tokens, samples, targets, held)
         (step.decoding if count == 1 else step.prompts).append(piece)
         sequence.computed = end
@@ -361,7 +381,8 @@ class Scheduler:
                 elif len(sequence.tokens) >= sequence.limit:
                     reason = "length"
                 sequence.ended = reason is not None
-                self._publish(sequence)
+                if not len(sequence.tokens) % BLOCK:
+                    self._publish(sequence)
             events.append(Event(sequence, token, reason, place))
             if sequence.ended:
                 self._let_go(sequence)

@@ -272,9 +272,9 @@ def run_forced():
                         sequence.blocks.append(free_blocks.pop(0))
             pieces = [*decoding, *prompts]
             plan = StepPlan((), starts, taken, [p for _, p in decoding], [p for _, p in prompts])
-            logits = iter(runner.logits(plan, range(sum(one.count for _, one in pieces))))
+            logits = iter(runner.logits(plan, range(sum(one.size for _, one in pieces))))
             for sequence, one in pieces:
-                sequence.logits += [next(logits) for _ in range(one.count)]
+                sequence.logits += [next(logits) for _ in range(one.size)]
             for sequence in [s for s in running if len(s.logits) == len(s.tokens)]:
                 slots.release(holders.pop(sequence.row))
                 runner.mixtures.assign(sequence.row, ())

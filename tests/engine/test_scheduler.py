@@ -67,16 +67,16 @@ class Device:
             self.tables[row][place] = block
         pieces = [*plan.decoding, *plan.prompts]
         assert len({piece.row for piece in pieces}) == len(pieces) <= self.rows
-        assert all(piece.count == 1 for piece in plan.decoding)
-        assert all(piece.count > 1 for piece in plan.prompts)
-        self.most = max(self.most, sum(piece.count for piece in plan.prompts))
+        assert all(piece.size == 1 for piece in plan.decoding)
+        assert all(piece.size > 1 for piece in plan.prompts)
+        self.most = max(self.most, sum(piece.size for piece in plan.prompts))
         for piece in pieces:  # all keys are written before anybody attends
             for i, token in enumerate(piece.tokens or [self.last[piece.row]]):
                 block, place = self._where(piece.row, piece.start + i)
                 self.cache[block, place] = self.roots[piece.row], token
         tokens = []
         for piece in plan.sampled:
-            end = piece.start + piece.count
+            end = piece.start + piece.size
             seen = [self.cache[self._where(piece.row, position)] for position in range(end)]
             assert all(root == self.roots[piece.row] for root, _ in seen), "computed under another mixture"
             token = answer_of(self.roots[piece.row], [token for _, token in seen])
@@ -262,7 +262,7 @@ def test_decoding_rows_are_in_every_step_and_prompts_share_what_is_left():
     for _ in range(8):
         plan = scheduler.plan()
         assert any(piece.row == short.row for piece in plan.decoding)
-        assert sum(piece.count for piece in plan.prompts) <= 10
+        assert sum(piece.size for piece in plan.prompts) <= 10
         scheduler.take(device.run(plan))
     assert all(len(sequence.tokens) > sequence.prompt for sequence in long)
 
@@ -273,13 +273,13 @@ def test_a_prompt_that_begins_like_another_takes_what_is_computed():
     first = make(scheduler, [*beginning, 1], 60)
     others = [make(scheduler, [*beginning, 2 + i], 60) for i in range(3)]
     plan = scheduler.plan()  # in the very step that computes it
-    assert sorted(piece.count for piece in plan.prompts) == [3, 3, 3, len(beginning) + 1]
+    assert sorted(piece.size for piece in plan.prompts) == [3, 3, 3, len(beginning) + 1]
     assert (first.reused, [other.reused for other in others]) == (0, [3 * BLOCK] * 3)
     assert scheduler.reused == 9 * BLOCK
     scheduler.take(device.run(plan))
     drive(scheduler, device, ahead=1)
     same = make(scheduler, beginning[: 3 * BLOCK], 60)  # its last token has to be computed, or nothing comes
-    assert [piece.count for piece in scheduler.plan().prompts] == [BLOCK]
+    assert [piece.size for piece in scheduler.plan().prompts] == [BLOCK]
     assert same.reused == 2 * BLOCK
 
 
@@ -319,7 +319,7 @@ def test_a_lane_is_for_one_token_wherever_it_is_in_the_prompt():
     scheduler, device = scheduler_of(2, 64, lambda decoding: decoding + 10), Device(2)
     make(scheduler, [7] * 11, 20)
     first = scheduler.plan()
-    assert [piece.count for piece in first.prompts] == [10]
+    assert [piece.size for piece in first.prompts] == [10]
     scheduler.take(device.run(first))
     second = scheduler.plan()
     assert [(piece.start, piece.samples) for piece in second.decoding] == [(10, True)]
