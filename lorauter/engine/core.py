@@ -324,13 +324,11 @@ class EngineCore:
             report.step = len(done.decoding), prompt_tokens, now - max(launched, self._taken)
         self._taken = now
         ranked = flight.ranks.of_tokens() if flight.ranks is not None else {}
+        sound = [event for event in events if event.token != NOT_FINITE]
+        report.add([(event.sequence.id, event.token, event.reason) for event in sound])
         held = []
-        for event in events:
+        for event in sound if self._waited or self._held or ranked else [event for event in sound if event.reason]:
             sequence = event.sequence
-            if event.token == NOT_FINITE:
-                self._end([(sequence, _not_finite(sequence))])
-                continue
-            report.add(sequence.id, event.token, event.reason)
             if event.place in ranked:
                 report.ranked[sequence.id] = ranked[event.place]
             if (waited := self._waited.pop(sequence.id, None)) is not None:  # it is its first
@@ -339,6 +337,8 @@ class EngineCore:
                 self._forget(sequence)
             elif sequence.id in self._held:
                 held.append((self._held[sequence.id], event.token))
+        if len(sound) < len(events):
+            self._end([(event.sequence, _not_finite(event.sequence)) for event in events if event.token == NOT_FINITE])
         if held:
             self._grammars.advance(held, probe=not self._lockstep)
 

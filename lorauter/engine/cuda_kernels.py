@@ -10,6 +10,7 @@ GPU (or TRITON_INTERPRET=1). Knows nothing of models or requests beyond tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ from lorauter.engine.cuda_lora import (
     lora_shrink,
     precision,
 )
+from lorauter.engine.sampling import to_device
 
 __all__ = [
     "Expand",
@@ -46,6 +48,7 @@ __all__ = [
     "rotate_and_store",
     "silu_mul",
     "take_tokens",
+    "write_blocks",
     "write_pairs",
 ]
 
@@ -255,6 +258,19 @@ def write_pairs(flat: Tensor, where: Tensor, values: Tensor) -> None:
     """
     n = where.shape[0]
     _write_kernel[(triton.cdiv(n, 128),)](flat, where, values, n, 128, num_warps=1)
+
+
+def write_blocks(table: Tensor, taken: Sequence[tuple[int, int, int]]) -> None:
+    """`table[row, place] = block` for each (row, place, block), none of whose rows and places comes twice.
+
+    Args:
+        table: (rows, places) int32, contiguous, changed in place.
+        taken: on the host.
+    """
+    missing = [-1] * (-len(taken) % 4)  # both halves begin where `write_pairs` is compiled for
+    places = [row * table.shape[1] + place for row, place, _ in taken] + missing
+    written = to_device(torch.tensor([places, [block for _, _, block in taken] + missing]).int(), table.device)
+    write_pairs(table.view(-1), written[0], written[1])
 
 
 @triton.jit(do_not_specialize=["words"])

@@ -174,6 +174,7 @@ class CudaRunner(Runner):
         self._pool: Any = None
         self._capture_all(sizes)
         kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
+        self._take_blocks([(rows, 0, 0)])  # compiles, as the line before does
         if measure:
             self._measure()
 
@@ -280,6 +281,9 @@ class CudaRunner(Runner):
         tokens = self._sample(logits, rows, positions, to_device(torch.stack(list(masks)), device))
         ranks = self._ranker.of_choice(rows, logits, tokens) if self._ranker.asked else None
         return self._flight(torch.stack((tokens, torch.ones_like(tokens)), dim=1), ranks)
+
+    def _take_blocks(self, taken: Sequence[tuple[int, int, int]]) -> None:
+        kernels.write_blocks(self.memory.table, taken)
 
     def _flight(self, chosen: Tensor, ranks: StepRanks | None, places: Sequence[int] | None = None) -> CudaFlight:
         """What has been launched so far, on its way to the host."""

@@ -163,11 +163,11 @@ class Report:
     counters: Counters | None = None
     awaited: bool = False
 
-    def add(self, id: int, token: int, reason: FinishReason | None) -> None:
-        """A sequence has got a token."""
-        self.ids.append(id)
-        self.tokens.append(token)
-        self.reasons.append(REASONS.index(reason))
+    def add(self, came: Sequence[tuple[int, int, FinishReason | None]]) -> None:
+        """Sequences have got tokens: who, which, and why it is the last."""
+        self.ids.extend([id for id, _, _ in came])
+        self.tokens.extend([token for _, token, _ in came])
+        self.reasons.extend([REASONS.index(reason) if reason else 0 for _, _, reason in came])
 
     @property
     def events(self) -> Iterator[tuple[int, int, FinishReason | None]]:

@@ -184,10 +184,12 @@ class Runner:
             self._sampler.start(start)
             self._ranker.start(start.row, start.sampling)
         if plan.blocks:
-            rows, places, blocks = (
-                to_device(torch.tensor(values), self.decoder.device) for values in zip(*plan.blocks, strict=True)
-            )
-            self.memory.table[rows, places] = blocks.int()
+            self._take_blocks(plan.blocks)
+
+    def _take_blocks(self, taken: Sequence[tuple[int, int, int]]) -> None:
+        """Rows get blocks: (row, place, block)."""
+        rows, places, blocks = (to_device(torch.tensor(v), self.decoder.device) for v in zip(*taken, strict=True))
+        self.memory.table[rows, places] = blocks.int()
 
     def _batch(self, pieces: Sequence[Piece], decoding: int, outputs: Sequence[int] | None) -> StepBatch:
         """A step's tokens.

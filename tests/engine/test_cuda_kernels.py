@@ -137,6 +137,16 @@ class Cases(KernelCases):
         kernels.write_pairs(flat, where, values)
         assert torch.equal(flat, expected)
 
+    @pytest.mark.parametrize("count", [1, 4, 150])
+    def test_write_blocks(self, kernels, draw, count):
+        table = torch.randint(0, 9, (20, 11), generator=draw).int().to(DEVICE)
+        expected = table.clone()
+        taken = [(i // 11, i % 11, 100 + i) for i in torch.randperm(220, generator=draw)[:count].tolist()]
+        for row, place, block in taken:
+            expected[row, place] = block
+        kernels.write_blocks(table, taken)
+        assert torch.equal(table, expected)
+
     @pytest.mark.parametrize(("dtype", "vocabulary"), [(FULL, 7), (HALF, 4096), (FULL, 9000)])
     def test_greedy(self, kernels, randn, vocabulary):
         logits = randn(8, vocabulary).clamp(-3, 3)
