@@ -51,6 +51,14 @@ _Composed = Annotated[
     Path | None,
     typer.Option(help="Compositions, a folder as 'eval compose' makes it, which add the method 'default+composed'."),
 ]
+_Helped = Annotated[
+    Path | None,
+    typer.Option(
+        "--examples",
+        help="Which tasks examples help, a folder as 'eval examples' makes it, which adds the method "
+        "'default+examples', or with --composed 'default+composed+examples'.",
+    ),
+]
 _Rouge = Annotated[bool, typer.Option("--rouge-for-bleu", help="Score BLEU tasks by ROUGE-L.")]
 
 
@@ -65,14 +73,15 @@ def decide(
     config: _Config = None,
     lorahub: _LoraHub = None,
     composed: _Composed = None,
+    helped: _Helped = None,
     encoder: _EncoderName = DEFAULT,
     states: States = DEFAULT,
 ) -> None:
     """Decide by every method, in every regime, which adapters answer each query."""
-    chosen = _methods(methods, config, lorahub, composed)
+    chosen = _methods(methods, config, lorahub, composed, helped)
     _decide(
         tasks, catalog, out, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, composed=composed,
-        encoder=encoder, states=states,
+        helped=helped, encoder=encoder, states=states,
     )  # fmt: skip
 
 
@@ -113,6 +122,7 @@ def answers(
     config: _Config = None,
     lorahub: _LoraHub = None,
     composed: _Composed = None,
+    helped: _Helped = None,
     encoder: _EncoderName = DEFAULT,
     states: States = DEFAULT,
     model: _Model = DEFAULT,
@@ -122,10 +132,10 @@ def answers(
 ) -> None:
     """Decide, answer and report, in one folder; a run that was cut off goes on where it stopped."""
     decided, answered = out / "decisions.jsonl", out / "answers.jsonl"
-    chosen = _methods(methods, config, lorahub, composed)
+    chosen = _methods(methods, config, lorahub, composed, helped)
     _decide(
         tasks, catalog, decided, methods=chosen, regimes=regimes, split=split, lorahub=lorahub, composed=composed,
-        encoder=encoder, states=states,
+        helped=helped, encoder=encoder, states=states,
     )  # fmt: skip
     _answer(decided, adapters, answered, composed=composed, model=model, device=device, max_batch=max_batch)
     _report(decided, answered, out, rouge_for_bleu=rouge_for_bleu)
@@ -187,6 +197,29 @@ def compose(
         )  # fmt: skip
     held = read_composed(out)
     notify(f"{len(held)} of {2 * len(chosen)} compositions beat the router's mixtures")
+
+
+@eval_app.command("examples")
+def examples(
+    catalog: _CatalogUri,
+    adapters: _Adapters,
+    out: Annotated[Path, typer.Option(help="A folder; answers that it holds are not made again.")],
+    count: Annotated[int, typer.Option(help="Examples that go before each, at most.", min=1, max=16)] = 3,
+    composed: _Composed = None,
+    model: _Model = DEFAULT,
+    device: _Device = "auto",
+    max_batch: _MaxBatch = None,
+) -> None:
+    """Find out which tasks' queries are answered better after examples, with the task's own adapter and without it."""
+    from lorauter.catalog import Catalog
+    from lorauter.evaluation.composing import read_composed
+    from lorauter_cli.examples import asked_in_regimes
+
+    repository = adapters_to_use(adapters)
+    made = read_composed(composed) if composed is not None else []
+    with phase("reading the catalog"):
+        found = Catalog.load(catalog_to_read(catalog))
+    asked_in_regimes(found, repository, count, out, composed=made, model=model, device=device, max_batch=max_batch)
 
 
 @eval_app.command("plots")
@@ -251,10 +284,10 @@ def routing(
 
 
 def _methods(
-    methods: str | None, config: Path | None, lorahub: Path | None, composed: Path | None
+    methods: str | None, config: Path | None, lorahub: Path | None, composed: Path | None, helped: Path | None
 ) -> dict[str, RoutingConfig | None]:
     """The methods that are asked for, and those that have settings. Raises ConfigError."""
-    from lorauter.evaluation.methods import COMPOSED, LORAHUB, METHODS
+    from lorauter.evaluation.methods import COMPOSED, COMPOSED_EXAMPLES, EXAMPLES, LORAHUB, METHODS
 
     chosen: dict[str, RoutingConfig | None] = dict.fromkeys(_names(methods, METHODS))
     if config is not None:
@@ -275,6 +308,16 @@ def _methods(
             "folder with --composed",
             setting="composed",
         )
+    shows = EXAMPLES if composed is None else COMPOSED_EXAMPLES
+    if helped is not None:
+        chosen[shows] = None
+    for name in (EXAMPLES, COMPOSED_EXAMPLES):
+        if name in chosen and (helped is None or name != shows):
+            needed = "--examples alone" if name == EXAMPLES else "--composed and --examples"
+            raise ConfigError(
+                f"the method {name!r} needs {needed}; 'lorauter eval examples' finds out which tasks examples help",
+                setting="examples",
+            )
     return chosen
 
 
@@ -306,12 +349,14 @@ def _decide(
     split: str,
     lorahub: Path | None,
     composed: Path | None,
+    helped: Path | None,
     encoder: str,
     states: str,
 ) -> None:
     from lorauter.catalog import Catalog
     from lorauter.defaults import load_encoder
     from lorauter.evaluation.composing import read_composed
+    from lorauter.evaluation.helped import read_helped
     from lorauter.evaluation.methods import decide
     from lorauter.evaluation.regimes import REGIMES
     from lorauter.evaluation.weighing import read_weights
@@ -319,6 +364,7 @@ def _decide(
 
     found, weights = read_tasks(resolve_tasks(tasks)), read_weights(lorahub) if lorahub is not None else None
     made = read_composed(composed) if composed is not None else None
+    help = read_helped(helped) if helped is not None else None
     with phase("loading the encoder and the catalog"):
         model = load_encoder(encoder)
         catalog = Catalog.load(catalog_to_read(catalog_uri))
@@ -337,7 +383,7 @@ def _decide(
         which, lines = _names(regimes, REGIMES), []
         for row in decide(
             asked, catalog, model, methods, states=reader, regimes=which, split=split, own=own, lorahub=weights,
-            composed=made,
+            composed=made, helped=help,
         ):  # fmt: skip
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             progress(len(lines), None)
@@ -376,20 +422,19 @@ def _answer(
     device: str,
     max_batch: int | None,
 ) -> None:
-    from lorauter.defaults import base_model_aliases, resolve_model
-    from lorauter.engine import EngineConfig, load_engine
     from lorauter.evaluation.answering import adapters_in, answer
     from lorauter.evaluation.composing import composed_or, read_composed
     from lorauter.evaluation.rows import read_decisions
+    from lorauter_cli.examples import loaded_engine
 
     rows = read_decisions(decisions)
     load = adapters_in(adapters_to_read(adapters))
     if composed is not None:
         load = composed_or(read_composed(composed), load)
-    config = EngineConfig(device=device) if max_batch is None else EngineConfig(device=device, max_batch=max_batch)
-    with phase("loading the base model"):
-        engine = load_engine(resolve_model(model, notify), config, aliases=base_model_aliases(model))
-    with closing(engine), counting("answering", "rows are answered") as progress:
+    with (
+        closing(loaded_engine(model, device, max_batch)) as engine,
+        counting("answering", "rows are answered") as progress,
+    ):
         answer(rows, engine, load, out, progress=progress)
 
 

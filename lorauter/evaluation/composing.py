@@ -126,6 +126,17 @@ def with_composed(
     return found
 
 
+def barred_in(regime: str, catalog: Catalog, own: Mapping[str, Collection[str]]) -> dict[str, frozenset[str]]:
+    """Of each task the adapters that its queries may not use in a regime: what this takes away; and others'
+    compositions, which are made of that too."""
+    return {
+        task: frozenset(
+            () if regime == REGIMES[0] else {*of, *(name for name, c in catalog.composed.items() if c.task != task)}
+        )
+        for task, of in own.items()
+    }
+
+
 def composed_or(composed: Sequence[ComposedFor], load: LoadAdapter) -> LoadAdapter:
     """Reads compositions by their names, and all else as `load` does."""
     folders = {one.name: one.folder for one in composed}

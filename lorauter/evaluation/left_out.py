@@ -10,15 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from lorauter.adapters.weights import LoadAdapter
 from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.shown import Help, ShownExamples
+from lorauter.engine import MultiLoraEngine
 from lorauter.engine.text import TextCodec
+from lorauter.evaluation.answering import answer
+from lorauter.evaluation.composing import ComposedFor, barred_in, with_composed
+from lorauter.evaluation.helped import write_helped
 from lorauter.evaluation.metrics import score
-from lorauter.evaluation.rows import AnswerRow, DecisionRow
+from lorauter.evaluation.rows import AnswerRow, DecisionRow, example_row, read_answers
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
 from lorauter.routing.examples import Shelf
 from lorauter.tasks import Example, Task
@@ -128,6 +134,38 @@ def helped(
     }
 
 
+def ask_regimes(
+    catalog: Catalog,
+    count: int,
+    engine: MultiLoraEngine,
+    load: LoadAdapter,
+    output: Path,
+    *,
+    own: Mapping[str, Collection[str]],
+    model: str = "",
+    composed: Sequence[ComposedFor] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Find out of each regime that has the task in the catalog, with its compositions, which tasks examples help.
+
+    Args:
+        load: reads the catalog's adapters, and the compositions.
+        output: a folder, for what `helped.read_helped` reads, and the answers, which are not made again.
+        own: adapters of each task that the regimes take away.
+        model: what tells the base model from others.
+    """
+    catalogs = with_composed(catalog, composed, own)
+    asked = {
+        regime: trials(of, count, engine.codec, model=model, barred=barred_in(regime, of, own))
+        for regime, of in catalogs.items()
+    }
+    rows = {trial.row.id: trial.row for of in asked.values() for trial in of}
+    answer(rows.values(), engine, load, output / "answers.jsonl", progress=progress)
+    answers = read_answers(output / "answers.jsonl")
+    found = {regime: helped(of, count, engine.codec, asked[regime], answers) for regime, of in catalogs.items()}
+    write_helped(output, found)
+
+
 def _help(scores: Mapping[str, Sequence[float]]) -> Help:
     means = {way: fmean(values) for way, values in scores.items()}
     best = "base" if means["base"] > means["mixture"] else "mixture"
@@ -148,7 +186,7 @@ def _row(
         "input": example.input,
         "adapters": adapters,
         "max_tokens": min(_MOST_TOKENS, math.ceil(longest / 2) + 8),
-        "examples": [{"place": turn.place, "input": turn.input, "target": turn.target} for turn in before],
+        "examples": list(map(example_row, before)),
     }
     digest = hashlib.sha256(json.dumps([row, made_of], sort_keys=True).encode()).hexdigest()[:16]
     return DecisionRow.from_json({**row, "id": f"{task.name}/{digest}"}, source=task.name)

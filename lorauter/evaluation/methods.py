@@ -13,15 +13,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorauter.catalog.catalog import Catalog
+from lorauter.catalog.change import with_shown
 from lorauter.encoder import Encoder
 from lorauter.errors import ConfigError
-from lorauter.evaluation.composing import ComposedFor, with_composed
+from lorauter.evaluation.composing import ComposedFor, barred_in, with_composed
+from lorauter.evaluation.helped import Helped
 from lorauter.evaluation.regimes import REGIMES, options_for
 from lorauter.evaluation.report import ORACLE
+from lorauter.evaluation.rows import example_row
 from lorauter.evaluation.weighing import Weights, weights_for
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
 from lorauter.states import RememberingStates, StateModel
 from lorauter.tasks import Task
+from lorauter.turns import ExampleTurns
 
 LORA_RETRIEVER = {"loraretriever-selection": 1, "loraretriever-fusion": 3, "loraretriever-mixture": 3}
 """How many adapters each takes (ACL 2024 Findings): the nearest, some fused, the mean of some outputs."""
@@ -35,6 +39,11 @@ LORAHUB = "lorahub"
 COMPOSED = "default+composed"
 """The preset "default" with what was composed for each task, by `lorauter.evaluation.composing`."""
 
+EXAMPLES, COMPOSED_EXAMPLES = "default+examples", "default+composed+examples"
+"""The same, without and with compositions, after the examples of tasks that these help, by
+`lorauter.evaluation.left_out`."""
+
+_OF_CATALOGS = (COMPOSED, EXAMPLES, COMPOSED_EXAMPLES)  # that each regime has of its own
 MIXING = {"loraretriever-fusion": "matrices", "arrow": "arrow", "spectr": "spectr"}
 """How methods mix adapters that do not mix their outputs by weights: of `lorauter.evaluation.rows.MIXINGS`."""
 
@@ -53,6 +62,7 @@ def decide(
     own: Mapping[str, Collection[str]] | None = None,
     lorahub: Weights | None = None,
     composed: Sequence[ComposedFor] | None = None,
+    helped: Helped | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for every method, regime and query, as `lorauter.evaluation.rows` reads them.
 
@@ -67,7 +77,8 @@ def decide(
         split: "test", or "validation": the examples of a task file that the catalog does not have.
         own: adapters of each task that the regimes take away; by default the one of its name.
         lorahub: the weights of the method LORAHUB.
-        composed: the compositions of the method COMPOSED.
+        composed: the compositions of the methods COMPOSED and COMPOSED_EXAMPLES.
+        helped: which tasks examples help, for the methods that show them.
 
     Raises:
         ConfigError: a method or task is unknown, or has no LoraHub weights.
@@ -77,17 +88,26 @@ def decide(
         if task.name not in held:
             raise ConfigError(f"task {task.name!r} is not in the catalog; build it from the same tasks")
     for name, config in methods.items():
-        if config is None and name not in (*METHODS, LORAHUB, COMPOSED):
-            known = ", ".join((*METHODS, LORAHUB, COMPOSED))
+        if config is None and name not in (*METHODS, LORAHUB, *_OF_CATALOGS):
+            known = ", ".join((*METHODS, LORAHUB, *_OF_CATALOGS))
             raise ConfigError(f"method {name!r} is none of {known}; give it routing settings")
     owned = own or {task.name: [task.name] for task in tasks}
-    compositions = {} if COMPOSED not in methods else _compositions(catalog, composed or (), owned)
+    of_regimes = {
+        name: _of_regimes(
+            catalog,
+            () if name == EXAMPLES else composed or (),
+            owned,
+            None if name == COMPOSED else helped or {},
+        )
+        for name in methods
+        if name in _OF_CATALOGS
+    }
     retrievers = {name: Retriever(catalog, config) for name, config in _configs(methods).items()}
     reader = None if states is None else RememberingStates(states)
     for task in tasks:
         seen = {example.input for example in held[task.name].validation}
-        examples = task.test if split == "test" else [e for e in task.validation if e.input not in seen]
-        texts = [example.input for example in examples]
+        asked_of = task.test if split == "test" else [e for e in task.validation if e.input not in seen]
+        texts = [example.input for example in asked_of]
         if not texts:
             continue
         embeddings = encoder.encode(texts)
@@ -97,18 +117,19 @@ def decide(
             for method in methods:
                 if method in ("base", ORACLE) and regime != REGIMES[0]:
                     continue
-                if method in retrievers or method == COMPOSED:
+                examples: Sequence[Sequence[ExampleTurns]] = [()] * len(texts)
+                if method in retrievers or method in of_regimes:
                     retriever, asked = retrievers.get(method), options
                     if retriever is None:
-                        retriever, of = compositions[regime]
-                        # Others' are made of this task's adapters too, where the regime takes these away.
-                        others = () if regime == REGIMES[0] else {name for name, t in of.items() if t != task.name}
-                        asked = options.model_copy(update={"exclude_adapters": options.exclude_adapters.union(others)})
+                        retriever = of_regimes[method][regime]
+                        away = barred_in(regime, retriever.catalog, owned)[task.name]
+                        asked = options.model_copy(update={"exclude_adapters": options.exclude_adapters.union(away)})
                     found = retriever.retrieve_with(reader, embeddings, texts, [asked] * len(texts))
                     decisions = [
                         compose(f, asked, retriever.config, catalog_version="", versions=retriever.catalog.adapters)
                         for f in found
                     ]
+                    examples = [decision.examples for decision in decisions]
                     mixtures: Iterable[dict[str, float]] = [
                         {adapter.name: adapter.weight for adapter in decision.adapters} for decision in decisions
                     ]
@@ -116,13 +137,14 @@ def decide(
                     mixtures = [weights_for(lorahub or {}, task.name, with_own=regime == REGIMES[0])] * len(texts)
                 else:
                     mixtures = _fixed(method, catalog, embeddings, options, task.name, owned[task.name], len(texts))
-                for i, (example, mixture) in enumerate(zip(examples, mixtures, strict=True)):
+                for i, (example, mixture, shown) in enumerate(zip(asked_of, mixtures, examples, strict=True)):
                     row = {
                         "input": example.input,
                         "adapters": mixture,
                         # A token is a character at least, and two in most; longer answers are wrong ones.
                         "max_tokens": min(_MAX_TOKENS, math.ceil(longest / 2) + 8),
                         "mixing": MIXING.get(method, "outputs"),
+                        **({"examples": list(map(example_row, shown))} if shown else {}),
                     }
                     digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:8]
                     yield {
@@ -137,13 +159,21 @@ def decide(
                     }
 
 
-def _compositions(
-    catalog: Catalog, composed: Sequence[ComposedFor], own: Mapping[str, Collection[str]]
-) -> dict[str, tuple[Retriever, dict[str, str]]]:
-    """Of each regime the router, and the task of every composition that it knows."""
+def _of_regimes(
+    catalog: Catalog,
+    composed: Sequence[ComposedFor],
+    own: Mapping[str, Collection[str]],
+    helped: Helped | None,
+) -> dict[str, Retriever]:
+    """Of each regime the router, on a catalog of its own; it shows examples where it is known which tasks they help."""
     catalogs = {REGIMES[2]: catalog, **with_composed(catalog, composed, own)}
+    if helped is None:
+        return {regime: Retriever(of, RoutingConfig()) for regime, of in catalogs.items()}
+    # To an unknown task others are as they are where nothing is taken away.
+    shown = {regime: helped.get(regime, helped.get(REGIMES[0], {})) for regime in catalogs}
+    count = max((one.count for of in shown.values() for one in of.values()), default=0)
     return {
-        regime: (Retriever(of, RoutingConfig()), {name: what.task for name, what in of.composed.items()})
+        regime: Retriever(with_shown(of, shown[regime]), RoutingConfig(examples=count))
         for regime, of in catalogs.items()
     }
 

@@ -181,6 +181,11 @@ def check_unique(ids: Iterable[str]) -> None:
         seen.add(row_id)
 
 
+def example_row(example: ExampleTurns) -> dict[str, Any]:
+    """An example as a decision row has it."""
+    return {"place": example.place, "input": example.input, "target": example.target}
+
+
 def _examples(given: object, *, source: str) -> tuple[ExampleTurns, ...]:
     if not isinstance(given, list):
         raise InvalidRequest(f"{source}: examples must be a list, got {type(given).__name__}", param="examples")

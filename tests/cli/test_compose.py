@@ -137,6 +137,19 @@ def test_compositions_are_evaluated_beside_the_default(
     used = {name for row in rows if row["method"] == "default+composed" for name in row["adapters"]}
     assert any(name.startswith("rain.composed.") for name in used)
 
+    help = tmp_path / "help"
+    made = ("--catalog", catalog, "--adapters", pool, "--model", model, "--composed", composed)
+    ran = cli("eval", "examples", *made, "--out", help, "--count", 1, "--device", "cpu")
+    assert ran.code == 0, ran
+    assert "in-domain: examples help" in ran.err and "semi-OOD: examples help" in ran.err
+    given = ("eval", "answers", "--tasks", tasks, "--out", tmp_path / "shown", *made, "--device", "cpu")
+    ran = cli(*given, "--methods", "oracle", "--examples", help)
+    assert ran.code == 0, ran
+    assert "| default+composed+examples |" in ran.out
+    cli(*given, "--methods", "default+composed+examples").refused("'lorauter eval examples' finds out")
+    cli(*given, "--methods", "default+examples", "--examples", help).refused("needs --examples alone")
+    cli(*given, "--examples", tmp_path).refused("does not say which tasks examples help")
+
 
 def test_what_cannot_be_composed_is_told(cli: Cli, tasks: Path, pool: Path, model: Path, tmp_path: Path) -> None:
     given = ("adapters", "compose", "--tasks", tasks, "--adapters", pool, "--model", model)

@@ -8,10 +8,11 @@ import pytest
 from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import build_catalog
+from lorauter.catalog.shown import Help, ShownExamples
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError, InvalidRequest
 from lorauter.evaluation.composing import ComposedFor, read_composed
-from lorauter.evaluation.methods import COMPOSED, LORAHUB, METHODS, decide
+from lorauter.evaluation.methods import COMPOSED, EXAMPLES, LORAHUB, METHODS, decide
 from lorauter.evaluation.rows import DecisionRow, ScoredRow, check_unique
 from lorauter.routing import RoutingConfig, RoutingOptions
 from lorauter.routing.router import Router
@@ -156,6 +157,32 @@ def test_compositions_answer_their_own_tasks_without_what_the_regime_takes_away(
             assert mixture == rows["default", "OOD", task]
         if method == COMPOSED and regime == "semi-OOD":
             assert not {f"{other}.composed.semi-OOD" for other in WORDS if other != task} & mixture.keys()
+
+
+def test_examples_are_shown_where_they_help_in_the_regime(tasks, catalog) -> None:
+    entries = {entry.name: entry for entry in catalog.entries}
+
+    def shown(own, others):
+        made = {name: ShownExamples(1, own, others, (1,) * entry.examples) for name, entry in entries.items()}
+        return {name: replace(one, own=None) if not entries[name].declared else one for name, one in made.items()}
+
+    no, base = Help(None, 0.0, 1.0), Help("base", 1.0, 0.0)
+    helped = {"in-domain": shown(no, no), "semi-OOD": shown(None, base)}
+    rows = list(decided(tasks, catalog, EXAMPLES, "default", helped=helped))
+    by = {}
+    for row in rows:
+        by.setdefault((row["method"], row["regime"]), []).append(row)
+    assert not any("examples" in row for key, of in by.items() for row in of if key != (EXAMPLES, "semi-OOD"))
+    semi = [row for row in by[EXAMPLES, "semi-OOD"] if "examples" in row]
+    assert semi and all(row["adapters"] == {} for row in semi), "the base model alone answers"
+    for row in semi:
+        [example] = row["examples"]
+        place = catalog.place(row["task"])
+        known = catalog.tasks[place].task.validation[example["place"]]
+        assert (example["input"], example["target"]) == (known.input, known.target)
+    assert by[EXAMPLES, "OOD"] and [row["adapters"] for row in by[EXAMPLES, "OOD"]] == [
+        row["adapters"] for row in by["default", "OOD"]
+    ]
 
 
 def test_compositions_are_read_as_they_were_written(tmp_path) -> None:
