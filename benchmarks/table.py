@@ -109,7 +109,13 @@ def main() -> None:
         release()
     say("embedding, and reading states")
     encoder, states = RememberingEncoder(load_encoder("default")), RememberingStates(load_states("default"))
-    catalog = build_catalog(tasks, encoder, states=states, repository=repository, scores=table.by_task())
+    kept = {one.name: len(one.validation) for one in tasks}
+    scores = {
+        task: {name: {i: score for i, score in of.items() if i < kept[task]} for name, of in found.items()}
+        for task, found in table.by_task().items()
+        if task in kept
+    }
+    catalog = build_catalog(tasks, encoder, states=states, repository=repository, scores=scores)
     if not (args.out / "composed.json").exists():
         say("composing")
         config = ComposeConfig() if args.steps is None else replace(ComposeConfig(), steps=args.steps)
