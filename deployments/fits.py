@@ -58,6 +58,15 @@ def check_adapters(catalog: Catalog | None, config: AppConfig, warn: Callable[[s
         warn(f"not in {uri}, though the catalog serves them: {_some(missing)}")
 
 
+def check_examples(catalog: Catalog, warn: Callable[[str], None]) -> None:
+    """Warn where `routing.examples` would come to nothing: nobody has found out which tasks they help."""
+    if not any(entry.shown for entry in catalog.entries):
+        warn(
+            "routing.examples shows nothing: nobody has found out which of the catalog's tasks examples help; build it "
+            "with 'lorauter catalog build --examples N'"
+        )
+
+
 def _some(names: Collection[str]) -> str:
     listed = sorted(names)
     return ", ".join(listed[:_NAMED]) + (f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else "")

@@ -252,7 +252,8 @@ class Generation:
         chosen = body.chosen()
         if chosen is None:
             decisions = await self._service.route(texts, scoped(body.lorauter, caller))
-            if not all(caller.permits(adapter.name) for decision in decisions for adapter in decision.adapters):
+            named = (adapter.name for d in decisions for adapter in (*d.adapters, *d.unshown))
+            if not all(map(caller.permits, named)):
                 raise LorauterError("the router chose an adapter that the key may not use")
             return decisions
         if len(chosen) > self._settings.max_adapters:

@@ -67,7 +67,7 @@ TASKS = _counter(
     "routed_tasks", f"Routed queries by their first task: the first {MANY_TASKS} tasks seen, then 'other'.", "task"
 )
 MIXED_ADAPTERS = _histogram("mixed_adapters", "Adapters in a routed query's mixture.", (1, 2, 3, 4, 6, 8, 16, 64))
-FALLBACKS = _counter("fallbacks", "Routed queries answered by the base model alone.")
+FALLBACKS = _counter("fallbacks", "Routed queries answered by the base model alone, and not after examples.")
 LEFT_OUT = _counter("left_out", "Adapters that routed answers went on without, as they could not be had.", "cause")
 FIRST_TOKEN_SECONDS = _histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", _SLOW)
 TOKEN_SECONDS = _histogram("time_per_token_seconds", "Mean seconds between an answer's tokens after the first.", _FAST)

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from deployments.access import Access
 from deployments.adapter_cache import cache_folder
 from deployments.config import AppConfig
-from deployments.fits import check_adapters, check_base_model
+from deployments.fits import check_adapters, check_base_model, check_examples
 from deployments.live_catalog import kept_folder
 from lorauter.catalog import Catalog
 from lorauter.defaults import describe_model, load_encoder, resolve_catalog, resolve_encoder, resolve_model
@@ -73,6 +73,8 @@ def checks(
             yield "model of states", lambda: resolve_model(states, notify)
         yield "base model of the catalog", lambda: check_base_model(catalog, config)
         yield "adapters of the catalog", lambda: check_adapters(catalog, config, warn)
+        if config.routing.examples:
+            yield "examples of the catalog", lambda: check_examples(catalog, warn)
 
 
 def check_device(device: str, dtype: str) -> None:

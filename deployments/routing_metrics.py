@@ -32,7 +32,7 @@ class RoutingMetrics:
             if decision.tasks:
                 self._recorder.add(metrics.TASKS, task=self._task(decision.tasks[0].name))
             self._recorder.observe(metrics.MIXED_ADAPTERS, len(decision.adapters))
-            if not decision.adapters:
+            if not decision.adapters and not decision.examples:
                 self._recorder.add(metrics.FALLBACKS)
 
     def left_out(self, causes: Iterable[str]) -> None:

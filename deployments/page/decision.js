@@ -58,7 +58,7 @@ export function decisionView(decision, model, { compact = false } = {}) {
 /** Which examples went before the question, or why none did. */
 function shownLine({ task, places, why }) {
   if (why) return `No examples went before it: ${UNSHOWN[why] || why}.`;
-  return `${places.length} examples of ${task} went before it: ${places.map((place) => `#${place + 1}`).join(", ")}.`;
+  return `${places.length} example${places.length > 1 ? "s" : ""} of ${task} went before it: ${places.map((place) => `#${place + 1}`).join(", ")}.`;
 }
 
 function taskBars(tasks, few) {

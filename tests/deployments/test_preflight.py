@@ -13,6 +13,8 @@ from deployments.config import AppConfig
 from deployments.live_catalog import kept_folder
 from deployments.preflight import check_device, preflight
 from lorauter.adapters import AdapterRepository, open_store
+from lorauter.catalog import Catalog, with_shown
+from lorauter.catalog.shown import Help, ShownExamples
 from lorauter.engine import cpu_kernels
 from lorauter.errors import LorauterError
 
@@ -141,6 +143,15 @@ def test_some_missing_adapters_are_told_and_can_be_lived_with(check: Check, tmp_
     AdapterRepository(open_store(tmp_path / "adapters")).remove("sums")
     [warned] = check()
     assert warned.endswith("though the catalog serves them: sums")
+
+
+def test_examples_that_nobody_has_asked_for_are_told(check: Check, tmp_path: Path) -> None:
+    [said] = check(routing={"examples": 3})
+    assert "lorauter catalog build --examples" in said
+    catalog = Catalog.load(tmp_path / "catalog")
+    no = Help(None, 0.0, 1.0)
+    with_shown(catalog, {"sums": ShownExamples(3, no, no, (9, 9))}).save(tmp_path / "catalog")
+    assert check(routing={"examples": 3}) == []
 
 
 def test_a_base_model_of_another_name_is_the_catalogs_by_an_alias(

@@ -26,7 +26,8 @@ from deployments.config import AccessSettings, AppConfig
 from deployments.limits import limits_actor
 from deployments.router import Router
 from lorauter.adapters import AdapterRepository, adapter_folders, open_store
-from lorauter.catalog import Catalog, current_version, with_adapter
+from lorauter.catalog import Catalog, current_version, with_adapter, with_shown
+from lorauter.catalog.shown import Help, ShownExamples
 from lorauter.defaults import resolve_catalog
 from lorauter.keys import hash_key, new_key
 from lorauter.names import AdapterKey
@@ -100,7 +101,7 @@ class Service:
 
 @pytest.fixture(scope="session")
 def published(s3_server: Any) -> str:
-    """The URI below which the store holds the example `adapters` and their `catalog`."""
+    """The URI below which the store holds the example `adapters` and their `catalog`, of which sst2's examples help."""
     uri: str = s3_server.bucket(BUCKET)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.env.items():
@@ -108,6 +109,9 @@ def published(s3_server: Any) -> str:
         repository, catalog = AdapterRepository(open_store(f"{uri}/adapters")), Catalog.load(resolve_catalog("default"))
         for folder in adapter_folders(ROOT / "examples" / "adapters"):
             catalog = with_adapter(catalog, repository.push(folder))  # a pushed one's version is not a folder's
+        [sst2] = [entry for entry in catalog.entries if entry.name == "sst2"]
+        helped = Help("mixture", 0.5, 0.1)
+        catalog = with_shown(catalog, {"sst2": ShownExamples(2, helped, helped, (40,) * sst2.examples)})
         catalog.save(f"{uri}/catalog")
     return uri
 
