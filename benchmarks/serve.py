@@ -8,8 +8,8 @@ Starts `lorauter serve` with the shipped configuration (a batch of --clients row
 example tasks, each once, by clients that ask one after the other, in several processes (`clients.py`; what they take is
 told): routed and of the base model, streamed and whole. The engine alone, in a process of its own with the niceness of
 Ray's workers, answers the same prompts under the mixtures that the library chooses for them, all at once; it runs
-before and after, and its mean counts. Then the time to the first token of a lone request and beside 31 others. The last
-lines are one figure each.
+before and after, and its mean counts (before alone with --shape, whose weights take a while to load). Then the time to
+the first token of a lone request and beside 31 others. The last lines are one figure each.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
                 loads[name] = [f"{text} " for text in load]  # what was computed of the last ones is no help
         lone = ask("base", texts(3, LONE), 1, streamed=True)
         crowd = ask("base", texts(4, 3 * AT_ONCE), AT_ONCE, streamed=True)
-    after = measure_alone({**task, "routed": before["routed"]}, folder)
+    after = before if args.shape else measure_alone({**task, "routed": before["routed"]}, folder)
     vllm = {}
     if args.vllm_url:
         with urlopen(f"{args.vllm_url}/v1/models") as answer:
