@@ -9,11 +9,15 @@ from deployments.merged import Merged
 from lorauter.engine.types import Chunk
 
 
-async def side_by_side(streams: Mapping[int, AsyncGenerator[Chunk]]) -> AsyncGenerator[Chunk]:
+def side_by_side(streams: Mapping[int, AsyncGenerator[Chunk]]) -> AsyncGenerator[Chunk]:
     """The chunks of all answers as they come, each with its answer's index. The first error ends them all.
 
     All begin before the first chunk comes, and are closed with this one.
     """
+    return streams[0] if list(streams) == [0] else _merged(streams)
+
+
+async def _merged(streams: Mapping[int, AsyncGenerator[Chunk]]) -> AsyncGenerator[Chunk]:
     indices, merged = list(streams), Merged(list(streams.values()))
     try:
         async for place, chunk in merged:

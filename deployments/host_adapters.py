@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from lorauter.adapters import LocalAdapter
@@ -83,6 +83,16 @@ class HostAdapters(Generic[P]):
         """The tier that an adapter in memory was in before."""
         return self._sources.get(key, "disk")
 
+    def ready(self, keys: Sequence[AdapterKey]) -> list[P] | None:
+        """Adapters that are all in memory; None where one is not."""
+        loaded = self._loaded
+        if not all(key in loaded for key in keys):
+            return None
+        for key in keys:
+            loaded.move_to_end(key)
+        self.counters.hits += len(keys)
+        return [loaded[key] for key in keys]
+
     async def get(self, key: AdapterKey, *, patient: bool = True) -> P:
         """A version of an adapter, parsed once however many requests wait for it.
 
@@ -93,10 +103,8 @@ class HostAdapters(Generic[P]):
         Raises:
             AdapterNotFound, AdapterRejected, AdapterUnavailable.
         """
-        if key in self._loaded:
-            self._loaded.move_to_end(key)
-            self.counters.hits += 1
-            return self._loaded[key]
+        if (here := self.ready([key])) is not None:
+            return here[0]
         if key in self._refused:
             raise self._refused[key].with_traceback(None)  # or each raise adds its frames, and holds what they hold
         if key not in self._loading:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -35,11 +35,9 @@ from lorauter.adapters import ModelShape
 from lorauter.engine import Chunk, GenerationRequest, SamplingParams
 from lorauter.engine.load import warm_up as warm_up_engine
 from lorauter.engine.messages import Adapter
-from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, Overloaded
 from lorauter.names import AdapterKey
 from lorauter.routing.compose import LeftOut, cause_of, without
-from lorauter.turns import ExampleTurns, encoded
 
 logger = logging.getLogger("lorauter.model")
 
@@ -49,7 +47,6 @@ _PATIENT = 2 / 3  # of the time that a request waits for its first token: what t
 # the client.
 _ITEMS_S = min(2000.0, 125.0 * len(os.sched_getaffinity(0)))
 _WHOLE_S = 30.0
-_SHORT = 4000  # characters: to encode them takes no longer than to have a thread do it
 
 Mixture = tuple[tuple[Adapter, float], ...]
 
@@ -80,7 +77,7 @@ class LoraModel:
         self._adapter_wait_s = config.host.wait_s
         self._first_token_s = config.api.first_token_s
         self._streams = 0  # that are read as they come
-        self._server = ReplicaServer("LoraModel", by_name(self.generate, self.tokenize, self.detokenize))
+        self._server = ReplicaServer("LoraModel", by_name(self.generate, self.codec))
         self._adapters = HostAdapters(
             self._node_cache,
             Reading(self._engine),
@@ -128,31 +125,12 @@ class LoraModel:
         finally:
             await answer.aclose()
 
-    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
-        """A prompt's tokens. Raises InvalidRequest."""
-        ids, _ = await self._encode(prompt)
-        return ids
-
-    async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """The text of tokens. Raises InvalidRequest."""
-        decode = self._engine.codec.decode
-        return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
-
-    async def _encode(
-        self, prompt: Prompt, examples: Sequence[ExampleTurns] = (), max_tokens: int = 0
-    ) -> tuple[tuple[int, ...], int]:
-        """A prompt's tokens, and how many examples are among them."""
-        how = partial(encoded, context=self._engine.max_model_len, max_tokens=max_tokens)
-        if prompt.characters + sum(len(e.input) + len(e.target) for e in examples) < _SHORT:
-            return how(self._engine.codec.encode, prompt, examples)
-        return await asyncio.to_thread(how, self._engine.codec.encode, prompt, examples)
+    async def codec(self) -> bytes:
+        """The base model's tokenizer, for those who make tokens of prompts and text of answers; a pickle."""
+        return await asyncio.to_thread(pickle.dumps, self._engine.codec)
 
     async def _answer(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk]:
-        prompt, shown = await self._encode(call.prompt, call.examples, call.sampling.max_tokens)
-        if not prompt:
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
-        if call.examples and not shown:
-            call = replace(call, adapters=call.adapters or call.unshown)
+        prompt = self._engine.codec.encode(call.prompt)  # the ingress's tokens
         before, started = self._tiers(call), time.monotonic()
         mixture, left_out = await self._mixture(call)
         fetched_s = time.monotonic() - started
@@ -197,7 +175,6 @@ class LoraModel:
                             tiers,
                             fetched_s,
                             chunk.waited_s,
-                            shown,
                         )
                         yield Begun(admitted, chunk)
             finally:
@@ -226,6 +203,9 @@ class LoraModel:
 
     async def _mixture(self, call: GenerateCall) -> tuple[Mixture, tuple[LeftOut, ...]]:
         """A call's adapters with their weights, and those left out. Raises AdapterError."""
+        ready = self._adapters.ready([adapter.key for adapter in call.adapters])
+        if ready is not None:
+            return tuple((packed, a.weight) for packed, a in zip(ready, call.adapters, strict=True)), ()
         patient = not call.routed  # who can do without an adapter that is broken need not try it every time
         found = await asyncio.gather(*[self._get(adapter.key, patient=patient) for adapter in call.adapters])
         failed = {a.key: got for a, got in zip(call.adapters, found, strict=True) if isinstance(got, AdapterError)}

@@ -29,6 +29,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import genai, metrics
+from deployments.logs import AS_IT_GOES
 from deployments.metrics import Metric
 from lorauter.engine.types import SamplingParams
 from lorauter.names import is_valid_name
@@ -200,7 +201,8 @@ class Observed:
         if outcome in ("failed", "broken"):
             level = logging.WARNING
         if logger.isEnabledFor(level):
-            logger.log(level, "request %s", outcome, extra=record.facts(status, outcome))
+            facts = record.facts(status, outcome)
+            logger.log(level, "request %s", outcome, extra=facts if level > logging.INFO else {**AS_IT_GOES, **facts})
 
 
 def _outcome(status: int) -> Outcome:

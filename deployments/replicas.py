@@ -26,6 +26,7 @@ from ray.serve.context import _get_serve_request_context, _set_request_context
 from ray.serve.handle import DeploymentHandle
 
 from deployments import tracing
+from deployments.logs import AS_IT_GOES
 from deployments.rpc import Address, ConnectionLost, RpcCall, RpcClient, RpcServer
 from lorauter.errors import Overloaded
 
@@ -86,8 +87,8 @@ def _within(part: str, method: str, context: Mapping[str, str]) -> Iterator[None
         except RayTaskError as error:  # an actor's, in a class that Ray makes on the spot: no pickle names it
             raise error.cause if isinstance(error.cause, Exception) else error from None
         finally:
-            if logger.isEnabledFor(logging.INFO):  # as Serve has it of its own calls
-                logger.info("call %s", method, extra={"seconds": round(time.perf_counter() - started, 6)})
+            if logger.isEnabledFor(logging.INFO):
+                logger.info("call %s", method, extra={**AS_IT_GOES, "seconds": round(time.perf_counter() - started, 6)})
 
 
 def _context() -> dict[str, str]:

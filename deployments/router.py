@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from deployments.retries import answered, generated
 from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted
 from deployments.startup import tells_why
+from deployments.tokenizing import Tokenizing
 from deployments.tracing import span
 from deployments.vllm_metrics import Loras, as_vllm
 from deployments.warmup import demand_for
@@ -99,6 +101,7 @@ class Router:
         self._model = Replicas(model)
         self._cache = CacheSpec(config.adapters, config.cache)
         self._dispatch = Dispatch(self._model, self._cache, batch=config.engine.rows)
+        self._tokenizing = Tokenizing(lambda: self._asked(self._model, "codec"))
         self._encoder: str | None = None
         self._apps = dict.fromkeys((model.deployment_id.app_name, serve.get_replica_context().app_name))
         self._editor = _EditorClient(editor) if editor is not None else None
@@ -180,19 +183,17 @@ class Router:
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's tokens. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
-        token_ids: tuple[int, ...] = await self._asked(self._model, "tokenize", prompt)
-        return token_ids
+        return await self._tokenizing.encode(prompt)
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of tokens. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
-        text: str = await self._asked(self._model, "detokenize", token_ids, skip_special_tokens)
-        return text
+        return await self._tokenizing.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
         record = observe.current()
         timeout_s = self._config.api.first_token_s
-        stream = generated(self._dispatch, call, timeout_s=timeout_s)
+        stream = self._tokenizing.answered(call, partial(generated, self._dispatch, timeout_s=timeout_s))
         try:
             async for item in stream:
                 if isinstance(item, Admitted):

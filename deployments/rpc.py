@@ -36,6 +36,7 @@ _LENGTH = struct.Struct("<Q")
 _LONGEST = 1 << 31  # bytes of one lot: more is no message of ours
 _GREETING_S = 5.0
 _LOST_S = 10  # without a sign of life from the other machine's kernel
+_MANY = 32  # messages that are said in one turn of the loop, after which it has to go on
 _CALL, _CANCEL, _ITEM, _RESULT, _END, _ERROR = range(6)
 
 Within = Callable[[str, Mapping[str, str]], AbstractContextManager[object]]
@@ -140,7 +141,8 @@ class RpcServer:
                     try:
                         async for item in answer:
                             connection.send((_ITEM, number, item))
-                            await connection.writable()
+                            if connection.behind:
+                                await connection.writable()
                     finally:
                         await answer.aclose()
                     connection.send((_END, number))
@@ -428,6 +430,11 @@ class _Connection(asyncio.Protocol):
                 self._write([instead])
             return
         self._transport.writelines([_LENGTH.pack(len(lot)), lot])
+
+    @property
+    def behind(self) -> bool:
+        """Whether much is to be written, or the other end does not read it."""
+        return len(self._unsent) >= _MANY or not self._writable.is_set()
 
     async def writable(self) -> None:
         """Wait until the other end has read about all that was sent."""

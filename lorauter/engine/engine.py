@@ -118,18 +118,16 @@ class Engine:
             while True:
                 try:
                     async with asyncio.timeout(self.config.token_timeout_s if begun else None):
-                        items = await sink.take()
+                        chunk, failure = await sink.take()
                 except TimeoutError as error:
                     raise LorauterError(f"no token for {self.config.token_timeout_s:g} s") from error
                 begun = True
-                chunks = [item for item in items if isinstance(item, Chunk)]
-                if chunks:
-                    yield Chunk.joined(chunks)
-                    if chunks[-1].finish_reason is not None:
+                if chunk is not None:
+                    yield chunk
+                    if chunk.finish_reason is not None:
                         return
-                for item in items:
-                    if isinstance(item, BaseException):
-                        raise item
+                if failure is not None:
+                    raise failure
         finally:
             self._cancel(id)
 
@@ -212,9 +210,10 @@ class Engine:
             ends=frozenset(sampling.stop_token_ids)
             | (frozenset() if sampling.ignore_eos and not sampling.is_held else self.codec.eos_ids),
         )
-        text = self.codec.stream(sampling)
-        for token in request.generated:  # their text is known
-            text.push(token)
+        text = self.codec.stream(sampling) if sampling.detokenize else None
+        if text is not None:
+            for token in request.generated:  # their text is known
+                text.push(token)
         with self._room:
             if self._closed:
                 raise LorauterError("the engine is closed")
@@ -230,7 +229,12 @@ class Engine:
                 self._heard = time.monotonic()
             self._front.expect(order.id, sink, text)
             self._unfinished.add(order.id)
-        self._order(order)
+        if isinstance(sink, LoopSink):  # what is asked in one turn of its loop goes together
+            with self._sending:
+                self._outbox.append(order)
+            sink.loop.call_soon(self._send)
+        else:
+            self._order(order)
         return order.id
 
     def _tokens_of(self, words: Sequence[str | tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
@@ -333,6 +337,10 @@ class Engine:
     def _order(self, order: Order) -> None:
         with self.held():
             self._outbox.append(order)
+
+    def _send(self) -> None:
+        with self.held():
+            pass
 
     def _told(self, report: Report | Exception) -> None:
         """What the core says, on its thread; once it has ended, why that is."""

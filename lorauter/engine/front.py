@@ -10,6 +10,7 @@ import logging
 import math
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ logger = logging.getLogger("lorauter.engine")
 Item = Chunk | BaseException
 Sink = Callable[[Item], object]
 """Who is told what becomes of a request: each chunk, or the error that ended it. A `LoopSink` is told by its loop."""
+_Gathered = Item | int
+"""The same, or a token alone, of an answer without text."""
 _SOON_S = 0.0005  # timers may be early by the clock's resolution
 
 
@@ -36,20 +39,21 @@ class LoopSink:
     def __init__(self, loop: asyncio.AbstractEventLoop, gap: Callable[[], float]) -> None:
         self.loop = loop
         self._gap = gap
-        self._items: list[Item] = []
+        self._items: list[_Gathered] = []
         self._due = 0.0
         self._waiter: asyncio.Future[None] | None = None
 
     def __call__(self, item: Item) -> None:
         deliver(self.loop, [(self, item)])
 
-    def add(self, item: Item) -> None:
+    def add(self, item: _Gathered) -> None:
         """Something has come; called in the loop."""
         self._items.append(item)
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
-    async def take(self) -> list[Item]:
-        """What has come, once something has and it is time to."""
+    async def take(self) -> tuple[Chunk | None, BaseException | None]:
+        """What has come, once something has and it is time to: as one chunk, and the error that came after it."""
         if not self._is_due():
             self._waiter = self.loop.create_future()
             left = self._due - self.loop.time()
@@ -62,7 +66,9 @@ class LoopSink:
                     timer.cancel()
         items, self._items = self._items, []
         self._due = self.loop.time() + self._gap()
-        return items
+        failure = next((item for item in items if isinstance(item, BaseException)), None)
+        pieces = [item for item in items if not isinstance(item, BaseException)]
+        return _joined(pieces) if pieces else None, failure
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done() and self._is_due():
@@ -72,10 +78,27 @@ class LoopSink:
         if not self._items:
             return False
         last = self._items[-1]
-        return not isinstance(last, Chunk) or last.finish_reason is not None or self.loop.time() >= self._due - _SOON_S
+        ends = last.finish_reason is not None if isinstance(last, Chunk) else isinstance(last, BaseException)
+        return ends or self.loop.time() >= self._due - _SOON_S
 
 
-def deliver(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[LoopSink, Item]]) -> None:
+def _joined(pieces: Sequence[Chunk | int]) -> Chunk:
+    """Pieces that follow one another as one; a token alone is none of an answer's first or last."""
+    chunks = [piece for piece in pieces if isinstance(piece, Chunk)]
+    if len(chunks) == len(pieces):
+        return Chunk.joined(chunks)
+    tokens: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, Chunk):
+            tokens += piece.token_ids
+        else:
+            tokens.append(piece)
+    if not chunks:
+        return Chunk("", tuple(tokens))
+    return Chunk("", tuple(tokens), chunks[-1].finish_reason, chunks[0].cached_tokens, chunks[0].waited_s)
+
+
+def deliver(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[LoopSink, _Gathered]]) -> None:
     """Hand items out in their loop, which is woken once. Raises RuntimeError if it is gone."""
 
     def add() -> None:
@@ -88,7 +111,7 @@ def deliver(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[LoopSink, Ite
 @dataclass
 class _Answer:
     sink: Sink
-    text: TextStream
+    text: TextStream | None
     prompt: PromptLogprobs  # as far as they are known
 
 
@@ -111,9 +134,14 @@ class Front:
         """Whether tokens are handed out."""
         return self._thread.is_alive()
 
-    def expect(self, id: int, sink: Sink, text: TextStream) -> None:
-        """From now on tokens of this sequence may come."""
-        self._answers[id] = _Answer(sink, text, () if text.sampling.prompt_logprobs is None else (None,))
+    def expect(self, id: int, sink: Sink, text: TextStream | None) -> None:
+        """From now on tokens of this sequence may come.
+
+        Args:
+            text: makes their text; None makes none.
+        """
+        tells_prompt = text is not None and text.sampling.prompt_logprobs is not None
+        self._answers[id] = _Answer(sink, text, (None,) if tells_prompt else ())
 
     def forget(self, id: int) -> None:
         """Nobody waits for this sequence any more."""
@@ -143,13 +171,13 @@ class Front:
                 logger.exception("what a step brought could not be handed out")
 
     def _handle(self, report: Report) -> None:
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[LoopSink, Item]]] = {}
-        senders: dict[asyncio.AbstractEventLoop, list[int]] = {}
+        loops: defaultdict[asyncio.AbstractEventLoop, list[tuple[LoopSink, _Gathered]]] = defaultdict(list)
+        senders: defaultdict[asyncio.AbstractEventLoop, list[int]] = defaultdict(list)
 
         def hand_out(id: int, answer: _Answer, item: Item) -> None:
             if isinstance(answer.sink, LoopSink):
-                loops.setdefault(answer.sink.loop, []).append((answer.sink, item))
-                senders.setdefault(answer.sink.loop, []).append(id)
+                loops[answer.sink.loop].append((answer.sink, item))
+                senders[answer.sink.loop].append(id)
                 return
             try:
                 answer.sink(item)
@@ -159,16 +187,20 @@ class Front:
 
         for id, scores in report.scored.items():
             answer = self._answers.get(id)
-            if answer is not None:
+            if answer is not None and answer.text is not None:
                 answer.prompt += tuple(answer.text.logprobs(scores))
         for id, token, reason in report.events:
             answer = self._answers.get(id)
             if answer is None:
                 continue
+            if answer.text is None and reason is None and id not in report.reused and isinstance(answer.sink, LoopSink):
+                loops[answer.sink.loop].append((answer.sink, token))
+                senders[answer.sink.loop].append(id)
+                continue
             item: Item
             try:
                 item = _chunk(answer.text, token, reason)
-                if id in report.ranked:
+                if id in report.ranked and answer.text is not None:
                     item = replace(item, logprobs=tuple(answer.text.logprobs(report.ranked[id])))
                 if id in report.reused:  # it is the first
                     item = replace(
@@ -201,8 +233,10 @@ class Front:
         self._cancel(id)
 
 
-def _chunk(stream: TextStream, token: int, reason: FinishReason | None) -> Chunk:
+def _chunk(stream: TextStream | None, token: int, reason: FinishReason | None) -> Chunk:
     """What a token adds to the answer, with the reason if it ends it."""
+    if stream is None:
+        return Chunk("", (token,), reason)
     text = ""
     if reason == "stop":  # it is the token that says so
         text = stream.end(token)

@@ -19,7 +19,7 @@ from tokenizers.decoders import DecodeStream
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils.chat_template_utils import mark_control_tokens
 
-from lorauter.engine.types import Logprob, Prompt, SamplingParams, TokenLogprobs
+from lorauter.engine.types import FinishReason, Logprob, Prompt, SamplingParams, TokenLogprobs
 from lorauter.errors import InvalidRequest
 from lorauter.tools.formats import FORMATS, FormatSetting, ToolFormat, found_in, knows_tools
 from lorauter.tools.writing import with_tools, without_tools
@@ -314,6 +314,13 @@ class TextStream:
             )
             for ids, values, rank in ranked
         ]
+
+    def extended(self, tokens: Sequence[int], reason: FinishReason | None) -> str:
+        """The text that further tokens add, with the reason if the answer ends with them. There are no stop strings."""
+        *others, last = tokens
+        text = "".join([self.push(token)[0] for token in others])
+        text += self.end(last) if reason == "stop" else self.push(last)[0]
+        return text if reason is None else text + self.flush()
 
     def end(self, token: int) -> str:
         """What a token that ends the answer of itself adds to its text."""

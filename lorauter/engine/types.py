@@ -119,6 +119,8 @@ class SamplingParams:
         calls: the tools that the answer may call, or has to: then, and where one of them is strict or there is a
             grammar, it is held to their schemas, and to the grammar where it is no call. The marks of calls are part of
             its text.
+        detokenize: whether the answer comes as text, too. Where it does not, text ends nothing, and no token is told
+            with what it was chosen from.
     """
 
     max_tokens: int = 256
@@ -143,6 +145,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     calls: ToolUse | None = None
+    detokenize: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -177,6 +180,13 @@ class SamplingParams:
                 raise InvalidRequest(problem, param=name)
         if not all(self.bad_words):
             raise InvalidRequest("bad_words holds an empty string", param="bad_words")
+        if not self.detokenize and self.needs_text:
+            raise InvalidRequest("stop, logprobs and prompt_logprobs need detokenize", param="detokenize")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether text ends the answer, or is told of single tokens."""
+        return bool(self.stop) or self.logprobs is not None or self.prompt_logprobs is not None
 
     @property
     def penalises(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +43,9 @@ class Adapters:
     def __init__(self, **errors: AdapterError) -> None:
         self._errors = errors
         self.patient: set[bool] = set()
+
+    def ready(self, keys: Sequence[AdapterKey]) -> list[Packed] | None:
+        return None if keys else []
 
     async def get(self, key: AdapterKey, *, patient: bool) -> Packed:
         self.patient.add(patient)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from engine_requests import ENDLESS, LENGTHS, abreast, ask, collect, gather, prompts, together, until
 
-from lorauter.engine import Completion, GenerationRequest, SamplingParams
+from lorauter.engine import Chunk, Completion, GenerationRequest, SamplingParams
 from lorauter.engine.text import TextCodec
 from lorauter.errors import (
     InvalidRequest,
@@ -274,6 +274,22 @@ def test_a_stream_begins_at_once_and_gathers_what_comes_within_its_gap(start, co
     assert len(chunks) <= times[-1] / 0.05 + 2
     gaps = [later - sooner for sooner, later in itertools.pairwise(times)]
     assert all(gap >= 0.049 for gap in gaps[:-1])
+
+
+def test_tokens_alone_come_as_they_would_with_text(start, counting):
+    engine = start(counting)
+
+    async def run(**sampling):
+        return [chunk async for chunk in engine.stream(ask("a", max_tokens=6, **sampling), gap=lambda: 0.01)]
+
+    worded, bare = asyncio.run(run()), asyncio.run(run(detokenize=False))
+    assert Chunk.joined(bare) == replace(Chunk.joined(worded), text="")
+    assert bare[0].waited_s > 0
+    [whole] = together(engine, ask("a", max_tokens=6, detokenize=False))
+    assert (whole.text, whole.token_ids) == ("", Chunk.joined(worded).token_ids)
+    for asked in ({"stop": ("z",)}, {"logprobs": 0}, {"prompt_logprobs": 0}):
+        with pytest.raises(InvalidRequest, match="need detokenize"):
+            SamplingParams(detokenize=False, **asked)
 
 
 def test_the_end_waits_for_no_gap(start, counting):
