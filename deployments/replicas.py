@@ -126,7 +126,7 @@ class Replicas:
         self._infos: dict[str, RunningReplicaInfo] = {}  # Serve's last word
         self._known: dict[str, _Known] = {}  # those of them that can be reached
         self._lost: dict[str, asyncio.Task[None]] = {}  # the others: who looks for them
-        self._listeners: list[Callable[[Sequence[Replica]], None]] = []
+        self._listeners: list[Callable[[Sequence[Replica]], object]] = []
         self._arrived = asyncio.Event()
         self._counts = _serves_counts(handle)
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
@@ -140,7 +140,7 @@ class Replicas:
             client_id=f"lorauter:{ray.get_runtime_context().get_actor_id()}:{self._deployment}",
         )
 
-    def listen(self, listener: Callable[[Sequence[Replica]], None]) -> None:
+    def listen(self, listener: Callable[[Sequence[Replica]], object]) -> None:
         """Have somebody told of the replicas there are, now and whenever they or their reports change."""
         self._listeners.append(listener)
         listener([known.replica for known in self._known.values()])

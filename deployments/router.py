@@ -102,6 +102,7 @@ class Router:
         self._cache = CacheSpec(config.adapters, config.cache)
         self._dispatch = Dispatch(self._model, self._cache, batch=config.engine.rows)
         self._tokenizing = Tokenizing(lambda: self._asked(self._model, "codec"))
+        self._model.listen(lambda replicas: replicas and self._tokenizing.begin())
         self._encoder: str | None = None
         self._apps = dict.fromkeys((model.deployment_id.app_name, serve.get_replica_context().app_name))
         self._editor = _EditorClient(editor) if editor is not None else None
@@ -279,6 +280,7 @@ class Router:
 
     async def check_ready(self) -> None:
         """Raise unless the encoder in use is the catalog's own."""
+        await self._tokenizing.prepare()
         [probe] = await self._asked_within(_READY_S, self._embedder, "embed", [PROBE_TEXT])
         encoder = await self._asked_within(_READY_S, self._embedder, "name")
         await self._asked_within(_READY_S, self._retriever, "check_probe", probe, encoder)

@@ -11,11 +11,15 @@ import asyncio
 import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from deployments.calls import Admitted, GenerateCall
-from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Prompt
 from lorauter.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from lorauter.engine.text import TextCodec
 
 _SHORT = 4000  # characters, or tokens: to convert them takes no longer than to have a thread do it
 
@@ -34,17 +38,26 @@ class Tokenizing:
         self._codec: TextCodec | None = None
         self._loading: asyncio.Task[TextCodec] | None = None
 
+    async def prepare(self) -> None:
+        """Load the code that a tokenizer needs, which takes seconds."""
+        await asyncio.to_thread(import_module, "lorauter.engine.text")
+
+    def begin(self) -> asyncio.Task[TextCodec]:
+        """Fetch the tokenizer, if it is not here: there is somebody to ask."""
+        if self._loading is None or (self._loading.done() and self._codec is None):
+            self._loading = asyncio.create_task(self._load())
+            self._loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # who needs it is told
+        return self._loading
+
     async def codec(self) -> TextCodec:
         """The tokenizer. Raises what `fetch` raises."""
-        if self._codec is None:
-            if self._loading is None or self._loading.done():
-                self._loading = asyncio.create_task(self._load())
-            self._codec = await asyncio.shield(self._loading)
-        return self._codec
+        return self._codec or await asyncio.shield(self.begin())
 
     async def _load(self) -> TextCodec:
+        await self.prepare()
         packed = await self._fetch()
         codec: TextCodec = await asyncio.to_thread(pickle.loads, packed)
+        self._codec = codec
         return codec
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -79,9 +92,7 @@ class Tokenizing:
             async for item in stream:
                 if texts and isinstance(item, Chunk):
                     text = texts[item.index].extended(item.token_ids, item.finish_reason)
-                    yield Chunk(
-                        text, item.token_ids, item.finish_reason, item.cached_tokens, item.waited_s, item.index
-                    )
+                    yield Chunk(text, item.token_ids, item.finish_reason, item.cached_tokens, item.waited_s, item.index)
                 else:
                     yield item
         finally:
