@@ -51,7 +51,7 @@ class Tokenizing:
 
     async def codec(self) -> TextCodec:
         """The tokenizer. Raises what `fetch` raises."""
-        return self._codec or await asyncio.shield(self.begin())
+        return await asyncio.shield(self.begin()) if self._codec is None else self._codec
 
     async def _load(self) -> TextCodec:
         await self.prepare()
