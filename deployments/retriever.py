@@ -1,5 +1,7 @@
-"""TaskRetriever: the task catalog as a service. Embeddings in, decisions out: nearest tasks, adapters and weights.
+"""TaskRetriever: the task catalog as a service. Texts in, decisions out: nearest tasks, adapters and weights.
 
+It has the texts embedded that it is asked about, those together that come while others are, so that a query is one call
+for the ingress and less than one for QueryEmbedder.
 A catalog that is published while it serves takes over without a request being lost; see `deployments.live_catalog`.
 """
 
@@ -29,6 +31,7 @@ from deployments.retries import answered
 from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted, visible_places
 from deployments.startup import tells_why
+from deployments.together import Together
 from deployments.tracing import span
 from lorauter.adapters import open_store
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog
@@ -44,6 +47,7 @@ logger = logging.getLogger("lorauter.catalog")
 
 _PROBE_S = 600.0  # an encoder may have to be downloaded first
 _STATES_S = 5.0  # for which a query waits for its states
+_TOGETHER = 64  # texts that are embedded in a call
 _TELL_S = 60.0  # between two warnings that there are none
 
 
@@ -64,7 +68,10 @@ class TaskRetriever:
         own_gpus_only()
         self._metrics = RoutingMetrics(RayRecorder())
         assert config.catalog is not None  # else AdapterListing is in this one's place
-        self._embedder = Replicas(embedder) if config.state_model is not None else None
+        self._embedder = Replicas(embedder)
+        self._embed_s = config.api.first_token_s
+        self._embedding = Together(self._embed, size=len, most=_TOGETHER)
+        self._reads = config.state_model is not None
         self._told = -_TELL_S
         self._history = History(open_store(config.catalog))
         self._layouts: WeakKeyDictionary[Catalog, dict[Permitted, Layout]] = WeakKeyDictionary()
@@ -106,14 +113,23 @@ class TaskRetriever:
         """Serve's hook: where the ingress calls this replica."""
         return await self._server.metadata()
 
-    async def decide(
+    async def decide(self, texts: list[str], options: list[RoutingOptions]) -> list[RoutingDecision]:
+        """Which adapters answer n texts; one catalog decides on all of them. Raises InvalidRequest, ServiceUnavailable,
+        Overloaded."""
+        return await self._decided(await self._embedding.ask(texts), texts, options)
+
+    async def _embed(self, requests: list[list[str]]) -> list[Embeddings]:
+        texts = [text for texts in requests for text in texts]
+        vectors = await answered(lambda: self._embedder.call("embed", texts), timeout_s=self._embed_s)
+        return np.split(vectors, np.cumsum([len(texts) for texts in requests])[:-1])
+
+    async def _decided(
         self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]
     ) -> list[RoutingDecision]:
-        """Which adapters answer n texts; one catalog decides on all of them. Raises InvalidRequest."""
         retriever, started = self._live.retriever, time.perf_counter()
         with self._metrics.step("retrieve"), span("retrieve"):
             found = retriever.retrieve(embeddings, texts, options)
-        if self._embedder is not None and (unsure := retriever.unsure(found, options)):
+        if self._reads and (unsure := retriever.unsure(found, options)):
             some = [texts[i] for i in unsure]
             states = await self._states(some)
             if states is not None:
@@ -139,10 +155,8 @@ class TaskRetriever:
 
     async def _states(self, texts: list[str]) -> States | None:
         """What the model of states makes of texts; None where it does not answer: they are routed without."""
-        assert self._embedder is not None
         try:
-            embedder = self._embedder
-            states: States = await answered(lambda: embedder.call("states", texts), timeout_s=_STATES_S)
+            states: States = await answered(lambda: self._embedder.call("states", texts), timeout_s=_STATES_S)
             return states
         except Exception as error:  # noqa: BLE001 (whatever it is, the texts are to be answered)
             if time.monotonic() - self._told >= _TELL_S:

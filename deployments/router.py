@@ -150,9 +150,8 @@ class Router:
         try:
             with self._metrics.step("route"), span("route"):
                 started = time.perf_counter()
-                embeddings = await self._asked(self._embedder, "embed", list(texts))
                 decisions: list[RoutingDecision] = await self._asked(
-                    self._retriever, "decide", embeddings, list(texts), [options] * len(texts)
+                    self._retriever, "decide", list(texts), [options] * len(texts)
                 )
                 seconds = time.perf_counter() - started
         finally:

@@ -1,16 +1,25 @@
 """Questions that come while others are being answered are answered together: a lone one waits for nobody.
 
-Knows neither what is asked nor who answers, and no Ray.
+A lot is answered in the context of its first question, with its id and trace. Knows neither what is asked nor who answers, and no Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context, copy_context
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
+
+
+@dataclass(frozen=True)
+class _Waiting(Generic[Asked, Told]):
+    question: Asked
+    told: asyncio.Future[Told] | None
+    context: Context
 
 
 class Together(Generic[Asked, Told]):
@@ -32,7 +41,7 @@ class Together(Generic[Asked, Told]):
         self._answer = answer
         self._size = size
         self._most = most
-        self._waiting: list[tuple[Asked, asyncio.Future[Told] | None]] = []
+        self._waiting: list[_Waiting[Asked, Told]] = []
         self._running: asyncio.Task[None] | None = None
 
     async def ask(self, question: Asked) -> Told:
@@ -46,37 +55,41 @@ class Together(Generic[Asked, Told]):
         self._put(question, None)
 
     def _put(self, question: Asked, told: asyncio.Future[Told] | None) -> None:
-        self._waiting.append((question, told))
+        self._waiting.append(_Waiting(question, told, copy_context()))
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
         try:
             while lot := self._next():
+                answering = self._told([one.question for one in lot])
                 try:
-                    answers = await self._answer([question for question, _ in lot])
+                    answers = await asyncio.create_task(answering, context=lot[0].context)
                 except Exception as error:  # noqa: BLE001 (who asked is told)
-                    for _, told in lot:
-                        if told is not None and not told.done():
-                            told.set_exception(error)
+                    for one in lot:
+                        if one.told is not None and not one.told.done():
+                            one.told.set_exception(error)
                     continue
-                for (_, told), answer in zip(lot, answers, strict=True):
-                    if told is not None and not told.done():
-                        told.set_result(answer)
+                for one, answer in zip(lot, answers, strict=True):
+                    if one.told is not None and not one.told.done():
+                        one.told.set_result(answer)
         finally:
             self._running = None
 
-    def _next(self) -> list[tuple[Asked, asyncio.Future[Told] | None]]:
+    async def _told(self, questions: list[Asked]) -> Sequence[Told]:
+        return await self._answer(questions)
+
+    def _next(self) -> list[_Waiting[Asked, Told]]:
         """The next lot, without the questions of those who have gone."""
-        lot: list[tuple[Asked, asyncio.Future[Told] | None]] = []
+        lot: list[_Waiting[Asked, Told]] = []
         total = 0
-        for taken, (question, told) in enumerate(self._waiting):
-            if told is not None and told.done():
+        for taken, one in enumerate(self._waiting):
+            if one.told is not None and one.told.done():
                 continue
-            total += self._size(question)
+            total += self._size(one.question)
             if lot and total > self._most:
                 self._waiting = self._waiting[taken:]
                 return lot
-            lot.append((question, told))
+            lot.append(one)
         self._waiting = []
         return lot

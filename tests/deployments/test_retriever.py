@@ -15,6 +15,7 @@ from fake_states import HashingStates
 from deployments.metrics import ROUTING_SECONDS, Metric
 from deployments.retriever import TaskRetriever
 from deployments.routing_metrics import RoutingMetrics
+from deployments.together import Together
 from lorauter.adapters import AdapterRepository, MemoryStore
 from lorauter.catalog import build_catalog
 from lorauter.encoder import HashingEncoder
@@ -30,6 +31,34 @@ class Recorder:
         self.steps.append(labels["step"])
 
 
+class Embedder:
+    """The replicas that embed, and read as they are told to."""
+
+    def __init__(self, encoder: HashingEncoder, states: Callable[..., Any] | None = None) -> None:
+        self._encoder = encoder
+        self.states = states
+        self.asked: list[list[str]] = []
+
+    async def call(self, method: str, texts: list[str]) -> Any:
+        if method == "embed":
+            self.asked.append(texts)
+            return _done(self._encoder.encode(texts))
+        assert method == "states" and self.states is not None
+        return self.states(texts)
+
+
+async def _done(value: Any) -> Any:
+    return value
+
+
+def replica_of(retriever: Retriever, embedder: Embedder, recorder: Recorder, *, reads: bool) -> Any:
+    replica: Any = object.__new__(TaskRetriever.func_or_class)
+    replica._live = SimpleNamespace(retriever=retriever, close=lambda: None)
+    replica._metrics, replica._told, replica._reads = RoutingMetrics(recorder), -1e9, reads
+    replica._embedder, replica._embed_s, replica._embedding = embedder, 5.0, Together(replica._embed, size=len)
+    return replica
+
+
 def test_a_replica_decides_as_the_library_does(
     tmp_path: Path, make_adapter: Callable[..., Any], make_task: Callable[..., Any]
 ) -> None:
@@ -42,13 +71,19 @@ def test_a_replica_decides_as_the_library_does(
     texts = ["was the film any good", "sort these articles", "was the film any good"]
     options = [RoutingOptions(), RoutingOptions(), RoutingOptions(exclude_adapters={"films"}, top_k=2)]
 
-    replica: Any = object.__new__(TaskRetriever.func_or_class)
-    replica._live = SimpleNamespace(retriever=Retriever(catalog, config), close=lambda: None)
-    recorder = Recorder()
-    replica._metrics, replica._embedder = RoutingMetrics(recorder), None
-    decisions = asyncio.run(replica.decide(encoder.encode(texts), texts, options))
+    recorder, embedder = Recorder(), Embedder(encoder)
+    replica = replica_of(Retriever(catalog, config), embedder, recorder, reads=False)
+    decisions = asyncio.run(replica.decide(texts, options))
     assert decisions == Router(catalog, encoder, config).route(texts, options)
     assert recorder.steps == ["retrieve", "compose"]
+
+    async def at_once() -> list[Any]:
+        asked = [replica.decide([text], [option]) for text, option in zip(texts, options, strict=True)]
+        return await asyncio.gather(*asked)
+
+    embedder.asked.clear()
+    assert [decision for [decision] in asyncio.run(at_once())] == decisions
+    assert embedder.asked == [texts], "those that come together are embedded in a call"
     assert asyncio.run(replica.versions(["news", "nobody"])) == {"news": catalog.adapters["news"]}
 
 
@@ -73,17 +108,6 @@ def test_a_replica_tells_of_the_tasks_that_a_caller_may_see(
         assert shown["total"] == len(seen)
 
 
-class Embedder:
-    """A handle of the deployment that reads."""
-
-    def __init__(self, states: Callable[..., Any]) -> None:
-        self._states = states
-
-    async def call(self, method: str, texts: list[str]) -> Any:
-        assert method == "states"
-        return self._states(texts)
-
-
 def test_a_replica_has_read_what_it_is_not_sure_of_and_goes_on_where_nobody_reads(
     make_task: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,10 +116,8 @@ def test_a_replica_has_read_what_it_is_not_sure_of_and_goes_on_where_nobody_read
     catalog = build_catalog(tasks, encoder, states=HashingStates())
     texts = ["films question 3", "zyzzyva qoph", "law question 2"]
     options = [RoutingOptions()] * 3
-    replica: Any = object.__new__(TaskRetriever.func_or_class)
-    replica._live = SimpleNamespace(retriever=Retriever(catalog, config), close=lambda: None)
-    recorder = Recorder()
-    replica._metrics, replica._told = RoutingMetrics(recorder), -1e9
+    embedder = Embedder(encoder)
+    replica = replica_of(Retriever(catalog, config), embedder, Recorder(), reads=True)
 
     async def read(some: list[str]) -> Any:
         return model.states(some)
@@ -106,19 +128,19 @@ def test_a_replica_has_read_what_it_is_not_sure_of_and_goes_on_where_nobody_read
     async def hang(some: list[str]) -> Any:
         await asyncio.sleep(60)
 
-    replica._embedder = Embedder(read)
-    decisions = asyncio.run(replica.decide(encoder.encode(texts), texts, options))
+    embedder.states = read
+    decisions = asyncio.run(replica.decide(texts, options))
     assert decisions == Router(catalog, encoder, config, states=HashingStates()).route(texts, options)
     assert model.read == texts[1:2]
     assert [decision.by_states for decision in decisions] == [False, True, False]
     plain = Router(catalog, encoder, config).route(texts, options)
     for broken in (fail, hang):
-        replica._embedder = Embedder(broken)
+        embedder.states = broken
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("deployments.retriever._STATES_S", 0.05)
-            assert asyncio.run(replica.decide(encoder.encode(texts), texts, options)) == plain
+            assert asyncio.run(replica.decide(texts, options)) == plain
     assert [record.message for record in caplog.records] == [
         "queries are routed without their states, which do not come: RuntimeError('the actor died')"
     ]
-    replica._embedder = None  # a service that has no model of states
-    assert asyncio.run(replica.decide(encoder.encode(texts), texts, options)) == plain
+    replica._reads = False  # a service that has no model of states
+    assert asyncio.run(replica.decide(texts, options)) == plain
