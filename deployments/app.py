@@ -29,7 +29,7 @@ from lorauter.models import pinned
 _ENCODER_GPUS = 0.1  # of the engine's: a query takes a millisecond there, and some twenty of a core's
 _REPORT_PERIOD_S, _REPORT_TIMEOUT_S = 1.0, 10.0  # of `LoraModel.record_routing_stats`
 _CORES_EACH, _MOST_AT_FIRST = 4, 4
-# Calls in progress for which a replica is added. QueryEmbedder's are of many queries, one at a time of each TaskRetriever.
+# Calls in progress for which a replica is added. QueryEmbedder's are of many queries, one of each TaskRetriever.
 _ONGOING = {"Router": 100, "QueryEmbedder": 2, "TaskRetriever": 16}
 
 Options = Mapping[str, Mapping[str, Any]]

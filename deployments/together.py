@@ -1,6 +1,7 @@
 """Questions that come while others are being answered are answered together: a lone one waits for nobody.
 
-A lot is answered in the context of its first question, with its id and trace. Knows neither what is asked nor who answers, and no Ray.
+A lot is answered in the context of its first question, with its id and trace. Knows neither what is asked nor who
+answers, and no Ray.
 """
 
 from __future__ import annotations
