@@ -61,7 +61,7 @@ class Service(Generating, TextService, Listed, Protocol):
 
 Body = TypeVar("Body", bound=BaseModel)
 _PROMETHEUS = "text/plain; version=0.0.4"
-_WORTH_GZIP, _GZIP_LEVEL = 1024, 4  # bytes of an answer; streams are never compressed
+_GZIP = [Middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -89,9 +89,9 @@ def build_api(
     texts = Texts(service, settings, max_model_len)
     listings = Listings(service, max_model_len, base_model)
 
-    def route(method: str, path: str, endpoint: Endpoint, *, reserves: bool = False) -> Route:
+    def route(method: str, path: str, endpoint: Endpoint, *, reserves: bool = False, compressed: bool = True) -> Route:
         """A route for callers with one of the endpoint's roles; an endpoint that reserves tokens counts its requests
-        with them, but for those that fail before."""
+        with them, but for those that fail before. Answers of a model are short or streams, and never compressed."""
         roles = ROLES[method, path]
 
         async def guarded(request: Request) -> Response:
@@ -111,7 +111,7 @@ def build_api(
             response.headers.update(visit.headers)
             return response
 
-        return Route(path, guarded, methods=[method])
+        return Route(path, guarded, methods=[method], middleware=_GZIP if compressed else [])
 
     def change(method: str, path: str, read: ReadChange) -> Route:
         """The same for an endpoint that changes something, which takes the right to just that."""
@@ -131,10 +131,10 @@ def build_api(
     handlers: Any = {LorauterError: _known, HTTPException: _http, ClientDisconnect: _left, Exception: _known}
     return Starlette(
         routes=[
-            route("POST", "/v1/chat/completions", api.chat, reserves=True),
-            route("POST", "/v1/completions", api.completion, reserves=True),
-            route("POST", "/v1/responses", api.responses, reserves=True),
-            route("POST", "/v1/messages", api.messages, reserves=True),
+            route("POST", "/v1/chat/completions", api.chat, reserves=True, compressed=False),
+            route("POST", "/v1/completions", api.completion, reserves=True, compressed=False),
+            route("POST", "/v1/responses", api.responses, reserves=True, compressed=False),
+            route("POST", "/v1/messages", api.messages, reserves=True, compressed=False),
             route("POST", "/v1/messages/count_tokens", texts.count_tokens),
             route("POST", "/v1/route", texts.route, reserves=True),
             route("POST", "/v1/embeddings", texts.embeddings, reserves=True),
@@ -160,7 +160,7 @@ def build_api(
             *[change(method, path, read) for method, path, read in admin],
         ],
         exception_handlers=handlers,
-        middleware=[Middleware(GZipMiddleware, minimum_size=_WORTH_GZIP, compresslevel=_GZIP_LEVEL), *_cors(access)],
+        middleware=_cors(access),
         lifespan=lifespan,
     )
 

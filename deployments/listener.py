@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments import tracing
 from deployments.observe import REQUEST_ID
 from deployments.openai_answers import error_answer
+from deployments.streams import CANCELS
 from lorauter.errors import ConfigError, Overloaded
 
 _MOST = 2000  # requests in progress
@@ -88,6 +89,7 @@ class Front:
             await JSONResponse(body, status, {"Retry-After": str(_RETRY_AFTER_S)})(scope, receive, send_with_id)
             return
         self._ongoing += 1
+        scope[CANCELS] = True
         try:
             carrier = {key.decode(): headers[key].decode("latin-1") for key in _TRACE if key in headers}
             with tracing.continued(carrier), tracing.span("request"):

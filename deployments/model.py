@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import pickle
 import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Coroutine
@@ -29,6 +28,7 @@ from deployments.placement import report
 from deployments.replicas import ReplicaServer, by_name
 from deployments.samplers import Sampling, model_sampler
 from deployments.startup import tells_why
+from deployments.tokenizing import packed
 from deployments.tracing import span
 from deployments.warmup import most_wanted, warm_up
 from lorauter.adapters import ModelShape
@@ -77,7 +77,7 @@ class LoraModel:
         self._adapter_wait_s = config.host.wait_s
         self._first_token_s = config.api.first_token_s
         self._streams = 0  # that are read as they come
-        self._server = ReplicaServer("LoraModel", by_name(self.generate, self.codec))
+        self._server = ReplicaServer("LoraModel", by_name(self.generate, self.tokenizer))
         self._adapters = HostAdapters(
             self._node_cache,
             Reading(self._engine),
@@ -125,9 +125,9 @@ class LoraModel:
         finally:
             await answer.aclose()
 
-    async def codec(self) -> bytes:
-        """The base model's tokenizer, for those who make tokens of prompts and text of answers; a pickle."""
-        return await asyncio.to_thread(pickle.dumps, self._engine.codec)
+    async def tokenizer(self) -> bytes:
+        """The base model's, for those who make tokens of prompts and text of answers (`deployments.tokenizing`)."""
+        return await asyncio.to_thread(packed, self._engine.codec, self._engine.max_model_len)
 
     async def _answer(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk]:
         prompt = self._engine.codec.encode(call.prompt)  # the ingress's tokens

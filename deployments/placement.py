@@ -228,6 +228,8 @@ class Placement:
         if not self._rows.keys() >= queues.keys():
             self._replicas = {**{name: _Replica(now) for name in queues}, **self._replicas}
             self._arrange()
+        if len(queues) == 1:
+            return list(queues)
         names = list(self._rows)
         queue = np.array([queues.get(name, -1) for name in names], np.float64)
         here = queue >= 0

@@ -101,7 +101,7 @@ class Router:
         self._model = Replicas(model)
         self._cache = CacheSpec(config.adapters, config.cache)
         self._dispatch = Dispatch(self._model, self._cache, batch=config.engine.rows)
-        self._tokenizing = Tokenizing(lambda: self._asked(self._model, "codec"))
+        self._tokenizing = Tokenizing(lambda: self._asked(self._model, "tokenizer"))
         self._model.listen(lambda replicas: replicas and self._tokenizing.begin())
         self._encoder: str | None = None
         self._apps = dict.fromkeys((model.deployment_id.app_name, serve.get_replica_context().app_name))

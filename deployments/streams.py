@@ -12,6 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deployments.merged import Merged
 
+CANCELS = "lorauter.cancels"
+"""In the scope of a request whose answer is cancelled once its client has left: then nobody else has to look."""
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -36,7 +38,10 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            if scope.get(CANCELS):
+                await self.stream_response(send)
+            else:
+                await super().__call__(scope, receive, send)
         except ClientDisconnect:
             pass  # the status is sent, and nobody is there
         finally:
@@ -46,23 +51,32 @@ class EventStream(StreamingResponse):
         if (ping_s := self._ping_s) is None:
             await super().stream_response(send)
             return
-        last = time.monotonic()
+        loop = asyncio.get_running_loop()
+        last = loop.time()
+        looking: asyncio.TimerHandle
+        pinging: asyncio.Task[None] | None = None
 
         async def send_noted(message: Message) -> None:
             nonlocal last
-            last = time.monotonic()
+            last = loop.time()
             await send(message)
 
         async def ping() -> None:
-            while True:
-                silent = time.monotonic() - last
-                await asyncio.sleep(ping_s - silent if silent < ping_s else 0.0)
-                if time.monotonic() - last >= ping_s:
-                    await send_noted({"type": "http.response.body", "body": self._ping, "more_body": True})
+            await send_noted({"type": "http.response.body", "body": self._ping, "more_body": True})
 
-        pinging = asyncio.create_task(ping())
+        def look() -> None:
+            nonlocal pinging, looking
+            silent = loop.time() - last
+            if silent >= ping_s and (pinging is None or pinging.done()):
+                pinging = loop.create_task(ping())
+                pinging.add_done_callback(lambda done: done.cancelled() or done.exception())
+            looking = loop.call_later(ping_s - silent if silent < ping_s else ping_s, look)
+
+        looking = loop.call_later(ping_s, look)
         try:
             await super().stream_response(send_noted)
         finally:
-            pinging.cancel()
-            await asyncio.wait([pinging])
+            looking.cancel()
+            if pinging is not None:
+                pinging.cancel()
+                await asyncio.wait([pinging])

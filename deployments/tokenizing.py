@@ -11,12 +11,14 @@ import asyncio
 import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.calls import Admitted, GenerateCall
 from lorauter.engine.types import Chunk, Prompt
 from lorauter.errors import InvalidRequest
+from lorauter.turns import ExampleTurns, encoded
 
 if TYPE_CHECKING:
     from lorauter.engine.text import TextCodec
@@ -26,71 +28,94 @@ _SHORT = 4000  # characters, or tokens: to convert them takes no longer than to 
 Answer = AsyncGenerator[Admitted | Chunk]
 
 
+class _Known(NamedTuple):
+    """The tokenizer, and how many tokens a prompt and its answer can take together."""
+
+    codec: TextCodec
+    context: int
+
+
+def packed(codec: TextCodec, context: int) -> bytes:
+    """What a replica sends."""
+    return pickle.dumps((codec, context))
+
+
 class Tokenizing:
     """Converts.
 
     Args:
-        fetch: the tokenizer, a pickled `TextCodec`, from a replica.
+        fetch: what a replica sends, as `packed` makes it.
     """
 
     def __init__(self, fetch: Callable[[], Awaitable[bytes]]) -> None:
         self._fetch = fetch
-        self._codec: TextCodec | None = None
-        self._loading: asyncio.Task[TextCodec] | None = None
+        self._known: _Known | None = None
+        self._loading: asyncio.Task[_Known] | None = None
 
     async def prepare(self) -> None:
         """Load the code that a tokenizer needs, which takes seconds."""
         await asyncio.to_thread(import_module, "lorauter.engine.text")
 
-    def begin(self) -> asyncio.Task[TextCodec]:
+    def begin(self) -> asyncio.Task[_Known]:
         """Fetch the tokenizer, if it is not here: there is somebody to ask."""
-        if self._loading is None or (self._loading.done() and self._codec is None):
+        if self._loading is None or (self._loading.done() and self._known is None):
             self._loading = asyncio.create_task(self._load())
             self._loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # who needs it is told
         return self._loading
 
-    async def codec(self) -> TextCodec:
-        """The tokenizer. Raises what `fetch` raises."""
-        return await asyncio.shield(self.begin()) if self._codec is None else self._codec
+    async def _fetched(self) -> _Known:
+        """What was fetched. Raises what `fetch` raises."""
+        return await asyncio.shield(self.begin()) if self._known is None else self._known
 
-    async def _load(self) -> TextCodec:
+    async def _load(self) -> _Known:
         await self.prepare()
-        packed = await self._fetch()
-        codec: TextCodec = await asyncio.to_thread(pickle.loads, packed)
-        self._codec = codec
-        return codec
+        sent = await self._fetch()
+        known = self._known = _Known(*await asyncio.to_thread(pickle.loads, sent))
+        return known
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's tokens. Raises InvalidRequest."""
-        encode = (await self.codec()).encode
-        return encode(prompt) if prompt.characters < _SHORT else await asyncio.to_thread(encode, prompt)
+        tokens, _ = await self._encoded(prompt)
+        return tokens
+
+    async def _encoded(
+        self, prompt: Prompt, examples: Sequence[ExampleTurns] = (), max_tokens: int = 0
+    ) -> tuple[tuple[int, ...], int]:
+        """A prompt's tokens, and how many examples are among them."""
+        codec, context = await self._fetched()
+        how = partial(encoded, codec.encode, prompt, examples, context=context, max_tokens=max_tokens)
+        short = prompt.characters + sum(len(e.input) + len(e.target) for e in examples) < _SHORT
+        return how() if short else await asyncio.to_thread(how)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of tokens. Raises InvalidRequest."""
-        decode = (await self.codec()).decode
-        if len(token_ids) < _SHORT:
-            return decode(token_ids, skip_special_tokens=skip_special_tokens)
-        return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
+        decode = partial((await self._fetched()).codec.decode, token_ids, skip_special_tokens=skip_special_tokens)
+        return decode() if len(token_ids) < _SHORT else await asyncio.to_thread(decode)
 
     async def answered(self, call: GenerateCall, ask: Callable[[GenerateCall], Answer]) -> Answer:
         """The answer to a call, in words.
 
         Args:
-            ask: answers a call whose prompt is tokens, with tokens alone where the call says so.
+            ask: answers a call whose prompt is tokens, examples among them, with tokens alone where the call says so.
         """
-        codec, tokens = await self.codec(), await self.encode(call.prompt)
+        adapters, sampling = call.adapters, call.sampling
+        tokens, shown = await self._encoded(call.prompt, call.examples, sampling.max_tokens)
         if not tokens:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
+        if call.examples and not shown:
+            adapters = adapters or call.unshown
+        texts = {}
+        if not sampling.needs_text:
+            codec, _ = await self._fetched()
+            texts = {choice.place: codec.stream(sampling) for choice in call.choices}
+            sampling = replace(sampling, detokenize=False)
         prompt = Prompt(token_ids=tokens, tools=call.prompt.tools)
-        if call.sampling.needs_text:
-            stream = ask(replace(call, prompt=prompt))
-            texts = {}
-        else:
-            stream = ask(replace(call, prompt=prompt, sampling=replace(call.sampling, detokenize=False)))
-            texts = {choice.place: codec.stream(call.sampling) for choice in call.choices}
+        stream = ask(replace(call, prompt=prompt, adapters=adapters, sampling=sampling, examples=(), unshown=()))
         try:
             async for item in stream:
-                if texts and isinstance(item, Chunk):
+                if isinstance(item, Admitted):
+                    yield replace(item, examples=shown) if shown else item
+                elif texts:
                     text = texts[item.index].extended(item.token_ids, item.finish_reason)
                     yield Chunk(text, item.token_ids, item.finish_reason, item.cached_tokens, item.waited_s, item.index)
                 else:

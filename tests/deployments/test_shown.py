@@ -1,4 +1,4 @@
-"""Examples before a question, over HTTP and in a replica: what is sent, what is told, and where they have no place."""
+"""Examples before a question, over HTTP and in calls: what is sent, what is told, and where they have no place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fake_service import CHAT, COMPLETIONS, DECISION, ROUTE, FakeService, chat, 
 
 from deployments.calls import Admitted, Begun, GenerateCall
 from deployments.model import LoraModel
+from deployments.tokenizing import Tokenizing
 from lorauter.engine import Chunk, EngineConfig, MultiLoraEngine, SamplingParams
 from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterNotFound
@@ -124,6 +125,9 @@ def replica() -> Iterator[Any]:
     """One whose model counts, and whose adapters are not to be had."""
 
     class Adapters:
+        def ready(self, keys: Sequence[AdapterKey]) -> list[Any] | None:
+            return None if keys else []
+
         async def get(self, key: AdapterKey, *, patient: bool) -> Any:
             raise AdapterNotFound("gone", adapter=key.name)
 
@@ -140,16 +144,23 @@ def ask(replica: Any, said: str, *, max_tokens: int = 4, **call: Any) -> Admitte
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     asked = GenerateCall(prompt, (), sampling, tells_prompt=True, tenant="t", **call)
 
+    async def generated(call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
+        assert call.prompt.token_ids is not None
+        async with aclosing(replica.generate(call)) as stream:  # the model ends in an error after four tokens
+            begun = await anext(stream)
+            assert isinstance(begun, Begun)
+            yield begun.admitted
+
     async def run() -> Any:
-        async with aclosing(replica.generate(asked)) as stream:  # the model ends in an error after four tokens
+        async with aclosing(Tokenizing(replica.tokenizer).answered(asked, generated)) as stream:
             return await anext(stream)
 
-    begun = asyncio.run(run())
-    assert isinstance(begun, Begun)
-    return begun.admitted
+    admitted = asyncio.run(run())
+    assert isinstance(admitted, Admitted)
+    return admitted
 
 
-def test_a_replica_puts_them_before_the_question_as_far_as_there_is_room(replica: Any) -> None:
+def test_the_ingress_puts_them_before_the_question_as_far_as_there_is_room(replica: Any) -> None:
     alone = ask(replica, "hi")
     both = ask(replica, "hi", examples=TURNS)
     said = b"".join(piece for _, piece in both.prompt).decode()

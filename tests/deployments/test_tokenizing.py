@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -10,12 +9,12 @@ import counting
 import pytest
 
 from deployments.calls import Admitted, Choice, GenerateCall
-from deployments.tokenizing import Tokenizing
+from deployments.tokenizing import Tokenizing, packed
 from lorauter.engine import Chunk, SamplingParams
 from lorauter.engine.types import Prompt
 from lorauter.errors import InvalidRequest, ServiceUnavailable
 
-PACKED = pickle.dumps(counting.load()[1])
+PACKED = packed(counting.load()[1], 4096)
 CALL = GenerateCall(Prompt(text="hé"), (), SamplingParams(max_tokens=9), choices=(Choice(0), Choice(1)))
 
 
@@ -103,10 +102,12 @@ def test_the_tokenizer_is_fetched_once_for_all_who_come_and_again_where_that_fai
 
     async def run() -> None:
         tokenizing = Tokenizing(replica.fetch)
-        for failed in await asyncio.gather(*(tokenizing.codec() for _ in range(3)), return_exceptions=True):
+        prompt = Prompt(text="ab")
+        for failed in await asyncio.gather(*(tokenizing.encode(prompt) for _ in range(3)), return_exceptions=True):
             assert isinstance(failed, ServiceUnavailable)
         assert replica.fetched == 1
-        assert len(set(await asyncio.gather(*(tokenizing.codec() for _ in range(3))))) == 1
+        assert await asyncio.gather(*(tokenizing.encode(prompt) for _ in range(3))) == [(97, 98)] * 3
+        tokenizing.begin()
         assert replica.fetched == 2
         long = "ab" * 4000  # a thread's
         ids = await tokenizing.encode(Prompt(text=long))
