@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -41,6 +42,7 @@ WORKER_NICENESS = 15  # Ray's own setting for its workers
 MAX_TOKENS = 64
 CORES_A_PROCESS = 4  # of the clients
 WARM_S = 4.0
+LOAD_S = 15.0  # that a load takes the engine alone at most
 STARTED = time.monotonic()
 AT_ONCE = 32
 LONE = 12
@@ -90,8 +92,12 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
     port = free_port()
     config = folder / "serve.yaml"
     config.write_text(yaml.safe_dump(configuration(port, clients, settings)))
-    task = {"clients": clients, "settings": settings, "loads": loads}
+    task = {"clients": clients, "settings": settings, "loads": loads, "probe": texts(5, 2 * clients)}
     before = measure_alone(task, folder)
+    if (fewer := before["count"]) < count:
+        count, loads = fewer, {name: load[:fewer] for name, load in loads.items()}
+        task |= {"loads": loads}
+        told(f"{count} requests a load, as the engine takes its time")
     with Service(config, port, folder) as service:
         told("the service is there")
         url = f"http://127.0.0.1:{port}"
@@ -257,7 +263,7 @@ def measure_alone(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--alone", str(folder / "task.json")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    rates = ", ".join(f"{load} {len(task['loads'][load]) / found[load]['seconds']:.1f}" for load in task["loads"])
+    rates = ", ".join(f"{load} {len(found[load]['texts']) / found[load]['seconds']:.1f}" for load in task["loads"])
     told(f"the engine alone: {rates} requests/s")
     return found
 
@@ -280,20 +286,23 @@ def alone(task: dict[str, Any]) -> None:
     packed: dict[str, PackedAdapter] = {
         name: engine.pack(LoraWeights.load(pool / name, name=name, version="1")) for name in sorted(used)
     }
+
+    def asked(prompt: str, mixture: Sequence[tuple[str, float]] = ()) -> GenerationRequest:
+        tokens = engine.codec.chat([{"role": "user", "content": prompt}])
+        adapters = tuple((packed[adapter], weight) for adapter, weight in mixture)
+        return GenerationRequest(tokens, adapters, SamplingParams(max_tokens=MAX_TOKENS))
+
     loads = {
-        load: [
-            GenerationRequest(
-                engine.codec.chat([{"role": "user", "content": prompt}]),
-                tuple((packed[adapter], weight) for adapter, weight in mixture),
-                SamplingParams(max_tokens=MAX_TOKENS),
-            )
-            for prompt, mixture in zip(prompts, routed.get(load) or [()] * len(prompts), strict=True)
-        ]
+        load: [asked(*each) for each in zip(prompts, routed.get(load) or [()] * len(prompts), strict=False)]
         for load, prompts in task["loads"].items()
     }
     warm_up(engine)
-    found: dict[str, Any] = {"routed": routed}
+    began = time.perf_counter()
+    engine.generate([asked(prompt) for prompt in task["probe"]])
+    count = max(4 * task["clients"], int(LOAD_S * len(task["probe"]) / (time.perf_counter() - began)))
+    found: dict[str, Any] = {"routed": routed, "count": count}
     for load, requests in loads.items():
+        requests = requests[:count]
         began, cpu = time.perf_counter(), time.process_time()
         answers = engine.generate(requests)
         found[load] = {
