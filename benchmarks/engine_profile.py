@@ -144,12 +144,11 @@ def _watch() -> None:
     timed(grammars.Grammars, "_masks", "(beside) masks of a step")
     check, tell, refuse = core.EngineCore._check, core.EngineCore._tell, scheduler.Scheduler._refuse
 
-    def checking(self: Any, tokens: list[int], flight: Any) -> None:
-        for place, sequence in enumerate(self.scheduler.decided):
+    def checking(self: Any, tokens: list[int]) -> None:
+        for sequence in self.scheduler.decided:
             if (held := self._held.get(sequence.id)) is not None and not sequence.void:
-                kind = "masked" if flight.masked(place) else "late" if held.words is not None else "free text or late"
-                counts[kind] += 1
-        check(self, tokens, flight)
+                counts["known" if held.words is not None else "free text" if held.masks.done() else "late"] += 1
+        check(self, tokens)
 
     def refusing(self: Any, sequence: Any) -> None:
         counts["refused"] += 1

@@ -314,7 +314,7 @@ class EngineCore:
         done, flight, launched = self._flights.popleft()
         tokens = flight.wait()
         if self._held:
-            self._check(tokens, flight)
+            self._check(tokens)
         self._take_scores(flight)
         events = self.scheduler.take(tokens)
         now = time.perf_counter()
@@ -342,15 +342,16 @@ class EngineCore:
         if held:
             self._grammars.advance(held, probe=not self._lockstep)
 
-    def _check(self, tokens: list[int], flight: Flight) -> None:
+    def _check(self, tokens: list[int]) -> None:
         """Refuse tokens that may not come, or of which it is not known whether they may; what may come is looked for
         then."""
         for place, sequence in enumerate(self.scheduler.decided):
             held = self._held.get(sequence.id)
-            if held is None or sequence.void or tokens[place] == NOT_FINITE or flight.masked(place):
+            if held is None or not held.greedy or sequence.void or tokens[place] == NOT_FINITE:
                 continue
             try:
-                wait([held.masks], timeout=max(0.0, held.since + _PATIENCE_S - time.perf_counter()))
+                if not held.known:
+                    wait([held.masks], timeout=max(0.0, held.since + _PATIENCE_S - time.perf_counter()))
                 if not held.allows(tokens[place]):
                     tokens[place] = REFUSED
                     if held.masks.done() and held.words is None:

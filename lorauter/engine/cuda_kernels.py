@@ -274,17 +274,31 @@ def write_blocks(table: Tensor, taken: Sequence[tuple[int, int, int]]) -> None:
 
 
 @triton.jit(do_not_specialize=["words"])
-def _peaks_kernel(
-    logits, rows, outputs, positions, board, tops, places, sure, vocabulary, words, BLOCK: tl.constexpr
-):  # fmt: skip
+def _posted_kernel(board, held, outputs, positions, known, allowed, words, BLOCK: tl.constexpr):
+    # The host writes to the board meanwhile, the index of the token last. All threads have to go by one answer to
+    # whether it is there, so they are of one warp, whose threads' answers are joined.
+    place = tl.program_id(0)
+    row = tl.load(held + place)
+    there = tl.full((), 0, tl.int32)
+    if row >= 0:
+        mine = board + row.to(tl.int64) * (words + 1)
+        index = tl.load(positions + tl.load(outputs + place)) + 1
+        there = tl.min((tl.load(mine + tl.zeros([32], tl.int32), volatile=True) == index).to(tl.int32))
+        if there != 0:
+            for start in range(0, words, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                word = tl.load(mine + 1 + at, mask=at < words, other=0, volatile=True)
+                tl.store(allowed + place.to(tl.int64) * words + at, word, mask=at < words)
+    tl.store(known + place, there)
+
+
+@triton.jit(do_not_specialize=["words"])
+def _peaks_kernel(logits, known, allowed, tops, places, vocabulary, words, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
-    # The host writes to the board meanwhile, the index of the token last.
-    mine = board + tl.load(rows + row).to(tl.int64) * words
-    index = tl.load(positions + tl.load(outputs + row)) + 1
-    known = tl.load(mine, volatile=True) == index
-    word = tl.load(mine + 1 + columns // 32, mask=inside & known, other=-1, volatile=True)
+    masked = tl.load(known + row) != 0
+    word = tl.load(allowed + row * words + columns // 32, mask=inside & masked, other=-1)
     value = tl.load(logits + row * vocabulary + columns, mask=inside, other=0.0).to(tl.float32)
     finite = tl.min((tl.abs(value) < float("inf")).to(tl.int32))
     value = tl.where(inside & (((word >> (columns % 32)) & 1) != 0), value, float("-inf"))
@@ -293,18 +307,16 @@ def _peaks_kernel(
     piece = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(tops + piece, top)
     tl.store(places + piece, tl.where(finite == 1, place, -1))
-    tl.store(sure + piece, known.to(tl.int32))
 
 
 @triton.jit
-def _greedy_kernel(tops, places, sure, rows, last, chosen, pieces, BLOCK: tl.constexpr):
+def _greedy_kernel(tops, places, rows, last, chosen, pieces, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     top = tl.load(tops + row * pieces + at, mask=at < pieces, other=float("-inf"))
     place = tl.load(places + row * pieces + at, mask=at < pieces, other=2147483647)
     token = tl.min(tl.where((top == tl.max(top)) | (place < 0), place, 2147483647))
-    tl.store(chosen + 2 * row, token)
-    tl.store(chosen + 2 * row + 1, tl.min(tl.load(sure + row * pieces + at, mask=at < pieces, other=1)))
+    tl.store(chosen + row, token)
     tl.store(last + tl.load(rows + row), tl.maximum(token, 0))
 
 
@@ -313,13 +325,15 @@ class Posted:
     """Where `greedy` finds which tokens may come.
 
     Attributes:
-        board: (rows, 1 + words) int32, in the host's pinned memory, which may change meanwhile: the index of the token
+        board: (any, 1 + words) int32, in the host's pinned memory, which may change meanwhile: the index of the token
             that it is for, and 32 tokens that may come in each number, the first its least bit.
+        held: (m,) int32, the row of the board; negative where any token may come.
         outputs: (m,) int32, which tokens the logits are of.
         positions: (n,) int32, where in their sequences the tokens are.
     """
 
     board: Tensor
+    held: Tensor
     outputs: Tensor
     positions: Tensor
 
@@ -331,25 +345,25 @@ def greedy(logits: Tensor, rows: Tensor, last: Tensor, posted: Posted) -> Tensor
         logits: (m, vocabulary), contiguous.
         rows: (m,) int32.
         last: (rows,) int32; last[rows] becomes what was chosen, 0 for -1.
-        posted: a row may have any token if what may come is not there for the one after its output. What comes only
-            while this runs may serve for a part of the tokens.
+        posted: any token may come where nothing is there for the one after the row's output.
 
     Returns:
-        (m, 2) int32: of each row the token, and 1 if it was known which may come, else 0.
+        (m,) int32.
     """
     m, vocabulary = logits.shape
     block = min(4096, triton.next_power_of_2(vocabulary))
     pieces = triton.cdiv(vocabulary, block)
+    words = posted.board.shape[1] - 1
+    known = logits.new_empty(m, dtype=torch.int32)
+    allowed = logits.new_empty(m, words, dtype=torch.int32)
     tops = logits.new_empty(m, pieces, dtype=torch.float32)
-    places, sure = (logits.new_empty(m, pieces, dtype=torch.int32) for _ in range(2))
-    chosen = logits.new_empty(m, 2, dtype=torch.int32)
-    _peaks_kernel[(m, pieces)](
-        logits, rows, posted.outputs, posted.positions, posted.board, tops, places, sure, vocabulary,
-        posted.board.shape[1], block, num_warps=4,
-    )  # fmt: skip
-    _greedy_kernel[(m,)](
-        tops, places, sure, rows, last, chosen, pieces, triton.next_power_of_2(pieces), num_warps=1
-    )  # fmt: skip
+    places = logits.new_empty(m, pieces, dtype=torch.int32)
+    chosen = logits.new_empty(m, dtype=torch.int32)
+    _posted_kernel[(m,)](
+        posted.board, posted.held, posted.outputs, posted.positions, known, allowed, words, 1024, num_warps=1
+    )
+    _peaks_kernel[(m, pieces)](logits, known, allowed, tops, places, vocabulary, words, block, num_warps=4)
+    _greedy_kernel[(m,)](tops, places, rows, last, chosen, pieces, triton.next_power_of_2(pieces), num_warps=1)
     return chosen
 
 

@@ -67,7 +67,7 @@ class _Size:
     @property
     def numbers(self) -> int:
         """How many numbers such a step reads."""
-        return 3 * self.tokens + 2 * self.outputs + 2 + 4 * self.queries
+        return 3 * self.tokens + 3 * self.outputs + 2 + 4 * self.queries
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class CudaFlight:
     def __init__(
         self, tokens: Tensor, ranks: StepRanks | None, done: torch.cuda.Event, places: Sequence[int] | None = None
     ) -> None:
-        self._tokens = tokens  # (n, 2), as `kernels.greedy` has them
+        self._tokens = tokens
         self.ranks = ranks
         self.done = done
         self._places = places
@@ -96,12 +96,8 @@ class CudaFlight:
     def wait(self) -> list[int]:
         """See `Flight.wait`."""
         self.done.synchronize()
-        result: list[int] = self._tokens[:, 0].tolist()
+        result: list[int] = self._tokens.tolist()
         return result if self._places is None else [result[place] for place in self._places]
-
-    def masked(self, place: int) -> bool:
-        """See `Flight.masked`."""
-        return bool(self._tokens[place if self._places is None else self._places[place], 1])
 
 
 class CopyStream:
@@ -200,9 +196,9 @@ class CudaRunner(Runner):
 
     @torch.inference_mode()
     def _forward(self, size: _Size, adapted: frozenset[str]) -> tuple[Tensor, Tensor]:
-        lengths = [size.tokens] * 3 + [size.outputs] * 2 + [2, 4 * size.queries]
+        lengths = [size.tokens] * 3 + [size.outputs] * 3 + [2, 4 * size.queries]
         parts = torch.split(self._numbers[: size.numbers], lengths)
-        tokens, rows, positions, outputs, output_rows, counts, queries = parts
+        tokens, rows, positions, outputs, output_rows, held, counts, queries = parts
         batch = StepBatch(
             kernels.take_tokens(tokens, rows, self._last_tokens),
             rows,
@@ -216,7 +212,7 @@ class CudaRunner(Runner):
             queries.view(-1, 4),
         )
         logits = self.decoder.forward(CudaStep(self.memory, batch), batch)
-        posted = kernels.Posted(self.board.numbers, outputs, positions)
+        posted = kernels.Posted(self.board.numbers, held, outputs, positions)
         return logits, kernels.greedy(logits, output_rows, self._last_tokens, posted)
 
     def _measure(self) -> None:
@@ -261,13 +257,13 @@ class CudaRunner(Runner):
         if special := [place for place in self._sampler.sampled(rows) if not sampled[place].held]:
             where = to_device(torch.tensor(special), chosen.device)
             chosen = chosen.clone()
-            chosen[where, 0] = self._sample(
+            chosen[where] = self._sample(
                 logits[where],
                 [rows[place] for place in special],
                 [sampled[place].start + sampled[place].size for place in special],
             )
         places = [place for place, piece in enumerate(sampled) if not piece.held] if held else None
-        flight = self._flight(chosen, self._ranker.of_step(plan, logits, chosen[:, 0]), places)
+        flight = self._flight(chosen, self._ranker.of_step(plan, logits, chosen), places)
         self._copies.launched = flight.done
         return flight
 
@@ -280,7 +276,7 @@ class CudaRunner(Runner):
         positions = [choice.position for choice in choices]
         tokens = self._sample(logits, rows, positions, to_device(torch.stack(list(masks)), device))
         ranks = self._ranker.of_choice(rows, logits, tokens) if self._ranker.asked else None
-        return self._flight(torch.stack((tokens, torch.ones_like(tokens)), dim=1), ranks)
+        return self._flight(tokens, ranks)
 
     def _take_blocks(self, taken: Sequence[tuple[int, int, int]]) -> None:
         kernels.write_blocks(self.memory.table, taken)
@@ -295,20 +291,20 @@ class CudaRunner(Runner):
         return CudaFlight(host, ranks, done, places)
 
     def _compute(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """A step without a graph, which none has for the logits of whole prompts; returns what `_replay` does."""
+        """A step without a graph, which none has for the logits of whole prompts: logits and likeliest tokens."""
         batch = self._batch([*plan.decoding, *plan.prompts], len(plan.decoding), None)
         batch = replace(batch, tokens=kernels.take_tokens(batch.tokens, batch.rows, self._last_tokens))
         logits = self.decoder.forward(self._step(self.memory, batch), batch)
         rows = to_device(torch.tensor([piece.row for piece in plan.sampled], dtype=torch.int32), logits.device)
         if not len(rows):
-            return logits, rows.new_empty(0, 2)
+            return logits, rows
         assert batch.outputs is not None
-        posted = kernels.Posted(self.board.numbers, batch.outputs, batch.positions)
+        held = to_device(torch.tensor(self._boards([piece.row for piece in plan.sampled])).int(), logits.device)
+        posted = kernels.Posted(self.board.numbers, held, batch.outputs, batch.positions)
         return logits, kernels.greedy(logits[: len(rows)], rows, self._last_tokens, posted)
 
     def _replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """A step by its graph: logits of the pieces that sample, and their likeliest tokens as `kernels.greedy` has
-        them."""
+        """A step by its graph: logits of the pieces that sample, and their likeliest tokens."""
         pieces = [*plan.decoding, *plan.prompts]
         # Of those that decode there are many.
         tokens = [piece.tokens[0] if piece.tokens else -1 for piece in plan.decoding]
@@ -343,6 +339,10 @@ class CudaRunner(Runner):
         self._last_tokens[to_device(torch.tensor(rows), tokens.device)] = tokens.clamp_min(0)
         return tokens
 
+    def _boards(self, rows: Sequence[int]) -> list[int]:
+        """Where on the board it may be what may come in these rows; -1 where it is not asked."""
+        return [row if row in self._masked else -1 for row in rows] if self._masked else [-1] * len(rows)
+
     def _write(
         self,
         size: _Size,
@@ -358,7 +358,8 @@ class CudaRunner(Runner):
         padding = [self._rows]
         numbers = [
             *tokens, *[0] * missing, *rows, *padding * missing, *positions, *[0] * missing,
-            *outputs, *[0] * unwanted, *output_rows, *padding * unwanted, *(counts or (0, 0)),
+            *outputs, *[0] * unwanted, *output_rows, *padding * unwanted,
+            *self._boards(output_rows), *[-1] * unwanted, *(counts or (0, 0)),
         ]  # fmt: skip
         host = torch.tensor(numbers, dtype=torch.int32).pin_memory()
         self._numbers[: len(numbers)].copy_(host, non_blocking=True)

@@ -91,8 +91,16 @@ class Held(Seat):
         self.check()
         return mask
 
+    @property
+    def known(self) -> bool:
+        """Whether `allows` knows."""
+        return self.words is not None or self.masks.done()
+
     def allows(self, token: int) -> bool | None:
         """Whether a token may come next; None if that is not known yet. Raises InvalidRequest as `mask` does."""
+        words = self.words
+        if words is not None:
+            return bool(words[token // 32] >> (token % 32) & 1)
         if not self.masks.done():
             return None
         mask = self.mask()

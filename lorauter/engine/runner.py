@@ -6,7 +6,7 @@ and is a step ahead of whoever takes the tokens. Knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -43,27 +43,19 @@ class Flight(Protocol):
     def wait(self) -> list[int]:
         """Its tokens, or NOT_FINITE: a step's as `StepPlan.sampled` says, a choice's in its order."""
 
-    def masked(self, place: int) -> bool:
-        """Whether one of them, once waited for, was chosen among those that may come."""
-
 
 class Landed:
     """A step or choice whose tokens are there."""
 
     computed = True
 
-    def __init__(self, tokens: Sequence[int], ranks: StepRanks | None, masked: Collection[int]) -> None:
+    def __init__(self, tokens: Sequence[int], ranks: StepRanks | None = None) -> None:
         self._tokens = list(tokens)
         self.ranks = ranks
-        self._masked = masked
 
     def wait(self) -> list[int]:
         """See `Flight.wait`."""
         return self._tokens
-
-    def masked(self, place: int) -> bool:
-        """See `Flight.masked`."""
-        return place in self._masked
 
 
 def step_class(decoder: Decoder) -> StepClass:
@@ -109,6 +101,7 @@ class Runner:
         self.memory = decoder.memory(blocks=blocks, rows=rows, length=length)
         self.mixtures = self._new_mixtures(rows)
         self.board = MaskBoard(rows + 1, decoder.vocabulary, pin=decoder.device.type == "cuda")
+        self._masked: set[int] = set()  # rows that look there
         self._sampler = Sampler(rows + 1, decoder.vocabulary, decoder.device)
         self._ranker = Ranker(rows + 1)
         self._step_tokens = step_tokens or _STEP_TOKENS
@@ -139,7 +132,8 @@ class Runner:
             tokens[special] = self._sampler.choose(
                 logits[special], [rows[place] for place in special], [positions[place] for place in special]
             )
-        if masked := [place for place in now if self.board.has(rows[place], positions[place])]:
+        masked = [p for p in now if rows[p] in self._masked and self.board.has(rows[p], positions[p])]
+        if masked:
             own = [rows[place] for place in masked]
             tokens[masked] = self._sampler.choose(
                 logits[masked], own, [positions[place] for place in masked], self.board.numbers[own, 1:]
@@ -147,12 +141,7 @@ class Runner:
         chosen = tokens.tolist()
         for place in now:
             self._last[rows[place]] = chosen[place]
-        places = {place: i for i, place in enumerate(now)}
-        return Landed(
-            [chosen[place] for place in now],
-            self._ranker.of_step(plan, logits, tokens),
-            {places[place] for place in masked},
-        )
+        return Landed([chosen[place] for place in now], self._ranker.of_step(plan, logits, tokens))
 
     def choose(self, choices: Sequence[Choice], masks: Sequence[Tensor]) -> Flight:
         """Choose tokens that steps have left open.
@@ -166,7 +155,7 @@ class Runner:
         result: list[int] = tokens.tolist()
         for row, token in zip(rows, result, strict=True):
             self._last[row] = token
-        return Landed(result, self._ranker.of_choice(rows, logits, tokens), range(len(result)))
+        return Landed(result, self._ranker.of_choice(rows, logits, tokens))
 
     def logits(self, plan: StepPlan, outputs: Sequence[int] | None = None) -> Tensor:
         """Compute a step, and return (m, vocabulary) logits: of the pieces that sample and then of those that have
@@ -183,6 +172,8 @@ class Runner:
             self.mixtures.assign(start.row, self._slots.placed(start.mixture))
             self._sampler.start(start)
             self._ranker.start(start.row, start.sampling)
+            masked = start.sampling.is_held and start.sampling.greedy
+            (self._masked.add if masked else self._masked.discard)(start.row)
         if plan.blocks:
             self._take_blocks(plan.blocks)
 

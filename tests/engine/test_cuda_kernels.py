@@ -156,23 +156,22 @@ class Cases(KernelCases):
         logits[3, 6], logits[4, 0], logits[5, -1] = torch.nan, torch.inf, -torch.inf
         rows, last = ints(8, 7, 6, 5, 4, 3, 2, 1), torch.full((9,), 77, dtype=torch.int32, device=DEVICE)
         board = MaskBoard(9, vocabulary, pin=DEVICE == "cuda").numbers
-        posted = kernels.Posted(board, ints(*range(8)), ints(*range(8)))
+        posted = kernels.Posted(board, ints(*[-1] * 8), ints(*range(8)), ints(*range(8)))
         chosen = kernels.greedy(logits, rows, last, posted)
         expected = logits.float().argmax(-1).int()
         expected[3:6] = -1
-        assert chosen[:3, 0].tolist() == [2, vocabulary - 1, 0]
-        assert chosen.dtype == torch.int32 and torch.equal(chosen[:, 0], expected)
-        assert not chosen[:, 1].any()
-        assert last.tolist() == [77, *chosen[:, 0].clamp(min=0).tolist()[::-1]]
+        assert chosen[:3].tolist() == [2, vocabulary - 1, 0]
+        assert chosen.dtype == torch.int32 and torch.equal(chosen, expected)
+        assert last.tolist() == [77, *chosen.clamp(min=0).tolist()[::-1]]
 
     @pytest.mark.parametrize(("dtype", "vocabulary"), [(FULL, 7), (HALF, 4096), (FULL, 9000)])
     def test_greedy_among_what_may_come(self, kernels, randn, draw, vocabulary):
-        """Where it is there for the token after the row's output, and only there."""
-        logits = randn(6, vocabulary)
+        """Where it is there for the token after the row's output, and only in rows that look there."""
+        logits = randn(7, vocabulary)
         logits[1, 0] = torch.nan  # also where it may not come
-        rows, outputs, positions = [8, 3, 0, 5, 6, 2], [2, 1, 0, 5, 6, 4], [7, 9, 11, 0, 4, 6, 2]
+        rows, outputs, positions = [8, 3, 0, 5, 6, 2, 7], [2, 1, 0, 5, 6, 4, 3], [7, 9, 11, 0, 4, 6, 2]
         board = MaskBoard(9, vocabulary, pin=DEVICE == "cuda")
-        masks = torch.randint(-(2**31), 2**31, (6, -(-vocabulary // 32)), generator=draw).int()
+        masks = torch.randint(-(2**31), 2**31, (7, -(-vocabulary // 32)), generator=draw).int()
         masks[2] = 0
         masks[2, -1] = torch.tensor(1 << ((vocabulary - 1) % 32)).int()
         masks[1, 0] &= ~1
@@ -183,16 +182,15 @@ class Cases(KernelCases):
             board.post(seat, masks[i].numpy())
             board.give(row, seat)
         last = torch.full((9,), 77, dtype=torch.int32, device=DEVICE)
-        posted = kernels.Posted(board.numbers, ints(*outputs), ints(*positions))
+        posted = kernels.Posted(board.numbers, ints(*rows[:6], -1), ints(*outputs), ints(*positions))
         chosen = kernels.greedy(logits, ints(*rows), last, posted)
         may = torch.stack([(masks[:, i // 32] >> (i % 32)) & 1 for i in range(vocabulary)], dim=1).bool().to(DEVICE)
-        may[3:5] = True
+        may[[3, 4, 6]] = True
         expected = logits.float().masked_fill(~may, -torch.inf).argmax(-1).int()
         expected[1] = -1
-        assert chosen[:, 0].tolist() == expected.tolist()
-        assert chosen[:, 1].tolist() == [1, 1, 1, 0, 0, 1]
-        assert [last[row] for row in rows] == chosen[:, 0].clamp(min=0).tolist()
-        assert [last[row] for row in (1, 4, 7)] == [77] * 3
+        assert chosen.tolist() == expected.tolist()
+        assert [last[row] for row in rows] == chosen.clamp(min=0).tolist()
+        assert [last[row] for row in (1, 4)] == [77] * 2
 
     @pytest.mark.parametrize("vocabulary", [7, 9000])
     def test_keep_rows(self, kernels, randn, vocabulary):
