@@ -1,42 +1,58 @@
 """A noisy pool of many adapters, made from a clean one, and what matching and routing make of it.
 
-    python benchmarks/pool.py --tasks DIR --adapters DIR --out DIR [--count 1560] [--trainings 64] [--only make,speed]
+    python benchmarks/pool.py --tasks DIR --adapters DIR --out DIR [--count 1560] [--trainings 64]
+        [--only make,match,regimes,exhaustive] [--seconds N]
 
 make: brief trainings on the tasks' train sets (many at once), and adapters that were derived from these and the clean
-ones, under names that say nothing; `truth.json` beside them says what each is, for the evaluation alone. Deterministic
-by seed on one kind of device; nothing is downloaded. speed: how many evaluations by likelihood a second.
+ones, under names that say nothing. Deterministic by seed on one kind of device; nothing is downloaded.
+match: what `lorauter catalog build --match` does with a pool of this size; how many evaluations, and how long.
+regimes: test queries answered on the clean pool and on the noisy one, by the same router. A task's own adapters, which
+semi-OOD and OOD take away, are the clean one, those that were trained on it, and all that were derived of these.
+exhaustive: every adapter on every example of some tasks, by likelihood, and what the choice is worth beside the best.
+speed: evaluations a second.
 
-What is in the folder is not made again.
+What is in the folder is not made again. --seconds ends what would take longer.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import json
+import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from pool_derived import KINDS, Lora
-from pool_training import SCALING, train, trainings
-from safetensors.torch import save_file
+from pool_derived import KINDS
+from pool_made import make, train_sets
 
-from lorauter.adapters.peft_config import CONFIG_FILE, TARGETS
-from lorauter.adapters.tensors import PREFIX, module_of
-from lorauter.adapters.weights import WEIGHTS_FILE, LoraWeights
-from lorauter.catalog.scores import Evaluation, Failed
-from lorauter.catalog.scoring import LikelihoodScorer
-from lorauter.defaults import base_model_aliases, resolve_model
+from lorauter.adapters.repository import AdapterManifest
+from lorauter.adapters.weights import LoraWeights
+from lorauter.catalog import build_catalog, with_scores
+from lorauter.catalog.change import with_adapter
+from lorauter.catalog.match import MatchConfig, match_adapters
+from lorauter.catalog.scores import Evaluation, Failed, ScoreTable
+from lorauter.catalog.scoring import EngineScorer, LikelihoodScorer
+from lorauter.catalog.screen import SCREEN, Screening, screen
+from lorauter.defaults import base_model_aliases, load_encoder, load_states, resolve_model
+from lorauter.engine import EngineConfig, load_engine
 from lorauter.engine.load import load_decoder
-from lorauter.tasks import Example, Task, read_tasks
+from lorauter.evaluation.answering import answer
+from lorauter.evaluation.methods import decide
+from lorauter.evaluation.report import evaluate
+from lorauter.evaluation.routing import RememberingEncoder
+from lorauter.evaluation.rows import DecisionRow, ScoredRow, read_answers
+from lorauter.routing import RoutingConfig
+from lorauter.states import RememberingStates
+from lorauter.tasks import Task, read_tasks
 
+CHUNK = 4096
 started = time.perf_counter()
 
 
@@ -44,121 +60,213 @@ def say(what: str) -> None:
     print(f"[{time.perf_counter() - started:6.1f} s] {what}", flush=True)
 
 
-def read_lora(folder: Path) -> Lora:
-    """A clean adapter, whose pairs have one rank and scaling."""
-    weights = LoraWeights.load(folder, name=folder.name, version="1")
-    factors = {}
-    for target in weights.ranks:
-        pairs = [weights.tensors[layer, target] for layer in sorted(k for k, t in weights.tensors if t == target)]
-        factors[target] = torch.stack([a.float() for a, _ in pairs]), torch.stack([b.float() for _, b in pairs])
-    return Lora(factors, 1.0)  # the scaling is in B
+class Bench:
+    """The pool and the model, and what is found out with them, in `figures.json` too.
 
+    Args:
+        truth: as `make` gives it.
+        out: the folder.
+        seconds: after which nothing long is begun.
+    """
 
-def write_lora(lora: Lora, folder: Path, base: str) -> None:
-    """As PEFT saves it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for target, (a, b) in lora.factors.items():
-        for layer in range(a.shape[0]) if lora.layers is None else lora.layers:
-            path = f"{PREFIX}{module_of(layer, target)}"
-            tensors[f"{path}.lora_A.weight"] = a[layer].to(lora.kept_in).contiguous()
-            tensors[f"{path}.lora_B.weight"] = b[layer].to(lora.kept_in).contiguous()
-    save_file(tensors, folder / WEIGHTS_FILE)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lora.base or base,
-        "r": lora.rank,
-        "lora_alpha": lora.scaling * lora.rank,
-        "target_modules": [target for target in TARGETS if target in lora.factors],
-        "layers_to_transform": None if lora.layers is None else list(lora.layers),
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    def __init__(
+        self, tasks: Sequence[Task], clean: Path, truth: Mapping[str, dict], out: Path, seconds: float
+    ) -> None:
+        self.tasks = [replace(task, test=()) for task in tasks]
+        self.asked = tasks
+        self.clean = clean
+        self.truth = truth
+        self.out = out
+        self.seconds = seconds
+        self.own = {task.name: [n for n, what in truth.items() if task.name in what["tasks"]] for task in tasks}
+        self.exhaustive = len(truth) * sum(len(task.validation) for task in tasks)
+        self.figures: dict[str, object] = {}
 
+    def load(self, name: str) -> LoraWeights:
+        folder = self.out / "adapters" / name if name in self.truth else self.clean / name
+        return LoraWeights.load(folder, name=name, version="1")
 
-def train_sets(folder: Path, only: Sequence[str]) -> dict[str, list[Example]]:
-    """The tasks' train examples, which no catalog reads."""
-    found = {}
-    for name in only:
-        data = json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))
-        found[name] = [Example(one["input"], one["target"]) for one in data["train"]]
-    return found
+    def tell(self, name: str, value: object) -> None:
+        self.figures[name] = value
+        say(f"{name}: {value}")
+        (self.out / "figures.json").write_text(json.dumps(self.figures, indent=1))
 
+    def decoder(self):
+        return load_decoder(resolve_model("default"), aliases=base_model_aliases("default"))
 
-def make(
-    tasks: Mapping[str, Sequence[Example]],
-    clean: Path,
-    out: Path,
-    *,
-    decoder_of: Callable[[], tuple],
-    count: int,
-    wanted: int,
-    steps: int,
-    rows: int,
-    positions: int,
-    seed: int,
-) -> dict[str, dict]:
-    """Write the pool, and what each of it is."""
-    known = out / "truth.json"
-    if known.exists():
-        return json.loads(known.read_text())
-    names = sorted(path.name for path in clean.iterdir() if (path / WEIGHTS_FILE).exists() and path.name in tasks)
-    base = json.loads((clean / names[0] / CONFIG_FILE).read_text())["base_model_name_or_path"]
-    real: dict[str, tuple[Lora, dict]] = {
-        name: (read_lora(clean / name), {"kind": "clean", "of": [name], "tasks": [name]}) for name in names
-    }
-    say(f"{len(real)} clean adapters; training {wanted}")
-    jobs = trainings(sorted(tasks), wanted, seed)
-    decoder, codec = decoder_of()
-    trained = train(decoder, codec, tasks, jobs, steps=steps, rows=rows, positions=positions, say=say)
-    for i, (job, factors) in enumerate(zip(jobs, trained, strict=True)):
-        real[f"trained-{i}"] = Lora(factors, SCALING), {"kind": "trained", "of": [], "tasks": [job.task], **vars(job)}
-    del decoder
-    say("deriving")
-    sources = sorted(real)
+    def scorer(self) -> LikelihoodScorer:
+        decoder, codec = self.decoder()
+        room = 4 << 30 if decoder.device.type == "cuda" else 1 << 30
+        return LikelihoodScorer(decoder, codec, self.load, self.tasks, adapter_bytes=room)
 
-    def derived(i: int) -> tuple[Lora, dict]:
-        draw = random.Random(f"{seed} derived {i}")
-        kind = list(KINDS)[i % len(KINDS)]
-        one, other = draw.sample(sources, 2)
-        torch_draw = torch.Generator().manual_seed(draw.randrange(1 << 31))
-        lora = KINDS[kind].make(real[one][0], real[other][0], torch_draw)
-        of = [one, other] if kind.startswith("merged") else [] if kind == "random" else [one]
-        made_of = sorted({task for source in of for task in real[source][1]["tasks"]})
-        return lora, {"kind": kind, "of": of, "tasks": made_of}
+    def engine(self):
+        config = EngineConfig(max_batch=128, max_queue=8192)
+        return load_engine(resolve_model("default"), config, aliases=base_model_aliases("default"))
 
-    def write(i: int) -> tuple[str, dict]:
-        lora, what = real[sources[i]] if i < len(sources) else derived(i - len(sources))
-        name = hashlib.sha256(f"{seed} {i}".encode()).hexdigest()[:12]
-        write_lora(lora, out / "adapters" / name, base)
-        return name, {**what, "source": sources[i] if i < len(sources) else None}
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ThreadPoolExecutor(threads) as workers:
-        truth = dict(workers.map(write, range(max(count, len(sources)))))
-    torch.set_num_threads(threads)
-    known.write_text(json.dumps(dict(sorted(truth.items()))))
-    return truth
-
-
-def speed(scorer: LikelihoodScorer, tasks: Sequence[Task], names: Sequence[str], adapters: int) -> None:
-    """Evaluations a second, where every adapter meets an example of every task, and all of one task's."""
-    chosen = names[:adapters]
-    for label, wanted in (
-        ("one example of every task", [(task.name, 0) for task in tasks]),
-        ("all of two tasks", [(task.name, i) for task in tasks[:2] for i in range(len(task.validation))]),
-    ):
-        evaluations = [Evaluation(name, *example) for name in chosen for example in wanted]
-        for turn in ("first", "again"):
-            begun = time.perf_counter()
-            found = scorer.score(evaluations)
-            took = time.perf_counter() - begun
-            failed = {e.adapter for e, outcome in found.items() if isinstance(outcome, Failed)}
-            say(
-                f"{label}, {turn}: {len(chosen)} adapters, {len(found)} evaluations in {took:.2f} s, "
-                f"{len(found) / took:.0f} a second; {len(failed)} adapters failed"
+    def match(self, scorer: LikelihoodScorer) -> Screening:
+        """Screen, try in earnest, and then both again for each task without its own adapters."""
+        begun = time.perf_counter()
+        versions = dict.fromkeys(self.truth, "1")
+        screened = screen(self.tasks, versions, scorer, self._table("screen"), progress=self._told, chunk_size=CHUNK)
+        matching = screened.matching
+        self.tell("screening, seconds", round(time.perf_counter() - begun, 1))
+        for number, one in enumerate(matching.rounds, start=1):
+            say(f"round {number}: {one.pairs} pairs, up to {one.examples} examples, {one.evaluations} evaluations")
+        self.tell("screening, evaluations", matching.spent)
+        self.tell("screening, share of the exhaustive", round(matching.spent / self.exhaustive, 4))
+        self.tell("adapters that were refused", len(matching.failures))
+        broken = {n for n, w in self.truth.items() if w["kind"] in KINDS and KINDS[w["kind"]].broken}
+        self.tell("of which were made broken", f"{len(broken & matching.failures.keys())} of {len(broken)}")
+        self.tell("twins that were not tried", len(screened.twins))
+        twins = {n for n, w in self.truth.items() if w["kind"] in KINDS and KINDS[w["kind"]].twin}
+        self.tell("of which were made twins", f"{len(twins & screened.twins.keys())} of {len(twins)}")
+        self.tell("descents", len(set(screened.kin.values())))
+        for task in self.tasks:
+            kinds = Counter(
+                ("own " if task.name in self.truth[n]["tasks"] else "") + self.truth[n]["kind"]
+                for n in screened.shortlists[task.name]
             )
+            say(f"  {task.name}: {', '.join(f'{kind} {number}' for kind, number in kinds.items())}")
+        return screened
+
+    def foreign(self, scorer: LikelihoodScorer, screened: Screening) -> dict[str, list[str]]:
+        """The shortlists of a pool that lacks a task's own adapters; for the evaluation, and not in the share."""
+        begun, tried = time.perf_counter(), screened.matching.adapters
+        matching = match_adapters(
+            self.tasks,
+            dict.fromkeys(tried, "1"),
+            scorer,
+            SCREEN,
+            screened.matching.table,
+            self._told,
+            among={task: {*tried}.difference(own) for task, own in self.own.items()},
+            kin=screened.kin,
+            chunk_size=CHUNK,
+        )
+        say(f"the same without each task's own adapters in {time.perf_counter() - begun:.1f} s")
+        return {task: [match.name for match in found] for task, found in matching.result().items()}
+
+    def metric(self, *shortlists: Mapping[str, Sequence[str]]) -> ScoreTable:
+        """Scores by the tasks' metrics of all that are on shortlists."""
+        table = self._table("scores")
+        with closing(self.engine()) as engine:
+            scorer = EngineScorer(engine, self.load, self.tasks)
+            for label, among in zip(("", " without own adapters"), shortlists, strict=False):
+                begun, before = time.perf_counter(), sum(map(len, table.scores.values()))
+                config = MatchConfig(min_candidates=max(map(len, among.values())))
+                match_adapters(
+                    self.tasks, dict.fromkeys(self.truth, "1"), scorer, config, table, self._told, among=among,
+                    chunk_size=CHUNK,
+                )  # fmt: skip
+                spent = sum(map(len, table.scores.values())) - before
+                self.tell(f"trying{label}, evaluations", spent)
+                self.tell(f"trying{label}, seconds", round(time.perf_counter() - begun, 1))
+        return table
+
+    def regimes(self, table: ScoreTable, clean_scores: Path, queries: int | None) -> None:
+        """The shares of the oracle's score, on the clean pool and on this one."""
+        encoder, states = RememberingEncoder(load_encoder("default")), RememberingStates(load_states("default"))
+        tasks = [replace(task, test=task.test[:queries]) for task in self.asked]
+        say("embedding, and reading states")
+        bare = build_catalog(self.tasks, encoder, states=states)
+        clean_table = ScoreTable(clean_scores)
+        names = sorted({adapter for adapter, _ in clean_table.scores if (self.clean / adapter).is_dir()})
+
+        def with_pool(adapters: Sequence[str], scores: ScoreTable):
+            manifests = [AdapterManifest(name, "1", {}) for name in adapters]
+            kept = {t: {a: s for a, s in of.items() if a in adapters} for t, of in scores.by_task().items()}
+            catalog = with_scores(with_adapter(bare, *manifests), {t: of for t, of in kept.items() if t in self.own})
+            vars(catalog)["reranker"] = bare.reranker  # the same tasks
+            return catalog
+
+        begun = time.perf_counter()
+        clean = with_pool(names, clean_table)
+        noisy = with_pool(sorted({adapter for adapter, _ in table.scores} - table.failures.keys()), table)
+        say(f"catalogs in {time.perf_counter() - begun:.1f} s")
+        rows = list(decide(tasks, clean, encoder, {"oracle": None, "clean pool": RoutingConfig()}, states=states))
+        rows += decide(tasks, noisy, encoder, {"noisy pool": RoutingConfig()}, states=states, own=self.own)
+        say(f"{len(rows)} rows to answer")
+        with closing(self.engine()) as engine:
+            asked = [DecisionRow.from_json(row, source="row") for row in rows]
+            answer(
+                asked,
+                engine,
+                self.load,
+                self.out / "answers.jsonl",
+                chunk_size=CHUNK,
+                progress=lambda d, t: say(f"{d} of {t} answered"),
+            )
+        found = evaluate(
+            [ScoredRow.from_json(row, source="row") for row in rows],
+            read_answers(self.out / "answers.jsonl"),
+            rouge_for_bleu=True,
+        )
+        for result in found:
+            share = "-" if result.of_oracle is None else f"{100 * result.of_oracle:.1f} % of the oracle"
+            low, high = result.interval
+            self.tell(f"{result.method}, {result.regime}", f"{result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
+
+    def try_all(self, scorer: LikelihoodScorer, screened: Screening, sample: int, seed: int) -> None:
+        """Of some tasks every adapter on every example; and what was chosen beside what is best."""
+        table = self._table("exhaustive")
+        names = [name for name in self.truth if name not in screened.matching.failures]
+        known = screened.matching.table
+        drawn = random.Random(seed).sample(self.tasks, min(sample, len(self.tasks)))
+        tokens = {task.name: sum(len(e.input) for e in task.validation) for task in drawn}
+        chosen, best = [], []
+        begun = time.perf_counter()
+        for task in sorted(drawn, key=lambda task: tokens[task.name]):
+            if time.perf_counter() - started > self.seconds:
+                say(f"the time is up; left out: {task.name}")
+                continue
+            examples = range(len(task.validation))
+            table.add(
+                {
+                    one: known.scores[name, task.name][i]
+                    for name in names
+                    for i in known.scores.get((name, task.name), {})
+                    if not table.has(one := Evaluation(name, task.name, i))
+                }
+            )
+            left = [one for name in names for i in examples if not table.has(one := Evaluation(name, task.name, i))]
+            for start in range(0, len(left), CHUNK):
+                table.add(scorer.score(left[start : start + CHUNK]))
+            means = {name: table.mean(name, task.name, examples) for name in names if name not in table.failures}
+            first = screened.shortlists[task.name][0]
+            best.append(math.exp(max(means.values())))
+            chosen.append(math.exp(means[first]))
+            rank = 1 + sum(mean > means[first] for mean in means.values())
+            say(
+                f"  {task.name}: chosen {chosen[-1]:.4f} ({self.truth[first]['kind']}), best {best[-1]:.4f} "
+                f"({self.truth[max(means, key=means.get)]['kind']}), rank {rank} of {len(means)}"
+            )
+            self.tell("exhaustive, tasks", len(best))
+            self.tell("exhaustive, chosen of best", round(fmean(chosen) / fmean(best), 4))
+        self.tell("exhaustive, seconds", round(time.perf_counter() - begun, 1))
+
+    def speed(self, scorer: LikelihoodScorer, adapters: int) -> None:
+        """Evaluations a second, where every adapter meets an example of every task, and all of two tasks."""
+        chosen = sorted(self.truth)[:adapters]
+        for label, wanted in (
+            ("one example of every task", [(task.name, 0) for task in self.tasks]),
+            ("all of two tasks", [(task.name, i) for task in self.tasks[:2] for i in range(len(task.validation))]),
+        ):
+            evaluations = [Evaluation(name, *example) for name in chosen for example in wanted]
+            for turn in ("first", "again"):
+                begun = time.perf_counter()
+                found = scorer.score(evaluations)
+                took = time.perf_counter() - begun
+                failed = {e.adapter for e, outcome in found.items() if isinstance(outcome, Failed)}
+                say(
+                    f"{label}, {turn}: {len(chosen)} adapters, {len(found)} evaluations in {took:.2f} s, "
+                    f"{len(found) / took:.0f} a second; {len(failed)} adapters failed"
+                )
+
+    def _table(self, name: str) -> ScoreTable:
+        return ScoreTable(self.out / f"{name}.jsonl")
+
+    def _told(self, done: int, left: int) -> None:
+        say(f"{done} evaluations are made, {left} are left of this round")
 
 
 def main() -> None:
@@ -171,36 +279,51 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80, help="of each training")
     parser.add_argument("--rows", type=int, default=8, help="of a training in a step")
     parser.add_argument("--positions", type=int, default=60_000, help="of a training pass at most")
-    parser.add_argument("--examples", type=int, default=20)
+    parser.add_argument("--examples", type=int, default=20, help="validation examples a task")
+    parser.add_argument("--queries", type=int, help="test queries of a task at most")
+    parser.add_argument("--clean-scores", type=Path, help="of the clean pool, as `catalog build --scores` keeps them")
+    parser.add_argument("--sample", type=int, default=8, help="tasks that are done exhaustively")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="make,speed")
+    parser.add_argument("--only", default="make,match,regimes,exhaustive")
+    parser.add_argument("--seconds", type=float, default=math.inf)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    stages = args.only.split(",")
 
     tasks = [replace(task, validation=task.validation[: args.examples]) for task in read_tasks(args.tasks)]
     tasks = [task for task in tasks if (args.adapters / task.name).is_dir()]
-    model, aliases = resolve_model("default", say), base_model_aliases("default")
     truth = make(
         train_sets(args.tasks, [task.name for task in tasks]),
         args.adapters,
         args.out,
-        decoder_of=lambda: load_decoder(model, aliases=aliases, plain=True),
+        decoder_of=lambda: load_decoder(resolve_model("default"), aliases=base_model_aliases("default"), plain=True),
         count=args.count,
         wanted=args.trainings,
         steps=args.steps,
         rows=args.rows,
         positions=args.positions,
         seed=args.seed,
+        say=say,
     )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     kinds = Counter(what["kind"] for what in truth.values())
     say(f"{len(truth)} adapters: {', '.join(f'{kind} {number}' for kind, number in sorted(kinds.items()))}")
-    if "speed" in args.only:
-        decoder, codec = load_decoder(model, aliases=aliases)
-
-        def load(name: str) -> LoraWeights:
-            return LoraWeights.load(args.out / "adapters" / name, name=name, version="1")
-
-        speed(LikelihoodScorer(decoder, codec, load, tasks), tasks, sorted(truth), 100)
+    bench = Bench(tasks, args.adapters, truth, args.out, args.seconds)
+    if stages == ["make"]:
+        return
+    scorer = bench.scorer()
+    if "speed" in stages:
+        bench.speed(scorer, 100)
+    if not {"match", "regimes", "exhaustive"} & {*stages}:
+        return
+    screened = bench.match(scorer)
+    if "regimes" in stages:
+        shortlists = screened.shortlists, bench.foreign(scorer, screened)
+        table = bench.metric(*shortlists)
+        bench.regimes(table, args.clean_scores, args.queries)
+    if "exhaustive" in stages:
+        bench.try_all(scorer, screened, args.sample, args.seed)
     say("done")
 
 

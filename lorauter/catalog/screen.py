@@ -20,7 +20,8 @@ from lorauter.tasks import Task
 LARGE = 64
 """Adapters of a pool that is not screened, at most."""
 
-_SCREEN = MatchConfig(first_examples=1, keep=0.25, min_candidates=12)
+SCREEN = MatchConfig(first_examples=1, keep=0.25, min_candidates=12)
+"""How likelihoods are spared: about 7 % of those of every adapter on every example, however many adapters there are."""
 
 
 class LookingScorer(Scorer, Protocol):
@@ -39,11 +40,13 @@ class Screening:
             favoured.
         matching: the matching by likelihood, with what was spent and who has failed.
         twins: `{adapter: the one that computes the same, and was tried in its place}`.
+        kin: of those that were tried, as `lorauter.catalog.alike.kin` gives it.
     """
 
     shortlists: Mapping[str, Sequence[str]]
     matching: Matching
     twins: Mapping[str, str]
+    kin: Mapping[str, str]
 
 
 def screen(
@@ -77,15 +80,16 @@ def screen(
     table.add({Evaluation(n, tasks[0].name, 0): of for n, of in seen.items() if isinstance(of, Failed)})
     same = {name: other for name, other in twins(sketches).items() if name != other and name not in known}
     tried = {name: version for name, version in adapters.items() if name not in same}
+    descent = kin({name: of for name, of in sketches.items() if name in tried})
     matching = match_adapters(
         tasks,
         tried,
         scorer,
-        replace(_SCREEN, candidates=favoured),
+        replace(SCREEN, candidates=favoured),
         table,
         progress,
-        kin=kin({name: of for name, of in sketches.items() if name in tried}),
+        kin=descent,
         chunk_size=chunk_size,
     )
     shortlists = {task: [match.name for match in matches] for task, matches in matching.result().items()}
-    return Screening(shortlists, matching, same)
+    return Screening(shortlists, matching, same, descent)
