@@ -20,11 +20,14 @@ import argparse
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -32,27 +35,20 @@ import torch
 from pool_derived import KINDS
 from pool_made import make, train_sets
 
-from lorauter.adapters.repository import AdapterManifest
 from lorauter.adapters.weights import LoraWeights
-from lorauter.catalog import build_catalog, with_scores
-from lorauter.catalog.change import with_adapter
 from lorauter.catalog.match import MatchConfig, match_adapters
 from lorauter.catalog.scores import Evaluation, Failed, ScoreTable
 from lorauter.catalog.scoring import EngineScorer, LikelihoodScorer
 from lorauter.catalog.screen import SCREEN, Screening, screen
-from lorauter.defaults import base_model_aliases, load_encoder, load_states, resolve_model
+from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine import EngineConfig, load_engine
 from lorauter.engine.load import load_decoder
 from lorauter.evaluation.answering import answer
-from lorauter.evaluation.methods import decide
 from lorauter.evaluation.report import evaluate
-from lorauter.evaluation.routing import RememberingEncoder
 from lorauter.evaluation.rows import DecisionRow, ScoredRow, read_answers
-from lorauter.routing import RoutingConfig
-from lorauter.states import RememberingStates
 from lorauter.tasks import Task, read_tasks
 
-CHUNK = 4096
+CHUNK = 16384
 started = time.perf_counter()
 
 
@@ -64,27 +60,34 @@ class Bench:
     """The pool and the model, and what is found out with them, in `figures.json` too.
 
     Args:
-        truth: as `make` gives it.
         out: the folder.
         seconds: after which nothing long is begun.
     """
 
-    def __init__(
-        self, tasks: Sequence[Task], clean: Path, truth: Mapping[str, dict], out: Path, seconds: float
-    ) -> None:
+    def __init__(self, tasks: Sequence[Task], clean: Path, out: Path, seconds: float) -> None:
         self.tasks = [replace(task, test=()) for task in tasks]
-        self.asked = tasks
         self.clean = clean
-        self.truth = truth
+        self.truth: Mapping[str, dict] = {}
         self.out = out
         self.seconds = seconds
-        self.own = {task.name: [n for n, what in truth.items() if task.name in what["tasks"]] for task in tasks}
-        self.exhaustive = len(truth) * sum(len(task.validation) for task in tasks)
+        self.exhaustive = 0
         self.figures: dict[str, object] = {}
+        self._loaded: dict[str, LoraWeights] = {}
+
+    def know(self, truth: Mapping[str, dict]) -> None:
+        """What each adapter of the pool is, as `make` gives it."""
+        self.truth = truth
+        self.own = {task.name: {n for n, what in truth.items() if task.name in what["tasks"]} for task in self.tasks}
+        self.exhaustive = len(truth) * sum(len(task.validation) for task in self.tasks)
+        kinds = Counter(what["kind"] for what in truth.values())
+        say(f"{len(truth)} adapters: {', '.join(f'{kind} {number}' for kind, number in sorted(kinds.items()))}")
 
     def load(self, name: str) -> LoraWeights:
-        folder = self.out / "adapters" / name if name in self.truth else self.clean / name
-        return LoraWeights.load(folder, name=name, version="1")
+        """Read once, and kept."""
+        if name not in self._loaded:
+            folder = self.out / "adapters" / name if name in self.truth else self.clean / name
+            self._loaded[name] = LoraWeights.load(folder, name=name, version="1")
+        return self._loaded[name]
 
     def tell(self, name: str, value: object) -> None:
         self.figures[name] = value
@@ -163,48 +166,31 @@ class Bench:
                 self.tell(f"trying{label}, seconds", round(time.perf_counter() - begun, 1))
         return table
 
-    def regimes(self, table: ScoreTable, clean_scores: Path, queries: int | None) -> None:
-        """The shares of the oracle's score, on the clean pool and on this one."""
-        encoder, states = RememberingEncoder(load_encoder("default")), RememberingStates(load_states("default"))
-        tasks = [replace(task, test=task.test[:queries]) for task in self.asked]
-        say("embedding, and reading states")
-        bare = build_catalog(self.tasks, encoder, states=states)
-        clean_table = ScoreTable(clean_scores)
-        names = sorted({adapter for adapter, _ in clean_table.scores if (self.clean / adapter).is_dir()})
+    def deciding(self, name: str, scores: Path, *options: object) -> subprocess.Popen[bytes]:
+        """Begin to decide, beside whatever else goes on."""
+        script = Path(__file__).with_name("pool_regimes.py")
+        only = ",".join(task.name for task in self.tasks)
+        arguments = ["--scores", scores, "--rows", self._rows(name), "--name", name, "--only", only, *options]
+        return subprocess.Popen([sys.executable, str(script), *map(str, arguments)])
 
-        def with_pool(adapters: Sequence[str], scores: ScoreTable):
-            manifests = [AdapterManifest(name, "1", {}) for name in adapters]
-            kept = {t: {a: s for a, s in of.items() if a in adapters} for t, of in scores.by_task().items()}
-            catalog = with_scores(with_adapter(bare, *manifests), {t: of for t, of in kept.items() if t in self.own})
-            vars(catalog)["reranker"] = bare.reranker  # the same tasks
-            return catalog
-
-        begun = time.perf_counter()
-        clean = with_pool(names, clean_table)
-        noisy = with_pool(sorted({adapter for adapter, _ in table.scores} - table.failures.keys()), table)
-        say(f"catalogs in {time.perf_counter() - begun:.1f} s")
-        rows = list(decide(tasks, clean, encoder, {"oracle": None, "clean pool": RoutingConfig()}, states=states))
-        rows += decide(tasks, noisy, encoder, {"noisy pool": RoutingConfig()}, states=states, own=self.own)
+    def regimes(self, *names: str) -> None:
+        """Answer what was decided, and tell the shares of the oracle's score."""
+        rows = [json.loads(line) for name in names for line in self._rows(name).read_text().splitlines()]
         say(f"{len(rows)} rows to answer")
         with closing(self.engine()) as engine:
             asked = [DecisionRow.from_json(row, source="row") for row in rows]
-            answer(
-                asked,
-                engine,
-                self.load,
-                self.out / "answers.jsonl",
-                chunk_size=CHUNK,
-                progress=lambda d, t: say(f"{d} of {t} answered"),
-            )
+            file = self.out / "answers.jsonl"
+            answer(asked, engine, self.load, file, chunk_size=4096, progress=lambda d, t: say(f"{d} of {t} answered"))
         found = evaluate(
-            [ScoredRow.from_json(row, source="row") for row in rows],
-            read_answers(self.out / "answers.jsonl"),
-            rouge_for_bleu=True,
+            [ScoredRow.from_json(row, source="row") for row in rows], read_answers(file), rouge_for_bleu=True
         )
         for result in found:
             share = "-" if result.of_oracle is None else f"{100 * result.of_oracle:.1f} % of the oracle"
             low, high = result.interval
             self.tell(f"{result.method}, {result.regime}", f"{result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
+
+    def _rows(self, name: str) -> Path:
+        return self.out / f"rows-{name.replace(' ', '-')}.jsonl"
 
     def try_all(self, scorer: LikelihoodScorer, screened: Screening, sample: int, seed: int) -> None:
         """Of some tasks every adapter on every example; and what was chosen beside what is best."""
@@ -276,9 +262,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1560)
     parser.add_argument("--trainings", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=80, help="of each training")
+    parser.add_argument("--steps", type=int, default=50, help="of each training")
     parser.add_argument("--rows", type=int, default=8, help="of a training in a step")
-    parser.add_argument("--positions", type=int, default=60_000, help="of a training pass at most")
+    parser.add_argument("--positions", type=int, default=80_000, help="of a training pass at most")
     parser.add_argument("--examples", type=int, default=20, help="validation examples a task")
     parser.add_argument("--queries", type=int, help="test queries of a task at most")
     parser.add_argument("--clean-scores", type=Path, help="of the clean pool, as `catalog build --scores` keeps them")
@@ -292,24 +278,30 @@ def main() -> None:
 
     tasks = [replace(task, validation=task.validation[: args.examples]) for task in read_tasks(args.tasks)]
     tasks = [task for task in tasks if (args.adapters / task.name).is_dir()]
-    truth = make(
-        train_sets(args.tasks, [task.name for task in tasks]),
-        args.adapters,
-        args.out,
-        decoder_of=lambda: load_decoder(resolve_model("default"), aliases=base_model_aliases("default"), plain=True),
-        count=args.count,
-        wanted=args.trainings,
-        steps=args.steps,
-        rows=args.rows,
-        positions=args.positions,
-        seed=args.seed,
-        say=say,
+    model, aliases = resolve_model("default", say), base_model_aliases("default")
+    bench = Bench(tasks, args.adapters, args.out, args.seconds)
+    begun = []
+    if "regimes" in stages:
+        common = ["--tasks", args.tasks, "--examples", args.examples]
+        common += [] if args.queries is None else ["--queries", args.queries]
+        begun.append(bench.deciding("clean pool", args.clean_scores, *common))
+    bench.know(
+        make(
+            train_sets(args.tasks, [task.name for task in tasks]),
+            args.adapters,
+            args.out,
+            decoder_of=partial(load_decoder, model, aliases=aliases, plain=True),
+            count=args.count,
+            wanted=args.trainings,
+            steps=args.steps,
+            rows=args.rows,
+            positions=args.positions,
+            seed=args.seed,
+            say=say,
+        )
     )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    kinds = Counter(what["kind"] for what in truth.values())
-    say(f"{len(truth)} adapters: {', '.join(f'{kind} {number}' for kind, number in sorted(kinds.items()))}")
-    bench = Bench(tasks, args.adapters, truth, args.out, args.seconds)
     if stages == ["make"]:
         return
     scorer = bench.scorer()
@@ -319,11 +311,16 @@ def main() -> None:
         return
     screened = bench.match(scorer)
     if "regimes" in stages:
-        shortlists = screened.shortlists, bench.foreign(scorer, screened)
-        table = bench.metric(*shortlists)
-        bench.regimes(table, args.clean_scores, args.queries)
+        bench.metric(screened.shortlists, bench.foreign(scorer, screened))
+        noisy = [*common, "--truth", args.out / "truth.json"]
+        begun.append(bench.deciding("noisy pool", args.out / "scores.jsonl", *noisy))
     if "exhaustive" in stages:
         bench.try_all(scorer, screened, args.sample, args.seed)
+    if "regimes" in stages:
+        for process in begun:
+            if process.wait():
+                raise SystemExit("deciding has failed")
+        bench.regimes("clean pool", "noisy pool")
     say("done")
 
 

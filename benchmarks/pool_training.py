@@ -128,7 +128,7 @@ class Together:
             epochs = -(-rows * steps // len(seen))
             self._order.append([d for _ in range(epochs) for d in draw.sample(seen, len(seen))])
         shape, count, rank = decoder.shape, len(members), members[0].rank
-        draw = torch.Generator().manual_seed(members[0].seed)
+        draws = [torch.Generator().manual_seed(one.seed) for one in members]
         self._a: dict[str, Tensor] = {}
         self._b: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}  # where B may be other than 0
@@ -137,8 +137,8 @@ class Together:
             if targets:
                 ranks, outputs = rank * len(targets), sum(group.widths)
                 bound = 1 / math.sqrt(group.inputs)
-                a = (2 * torch.rand(shape.layers, count, group.inputs, ranks, generator=draw) - 1) * bound
-                self._a[group.first] = a.to(decoder.device).requires_grad_(True)
+                a = [2 * torch.rand(shape.layers, group.inputs, ranks, generator=draw) - 1 for draw in draws]
+                self._a[group.first] = (bound * torch.stack(a, 1)).to(decoder.device).requires_grad_(True)
                 b = torch.zeros(shape.layers, count, ranks, outputs, device=decoder.device)
                 self._b[group.first] = b.requires_grad_(True)
                 own, column = torch.zeros(ranks, outputs), 0

@@ -210,6 +210,13 @@ def _checked(a: torch.Tensor, b: torch.Tensor, *, module: str, rank: int, scalin
     if not {a.dtype, b.dtype} <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
         raise ValueError(f"{module} has tensors of {a.dtype} and {b.dtype}; floating-point numbers needed")
     scaled = b if scaling == 1 else b.float() * scaling
-    if not (torch.isfinite(a).all() and torch.isfinite(scaled).all()):
+    if not (is_finite(a) and is_finite(scaled)):
         raise ValueError(f"{module} holds NaN or infinity")
     return a, scaled
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all of its numbers are. A sum tells it in a fifth of the time, but where it overflows."""
+    import torch
+
+    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())

@@ -12,7 +12,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
-from statistics import fmean
 from typing import Literal
 
 import torch
@@ -50,6 +49,7 @@ _LENGTH_STEP = 32  # lengths are multiples of it: the model keeps its rotary tab
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 _LOGIT_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits held at once, in float32
 _KEPT_BYTES = 4 << 30  # of adapters in host memory
+_RANKS = 16  # that are stacked together at least
 _READERS = 4  # adapters that are read side by side
 
 
@@ -193,6 +193,8 @@ class LikelihoodScorer:
         """
         _check_known(evaluations, self._dialogues)
         by_adapter = dict(_by_adapter(evaluations))
+        if seen := self._kept.keys() >= by_adapter.keys():
+            by_adapter = dict(sorted(by_adapter.items(), key=lambda item: (self._shape_of(item[0]), item[0])))
         outcomes: dict[Evaluation, Outcome] = {}
         together: dict[str, PackedAdapter] = {}
 
@@ -212,11 +214,17 @@ class LikelihoodScorer:
                 outcomes |= dict.fromkeys(by_adapter[name], adapter)
                 continue
             all_bytes = stacked_bytes([*together.values(), adapter], decoder.shape, decoder.dtype)
-            if together and all_bytes > self._adapter_bytes:
-                score_together()
+            if together:
+                other = seen and self._shape_of(name) != self._shape_of(next(iter(together)))
+                if other or all_bytes > self._adapter_bytes:
+                    score_together()
             together[name] = adapter
         score_together()
         return outcomes
+
+    def _shape_of(self, name: str) -> tuple[tuple[str, int], ...]:
+        """What adapters have in common that are stacked without filling up much."""
+        return tuple((target, -(-part.rank // _RANKS)) for target, part in sorted(self._kept[name].parts.items()))
 
     def _stacked(self, adapters: Sequence[PackedAdapter]) -> LoraStack:
         return stacked(adapters, self._decoder.shape, dtype=self._decoder.dtype, device=self._decoder.device)
@@ -229,10 +237,15 @@ class LikelihoodScorer:
         """
         names = list(names)
         shape = self._decoder.shape
-        return {
-            name: packed if isinstance(packed, Failed) else sketch(packed, shape)
-            for name, packed in zip(names, _ahead(self._packed, names), strict=True)
-        }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # what is done to each tensor is too little to share out, and takes thrice as long
+        try:
+            return {
+                name: packed if isinstance(packed, Failed) else sketch(packed, shape)
+                for name, packed in zip(names, _ahead(self._packed, names), strict=True)
+            }
+        finally:
+            torch.set_num_threads(threads)
 
     def _packed(self, name: str) -> PackedAdapter | Failed:
         if (kept := self._kept.get(name)) is not None:
@@ -285,9 +298,13 @@ class LikelihoodScorer:
         """Of rows, each the place of an adapter in the stack and an example, the mean log-probability of the target and
         its end, or None where the model's output is not finite."""
         found: list[float | None] = [None] * len(rows)
-        for batch in self._batches([self._dialogues[example] for _, example in rows]):
-            dialogues = [self._dialogues[rows[i][1]] for i in batch]
-            for i, value in zip(batch, self._pass(stack, [rows[i][0] for i in batch], dialogues), strict=True):
+        batches = list(self._batches([self._dialogues[example] for _, example in rows]))
+        passes = [
+            self._pass(stack, [rows[i][0] for i in batch], [self._dialogues[rows[i][1]] for i in batch])
+            for batch in batches
+        ]
+        for batch, values in zip(batches, passes, strict=True):  # the device has them all to do by now
+            for i, value in zip(batch, values.tolist(), strict=True):
                 found[i] = value if math.isfinite(value) else None
         return found
 
@@ -306,17 +323,20 @@ class LikelihoodScorer:
             yield batch
 
     @torch.inference_mode()
-    def _pass(self, stack: LoraStack, adapters: Sequence[int], dialogues: Sequence[Dialogue]) -> list[float]:
+    def _pass(self, stack: LoraStack, adapters: Sequence[int], dialogues: Sequence[Dialogue]) -> Tensor:
+        """Each row's mean log-probability, on the device."""
         device = self._decoder.device
         length = _padded(max(len(dialogue.tokens) for dialogue in dialogues))
         tokens = torch.zeros(len(dialogues), length, dtype=torch.long)
         outputs: list[int] = []
         wanted: list[int] = []
+        rows: list[int] = []  # of the outputs
         ends: list[int] = []  # which of the outputs predict the end
         for row, dialogue in enumerate(dialogues):
             tokens[row, : len(dialogue.tokens)] = torch.tensor(dialogue.tokens)
             outputs += range(row * length + dialogue.prompt - 1, row * length + len(dialogue.tokens))
             wanted += [*dialogue.tokens[dialogue.prompt :], 0]
+            rows += [row] * dialogue.outputs
             ends.append(len(wanted) - 1)
 
         def ids(values: Sequence[int] | Tensor) -> Tensor:
@@ -329,8 +349,8 @@ class LikelihoodScorer:
         chosen = logits.gather(1, ids(wanted)[:, None])[:, 0]
         last = ids(ends)
         chosen[last] = logits[last][:, self._ends].logsumexp(-1)
-        values = iter((chosen - logits.logsumexp(-1)).tolist())
-        return [fmean(next(values) for _ in range(dialogue.outputs)) for dialogue in dialogues]
+        sums = torch.zeros(len(dialogues), device=device).index_add_(0, ids(rows), chosen - logits.logsumexp(-1))
+        return sums / to_device(torch.tensor([float(dialogue.outputs) for dialogue in dialogues]), device)
 
 
 @contextmanager
@@ -359,7 +379,7 @@ def open_likelihood_scorer(model: str, load_adapter: LoadAdapter, tasks: Sequenc
 
 def chunk_size() -> int:
     """Evaluations that are worth making together where this process computes."""
-    return 4096 if torch.cuda.is_available() else 256
+    return 16384 if torch.cuda.is_available() else 256
 
 
 def _loaded(load_adapter: LoadAdapter, name: str) -> LoraWeights | Failed:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorauter.adapters.counters import TierCounters
+from lorauter.adapters.tensors import is_finite
 from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine.arena import Stretches, aligned
 from lorauter.engine.plan import AdapterKey, Mixture
@@ -147,7 +148,7 @@ def pack_weights(
             if pair is not None:
                 a[: pair[0].shape[0], layer] = pair[0].to(dtype)
                 b[: pair[1].shape[1], layer] = pair[1].T.to(dtype)
-        if not (a.isfinite().all() and b.isfinite().all()):
+        if not (is_finite(a) and is_finite(b)):
             raise AdapterRejected(f"has numbers too large for {dtype}", adapter=weights.name)
         pairs[target] = a, b
     return pack(weights.key, pairs, dtype, pin=pin)

@@ -220,6 +220,25 @@ def test_broken_adapters_are_reported_and_the_others_likelihoods_unharmed(decode
     assert {e: o for e, o in outcomes.items() if e.adapter in SOUND} == scorer.score(evaluations_of(SOUND))
 
 
+def test_who_was_looked_at_scores_the_same_and_is_not_read_again(decoder, codec, load_adapter) -> None:
+    whole = LikelihoodScorer(decoder, codec, load_adapter, TASKS).score(evaluations_of(SOUND))
+    read = []
+
+    def load(name):
+        read.append(name)
+        return load_adapter(name)
+
+    scorer = LikelihoodScorer(decoder, codec, load, TASKS)
+    before = torch.get_num_threads()
+    seen = scorer.look([*SOUND, *BROKEN])
+    assert torch.get_num_threads() == before
+    assert [name for name, found in seen.items() if isinstance(found, Failed)] == [n for n in BROKEN if n != "huge"]
+    assert "another" in seen["other-base"].reason and "NaN" in seen["nan"].reason
+    parts = scorer.score(evaluations_of(SOUND))
+    assert parts == {evaluation: pytest.approx(outcome, abs=1e-5) for evaluation, outcome in whole.items()}
+    assert sorted(read) == sorted([*SOUND, *BROKEN])
+
+
 def check_broken(outcomes):
     reasons = {name: {outcomes[e] for e in evaluations_of([name])} for name in BROKEN}
     assert all(len(found) == 1 and isinstance(next(iter(found)), Failed) for found in reasons.values())
