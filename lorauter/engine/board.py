@@ -7,12 +7,13 @@ nothing of grammars or models.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+Words = NDArray[np.int32]
+"""Tokens that may come, 32 in each number, the first its least bit."""
 
 
 class Seat:
@@ -21,13 +22,13 @@ class Seat:
     Attributes:
         index: of that token in its sequence; at least 1.
         row: which it has, if any; the board's to change.
-        words: what may come, 32 tokens in each int32, once it is posted.
+        words: what may come, once it is posted.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.row: int | None = None
-        self.words: NDArray[np.int32] | None = None
+        self.words: Words | None = None
 
 
 class MaskBoard:
@@ -47,7 +48,7 @@ class MaskBoard:
         import torch  # whoever only checks a grammar needs none
 
         self.numbers = torch.zeros(rows, 1 + -(-vocabulary // 32), dtype=torch.int32, pin_memory=pin)
-        self._array: NDArray[np.int32] = self.numbers.numpy()
+        self._array: Words = self.numbers.numpy()
         self._seats: dict[int, Seat] = {}
         self._lock = threading.Lock()
 
@@ -65,11 +66,12 @@ class MaskBoard:
                 seat.row = row
                 self._write(seat)
 
-    def post(self, seat: Seat, words: NDArray[np.int32]) -> None:
-        """It is known what may come next, in somebody's row or in that which it will have."""
+    def post(self, found: Sequence[tuple[Seat, Words]]) -> None:
+        """It is known what may come next, in the rows of these or in those which they will have."""
         with self._lock:
-            seat.words = words
-            self._write(seat)
+            for seat, words in found:
+                seat.words = words
+                self._write(seat)
 
     def _write(self, seat: Seat) -> None:
         if seat.row is not None and seat.words is not None:

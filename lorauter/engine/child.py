@@ -29,7 +29,7 @@ from lorauter.pickled import PickledError
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _READERS = 2
 # Whoever else runs here gives the interpreter back to the thread that feeds the device at once.
-_SWITCH_S = 0.0002
+_SWITCH_S = 0.00005
 
 
 class _Forward(QueueHandler):

@@ -15,11 +15,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from string import punctuation
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
-from lorauter.engine.board import MaskBoard, Seat
+from lorauter.engine.board import MaskBoard, Seat, Words
 from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
 from lorauter.tools.formats import ToolFormat
@@ -35,7 +37,7 @@ _LONGEST = 1 << 20  # characters of one
 _WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
 _TRIED = 256  # parts of a schema that are looked at for what is wrong
 _BATCHES = 4  # whose masks are found at once: what takes long keeps nobody else waiting
-_MOST_THREADS = 8
+_MOST_THREADS = 4  # masks of a step are so short that more would wait for one another
 _DEAR_S = 0.05  # to compile a grammar
 _PROBE = "these"  # where it may come next, nearly anything may
 # Of what a single step may take: about 15 ms.
@@ -65,6 +67,7 @@ class Held(Seat):
         matcher: what it has.
         greedy: whether it takes the likeliest of the tokens that may come.
         masks: done once it is known what may come, or that nearly anything may.
+        free: whether nearly anything may, as far as that has been looked at.
         since: since when that is looked for, in seconds of `time.perf_counter`.
     """
 
@@ -72,11 +75,12 @@ class Held(Seat):
         super().__init__(index)
         self.matcher = matcher
         self.greedy = greedy
-        self.masks: Future[Sequence[Tensor | None]] = Future()
+        self.free: bool | None = None
+        self.masks: Future[Sequence[Words | None]] = Future()
         self.since = 0.0
         self._place = 0
 
-    def expect(self, masks: Future[Sequence[Tensor | None]], place: int) -> None:
+    def expect(self, masks: Future[Sequence[Words | None]], place: int) -> None:
         """What may come next will be found at this place."""
         self.masks, self._place, self.since = masks, place, time.perf_counter()
 
@@ -87,9 +91,10 @@ class Held(Seat):
         Raises:
             InvalidRequest: the grammar has become too complex.
         """
-        mask = self.masks.result()[self._place]
-        self.check()
-        return mask
+        import torch  # whoever only checks a grammar needs none
+
+        words = self._found()
+        return None if words is None else torch.from_numpy(words)
 
     @property
     def known(self) -> bool:
@@ -99,16 +104,20 @@ class Held(Seat):
     def allows(self, token: int) -> bool | None:
         """Whether a token may come next; None if that is not known yet. Raises InvalidRequest as `mask` does."""
         words = self.words
+        if words is None:
+            if not self.masks.done():
+                return None
+            words = self._found()
         if words is not None:
             return bool(words[token // 32] >> (token % 32) & 1)
-        if not self.masks.done():
-            return None
-        mask = self.mask()
-        if mask is not None:
-            return bool(mask[token // 32] >> (token % 32) & 1)
         fits: int = self.matcher.validate_tokens([token])
         self.check()
         return fits == 1
+
+    def _found(self) -> Words | None:
+        words = self.masks.result()[self._place]
+        self.check()
+        return words
 
     def check(self) -> None:
         """Raise InvalidRequest if the grammar has become too complex."""
@@ -141,11 +150,12 @@ class Grammars:
         self._tool_format = tool_format
         self._board = board
         self._probe: list[int] = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+        self._plain: dict[int, bool] = {}  # tokens that have been looked at: whether they have no punctuation
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[tuple[Grammar | None, ToolUse | None], list[_Lane]] = OrderedDict()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_BATCHES, "masks")
-        self._parallel = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
+        self._parallel = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 4))
         self._executor: LLExecutor | None = None
 
     def begin(
@@ -187,6 +197,7 @@ class Grammars:
 
     def find(self, held: Held) -> None:
         """Find out what may come next in an answer, whatever that takes; returns at once."""
+        held.free = None
         self._find([held], (), False)
 
     def close(self) -> None:
@@ -200,28 +211,36 @@ class Grammars:
         for place, one in enumerate(held):
             one.expect(masks, place)
 
-    def _masks(self, held: Sequence[Held], tokens: Sequence[int], probe: bool) -> Sequence[Tensor | None]:
-        import torch  # whoever only checks a grammar needs none
-
+    def _masks(self, held: Sequence[Held], tokens: Sequence[int], probe: bool) -> Sequence[Words | None]:
         with self._lock:
             if self._executor is None:
                 self._executor = LLExecutor(self._parallel)
             executor = self._executor
-        matchers = [one.matcher for one in held]
         if tokens:
-            executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
-        wanted = [one for one in held if not (probe and one.greedy and self._is_free(one.matcher))]
-        words = -(-self._llguidance.vocab_size // 32)
-        masks = torch.zeros(len(wanted), words, dtype=torch.int32)
-        sound = [(one.matcher, place) for place, one in enumerate(wanted) if not one.matcher.is_error()]
+            executor.consume_token_par([(one.matcher, token) for one, token in zip(held, tokens, strict=True)])
+        if probe:
+            for one, token in zip(held, tokens, strict=True):
+                if one.greedy and (one.free is None or not self._is_plain(token)):
+                    one.free = self._is_free(one.matcher)
+        wanted = [place for place, one in enumerate(held) if not (probe and one.free)]
+        masks = np.zeros((len(held), -(-self._llguidance.vocab_size // 32)), np.int32)
+        sound = [(held[place].matcher, place) for place in wanted if not held[place].matcher.is_error()]
         if sound:
-            executor.unsafe_compute_mask_ptr(sound, masks.data_ptr(), 4 * words, len(wanted))
+            executor.unsafe_compute_mask_ptr(sound, masks.ctypes.data, masks.strides[0], len(held))
+        found: list[Words | None] = [None] * len(held)
+        for place in wanted:
+            found[place] = masks[place]
         if self._board is not None:
-            for one, mask in zip(wanted, masks.numpy(), strict=True):
-                if not one.matcher.is_error():
-                    self._board.post(one, mask)
-        found = dict(zip(map(id, wanted), masks, strict=True))
-        return [found.get(id(one)) for one in held]
+            self._board.post([(held[place], masks[place]) for place in wanted if not held[place].matcher.is_error()])
+        return found
+
+    def _is_plain(self, token: int) -> bool:
+        """Whether free text hardly begins or ends with a token."""
+        plain = self._plain.get(token)
+        if plain is None:
+            text: str = self._source.id_to_token(token) or ""
+            plain = self._plain[token] = not any(character in punctuation for character in text)
+        return plain
 
     def _is_free(self, matcher: LLMatcher) -> bool:
         """Whether an answer is in the midst of free text."""

@@ -11,6 +11,7 @@ from engine_requests import ask
 
 from lorauter.engine import GenerationRequest, SamplingParams
 from lorauter.engine import core as core_module
+from lorauter.engine.board import MaskBoard
 from lorauter.engine.grammars import Grammars
 from lorauter.engine.runner import Runner
 from lorauter.engine.slots import AdapterSlots
@@ -168,6 +169,26 @@ def test_free_answers_do_not_wait_until_it_is_known_what_may_come_in_others(star
     known.set()
     assert ended.wait(20)
     assert re.fullmatch("c[x-z]{4}", "".join(chunk.text for chunk in held))
+
+
+@pytest.mark.parametrize("runner", [Runner, AheadRunner])
+def test_where_nobody_is_held_nothing_is_done_for_it(start, counting, monkeypatch, runner):
+    monkeypatch.setattr(core_module, "Runner", runner)
+    engine = start(counting, max_batch=4)
+    held = ask("ab", max_tokens=6, grammar=Grammar("regex", "[a-z]{6}"))
+    assert len(engine.generate([held] * 4)[0].token_ids) == 6
+
+    def fail(*_, **__):
+        raise AssertionError("it is")
+
+    for owner, name in (
+        (MaskBoard, "has"), (MaskBoard, "post"), (MaskBoard, "_write"), (Grammars, "_find"),
+        (core_module.EngineCore, "_check"), (core_module.EngineCore, "_choose"), (core_module, "wait"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, fail)
+    answers = engine.generate([ask("a", max_tokens=9), ask("m", max_tokens=5, temperature=1.0)] * 4)
+    assert [len(answer.token_ids) for answer in answers] == [9, 5] * 4
+    assert not engine._core._runner._masked
 
 
 def test_who_is_cancelled_while_it_is_not_known_what_may_come_is_gone(start, counting, monkeypatch):
