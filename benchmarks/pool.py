@@ -17,6 +17,7 @@ What is in the folder is not made again. --seconds ends what would take longer.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import random
@@ -54,6 +55,13 @@ started = time.perf_counter()
 
 def say(what: str) -> None:
     print(f"[{time.perf_counter() - started:6.1f} s] {what}", flush=True)
+
+
+def free() -> None:
+    """Give the device's memory back, which another process or an engine takes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Bench:
@@ -300,8 +308,7 @@ def main() -> None:
             say=say,
         )
     )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free()
     if stages == ["make"]:
         return
     scorer = bench.scorer()
@@ -312,6 +319,7 @@ def main() -> None:
     screened = bench.match(scorer)
     if "regimes" in stages:
         bench.metric(screened.shortlists, bench.foreign(scorer, screened))
+        free()
         noisy = [*common, "--truth", args.out / "truth.json"]
         begun.append(bench.deciding("noisy pool", args.out / "scores.jsonl", *noisy))
     if "exhaustive" in stages:
@@ -320,6 +328,7 @@ def main() -> None:
         for process in begun:
             if process.wait():
                 raise SystemExit("deciding has failed")
+        free()
         bench.regimes("clean pool", "noisy pool")
     say("done")
 
