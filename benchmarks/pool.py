@@ -1,6 +1,6 @@
 """A noisy pool of many adapters, made from a clean one, and what matching and routing make of it.
 
-    python benchmarks/pool.py --tasks DIR --adapters DIR --out DIR [--count 1560] [--trainings 64]
+    python benchmarks/pool.py --tasks DIR --adapters DIR --out DIR [--count 1560] [--trainings 60]
         [--only make,match,regimes,exhaustive] [--seconds N]
 
 make: brief trainings on the tasks' train sets (many at once), and adapters that were derived from these and the clean
@@ -269,8 +269,8 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1560)
-    parser.add_argument("--trainings", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50, help="of each training")
+    parser.add_argument("--trainings", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40, help="of each training")
     parser.add_argument("--rows", type=int, default=8, help="of a training in a step")
     parser.add_argument("--positions", type=int, default=80_000, help="of a training pass at most")
     parser.add_argument("--examples", type=int, default=20, help="validation examples a task")

@@ -6,6 +6,7 @@ the base's own, or one that PEFT does not look at. Knows nothing of the base mod
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -219,4 +220,4 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all of its numbers are. A sum tells it in a fifth of the time, but where it overflows."""
     import torch
 
-    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
