@@ -353,7 +353,10 @@ def _matched(
     notify(f"{spent} evaluations, {spent / exhaustive:.1%} of the {exhaustive} of every adapter on every example")
     if len(failures) == len(adapters):
         raise ConfigError(f"no adapter can be used on the base model {model!r}; is it theirs?", setting="model")
-    return without_adapters(with_scores(catalog, _worth(table, by)), failures)
+    worth = _worth(table, by)
+    if shortlists is not None:  # who met an example or two may have been lucky
+        worth = {task: {name: of[name] for name in of if name in shortlists[task]} for task, of in worth.items()}
+    return without_adapters(with_scores(catalog, worth), failures)
 
 
 def _bind(table: ScoreTable, by: _By, tasks: Sequence[Task], catalog: Catalog, model: str) -> None:

@@ -20,6 +20,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, current_version, with_tasks
+from lorauter.catalog.match import MatchConfig
 from lorauter.catalog.parts import key_of
 from lorauter.catalog.scores import Evaluation, Failed, ScoreTable
 from lorauter.catalog.scoring import open_scorer
@@ -268,6 +269,7 @@ def test_a_large_pool_is_screened_first(
     match: Cli, pool: Path, make_adapter: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     monkeypatch.setattr("lorauter.catalog.screen.LARGE", 4)
+    monkeypatch.setattr("lorauter.catalog.screen.SCREEN", MatchConfig(first_examples=1, keep=0.25, min_candidates=1))
     make_adapter(pool, "stranger", base="org/another")
     make_adapter(pool, "twin", fill=0.25)
     make_adapter(pool, "zwilling", fill=0.25)
@@ -278,7 +280,9 @@ def test_a_large_pool_is_screened_first(
     assert "not tried, as they compute the same as another, which is: zwilling (twin)" in ran.err
     first = Catalog.load(tmp_path / "out")
     for task in first.tasks:
-        assert sorted(task.scores) == ["poems", "spare", "sums", "twin"]
+        own = {task.name} & {"poems", "sums"}  # whose name speaks for it
+        assert own <= task.scores.keys() <= {"poems", "spare", "sums", "twin"}
+        assert 1 <= len(task.scores) <= 2 and all(len(of) == 2 for of in task.scores.values())
         assert all(0 <= score <= 1 for of in task.scores.values() for score in of.values())
     assert {"zwilling"} < set(first.adapters) and "stranger" not in first.adapters
     assert (tmp_path / "scores.likelihood.jsonl").exists() == (by == "metric")
