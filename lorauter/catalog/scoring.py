@@ -209,7 +209,7 @@ class LikelihoodScorer:
             together.clear()
 
         decoder = self._decoder
-        for name, adapter in zip(by_adapter, _ahead(self._packed, by_adapter), strict=True):
+        for name, adapter in self._read(by_adapter):
             if isinstance(adapter, Failed):
                 outcomes |= dict.fromkeys(by_adapter[name], adapter)
                 continue
@@ -235,17 +235,25 @@ class LikelihoodScorer:
         Raises:
             AdapterUnavailable, StoreError: as `score`.
         """
-        names = list(names)
         shape = self._decoder.shape
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # what is done to each tensor is too little to share out, and takes thrice as long
         try:
             return {
                 name: packed if isinstance(packed, Failed) else sketch(packed, shape)
-                for name, packed in zip(names, _ahead(self._packed, names), strict=True)
+                for name, packed in self._read(names)
             }
         finally:
             torch.set_num_threads(threads)
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, PackedAdapter | Failed]]:
+        """Adapters, a few ahead of whoever takes them, and kept."""
+        names = list(names)
+        for name, packed in zip(names, _ahead(self._packed, names), strict=True):
+            if not isinstance(packed, Failed) and name not in self._kept and packed.nbytes <= self._room:
+                self._room -= packed.nbytes
+                self._kept[name] = packed
+            yield name, packed
 
     def _packed(self, name: str) -> PackedAdapter | Failed:
         if (kept := self._kept.get(name)) is not None:
@@ -256,12 +264,9 @@ class LikelihoodScorer:
         try:
             packed = self.pack(weights)
             self._check([packed])
+            return packed
         except (AdapterError, InvalidRequest) as error:
             return Failed(str(error))
-        if packed.nbytes <= self._room:
-            self._room -= packed.nbytes
-            self._kept[name] = packed
-        return packed
 
     def pack(self, weights: LoraWeights) -> PackedAdapter:
         """An adapter as `score_mixture` takes it. Raises AdapterRejected if it does not fit the model."""
