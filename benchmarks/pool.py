@@ -167,7 +167,7 @@ class Bench:
                 config = MatchConfig(min_candidates=max(map(len, among.values())))
                 match_adapters(
                     self.tasks, dict.fromkeys(self.truth, "1"), scorer, config, table, self._told, among=among,
-                    chunk_size=CHUNK,
+                    chunk_size=4096,
                 )  # fmt: skip
                 spent = sum(map(len, table.scores.values())) - before
                 self.tell(f"trying{label}, evaluations", spent)

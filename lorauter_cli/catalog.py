@@ -313,7 +313,7 @@ def _matched(
                 likelihoods,
                 favoured=favoured,
                 progress=lambda done, left: progress(done, done + left),
-                chunk_size=scoring.chunk_size(),
+                chunk_size=scoring.chunk_size("likelihood"),
             )
         del seeing  # the device is the engine's
         failures |= screened.matching.failures
@@ -343,7 +343,7 @@ def _matched(
                 table,
                 lambda done, left: progress(done, done + left),
                 among=shortlists,
-                chunk_size=scoring.chunk_size(),
+                chunk_size=scoring.chunk_size(by.value),
             )
         failures |= matching.failures
         spent += matching.spent

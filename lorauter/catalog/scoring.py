@@ -382,9 +382,12 @@ def open_likelihood_scorer(model: str, load_adapter: LoadAdapter, tasks: Sequenc
     return LikelihoodScorer(decoder, codec, load_adapter, tasks)
 
 
-def chunk_size() -> int:
-    """Evaluations that are worth making together where this process computes."""
-    return 16384 if torch.cuda.is_available() else 256
+def chunk_size(by: ScoredBy) -> int:
+    """Evaluations that are worth making together where this process computes; by metric all of their adapters are in
+    host memory at once."""
+    if not torch.cuda.is_available():
+        return 256
+    return 16384 if by == "likelihood" else 1024
 
 
 def _loaded(load_adapter: LoadAdapter, name: str) -> LoraWeights | Failed:
