@@ -35,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--long", type=int, default=0, metavar="N", help="with gpu: a prompt of N tokens, and no more")
     parser.add_argument("--vllm", metavar="PYTHON", help="with cpu and moving: an interpreter that has vLLM")
-    parser.add_argument("--profile", action="store_true", help="with gpu and moving: where the time goes")
+    parser.add_argument("--profile", action="store_true", help="with gpu: where the time goes")
     parser.add_argument("--requests", type=int, default=256, help="with moving")
     parser.add_argument("--batch", type=int, help="with moving: rows; 128 on a GPU, 16 on a CPU")
     parser.add_argument("--open-s", type=float, default=15, help="with moving: seconds of arrivals")

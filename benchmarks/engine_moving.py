@@ -1,7 +1,8 @@
 """The engine under requests that come and go: real prompts of the example tasks, each under its task's adapter.
 
 Closed: all at once, more than there are rows. Open: Poisson arrivals at 70 % of that rate. Against the engine's own
-figure where the batch stands still, and vLLM's on the same prompts.
+figure where the batch stands still, and vLLM's on the same prompts. The engine has a process of its own, as a replica's
+and vLLM's have.
 """
 
 from __future__ import annotations
@@ -20,37 +21,36 @@ import torch
 from engine_common import ROOT, figures, random_adapters, random_model, report
 from vllm_peer import Timed, VllmPeer
 
+from lorauter.defaults import BASE_MODEL, resolve_adapters, resolve_model
 from lorauter.engine import EngineConfig, GenerationRequest, MultiLoraEngine, SamplingParams
+from lorauter.engine.engine import Engine
+from lorauter.engine.load import load_decoder, load_in_process, warm_up
+from lorauter.engine.messages import Adapter
 from lorauter.engine.model import Decoder
-from lorauter.engine.slots import PackedAdapter
-from lorauter.engine.text import TextCodec
 
 NEW_TOKENS = 64
-Mix = Callable[[int], tuple[tuple[PackedAdapter, float], ...]]
+Mixture = tuple[tuple[Adapter, float], ...]
+Mix = Callable[[int], Mixture]
 
 
 class Load:
     """An engine, and what is asked of it."""
 
-    def __init__(self, engine: MultiLoraEngine, adapters: dict[str, PackedAdapter], prompts: Sequence[tuple[str, str]]):
+    def __init__(self, engine: Engine, adapters: dict[str, Adapter], prompts: Sequence[tuple[str, str]]):
         self.engine = engine
         self.adapters = adapters
         self.tasks = [task for task, _ in prompts]
         self.prompts = [engine.codec.chat([{"role": "user", "content": text}]) for _, text in prompts]
         self.names = sorted(adapters)
 
-    def let_go(self) -> None:
-        """Of the engine and its memory."""
-        del self.engine
-
-    def base(self, i: int) -> tuple[tuple[PackedAdapter, float], ...]:
+    def base(self, i: int) -> Mixture:
         return ()
 
-    def own(self, i: int) -> tuple[tuple[PackedAdapter, float], ...]:
+    def own(self, i: int) -> Mixture:
         """The adapter of the prompt's task."""
         return ((self.adapters[self.tasks[i % len(self.tasks)]], 1.0),)
 
-    def three(self, i: int) -> tuple[tuple[PackedAdapter, float], ...]:
+    def three(self, i: int) -> Mixture:
         return tuple((self.adapters[self.names[(3 * i + j) % len(self.names)]], 1 / 3) for j in range(3))
 
     def requests(
@@ -82,17 +82,11 @@ def moving(args: argparse.Namespace) -> None:
     still = still_rate(load, rows, args.repeats)
     report("adapters: tokens while all rows are taken and change", steady)
     report("adapters: tokens where the batch stands still", still)
-    if args.profile:
-        profile(load)
     if not args.quick:
         open_run(load, 0.7 * closed["adapters, as they come"].requests_s, args.open_s)
-    decoder, codec = engine.decoder, engine.codec
     engine.close()
-    del engine
-    load.let_go()
-    if not args.quick:
-        shared_prefix(load, decoder, codec)
-    del decoder
+    if not args.quick and not args.shape:
+        shared_prefix(load, model, folders)
     ratios: dict[str, float] = {
         "moving_of_still": steady / still,
         "adapters_of_base": closed["adapters, 64 each"].tokens_s / closed["base, 64 each"].tokens_s,
@@ -110,27 +104,21 @@ def moving(args: argparse.Namespace) -> None:
             print(f"{name} {figures[name]:.3f}")
 
 
-def start(
-    args: argparse.Namespace, rows: int
-) -> tuple[MultiLoraEngine, dict[str, PackedAdapter], str, dict[str, Path]]:
-    """The default model with the example adapters, or random weights of a shape."""
-    from lorauter.adapters import LoraWeights
-    from lorauter.defaults import BASE_MODEL, resolve_adapters, resolve_model
-    from lorauter.engine import load_engine
-    from lorauter.engine.load import load_decoder, warm_up
-
+def start(args: argparse.Namespace, rows: int) -> tuple[Engine, dict[str, Adapter], str, dict[str, Path]]:
+    """The default model with the example adapters, or random weights of a shape, in this process then."""
     path = resolve_model("default")
     began = time.perf_counter()
     pool = Path(resolve_adapters("default"))
     folders = {p.name: p for p in sorted(pool.iterdir()) if (p / "adapter_config.json").is_file()}
     config = EngineConfig(max_batch=rows, max_model_len=2048, max_queue=4096, prefix_reuse=False)
+    engine: Engine
     if args.shape:
         _, codec = load_decoder(path, device="cpu")
         engine = MultiLoraEngine(Decoder(random_model(args.shape, "cuda")), codec, config)
-        adapters = dict(zip(folders, random_adapters(engine, len(folders)), strict=True))
+        adapters: dict[str, Adapter] = dict(zip(folders, random_adapters(engine, len(folders)), strict=True))
     else:
-        engine = load_engine(path, config, aliases=[BASE_MODEL])
-        adapters = {name: engine.pack(LoraWeights.load(p, name=name, version="1")) for name, p in folders.items()}
+        engine = load_in_process(path, config, aliases=[BASE_MODEL])
+        adapters = {name: engine.read(p, name=name, version="1")[0] for name, p in folders.items()}
     warm_up(engine)  # as a replica does before it takes requests
     report("ready after", time.perf_counter() - began, "s")
     return engine, adapters, path, folders
@@ -156,7 +144,7 @@ def first_requests(load: Load) -> None:
     report("first request after the start of the tenth", times[0] / times[-1], "")
 
 
-def timed(engine: MultiLoraEngine, requests: Sequence[GenerationRequest]) -> Timed:
+def timed(engine: Engine, requests: Sequence[GenerationRequest]) -> Timed:
     began = time.perf_counter()
     answers = engine.generate(requests)
     seconds = time.perf_counter() - began
@@ -259,7 +247,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
-def shared_prefix(load: Load, decoder: Decoder, codec: TextCodec) -> None:
+def shared_prefix(load: Load, model: str, folders: dict[str, Path]) -> None:
     """32 requests behind one system prompt of 1,500 tokens, against 32 behind one of their own each."""
     draw = random.Random(2)
 
@@ -267,7 +255,8 @@ def shared_prefix(load: Load, decoder: Decoder, codec: TextCodec) -> None:
         return tuple(draw.randrange(1000, 20000) for _ in range(1500))
 
     config = EngineConfig(max_batch=32, max_model_len=2048, adapter_bytes=1 << 28, cache_bytes=4 << 30)
-    engine = MultiLoraEngine(decoder, codec, config)
+    engine = load_in_process(model, config, aliases=[BASE_MODEL])
+    load.adapters = {name: engine.read(p, name=name, version="1")[0] for name, p in folders.items()}
 
     def median_first(prefixes: Sequence[tuple[int, ...]]) -> float:
         firsts: list[float] = []
@@ -324,13 +313,3 @@ def against_vllm(
             ratios[name] = ours.tokens_s / theirs.tokens_s if ignore_eos else ours.requests_s / theirs.requests_s
         peer.close()
     return ratios
-
-
-def profile(load: Load) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    activities = [ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]
-    with torch_profile(activities=activities) as trace:
-        timed(load.engine, load.requests(load.own, ignore_eos=True))
-    print(trace.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=60))
