@@ -287,10 +287,12 @@ def lora_shrink(
     """
     n, width = x.shape
     capacity, targets, slots = tiles.shape[1], starts.shape[0] - 1, weights.shape[1]
-    block, columns = (64, 64) if live is not None or n > 32 else (32, 32) if n > 16 else (16, 32)
+    split = width > _SHRINK_WHOLE
+    # Unless it is cut, a sum takes as long as its inputs, and small blocks take more of them at once.
+    large = live is not None or n > (32 if split else 128)
+    block, columns = (64, 64) if large else (32, 32) if n > 16 else (16, 32)
     lists = 0 if live is None else max(128, triton.next_power_of_2(triton.cdiv(n, block)))
     u = x.new_empty(n, capacity * 16)
-    split = width > _SHRINK_WHOLE
     partial = x.new_empty(_SHRINK_PROGRAMS.value * block * columns, dtype=torch.float32) if split else u
     most = triton.cdiv(n, block) * triton.cdiv(capacity * 16, columns)
     programs = _SHRINK_PROGRAMS.value if split else min(most, _SHRINK_PROGRAMS.value)
