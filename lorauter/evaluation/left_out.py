@@ -31,7 +31,8 @@ from lorauter.tasks import Example, Task
 from lorauter.turns import ExampleTurns, chat_of
 
 _MOST_TOKENS = 256  # of an answer
-_ERRORS = 1.0  # standard errors that a gain has to be at least
+# Standard errors that a gain has to be at least; what was made for a task is not given up for one that may be luck.
+_ERRORS, _ERRORS_OWN = 1.0, 2.0
 
 Barred = Mapping[str, Collection[str]]
 
@@ -126,8 +127,8 @@ def helped(
     return {
         name: ShownExamples(
             count,
-            _help(scores[name, True]) if (name, True) in scores else None,
-            _help(scores[name, False]),
+            _help(scores[name, True], _ERRORS_OWN) if (name, True) in scores else None,
+            _help(scores[name, False], _ERRORS),
             tokens_of(codec, task),
         )
         for name, task in tasks.items()
@@ -166,12 +167,12 @@ def ask_regimes(
     write_helped(output, found)
 
 
-def _help(scores: Mapping[str, Sequence[float]]) -> Help:
+def _help(scores: Mapping[str, Sequence[float]], errors: float) -> Help:
     means = {way: fmean(values) for way, values in scores.items()}
     best = "base" if means["base"] > means["mixture"] else "mixture"
     gains = [after - before for after, before in zip(scores[best], scores["plain"], strict=True)]
     gain, error = fmean(gains), stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-    return Help(best if gain > 0 and gain >= _ERRORS * error else None, gain, error)  # type: ignore[arg-type]
+    return Help(best if gain > 0 and gain >= errors * error else None, gain, error)  # type: ignore[arg-type]
 
 
 def _row(

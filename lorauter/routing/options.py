@@ -67,7 +67,7 @@ class RoutingConfig(BaseModel):
     selection: Literal["mean", "similar"] = "mean"
     top_k: TopK = 16
     temperature: Temperature = 0.05
-    softening: Annotated[FiniteFloat, Field(ge=1, le=100)] = 4.0
+    softening: Annotated[FiniteFloat, Field(ge=1, le=100)] = 3.0
     num_tasks: Annotated[int, Field(ge=1, le=1000)] = 10
     fallback: bool = True
     sure: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.7

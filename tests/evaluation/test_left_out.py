@@ -68,7 +68,7 @@ def test_answers_are_taken_again_only_where_all_is_the_same(catalog: Catalog, co
         ({"plain": 0, "mixture": 3, "base": 0}, Help("mixture", 1.0, 0.0)),
         ({"plain": 0, "mixture": 1, "base": 3}, Help("base", 1.0, 0.0)),
         ({"plain": 3, "mixture": 0, "base": 1}, Help(None, -2 / 3, 1 / 3)),
-        ({"plain": 1, "mixture": 2, "base": 2}, Help("mixture", 1 / 3, 1 / 3)),  # just its error
+        ({"plain": 1, "mixture": 2, "base": 2}, Help(None, 1 / 3, 1 / 3)),  # just its error
     ],
 )
 def test_they_help_where_they_gain_more_than_chance(
@@ -86,6 +86,14 @@ def test_they_help_where_they_gain_more_than_chance(
     assert (own.gain, own.error) == (pytest.approx(help.gain), pytest.approx(help.error))
     assert found["poems"].own is None and found["poems"].others.by is None
     assert found["sums"].tokens == (len("1+1>sums answer>"),) * 3
+
+
+def test_less_is_enough_where_no_adapter_was_made_for_the_task(catalog: Catalog, codec: Any) -> None:
+    asked = trials(catalog, 2, codec, config=CONFIG)
+    right = {trial.row.id for trial in asked if not trial.own and trial.place < 1 + (trial.way != "plain")}
+    answers = {t.row.id: AnswerRow("", f"{t.task} answer" * (t.row.id in right), "stop", 1) for t in asked}
+    others = helped(catalog, 2, codec, asked, answers)["sums"].others
+    assert (others.by, others.gain, others.error) == ("mixture", pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
 def test_an_engine_answers_and_the_catalog_keeps_it(
