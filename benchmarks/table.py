@@ -4,7 +4,7 @@
         [--split test|validation] [--regimes in-domain,semi-OOD] [--only a,b] [--queries N]
 
 Everything is made of the first validation examples of each task: a catalog with states and all scores (scores.jsonl in
-the folder, or made), each regime's compositions, which tasks examples help. The rows given are answered first
+the folder, or made), each regime's compositions, which tasks examples help. Rows given are those of other methods
 (benchmarks/states.py --decide, or `lorauter eval decide`, makes some). What is in the folder is not made again.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--shown", type=int, default=3, help="examples that go before a query, at most")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--regimes", default=",".join(COMPOSED_REGIMES), help="of the compositions and examples")
+    parser.add_argument("--regimes", default=",".join(COMPOSED_REGIMES[::-1]), help="of the compositions and examples")
     parser.add_argument("--only", help="these tasks alone")
     parser.add_argument("--queries", type=int, help="of a task at most")
     parser.add_argument("--steps", type=int, help="of the fits, in place of the default")
@@ -99,12 +99,10 @@ def main() -> None:
 
     def begin() -> None:  # whose engine is gone from the device when it ends
         with closing(engine()) as running:
-            if rows:
-                answered(rows, running, "rows given")
             say(f"{len(missing)} of {len(wanted)} scores are to be made")
             score_all(missing, EngineScorer(running, load, tasks), table, lambda n: say(f"{n} left"), chunk_size=4096)
 
-    if missing or rows:
+    if missing:
         begin()
         release()
     say("embedding, and reading states")
@@ -136,6 +134,8 @@ def main() -> None:
         say(f"{regime}: {sum(one.regime == regime for one in composed)} of {len(tasks)} compositions hold")
 
     with closing(engine()) as running:
+        if rows:
+            answered(rows, running, "rows given")
         digest = model_digest("default")
         ask_regimes(
             catalog,
@@ -154,15 +154,16 @@ def main() -> None:
             say(
                 f"{regime}: examples help {len(by) - by.count(None)} of {len(by)} tasks, {by.count('base')} by the base"
             )
-        say("deciding")
-        methods = {COMPOSED: None, COMPOSED_EXAMPLES: None}
-        decided = decide(
-            every, catalog, encoder, methods, states=states, split=args.split, regimes=args.regimes.split(","), own=own,
-            composed=composed, helped=helped,
-        )  # fmt: skip
-        new = [{**row, "split": args.split, "id": f"{args.split}/{row['id']}"} for row in decided]
-        say(f"{sum('examples' in row for row in new)} of {len(new)} rows have examples")
-        answered(new, running, "compositions and examples")
+        for regime in args.regimes.split(","):
+            say(f"deciding for {regime}")
+            methods = {COMPOSED: None, COMPOSED_EXAMPLES: None}
+            decided = decide(
+                every, catalog, encoder, methods, states=states, split=args.split, regimes=[regime], own=own,
+                composed=composed, helped=helped,
+            )  # fmt: skip
+            new = [{**row, "split": args.split, "id": f"{args.split}/{row['id']}"} for row in decided]
+            say(f"{sum('examples' in row for row in new)} of {len(new)} rows have examples")
+            answered(new, running, regime)
     say("done")
 
 
