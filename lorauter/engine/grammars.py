@@ -194,6 +194,7 @@ class Grammars:
         for one, _ in came:
             one.index += 1
         self._find([one for one, _ in came], [token for _, token in came], probe)
+        time.sleep(0)  # whoever finds it may begin
 
     def find(self, held: Held) -> None:
         """Find out what may come next in an answer, whatever that takes; returns at once."""
