@@ -28,7 +28,9 @@ from lorauter.models import pinned
 
 _ENCODER_GPUS = 0.1  # of the engine's: a query takes a millisecond there, and some twenty of a core's
 _REPORT_PERIOD_S, _REPORT_TIMEOUT_S = 1.0, 10.0  # of `LoraModel.record_routing_stats`
-_CORES_EACH, _MOST_AT_FIRST = 4, 4
+_CORES_EACH = {"Router": 2, "QueryEmbedder": 4, "TaskRetriever": 4}
+_MOST_AT_FIRST = {"Router": 8, "QueryEmbedder": 4, "TaskRetriever": 4}
+_GROWS_TO = 4  # replicas, where one is enough at first
 # Calls in progress for which a replica is added. QueryEmbedder's are of many queries, one of each TaskRetriever.
 _ONGOING = {"Router": 100, "QueryEmbedder": 2, "TaskRetriever": 16}
 
@@ -138,11 +140,11 @@ def _scaling(overrides: Options, name: str) -> dict[str, Any]:
     said = {"num_replicas", "autoscaling_config"} & _options(overrides, name).keys()
     if said or _resources(overrides, name).get("num_gpus"):
         return {}
-    least = min(_MOST_AT_FIRST, max(1, int(resources().get("CPU", 1)) // _CORES_EACH))
+    least = min(_MOST_AT_FIRST[name], max(1, int(resources().get("CPU", 1)) // _CORES_EACH[name]))
     return {
         "autoscaling_config": {
             "min_replicas": least,
-            "max_replicas": 2 * least if least > 1 else _MOST_AT_FIRST,
+            "max_replicas": 2 * least if least > 1 else _GROWS_TO,
             "target_ongoing_requests": _ONGOING[name],
         }
     }

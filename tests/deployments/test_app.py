@@ -66,7 +66,7 @@ def test_an_ingress_that_listens_itself_does_not_scale_by_what_serve_sees(monkey
     api = CONFIG.api.model_copy(update={"listen": "127.0.0.1:8000"})
     config = CONFIG.model_copy(update={"api": api})
     router = parts(assemble(config, {}))["Router"]
-    assert router.num_replicas == 4 and router._deployment_config.autoscaling_config is None
+    assert router.num_replicas == 8 and router._deployment_config.autoscaling_config is None
     assert parts(assemble(config, {"Router": {"num_replicas": 1}}))["Router"].num_replicas == 1
 
 
@@ -96,15 +96,18 @@ def test_on_a_gpu_the_encoder_is_beside_the_engine_and_more_runs_at_once(monkeyp
     assert on_cpu.init_args[0].engine.rows == 16
 
 
-@pytest.mark.parametrize(("cores", "least", "most"), [(1, 1, 4), (2, 1, 4), (8, 2, 4), (16, 4, 8), (128, 4, 8)])
+@pytest.mark.parametrize(
+    ("cores", "router", "others"),
+    [(1, (1, 4), (1, 4)), (2, (1, 4), (1, 4)), (8, (4, 8), (2, 4)), (16, (8, 16), (4, 8)), (128, (8, 16), (4, 8))],
+)
 def test_what_a_core_bounds_has_replicas_by_the_cores(
-    monkeypatch: pytest.MonkeyPatch, cores: int, least: int, most: int
+    monkeypatch: pytest.MonkeyPatch, cores: int, router: tuple[int, int], others: tuple[int, int]
 ) -> None:
     clustered(monkeypatch, CPU=cores)
     found = parts(assemble(CONFIG, {}))
-    for name in ("Router", "QueryEmbedder"):
+    for name, expected in (("Router", router), ("QueryEmbedder", others), ("TaskRetriever", others)):
         scaling = found[name]._deployment_config.autoscaling_config
-        assert (scaling.min_replicas, scaling.max_replicas) == (least, most)
+        assert (scaling.min_replicas, scaling.max_replicas) == expected, name
     said = parts(assemble(CONFIG, {"Router": {"num_replicas": 3}}))["Router"]
     assert (said.num_replicas, said._deployment_config.autoscaling_config) == (3, None)
 
