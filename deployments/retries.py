@@ -99,6 +99,14 @@ async def generated(sender: Sender, call: GenerateCall, *, timeout_s: float) -> 
         if chunk.finish_reason is not None:
             del left[chunk.index]
 
+    def again() -> GenerateCall:
+        """The call for another replica: what it can have is another mixture, and what is known it goes on after."""
+        choices = tuple(Choice(index, tuple(tokens)) for index, tokens in left.items())
+        if admitted is None:
+            return replace(call, choices=choices)
+        kept = without(call.adapters, {adapter.key for adapter in admitted.left_out})
+        return replace(call, choices=choices, adapters=kept, routed=False)
+
     deaths = 0
     refused: set[str | None] = {None}
     call = replace(call, number=next(_numbers))
@@ -106,14 +114,11 @@ async def generated(sender: Sender, call: GenerateCall, *, timeout_s: float) -> 
     while True:
         stream: RpcCall | None = None
         try:
-            call = replace(call, choices=tuple(Choice(index, tuple(tokens)) for index, tokens in left.items()))
             stream = await _sent(sender, call, until, timeout_s)
             begun: Begun = await _first(stream, call, until, timeout_s, sender)
             note(begun.chunk)
             if admitted is None:
                 admitted = begun.admitted
-                kept = without(call.adapters, {adapter.key for adapter in admitted.left_out})
-                call = replace(call, adapters=kept, routed=False)  # what another replica can have is another mixture
                 yield admitted
             yield begun.chunk
             async for chunk in stream:
@@ -135,10 +140,12 @@ async def generated(sender: Sender, call: GenerateCall, *, timeout_s: float) -> 
             deaths += 1
             if deaths == _ATTEMPTS:
                 raise _gone(error) from error
+            resumed = again()
         finally:
             if stream is not None:
                 stream.cancel()
             sender.ended(call)
+        call = resumed
         await asyncio.sleep(_PAUSE_S * 2 ** (deaths - 1))
         until = time.monotonic() + timeout_s
 
@@ -154,23 +161,15 @@ async def _sent(sender: Sender, call: GenerateCall, until: float, timeout_s: flo
 
 async def _first(stream: RpcCall, call: GenerateCall, until: float, timeout_s: float, sender: Sender) -> Begun:
     """The first that a replica says. Raises _Waits if the call had better wait elsewhere."""
-    first = asyncio.ensure_future(anext(stream))
-    try:
-        while not first.done():
-            left = until - time.monotonic()
-            await asyncio.wait([first], timeout=max(0.0, min(left, _LOOK_S)))
-            if first.done():
-                break
-            if left <= 0:
-                raise ServiceUnavailable(f"no replica has begun to answer within {timeout_s:g} s")
-            if avoid := sender.elsewhere(call, 1 - left / timeout_s):
-                raise _Waits(avoid)
-        begun: Begun = await first
-        return begun
-    finally:
-        if not first.done():
-            first.cancel()
-            await asyncio.gather(first, return_exceptions=True)
+    left = until - time.monotonic()
+    while not await stream.has_said(within=max(0.0, min(left, _LOOK_S))):
+        if left <= 0:
+            raise ServiceUnavailable(f"no replica has begun to answer within {timeout_s:g} s")
+        if avoid := sender.elsewhere(call, 1 - left / timeout_s):
+            raise _Waits(avoid)
+        left = until - time.monotonic()
+    begun: Begun = await anext(stream)
+    return begun
 
 
 def _gone(error: ConnectionLost) -> ServiceUnavailable:

@@ -295,8 +295,32 @@ class RpcCall:
     def told(self, kind: int, value: Any) -> None:
         """The client's: what the server said."""
         self._told.append((kind, value))
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    async def _hear(self) -> None:
+        """Wait to be woken."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            self._waiter = None
+
+    async def has_said(self, within: float) -> bool:
+        """Whether the server has said something that was not taken yet, once it has, or so many seconds have passed."""
+        if not self._told:
+            timer = asyncio.get_running_loop().call_later(within, self._wake)
+            try:
+                await self._hear()
+            finally:
+                timer.cancel()
+        return bool(self._told)
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self._result().__await__()
@@ -315,14 +339,7 @@ class RpcCall:
 
     async def _next(self) -> tuple[int, Any]:
         if not self._told:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-            finally:
-                self._waiter = None
+            await self._hear()
         kind, value = self._told.popleft()
         if kind == _ERROR:
             raise value.raised() if isinstance(value, PickledError) else value

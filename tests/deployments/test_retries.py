@@ -73,6 +73,7 @@ class Response:
         self._outcome = outcome
         self._cancelled = asyncio.Event()
         self._ended = False
+        self._next: asyncio.Future[Any] | None = None
 
     def __await__(self) -> Any:
         return self._answer().__await__()
@@ -106,10 +107,17 @@ class Response:
     def __aiter__(self) -> Any:
         return self
 
+    async def has_said(self, within: float) -> bool:
+        assert self._stream is not None
+        self._next = self._next or asyncio.ensure_future(anext(self._stream))
+        await asyncio.wait([self._next], timeout=within)
+        return self._next.done()
+
     async def __anext__(self) -> Any:
         assert self._stream is not None
+        said, self._next = self._next, None
         try:
-            return await anext(self._stream)
+            return await (anext(self._stream) if said is None else said)
         except (Exception, StopAsyncIteration):
             self._ended = True
             raise
@@ -118,6 +126,8 @@ class Response:
         if not self._ended:
             self._replicas.cancelled += 1
         self._cancelled.set()
+        if self._next is not None:
+            self._next.cancel()
 
 
 def call(outcomes: Iterable[Any], timeout_s: float = 5) -> Any:
