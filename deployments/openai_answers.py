@@ -39,6 +39,8 @@ logger = logging.getLogger("lorauter.api")
 
 Calls = Sequence[CallPiece]
 
+_encoded = json.JSONEncoder(ensure_ascii=False).encode
+_MARK = uuid.uuid4().hex  # in a text's place, where all else is encoded once
 _UNKNOWN = "internal error; the server's log says more"
 
 # (status, type, code) of each error that may reach a client; the first class that fits counts.
@@ -176,8 +178,7 @@ class EventEncoder:
         self._head = head
         self._shape = shape
         self._index = index
-        mark = uuid.uuid4().hex  # in the text's place
-        before, after = self._piece(mark, None).decode().split(f'"{mark}"')
+        before, after = self._piece(_MARK, None).decode().split(f'"{_MARK}"')
         self._before, self._after = before.encode(), after.encode()
 
     def first(self, within: Mapping[str, Any], **beside: Any) -> bytes:
@@ -311,7 +312,7 @@ class OpenAIWriter:
 
 def event(content: Mapping[str, Any]) -> bytes:
     """A server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+    return f"data: {_encoded(content)}\n\n".encode()
 
 
 def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> dict[str, Any]:

@@ -264,11 +264,11 @@ class Retriever:
         for place, score, probability in zip(places.tolist(), scores, probabilities, strict=True):
             if len(tasks) >= config.num_tasks and lent >= self._top_k(options):
                 break
-            adapters = tuple(name for name in self._look(place).names if options.allows(name))
+            known = self._look(place)
+            adapters = tuple(name for name in known.names if options.allows(name))
             if len(tasks) < config.num_tasks or adapters:
                 segment, i = self.catalog.at(place)
-                answers = segment.answers(i)
-                tasks.append(RetrievedTask(segment.names[i], float(score), adapters, float(probability), answers))
+                tasks.append(RetrievedTask(segment.names[i], float(score), adapters, float(probability), known.answers))
                 lent += bool(adapters)
         result = Retrieved(
             tuple(tasks),
@@ -317,7 +317,7 @@ class Retriever:
         totals: dict[str, float] = {}
         chances = zip(places.tolist(), own.tolist(), (own + kindred).tolist(), strict=True)
         for nth, (place, known, chance) in enumerate(chances):
-            names, worth = self._look(place)
+            names, worth, _ = self._look(place)
             if self.config.selection == "similar" and nth < _SELECTED_TASKS and self._scores(place) is not None:
                 worth = self._worths_nearby(embedding, place).tolist()
             for name, value in zip(names, worth, strict=True):
@@ -333,7 +333,7 @@ class Retriever:
         Of n examples that an adapter met, each counts by softmax(cosine / temperature) among them, in place of 1 / n.
         """
         values, tried, counts = self._scores(place)
-        _, worth = self._look(place)
+        worth = self._look(place).worth
         examples = self.catalog.examples(place).embeddings
         nearness = np.exp((examples @ embedding - 1).astype(np.float64) / _NEIGHBOUR_TEMPERATURE)
         mass = tried @ nearness
@@ -354,10 +354,11 @@ class Retriever:
 
 
 class _Known(NamedTuple):
-    """A task's adapters, and their worths."""
+    """A task's adapters, and their worths; its answers, if they are known."""
 
     names: list[str]
     worth: list[float]
+    answers: Answers | None
 
 
 def _known(segment: Segment, i: int, composed: Container[str]) -> _Known:
@@ -369,7 +370,7 @@ def _known(segment: Segment, i: int, composed: Container[str]) -> _Known:
     best, first = found.max(initial=1.0), min(others, default=len(names))
     worth = np.where(np.arange(len(names)) < first, best + COMPOSED, best / 2)
     worth[others] = found
-    return _Known(names, worth.tolist())
+    return _Known(names, worth.tolist(), segment.answers(i))
 
 
 def _remembered(known: dict[Key, Value], most: int, key: Key, make: Callable[[], Value]) -> Value:
