@@ -6,16 +6,23 @@ what the texts are for.
 
 from __future__ import annotations
 
+import logging
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorauter.errors import ConfigError
 from lorauter.uris import called
+
+if TYPE_CHECKING:
+    from lorauter.bert import GraphedBert
+
+logger = logging.getLogger("lorauter.encoder")
+_SAME = 1e-3  # of single precision, by other kernels
 
 Embeddings = NDArray[np.float32]
 
@@ -55,9 +62,16 @@ class SentenceEncoder:
             compute_linear_layers_in(native_dtype(self._model.device), self._model)
         # Texts are sorted by length, and padded to the longest of so many: where a CPU's time goes.
         self._padded_together = 8 if on_cpu else 64
+        self._graphed = None if self._model.device.type != "cuda" else _graphed(self._model)
         self.name = called(model)
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
+        if self._graphed is not None and texts:
+            try:
+                return np.ascontiguousarray(self._graphed.encode(texts).numpy(), dtype=np.float32)
+            except RuntimeError as error:
+                logger.warning("the encoder goes on without CUDA graphs: %s", error)
+                self._graphed = None
         vectors = self._model.encode(
             list(texts),
             batch_size=self._padded_together,
@@ -66,6 +80,24 @@ class SentenceEncoder:
             convert_to_numpy=True,
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _graphed(model: Any) -> GraphedBert | None:
+    """The model by CUDA graphs, if it is of a make that these are written for, and they say what it does."""
+    from lorauter.bert import GraphedBert, MeanBert
+
+    if not MeanBert.fits(model):
+        return None
+    try:
+        graphed = GraphedBert(model)
+        probe = ["a text", "another one, which is longer"]
+        same = np.abs(graphed.encode(probe).numpy() - model.encode(probe, normalize_embeddings=True)).max() < _SAME
+    except RuntimeError as error:
+        logger.warning("the encoder runs without CUDA graphs: %s", error)
+        return None
+    if not same:
+        logger.warning("the encoder runs without CUDA graphs, whose vectors differ")
+    return graphed if same else None
 
 
 class HashingEncoder:

@@ -1,0 +1,84 @@
+"""The written-out forward pass against sentence-transformers' own, with random weights; graphs need a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorauter.bert import GraphedBert, MeanBert, padded_shape
+from lorauter.encoder import SentenceEncoder
+
+TEXTS = ["Is this review good?", "a", "Which of these is it, " * 30, "Translate this sentence to French.", "b c"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SentenceEncoder:
+    return SentenceEncoder(_default(), device="cpu")
+
+
+def _default() -> str:
+    from lorauter.defaults import resolve_encoder
+
+    return resolve_encoder("default")
+
+
+def test_the_forward_pass_is_the_models_whatever_it_is_padded_to(encoder: SentenceEncoder) -> None:
+    model = encoder._model.eval()
+    assert MeanBert.fits(model)
+    expected = model.encode(TEXTS, normalize_embeddings=True)
+    features = model.preprocess(TEXTS)
+    ids, mask = features["input_ids"], features["attention_mask"]
+    for wider in (0, 3):
+        pad = torch.nn.functional.pad
+        with torch.inference_mode():
+            found = MeanBert(model)(pad(ids, (0, wider)), pad(mask, (0, wider)))
+        assert np.abs(found.numpy() - expected).max() < 5e-3  # linear layers may be of half precision
+
+
+def test_other_makes_are_left_to_sentence_transformers() -> None:
+    def made(modules: tuple[str, ...] = ("Transformer", "Pooling", "Normalize"), **config: Any) -> Any:
+        pooling = config.pop("pooling", "mean")
+        bert = type(
+            "BertModel", (), {"config": SimpleNamespace(**{"hidden_act": "gelu", "is_decoder": False, **config})}
+        )
+        parts = {"Transformer": {"model": bert()}, "Pooling": {"pooling_mode": pooling}, "Normalize": {}}
+
+        class Model(list[Any]):
+            default_prompt_name = None
+            truncate_dim = None
+
+        return Model(type(name, (SimpleNamespace,), {})(**parts[name]) for name in modules)
+
+    assert MeanBert.fits(made())
+    assert not MeanBert.fits(made(pooling="cls"))
+    assert not MeanBert.fits(made(modules=("Transformer", "Pooling")))
+    assert not MeanBert.fits(made(hidden_act="relu"))
+    prompted = made()
+    prompted.default_prompt_name = "query"
+    assert not MeanBert.fits(prompted)
+
+
+def test_shapes_are_few() -> None:
+    assert [
+        padded_shape(*each) for each in ((1, 3, 256), (5, 17, 256), (64, 200, 256), (2, 130, 200), (3, 600, 512))
+    ] == [
+        (1, 16),
+        (8, 32),
+        (64, 256),
+        (2, 200),
+        (4, 600),
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_say_what_the_model_says() -> None:
+    encoder = SentenceEncoder(_default(), device="cuda")
+    assert isinstance(encoder._graphed, GraphedBert)
+    for count in (1, 3, 150):
+        texts = [TEXTS[i % len(TEXTS)] + "!" * (i % 7) for i in range(count)]
+        expected = encoder._model.encode(texts, normalize_embeddings=True)
+        assert np.abs(encoder.encode(texts) - expected).max() < 1e-3
