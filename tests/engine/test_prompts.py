@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lorauter.engine.prompts import PromptReader
+from lorauter.engine.prompt_graphs import filled, grid
+from lorauter.engine.prompts import PromptReader, WholePrompts
 
 LENGTHS = (1, 40, 17, 16, 2, 33, *range(1, 20))
 
@@ -35,3 +36,32 @@ def test_states_are_transformers(pool, forced, kind, layers, whole):
             handle.remove()
     torch.testing.assert_close(reader.states(prompts[:1])[0], states[0], atol=1e-5, rtol=1e-5)
     assert reader.states([]).shape == (0, len(layers), 64)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2-window"])
+def test_a_grid_that_is_filled_anew_says_the_same(pool, forced, kind):
+    """What a graph repeats on a GPU: the step is made before it is known what is read."""
+    decoder = pool.decoder(kind)
+    reader = PromptReader(decoder, [1, 3], length=64, whole=True)
+    batch = grid((4, 64), decoder.device)
+    step = WholePrompts(reader._memory, batch)
+    for lengths in ((40, 3, 64), (1, 17, 33, 2)):
+        prompts = [s.tokens[:length] for s, length in zip(forced([(n, n + 1) for n in lengths]), lengths, strict=True)]
+        for part, values in zip((batch.tokens, batch.outputs), filled(prompts, (4, 64)), strict=True):
+            part.copy_(values)
+        with torch.inference_mode():
+            found = decoder.states(step, batch, [1, 3])[: len(prompts)]
+        torch.testing.assert_close(found, reader.states(prompts), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_say_what_steps_say():
+    from lorauter.defaults import load_states
+
+    reader = load_states("default", device="cuda")._reader
+    assert reader._graphs is not None
+    prompts = [tuple(range(1, 2 + 7 * i)) for i in range(9)]
+    expected = reader._launched(prompts).cpu().float()
+    for _ in range(2):
+        found = reader.states(prompts).float()
+        assert (torch.cosine_similarity(found, expected, dim=-1) > 0.99).all()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -37,7 +38,10 @@ def main() -> None:
         http_options={"host": "127.0.0.1", "port": port},
         logging_config={"log_level": "WARNING"},
     )
-    overrides = {name: {"ray_actor_options": ON_HEAD} for name in ("Router", "QueryEmbedder", "TaskRetriever")}
+    overrides: dict[str, dict[str, Any]] = {
+        name: {"ray_actor_options": ON_HEAD} for name in ("Router", "QueryEmbedder", "TaskRetriever")
+    }
+    overrides["Router"]["num_replicas"] = 1  # or one for each two of the nodes' CPUs
     overrides["LoraModel"] = {"num_replicas": 2, "ray_actor_options": NODE}
     serve.run(assemble(config, overrides), name="lorauter")
     print("ready", file=said, flush=True)
