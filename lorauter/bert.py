@@ -6,6 +6,7 @@ in a CUDA graph for each shape that comes, padded to few of them. Others are lef
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,16 +73,17 @@ class GraphedBert:
         self._forward = MeanBert(model.eval())
         self._device = model.device
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self._lock = threading.Lock()  # a graph has one place for what goes in
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self._device)  # the weights are there
         self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """(n, d) float32 unit rows, on the CPU; one call at a time."""
+        """(n, d) float32 unit rows, on the CPU."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         lots = [order[start : start + _MOST_ROWS] for start in range(0, len(order), _MOST_ROWS)]
-        with torch.cuda.stream(self._stream):  # waits for nothing else that this process computes
+        with self._lock, torch.cuda.stream(self._stream):  # waits for nothing else that this process computes
             vectors = torch.cat([self._encode([texts[i] for i in lot]) for lot in lots])
         result = torch.empty_like(vectors)
         result[torch.tensor(order)] = vectors

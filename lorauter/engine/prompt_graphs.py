@@ -5,6 +5,7 @@ A pass is some thousand launches, each of which waits its turn where another pro
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ class PromptGraphs:
         self._step = step
         self._layers = layers
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self._lock = threading.Lock()  # a graph has one place for what goes in
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(decoder.device)  # the weights are there
         self._stream: Any = torch.cuda.Stream(decoder.device)  # type: ignore[no-untyped-call]
@@ -50,7 +52,7 @@ class PromptGraphs:
     def states(self, prompts: Sequence[Sequence[int]], shape: tuple[int, int]) -> Tensor:
         """(n, layers, hidden) of n prompts, on the CPU."""
         tokens, ends = filled(prompts, shape)
-        with torch.cuda.stream(self._stream):  # waits for nothing else that this process computes
+        with self._lock, torch.cuda.stream(self._stream):  # waits for nothing else that this process computes
             graph, all_tokens, all_ends, found = self._graphs.get(shape) or self._captured(shape)
             all_tokens.copy_(tokens)
             all_ends.copy_(ends)
