@@ -307,6 +307,9 @@ def test_a_row_is_decided_as_the_library_decides_it(route: Cli, tmp_path: Path, 
         assert "constrained" not in row
     assert route([{"input": text, "constrain": True}]).code == 0
     assert rows(tmp_path / "out.jsonl")[0]["constrained"] is None  # its task knows no answers
+    for asked in ([{"input": text}], [{"input": text, "examples": 2}]):
+        assert route(asked, *([] if "examples" in asked[0] else ["--examples", 2])).code == 0
+        assert rows(tmp_path / "out.jsonl")[0]["shown"]["why"] in ("unsure", "unchecked")
 
 
 def test_what_words_do_not_tell_is_looked_at_once_more(
