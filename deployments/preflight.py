@@ -73,7 +73,7 @@ def checks(
             yield "model of states", lambda: resolve_model(states, notify)
         yield "base model of the catalog", lambda: check_base_model(catalog, config)
         yield "adapters of the catalog", lambda: check_adapters(catalog, config, warn)
-        if config.routing.examples:
+        if config.routing.examples:  # which nobody needs to set
             yield "examples of the catalog", lambda: check_examples(catalog, warn)
 
 

@@ -76,7 +76,7 @@ def build(
     examples: Annotated[
         int | None,
         typer.Option(
-            help="Find out which tasks are answered better after so many of their examples, for routing.examples.",
+            help="Find out which tasks are answered better after so many of their examples, which are shown then.",
             min=1,
             max=16,
         ),

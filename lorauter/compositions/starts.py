@@ -80,6 +80,7 @@ def _retrieved(
         options = RoutingOptions(
             exclude_tasks=frozenset({name} if unknown else ()),
             exclude_adapters=frozenset({*barred[name], *catalog.composed}),
+            examples=0,
         )
         embeddings = catalog.examples(place).embeddings
         yield name, options, retriever.retrieve(embeddings, texts, [options] * len(texts))

@@ -79,9 +79,9 @@ def trials(
         if len(task.validation) < 2:
             continue
         away = frozenset((barred or {}).get(name, ()))
-        cases = {False: RoutingOptions(exclude_adapters=away.union(row.entry.declared))}
+        cases = {False: RoutingOptions(exclude_adapters=away.union(row.entry.declared), examples=0)}
         if not away.issuperset(row.entry.declared):
-            cases[True] = RoutingOptions(exclude_adapters=away)
+            cases[True] = RoutingOptions(exclude_adapters=away, examples=0)
         shelf, tokens = Shelf(task, of), tokens_of(codec, task)
         shown = [shelf.nearest(one, count, tokens, config.examples_tokens, but=i) for i, one in enumerate(of)]
         texts = [example.input for example in task.validation]

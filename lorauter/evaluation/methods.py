@@ -168,14 +168,10 @@ def _of_regimes(
     """Of each regime the router, on a catalog of its own; it shows examples where it is known which tasks they help."""
     catalogs = {REGIMES[2]: catalog, **with_composed(catalog, composed, own)}
     if helped is None:
-        return {regime: Retriever(of, RoutingConfig()) for regime, of in catalogs.items()}
+        return {regime: Retriever(of, RoutingConfig(examples=0)) for regime, of in catalogs.items()}
     # To an unknown task others are as they are where nothing is taken away.
     shown = {regime: helped.get(regime, helped.get(REGIMES[0], {})) for regime in catalogs}
-    count = max((one.count for of in shown.values() for one in of.values()), default=0)
-    return {
-        regime: Retriever(with_shown(of, shown[regime]), RoutingConfig(examples=count))
-        for regime, of in catalogs.items()
-    }
+    return {regime: Retriever(with_shown(of, shown[regime]), RoutingConfig()) for regime, of in catalogs.items()}
 
 
 def _configs(methods: Mapping[str, RoutingConfig | None]) -> dict[str, RoutingConfig]:

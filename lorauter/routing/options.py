@@ -26,6 +26,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "top_k": 3,
         "temperature": 0.2,
         "fallback": False,
+        "examples": 0,
     },
 }
 """What each preset changes of the defaults: "paper" is the recipe of LORAUTER (arXiv 2601.21795)."""
@@ -53,7 +54,8 @@ class RoutingConfig(BaseModel):
         sure: where the catalog has states, a query's own is looked at unless the chance of its first task is as high
             without; 0 looks at none, 1 at all.
         examples: the nearest examples of the first task that go before a query, as turns of its chat, at most: where
-            the task is beyond doubt and it is known that they help it (see `lorauter.catalog.left_out`); 0 shows none.
+            the task is beyond doubt and the catalog knows that they help it (`lorauter.catalog.shown`). None shows as
+            many as this was found out with, 0 none.
         examples_sure: the chance of the first task from which it is beyond doubt.
         examples_tokens: that they take together, at most.
     """
@@ -71,7 +73,7 @@ class RoutingConfig(BaseModel):
     num_tasks: Annotated[int, Field(ge=1, le=1000)] = 10
     fallback: bool = True
     sure: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.7
-    examples: Examples = 0
+    examples: Examples | None = None
     examples_sure: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.9
     examples_tokens: Annotated[int, Field(ge=1)] = 1024
 

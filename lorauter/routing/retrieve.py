@@ -27,10 +27,11 @@ from lorauter.states import StateModel
 from lorauter.tasks import Answers
 
 _COSINE_LOGIT = 20.0  # a logit is that many cosines where tasks are not reranked
-# Which task's adapters serve an unknown task is told by its states, and by its words alone where these are not known:
-# of thirteen similarities that were fitted to the scores of tasks that were left out, no other helped.
+# Which task's adapters serve an unknown task is told by its states and its words, and by words alone where states are
+# not known: of thirteen similarities that were fitted to the scores of tasks that were left out, no other helped.
 _KINDRED_LOGIT = 50.0  # a logit is that many cosines of words
-_KINDRED_STATES_LOGIT = 40.0  # or similarities of states
+_KINDRED_STATES_LOGIT = 40.0  # or similarities of states, and then of words
+_KINDRED_STATES_WORDS_LOGIT = 15.0
 _NEIGHBOUR_TEMPERATURE = 0.2  # of the cosines that make a task's examples a query's neighbours
 _SELECTED_TASKS = 8  # likeliest tasks whose single examples are looked at
 _MAX_ADAPTERS = 64
@@ -277,20 +278,25 @@ class Retriever:
             ranking.stranger,
             ranking.states is not None,
         )
-        count = config.examples if options.examples is None else options.examples
-        if not count:
-            return result
-        return replace(result, shown=self._shown(embedding, int(places[0]), result.confidence, count, options))
+        return replace(result, shown=self._shown(embedding, int(places[0]), result.confidence, options))
 
-    def _shown(
-        self, embedding: Embeddings, place: int, confidence: float, count: int, options: RoutingOptions
-    ) -> Shown:
-        """The first task's examples that go before a query. Raises CatalogError, StoreError: they cannot be read."""
+    def _shown(self, embedding: Embeddings, place: int, confidence: float, options: RoutingOptions) -> Shown | None:
+        """The first task's examples that go before a query; None where there is nothing to say of them.
+
+        Raises:
+            CatalogError, StoreError: they cannot be read.
+        """
         config = self.config.asked(options)
+        segment, i = self.catalog.at(place)
+        known = segment.shown(i)
+        count = config.examples if options.examples is None else options.examples
+        if count is None:
+            count = 0 if known is None else known.count
+        if not count:
+            return None
         if confidence < config.examples_sure:
             return Shown(why="unsure")
-        segment, i = self.catalog.at(place)
-        known, declared = segment.shown(i), segment.declared(i)
+        declared = segment.declared(i)
         if not options.may_show(declared or (segment.names[i],)):
             return Shown(why="not_yours")
         help = None if known is None else known.help(own=any(map(options.allows, declared)))
@@ -403,5 +409,8 @@ def _chances(
     own = softmax(logits)
     if not config.rerank:
         return own, np.zeros_like(own)
-    kindred = _KINDRED_LOGIT * ranking.words if ranking.states is None else _KINDRED_STATES_LOGIT * ranking.states
+    if ranking.states is None:
+        kindred = _KINDRED_LOGIT * ranking.words
+    else:
+        kindred = _KINDRED_STATES_LOGIT * ranking.states + _KINDRED_STATES_WORDS_LOGIT * ranking.words
     return ranking.familiarity * own, (1 - ranking.familiarity) * softmax(kindred)

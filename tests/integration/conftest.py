@@ -101,7 +101,7 @@ class Service:
 
 @pytest.fixture(scope="session")
 def published(s3_server: Any) -> str:
-    """The URI below which the store holds the example `adapters` and their `catalog`, of which sst2's examples help."""
+    """The URI below which the store holds the example `adapters` and their `catalog`, of which mrpc's examples help."""
     uri: str = s3_server.bucket(BUCKET)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.env.items():
@@ -109,9 +109,9 @@ def published(s3_server: Any) -> str:
         repository, catalog = AdapterRepository(open_store(f"{uri}/adapters")), Catalog.load(resolve_catalog("default"))
         for folder in adapter_folders(ROOT / "examples" / "adapters"):
             catalog = with_adapter(catalog, repository.push(folder))  # a pushed one's version is not a folder's
-        [sst2] = [entry for entry in catalog.entries if entry.name == "sst2"]
+        [mrpc] = [entry for entry in catalog.entries if entry.name == "mrpc"]
         helped = Help("mixture", 0.5, 0.1)
-        catalog = with_shown(catalog, {"sst2": ShownExamples(2, helped, helped, (40,) * sst2.examples)})
+        catalog = with_shown(catalog, {"mrpc": ShownExamples(2, helped, helped, (80,) * mrpc.examples)})
         catalog.save(f"{uri}/catalog")
     return uri
 

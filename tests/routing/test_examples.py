@@ -73,6 +73,12 @@ def test_a_request_asks_for_as_many_as_it_wants(catalog: Catalog) -> None:
         assert nobody_asks.shown is None and "shown" not in nobody_asks.to_json()
 
 
+def test_as_many_are_shown_as_it_was_found_out_with(catalog: Catalog) -> None:
+    assert len(places(decide(with_shown(catalog, {"films": shown()}), examples=None))) == shown().count
+    assert decide(catalog, examples=None).shown is None, "of a task that was not asked there is nothing to say"
+    assert decide(with_shown(catalog, {"films": shown()}), RoutingOptions(preset="paper")).shown is None
+
+
 def test_the_base_model_alone_answers_where_that_is_better_and_its_mixture_is_kept(catalog: Catalog) -> None:
     helped = with_shown(catalog, {"films": shown()})
     decision, without = decide(helped, OTHERS), decide(helped, OTHERS, examples=0)

@@ -486,14 +486,15 @@ def test_states_of_another_shape_are_refused(read, catalog, shape) -> None:
 
 
 def test_kindred_tasks_are_told_by_their_states(read, monkeypatch) -> None:
-    """For an unknown task: softmax(40 s) of the states' similarities, and not of the words'."""
+    """For an unknown task: softmax(40 s + 15 w) of the states' similarities and the words'."""
     rank = Reranker.rank
     monkeypatch.setattr(Reranker, "rank", lambda *args: replace(rank(*args), familiarity=0.0))
     text = "which section would a film review be in"
     found, _ = look(read, text, sure=1.0, selection="mean")
     whitening = read.reranker.by_states.whitening
     [similar] = whitening.similarities(HashingStates().states([text]), whitening.centred(read.segments[0].states))
-    chances = dict(zip(TEXTS, softmax(40.0 * similar), strict=True))
+    words = similarities(grams_of(text), read.candidates(np.arange(len(TEXTS))).words, read.reranker.idf).astype(float)
+    chances = dict(zip(TEXTS, softmax(40.0 * similar + 15.0 * words), strict=True))
     expected: dict[str, float] = {}
     for task, worths in WORTHS.items():
         for adapter, worth in worths.items():
