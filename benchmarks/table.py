@@ -49,7 +49,7 @@ def say(what: str) -> None:
 
 
 def engine() -> MultiLoraEngine:
-    config = EngineConfig(max_batch=128, max_queue=8192)
+    config = EngineConfig(max_batch=128, max_queue=8192, cache_bytes=8 << 30)  # what 128 short rows need, and more
     return load_engine(resolve_model("default", say), config, aliases=base_model_aliases("default"))
 
 
