@@ -154,7 +154,7 @@ class Fitter:
         of_a_source = origin[0].numel() / len(self.stack.sources)
         running = list(range(len(problems)))
         fits, looks = self._passes(training, first[-1]), self._passes(left_out, first[-1])
-        best = [(float("inf"), 0)] * len(problems)
+        best = [(0.0, 0)] * len(problems)
         kept: list[tuple[Tensor, list[Outcome]]] = [(torch.empty(0), [])] * len(problems)
         history: list[list[float]] = [[] for _ in problems]
         for step in range(config.steps + 1):
@@ -163,7 +163,7 @@ class Fitter:
                 for k in running:
                     own = [next(outcomes) for _ in problems[k].dialogues]
                     history[k].append(fmean(loss for loss, _ in own))
-                    if history[k][-1] < best[k][0]:
+                    if not step or history[k][-1] < best[k][0]:  # the first may be no number
                         best[k] = history[k][-1], step
                         kept[k] = self._columns(weights.detach()[first[k] : first[k + 1]]).cpu(), own
                 progress(step, fmean(history[k][-1] for k in running))

@@ -311,6 +311,13 @@ def test_what_is_cut_is_the_nearest_of_its_rank(stack):
         torch.testing.assert_close(torch.linalg.svdvals(b @ a)[:2], values[:2], atol=1e-4, rtol=1e-4)
 
 
+def test_a_start_that_makes_nonsense_is_no_gain(decoder, codec, stack, dialogues):
+    nonsense = {"all": float("nan")}
+    [fit] = fitter(decoder, codec, stack).fit([Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [nonsense])])
+    assert fit.step == 0
+    assert not fit.gain > 0
+
+
 def composer(decoder, codec, pool, work, config=FEW):
     return Composer(decoder, codec, pool, work, base_model="digest", config=config)
 
