@@ -135,7 +135,7 @@ def main() -> None:
             continue
         barred = {name: frozenset({name} if regime == "semi-OOD" else ()) for name in chosen}
         mixtures = example_mixtures(catalog, RoutingConfig(), barred)
-        starts = starts_of(catalog, RoutingConfig(), barred)
+        starts = starts_of(catalog, RoutingConfig(), barred, mixtures)
         composer = Composer(decoder, codec, sources, args.out / "made", base_model=base, config=config)
         todo = [
             Wanted(f"{task.name}.{regime}.{variant}", task, mixtures[task.name], starts[task.name], barred[task.name])

@@ -38,8 +38,8 @@ from lorauter.tasks import Task
 
 _FILE = "composition.json"
 _CPU_BYTES = 1 << 30  # of activations
-_POSITIONS = 32768  # of a pass at most: a GPU is busy with them for longer than they take to launch
-_PASSES = 4  # of a step, about: more leave more to make again after a break
+_POSITIONS = 65536  # of a pass at most: a GPU is busy with them for longer than they take to launch
+_PASSES = 2  # of a step, about: more leave more to make again after a break
 _DIGITS = 4  # of a weight in the provenance
 
 Progress = Callable[[int, int, str], None]

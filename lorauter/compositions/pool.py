@@ -86,7 +86,8 @@ def compose_for(
         raise ConfigError(f"there is no task called {', '.join(unknown)}", setting="task")
     known = {name: catalog.tasks[place].task for name, place in places.items() if place is not None}
     away = {name: frozenset((barred or {}).get(name, ())) for name in sorted(tasks)}
-    mixtures, starts = example_mixtures(catalog, RoutingConfig(), away), starts_of(catalog, RoutingConfig(), away)
+    mixtures = example_mixtures(catalog, RoutingConfig(), away)
+    starts = starts_of(catalog, RoutingConfig(), away, mixtures)
     wanted = [Wanted(name_of(name), known[name], mixtures[name], starts[name], away[name]) for name in away]
     decoder, codec = load_decoder(resolve_model(model), device=device, aliases=base_model_aliases(model), plain=True)
     base = model_digest(model)

@@ -32,18 +32,26 @@ def example_mixtures(
     return found
 
 
-def starts_of(catalog: Catalog, config: RoutingConfig, barred: Barred) -> dict[str, list[dict[str, float]]]:
+def starts_of(
+    catalog: Catalog,
+    config: RoutingConfig,
+    barred: Barred,
+    mixtures: Mapping[str, Sequence[Mapping[str, float]]],
+) -> dict[str, list[dict[str, float]]]:
     """Where the fit of each task may begin: with the mean of what its examples are answered with, with that of what
     tasks that are worded alike would lend it, or with an adapter that was made for it alone.
+
+    Args:
+        mixtures: as `example_mixtures` gives them.
     """
-    known, unknown = (example_mixtures(catalog, config, barred, unknown=value) for value in (False, True))
+    unknown = example_mixtures(catalog, config, barred, unknown=True)
     found = {}
     for name in barred:
         place = catalog.place(name)
         assert place is not None
         entry = catalog.entries[place]
         own = [{a: 1.0} for a in entry.declared if a not in barred[name] and a not in catalog.composed]
-        means = [mean_mixture(of) for of in (known[name], unknown[name])]
+        means = [mean_mixture(of) for of in (mixtures[name], unknown[name])]
         found[name] = [start for i, start in enumerate([*means, *own]) if start and start not in [*means, *own][:i]]
     return found
 

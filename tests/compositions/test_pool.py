@@ -6,7 +6,7 @@ from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import build_catalog
 from lorauter.compositions.pool import MAX_SOURCES, compose_for, composed_name
-from lorauter.compositions.starts import example_mixtures, likeliest_sources
+from lorauter.compositions.starts import example_mixtures, likeliest_sources, mean_mixture, starts_of
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError
 from lorauter.routing import RoutingConfig
@@ -35,6 +35,17 @@ def test_fits_begin_where_the_router_is_without_what_is_barred(catalog) -> None:
     assert all(max(mixture, key=mixture.__getitem__) == "rain" for mixture in found["rain"])
     # A composition is known by them: what an encoder's threads change must not make it another one.
     assert all(weight == round(weight, 4) for of in found.values() for mixture in of for weight in mixture.values())
+
+
+def test_a_fit_may_begin_with_the_tasks_own_adapter_unless_that_is_barred(catalog) -> None:
+    barred = {"sums": ["sums"], "rain": []}
+    mixtures = example_mixtures(catalog, RoutingConfig(), barred)
+    starts = starts_of(catalog, RoutingConfig(), barred, mixtures)
+    assert starts["rain"][0] == mean_mixture(mixtures["rain"])
+    assert {"rain": 1.0} in starts["rain"]
+    assert any(max(start, key=start.__getitem__) != "rain" for start in starts["rain"])
+    assert starts["sums"][0] == mean_mixture(mixtures["sums"])
+    assert not any("sums" in start for start in starts["sums"])
 
 
 def test_the_sources_of_a_large_pool_are_those_of_use(catalog) -> None:
