@@ -1,10 +1,10 @@
 """Fitting a task's mixture by gradients: weights of sources in each layer, on the task's few examples.
 
 The examples are parted into folds. For each fold weights are fitted to all others, from the mixture on that fits these
-best, and looked at with the fold itself; where neither its loss nor what comes out right of it gets better, the fits
-end. What a task gets is the mean of its folds' weights where most came out right, and how much better the examples fare
-under weights that have not seen them than under the mixtures that the router gives them. All weights of a group of
-tasks are fitted at once, each task until its own end; gradients go to weights alone.
+best, and looked at with the fold itself: where that stops getting better the fits end. What a task gets is the mean of
+its folds' weights there, and how much better the examples fare under weights that have not seen them than under the
+mixtures that the router gives them. All weights of a group of tasks are fitted at once, each task until its own end;
+gradients go to weights alone.
 """
 
 from __future__ import annotations
@@ -93,30 +93,6 @@ class Fit:
         return stdev(b - a for b, a in zip(self.before, self.after, strict=True)) / sqrt(len(self.before))
 
 
-@dataclass(frozen=True)
-class _Look:
-    """How examples fare under weights that have not seen them, at a step.
-
-    Attributes:
-        weights: (folds, layers, all columns).
-        right: the share that comes out right.
-    """
-
-    step: int
-    weights: Tensor
-    outcomes: Sequence[Outcome]
-    right: float
-
-    @property
-    def loss(self) -> float:
-        """The mean loss."""
-        return fmean(loss for loss, _ in self.outcomes)
-
-    def better(self, other: _Look) -> bool:
-        """Whether more comes out right than in another look, or as much at a lower loss."""
-        return (self.right, -self.loss) > (other.right, -other.loss)
-
-
 class Fitter:
     """Fits tasks over one stack of adapters.
 
@@ -178,23 +154,20 @@ class Fitter:
         of_a_source = origin[0].numel() / len(self.stack.sources)
         running = list(range(len(problems)))
         fits, looks = self._passes(training, first[-1]), self._passes(left_out, first[-1])
-        kept: dict[int, _Look] = {}
-        lowest, fresh = [float("inf")] * len(problems), [0] * len(problems)
+        best = [(0.0, 0)] * len(problems)
+        kept: list[tuple[Tensor, list[Outcome]]] = [(torch.empty(0), [])] * len(problems)
         history: list[list[float]] = [[] for _ in problems]
         for step in range(config.steps + 1):
             if step % config.check_every == 0 or step == config.steps:
-                columns = self._columns(weights.detach())
-                outcomes = iter(self._outcomes(columns, looks, len(left_out)))
+                outcomes = iter(self._outcomes(self._columns(weights.detach()), looks, len(left_out)))
                 for k in running:
                     own = [next(outcomes) for _ in problems[k].dialogues]
-                    look = _Look(step, columns[first[k] : first[k + 1]].clone(), own, problems[k].right(own))
-                    history[k].append(look.loss)
-                    if k not in kept or look.better(kept[k]):
-                        kept[k], fresh[k] = look, step
-                    if look.loss < lowest[k]:
-                        lowest[k], fresh[k] = look.loss, step
+                    history[k].append(fmean(loss for loss, _ in own))
+                    if not step or history[k][-1] < best[k][0]:  # the first may be no number
+                        best[k] = history[k][-1], step
+                        kept[k] = self._columns(weights.detach()[first[k] : first[k + 1]]).cpu(), own
                 progress(step, fmean(history[k][-1] for k in running))
-                further = [k for k in running if step - fresh[k] < config.patience * config.check_every]
+                further = [k for k in running if step - best[k][1] < config.patience * config.check_every]
                 if len(further) < len(running):
                     running = further
                     training, left_out = (
@@ -220,14 +193,14 @@ class Fitter:
         return [
             Fit(
                 problem.task,
-                kept[k].weights.mean(0).cpu(),
-                kept[k].weights.cpu(),
+                kept[k][0].mean(0),
+                kept[k][0],
                 tuple(folds[k]),
                 tuple(loss for loss, _ in before[k]),
-                tuple(loss for loss, _ in kept[k].outcomes),
+                tuple(loss for loss, _ in kept[k][1]),
                 problem.right(before[k]),
-                kept[k].right,
-                kept[k].step,
+                problem.right(kept[k][1]),
+                best[k][1],
                 tuple(history[k]),
             )
             for k, problem in enumerate(problems)
