@@ -31,13 +31,13 @@ class ComposeConfig:
         seed: of the folds.
     """
 
-    steps: int = 30
-    check_every: int = 2
-    patience: int = 4
+    steps: int = 40
+    check_every: int = 4
+    patience: int = 3
     learning_rate: float = 0.03
     folds: int = 3
     pull: float = 0.0
-    each: Each = "adapter"
+    each: Each = "target"
     layer_groups: int = 0
     non_negative: bool = False
     margin: float = 1.0

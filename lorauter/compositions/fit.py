@@ -165,7 +165,7 @@ class Fitter:
                     history[k].append(fmean(loss for loss, _ in own))
                     if not step or history[k][-1] < best[k][0]:  # the first may be no number
                         best[k] = history[k][-1], step
-                        kept[k] = self._columns(weights.detach()[first[k] : first[k + 1]]).cpu(), own
+                        kept[k] = self._columns(weights.detach()[first[k] : first[k + 1]].clone()).cpu(), own
                 progress(step, fmean(history[k][-1] for k in running))
                 further = [k for k in running if step - best[k][1] < config.patience * config.check_every]
                 if len(further) < len(running):

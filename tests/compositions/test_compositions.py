@@ -158,7 +158,11 @@ def test_a_task_whose_fit_has_ended_leaves_the_others_as_they_were(decoder, code
 
 
 @pytest.mark.parametrize(
-    "config", [FEW, replace(FEW, layer_groups=1), *(replace(FEW, each=each) for each in ("target", "column"))]
+    "config",
+    [
+        replace(FEW, each="adapter", layer_groups=1),
+        *(replace(FEW, each=each) for each in ("adapter", "target", "column")),
+    ],
 )
 def test_weights_are_fitted_to_examples_that_others_are_left_out_of(decoder, codec, stack, dialogues, config):
     problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [{"some": 1.0}])
