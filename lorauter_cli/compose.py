@@ -37,8 +37,8 @@ def compose(
 ) -> None:
     """Compose an adapter for each task from a pool, and push those that beat the router's own mixtures.
 
-    Fits a weight for each adapter, layer and target to the task's validation examples, and looks at each example under weights
-    that have not seen it. What is finished is not fitted again.
+    Fits a weight for each adapter, layer and target to the task's validation examples, and looks at each example under
+    weights that have not seen it. What is finished is not fitted again.
     """
     from lorauter.catalog import build_catalog
     from lorauter.defaults import load_encoder
