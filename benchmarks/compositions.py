@@ -46,7 +46,6 @@ BASE = ComposeConfig()
 VARIANTS = {
     "default": BASE,
     "layers": replace(BASE, each="adapter"),
-    "targets": replace(BASE, each="target"),
     "columns": replace(BASE, each="column"),
     "ten-groups": replace(BASE, each="adapter", layer_groups=10),
     "adapters": replace(BASE, each="adapter", layer_groups=1),

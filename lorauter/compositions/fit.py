@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import sqrt
+from math import isnan, sqrt
 from statistics import fmean, stdev
 
 import torch
@@ -242,7 +242,9 @@ class Fitter:
             for fold in range(max(of) + 1):
                 seen = [i for i, other in enumerate(of) if other != fold]
                 means = [fmean(under[k][i][0] for i in seen) for under in losses[: len(problem.starts)]]
-                chosen.append(problem.starts[means.index(min(means)) if means else 0])
+                # One that makes nonsense has a loss that is no number.
+                best = min(range(len(means)), key=lambda i: (isnan(means[i]), means[i])) if means else 0
+                chosen.append(problem.starts[best])
             found.append(self._of_names(chosen))
         return found
 

@@ -320,6 +320,8 @@ def test_a_start_that_makes_nonsense_is_no_gain(decoder, codec, stack, dialogues
     [fit] = fitter(decoder, codec, stack).fit([Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [nonsense])])
     assert fit.step == 0
     assert not fit.gain > 0
+    problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [nonsense, {"some": 1.0}])
+    assert fitter(decoder, codec, stack).fit([problem])[0].gain > 0  # it begins elsewhere
 
 
 def composer(decoder, codec, pool, work, config=FEW):
