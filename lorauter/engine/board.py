@@ -1,7 +1,7 @@
 """Which tokens may come next in rows, in host memory where whoever chooses them reads it: a GPU in the midst of a step.
 
-What is not there in time is not waited for: the token is chosen among all then, and told from others by that. Knows
-nothing of grammars or models.
+What is not there in time is not waited for: the token is chosen among all then, and has to be checked. Knows nothing of
+grammars or models.
 """
 
 from __future__ import annotations
