@@ -49,7 +49,7 @@ VARIANTS = {
     "columns": replace(BASE, each="column"),
     "ten-groups": replace(BASE, each="adapter", layer_groups=10),
     "adapters": replace(BASE, each="adapter", layer_groups=1),
-    "positive": replace(BASE, non_negative=True),
+    "negative": replace(BASE, non_negative=False),
     "pull": replace(BASE, pull=0.3),
 }
 started = time.perf_counter()

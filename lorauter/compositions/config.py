@@ -31,15 +31,15 @@ class ComposeConfig:
         seed: of the folds.
     """
 
-    steps: int = 40
-    check_every: int = 4
+    steps: int = 30
+    check_every: int = 3
     patience: int = 3
-    learning_rate: float = 0.03
+    learning_rate: float = 0.04
     folds: int = 3
     pull: float = 0.0
     each: Each = "target"
     layer_groups: int = 0
-    non_negative: bool = False
+    non_negative: bool = True
     margin: float = 1.0
     energy: float = 0.99
     max_rank: int = 64

@@ -225,10 +225,8 @@ class Composer:
     def _read(self, one: Wanted) -> Made:
         folder = self._folder(one)
         provenance = CompositionProvenance.from_json(json.loads((folder / _FILE).read_bytes()))
-        better = provenance.gain > self.config.margin * provenance.error
-        return Made(
-            one.name, folder / one.name, provenance, better and provenance.right_after >= provenance.right_before
-        )
+        holds = provenance.gain > self.config.margin * provenance.error
+        return Made(one.name, folder / one.name, provenance, holds)
 
 
 def _exact(task: Task) -> bool:
