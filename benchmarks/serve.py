@@ -8,8 +8,10 @@ Starts `lorauter serve` with the shipped configuration (a batch of --clients row
 example tasks, each once, by clients that ask one after the other, in several processes (`clients.py`; what they take is
 told): routed and of the base model, streamed and whole. The engine alone, in a process of its own with the niceness of
 Ray's workers, answers the same prompts under the mixtures that the library chooses for them, all at once; it runs
-before and after, and its mean counts (before alone with --shape, whose weights take a while to load). Then the time to
-the first token of a lone request and beside 31 others. The last lines are one figure each.
+before and after, and its mean counts (before alone with --shape, whose weights take a while to load). A share may be
+above 1: the library's engine makes text of its tokens in the interpreter that feeds its device, and the service's has
+one for itself. Then the time to the first token of a lone request and beside 31 others. The last lines are one figure
+each.
 """
 
 from __future__ import annotations
