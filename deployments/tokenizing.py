@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextvars import Context
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -59,7 +60,7 @@ class Tokenizing:
     def begin(self) -> asyncio.Task[_Known]:
         """Fetch the tokenizer, if it is not here: there is somebody to ask."""
         if self._loading is None or (self._loading.done() and self._known is None):
-            self._loading = asyncio.create_task(self._load())
+            self._loading = asyncio.create_task(self._load(), context=Context())  # it is no request's
             self._loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # who needs it is told
         return self._loading
 
