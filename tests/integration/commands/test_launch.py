@@ -180,12 +180,12 @@ def test_a_second_one_on_its_port_says_so(served: Served) -> None:
 
 def test_a_requests_spans_reach_the_collector_as_one_trace(served: Served) -> None:
     body = {"model": "lorauter", "messages": [{"role": "user", "content": f"{CANARY}: good?"}], "max_tokens": 4}
-    headers = {"x-request-id": "traced-1", **served.headers("few")}
+    key = served.headers("few")
     with httpx.Client(base_url=served.url, timeout=120) as http:
-        answer = http.post("/v1/chat/completions", json=body, headers=headers)
+        answer = http.post("/v1/chat/completions", json=body, headers={"x-request-id": "traced-1", **key})
         assert answer.status_code == 200, answer.text
         assert http.post("/v1/chat/completions", json=body).status_code == 401
-        limited = [http.get("/v1/models/base", headers=headers).status_code for _ in range(3)]
+        limited = [http.get("/v1/models/base", headers=key).status_code for _ in range(3)]  # traces of their own
     assert limited == [200, 429, 429]
     collector = served.collector
     calls = ("QueryEmbedder.embed", "TaskRetriever.decide", "LoraModel.generate")
