@@ -9,7 +9,7 @@ match: what `lorauter catalog build --match` does with a pool of this size; how 
 regimes: test queries answered on the clean pool and on the noisy one, by the same router. A task's own adapters, which
 semi-OOD and OOD take away, are the clean one, those that were trained on it, and all that were derived of these.
 exhaustive: every adapter on every example of some tasks, by likelihood, and what the choice is worth beside the best.
-speed: evaluations a second.
+speed: evaluations a second. answer: the end of regimes alone, where its rows are there.
 
 What is in the folder is not made again. --seconds ends what would take longer.
 """
@@ -311,6 +311,9 @@ def main() -> None:
     )
     free()
     if stages == ["make"]:
+        return
+    if "answer" in stages:
+        bench.regimes("clean pool", "noisy pool")
         return
     scorer = bench.scorer()
     if "speed" in stages:
