@@ -85,9 +85,8 @@ class AdapterStack:
 
     def means(self, columns: Tensor) -> Tensor:
         """The mean weight of each adapter's columns: (..., targets, adapters), NaN where it has none."""
-        found = [
-            of @ (self.spread[t] / self.spread[t].sum(1, keepdim=True)).mT for t, of in self.by_target(columns).items()
-        ]
+        spread = {target: of.to(columns.device) for target, of in self.spread.items()}
+        found = [of @ (spread[t] / spread[t].sum(1, keepdim=True)).mT for t, of in self.by_target(columns).items()]
         return torch.stack(found, -2)
 
     def _stacked(self, target: str) -> tuple[Tensor, Tensor, Tensor]:

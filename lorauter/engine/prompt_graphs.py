@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorauter.engine.model import Decoder
-from lorauter.engine.step import Memory, Span, StepBatch, StepClass
+from lorauter.engine.step import Memory, Span, Step, StepBatch, StepClass
 
 _LEAST_LENGTH = 32
 _MOST_TOKENS = 8192  # of a shape: of more, launches are not what takes time
 _ALIKE = 0.99
+
+
+class _Captured(NamedTuple):
+    """A graph, all that it reads (which has to stay where it is: the graph has addresses), and what it says."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: StepBatch
+    step: Step
+    ends: Tensor
+    found: Tensor
 
 
 class PromptGraphs:
@@ -35,7 +45,7 @@ class PromptGraphs:
         self._memory = memory
         self._step = step
         self._layers = layers
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], _Captured] = {}
         self._lock = threading.Lock()  # a graph has one place for what goes in
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(decoder.device)  # the weights are there
@@ -53,13 +63,13 @@ class PromptGraphs:
         """(n, layers, hidden) of n prompts, on the CPU."""
         tokens, ends = filled(prompts, shape)
         with self._lock, torch.cuda.stream(self._stream):  # waits for nothing else that this process computes
-            graph, all_tokens, all_ends, found = self._graphs.get(shape) or self._captured(shape)
-            all_tokens.copy_(tokens)
-            all_ends.copy_(ends)
-            graph.replay()
-            return found[: len(prompts)].cpu()
+            captured = self._graphs.get(shape) or self._capture(shape)
+            captured.batch.tokens.copy_(tokens)
+            captured.ends.copy_(ends)
+            captured.graph.replay()
+            return captured.found[: len(prompts)].cpu()
 
-    def _captured(self, shape: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+    def _capture(self, shape: tuple[int, int]) -> _Captured:
         device = self._decoder.device
         batch = grid(shape, device)
         step = self._step(self._memory, batch)
@@ -72,7 +82,7 @@ class PromptGraphs:
         finally:
             graph.capture_end()
         assert batch.outputs is not None
-        self._graphs[shape] = graph, batch.tokens, batch.outputs, found
+        self._graphs[shape] = _Captured(graph, batch, step, batch.outputs, found)
         return self._graphs[shape]
 
 

@@ -1,9 +1,13 @@
 """What prompts leave behind is what transformers computes, however many are read together."""
 
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lorauter.engine.prompt_graphs import filled, grid
+from lorauter.engine.prompt_graphs import PromptGraphs, filled, grid
 from lorauter.engine.prompts import PromptReader, WholePrompts
 
 LENGTHS = (1, 40, 17, 16, 2, 33, *range(1, 20))
@@ -52,6 +56,32 @@ def test_a_grid_that_is_filled_anew_says_the_same(pool, forced, kind):
         with torch.inference_mode():
             found = decoder.states(step, batch, [1, 3])[: len(prompts)]
         torch.testing.assert_close(found, reader.states(prompts), atol=1e-5, rtol=1e-5)
+
+
+def test_all_that_a_graph_reads_stays_where_it_is(pool, monkeypatch):
+    """A graph has addresses: what lay there would be another's, were it let go."""
+    graph = SimpleNamespace(capture_begin=lambda *_, **__: None, capture_end=lambda: None, replay=lambda: None)
+    stream = SimpleNamespace(synchronize=lambda: None)
+    for name, value in {
+        "CUDAGraph": lambda: graph,
+        "Stream": lambda _: stream,
+        "stream": lambda _: nullcontext(),
+        "graph_pool_handle": lambda: None,
+        "synchronize": lambda _: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    decoder, read = pool.decoder("llama"), []
+
+    def states(step, batch, layers):
+        read.extend(map(weakref.ref, (step._places, batch.tokens, batch.rows, batch.positions, batch.outputs)))
+        return torch.zeros(len(batch.spans), len(layers), decoder.hidden)
+
+    reading = SimpleNamespace(device=decoder.device, states=states, hidden=decoder.hidden)
+    memory = decoder.memory(blocks=1, rows=4, length=64)
+    graphs = PromptGraphs(reading, memory, WholePrompts, [1])
+    assert graphs.states([(1, 2, 3)], (1, 32)).shape == (1, 1, decoder.hidden)
+    assert len(read) == 10
+    assert all(tensor() is not None for tensor in read[5:])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
