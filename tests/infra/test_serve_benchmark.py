@@ -12,6 +12,7 @@ import pytest
 import serve
 import yaml
 from aiohttp import web
+from clients import Clients
 
 from deployments.launch import ServeFile
 
@@ -47,16 +48,20 @@ def test_answers_first_tokens_and_errors_are_noted() -> None:
         await response.write(b"data: [DONE]\n\n" if text != "breaks" else b"data: {}\n\n")
         return response
 
+    def load(texts: list[str], *, stream: bool) -> list[dict[str, Any]]:
+        return [{"messages": [{"role": "user", "content": text}], "stream": stream} for text in texts]
+
     async def run() -> tuple[Any, Any]:
         app = web.Application()
         app.router.add_post(serve.CHAT, answer)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}{serve.CHAT}"
         try:
-            whole = await serve.ask_all(url, "base", ["a", "b", "fails"], 2, streamed=False)
-            return whole, await serve.ask_all(url, "base", ["a", "breaks"], 2, streamed=True)
+            with Clients(2) as clients:
+                whole = await asyncio.to_thread(clients.ask, url, load(["a", "b", "fails"], stream=False), 3)
+                return whole, await asyncio.to_thread(clients.ask, url, load(["a", "breaks"], stream=True), 2)
         finally:
             await runner.cleanup()
 
