@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from unittest import mock
 
 import httpx
@@ -26,18 +27,25 @@ import ray
 from local_s3 import free_port
 from ray import serve
 from starlette.requests import Request
+from transformers import AutoTokenizer
 
 import deployments.app
 from deployments.calls import Admitted, Begun, GenerateCall
 from deployments.config import AppConfig
 from deployments.embedder import QueryEmbedder
+from deployments.replicas import ReplicaServer, by_name
+from deployments.tokenizing import packed
+from lorauter.defaults import resolve_model
 from lorauter.encoder import Embeddings, Encoder
 from lorauter.engine import Chunk
+from lorauter.engine.text import TextCodec
+from lorauter.engine.types import Prompt
 from lorauter.keys import hash_key, new_key
 
 TEXT = "Short movie review: a joy to watch.\nDid the critic think positively or negatively of the movie?"
 CPUS = {"num_cpus": 0.1}
 WORDS, STREAMS = 200, 20
+CONTEXT = 8192
 WARM = 30
 
 
@@ -58,8 +66,8 @@ class TimedEncoder:
 
 @serve.deployment(name="QueryEmbedder", max_ongoing_requests=256)
 class TimedEmbedder(QueryEmbedder.func_or_class):  # type: ignore[name-defined, misc]
-    def __init__(self, encoder: str) -> None:
-        super().__init__(encoder)
+    def __init__(self, encoder: str, state_model: str | None = None) -> None:
+        super().__init__(encoder, state_model)
         self._encoder = TimedEncoder(self._encoder)
 
     def take_seconds(self) -> list[float]:
@@ -70,11 +78,19 @@ class TimedEmbedder(QueryEmbedder.func_or_class):  # type: ignore[name-defined, 
 @serve.deployment(name="LoraModel")
 class Talker:
     def __init__(self, config: AppConfig) -> None:
-        pass
+        self._codec = TextCodec(AutoTokenizer.from_pretrained(resolve_model(config.base_model)))
+        self._server = ReplicaServer("LoraModel", by_name(self.generate, self.tokenizer))
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        return await self._server.metadata()
+
+    async def tokenizer(self) -> bytes:
+        return packed(self._codec, CONTEXT)
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Begun | Chunk]:
+        [word] = self._codec.encode(Prompt(text=" word"))
         for i in range(1, call.sampling.max_tokens + 1):
-            chunk = Chunk(" word", (i,), "length" if i == call.sampling.max_tokens else None)
+            chunk = Chunk("", (word,), "length" if i == call.sampling.max_tokens else None)
             yield chunk if i > 1 else Begun(Admitted(20), chunk)
 
 
