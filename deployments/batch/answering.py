@@ -152,9 +152,10 @@ class Answering:
 
         Those that are gone, or cannot be fetched, make the row an error: started again, the job would answer otherwise.
         """
+        if isinstance(asked, Exception):
+            return asked
         decision = work.decisions[place]
-        if isinstance(asked, Exception) or isinstance(decision, Exception):
-            return asked if isinstance(asked, Exception) else decision  # type: ignore[return-value]
+        assert not isinstance(decision, Exception)  # `_read` has said so
         broken = {a.key: e for a in decision.adapters if isinstance(e := fetched[a.key], AdapterRejected)}
         if decision.routed and len(broken) < len(decision.adapters):
             left_out = [LeftOut(*key, cause_of(error)) for key, error in broken.items()]
