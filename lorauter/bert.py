@@ -6,13 +6,14 @@ in a CUDA graph for each shape that comes, padded to few of them. Others are lef
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
+
+from lorauter.cuda_graphs import GraphRecorder, Recorded
 
 _MOST_ROWS = 64
 _LEAST_LENGTH = 16
@@ -72,18 +73,15 @@ class GraphedBert:
         self._model = model
         self._forward = MeanBert(model.eval())
         self._device = model.device
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
-        self._lock = threading.Lock()  # a graph has one place for what goes in
-        self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self._device)  # the weights are there
-        self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._graphs: dict[tuple[int, int], tuple[Recorded, Tensor, Tensor]] = {}
+        self._recorder = GraphRecorder(self._device)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """(n, d) float32 unit rows, on the CPU."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         lots = [order[start : start + _MOST_ROWS] for start in range(0, len(order), _MOST_ROWS)]
-        with self._lock, torch.cuda.stream(self._stream):  # waits for nothing else that this process computes
+        with self._recorder.alone():
             vectors = torch.cat([self._encode([texts[i] for i in lot]) for lot in lots])
         result = torch.empty_like(vectors)
         result[torch.tensor(order)] = vectors
@@ -94,27 +92,19 @@ class GraphedBert:
         ids, mask = features["input_ids"], features["attention_mask"]
         rows, length = ids.shape
         shape = padded_shape(rows, length, self._model.max_seq_length)
-        graph, all_ids, all_mask, vectors = self._graphs.get(shape) or self._captured(shape)
+        recorded, all_ids, all_mask = self._graphs.get(shape) or self._record(shape)
         wide = F.pad(torch.stack([ids, mask]), (0, shape[1] - length, 0, shape[0] - rows))
         wide[1, rows:, 0] = 1  # a row of no text has a token too
         wide = wide.to(self._device)
         all_ids.copy_(wide[0])
         all_mask.copy_(wide[1])
-        graph.replay()
-        return vectors[:rows].float().cpu()
+        recorded.graph.replay()
+        return recorded.found[:rows].float().cpu()
 
-    def _captured(self, shape: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+    def _record(self, shape: tuple[int, int]) -> tuple[Recorded, Tensor, Tensor]:
         ids = torch.zeros(shape, dtype=torch.long, device=self._device)
         mask = torch.ones(shape, dtype=torch.long, device=self._device)
-        self._forward(ids, mask)  # what is made on the first run may not be in a capture
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")  # other threads compute meanwhile
-        try:
-            vectors = self._forward(ids, mask)
-        finally:
-            graph.capture_end()
-        self._graphs[shape] = graph, ids, mask, vectors
+        self._graphs[shape] = self._recorder.record(lambda: self._forward(ids, mask)), ids, mask
         return self._graphs[shape]
 
 

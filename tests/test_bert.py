@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graph_stand_in import stand_in_for_graphs
 
 from lorauter.bert import GraphedBert, MeanBert, padded_shape
 from lorauter.encoder import SentenceEncoder
@@ -72,6 +73,17 @@ def test_shapes_are_few() -> None:
         (2, 200),
         (4, 600),
     ]
+
+
+def test_a_graph_for_each_shape_is_recorded_once(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_graphs(monkeypatch)
+    graphed = GraphedBert(encoder._model)
+    for count in (3, 4, 70):
+        vectors = graphed.encode(TEXTS[:1] * count)
+        assert vectors.shape == (count, 384)
+        assert vectors.dtype == torch.float32
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
+    assert sorted(graphed._graphs) == [(4, 16), (8, 16), (64, 16)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

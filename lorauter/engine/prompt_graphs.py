@@ -5,29 +5,18 @@ A pass is some thousand launches, each of which waits its turn where another pro
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorauter.cuda_graphs import GraphRecorder, Recorded
 from lorauter.engine.model import Decoder
-from lorauter.engine.step import Memory, Span, Step, StepBatch, StepClass
+from lorauter.engine.step import Memory, Span, StepBatch, StepClass
 
 _LEAST_LENGTH = 32
 _MOST_TOKENS = 8192  # of a shape: of more, launches are not what takes time
 _ALIKE = 0.99
-
-
-class _Captured(NamedTuple):
-    """A graph, all that it reads (which has to stay where it is: the graph has addresses), and what it says."""
-
-    graph: torch.cuda.CUDAGraph
-    batch: StepBatch
-    step: Step
-    ends: Tensor
-    found: Tensor
 
 
 class PromptGraphs:
@@ -45,11 +34,8 @@ class PromptGraphs:
         self._memory = memory
         self._step = step
         self._layers = layers
-        self._graphs: dict[tuple[int, int], _Captured] = {}
-        self._lock = threading.Lock()  # a graph has one place for what goes in
-        self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(decoder.device)  # the weights are there
-        self._stream: Any = torch.cuda.Stream(decoder.device)  # type: ignore[no-untyped-call]
+        self._graphs: dict[tuple[int, int], tuple[Recorded, Tensor, Tensor]] = {}
+        self._recorder = GraphRecorder(decoder.device)
 
     def shape(self, prompts: Sequence[Sequence[int]]) -> tuple[int, int] | None:
         """What prompts are padded to: powers of two; None where they are too many tokens."""
@@ -62,27 +48,19 @@ class PromptGraphs:
     def states(self, prompts: Sequence[Sequence[int]], shape: tuple[int, int]) -> Tensor:
         """(n, layers, hidden) of n prompts, on the CPU."""
         tokens, ends = filled(prompts, shape)
-        with self._lock, torch.cuda.stream(self._stream):  # waits for nothing else that this process computes
-            captured = self._graphs.get(shape) or self._capture(shape)
-            captured.batch.tokens.copy_(tokens)
-            captured.ends.copy_(ends)
-            captured.graph.replay()
-            return captured.found[: len(prompts)].cpu()
+        with self._recorder.alone():
+            recorded, all_tokens, all_ends = self._graphs.get(shape) or self._record(shape)
+            all_tokens.copy_(tokens)
+            all_ends.copy_(ends)
+            recorded.graph.replay()
+            return recorded.found[: len(prompts)].cpu()
 
-    def _capture(self, shape: tuple[int, int]) -> _Captured:
-        device = self._decoder.device
-        batch = grid(shape, device)
+    def _record(self, shape: tuple[int, int]) -> tuple[Recorded, Tensor, Tensor]:
+        batch = grid(shape, self._decoder.device)
         step = self._step(self._memory, batch)
-        self._decoder.states(step, batch, self._layers)  # what is made on the first run may not be in a capture
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")  # other threads compute meanwhile
-        try:
-            found = self._decoder.states(step, batch, self._layers)
-        finally:
-            graph.capture_end()
+        recorded = self._recorder.record(lambda: self._decoder.states(step, batch, self._layers))
         assert batch.outputs is not None
-        self._graphs[shape] = _Captured(graph, batch, step, batch.outputs, found)
+        self._graphs[shape] = recorded, batch.tokens, batch.outputs
         return self._graphs[shape]
 
 

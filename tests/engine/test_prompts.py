@@ -1,11 +1,11 @@
 """What prompts leave behind is what transformers computes, however many are read together."""
 
 import weakref
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from graph_stand_in import stand_in_for_graphs
 
 from lorauter.engine.prompt_graphs import PromptGraphs, filled, grid
 from lorauter.engine.prompts import PromptReader, WholePrompts
@@ -60,16 +60,7 @@ def test_a_grid_that_is_filled_anew_says_the_same(pool, forced, kind):
 
 def test_all_that_a_graph_reads_stays_where_it_is(pool, monkeypatch):
     """A graph has addresses: what lay there would be another's, were it let go."""
-    graph = SimpleNamespace(capture_begin=lambda *_, **__: None, capture_end=lambda: None, replay=lambda: None)
-    stream = SimpleNamespace(synchronize=lambda: None)
-    for name, value in {
-        "CUDAGraph": lambda: graph,
-        "Stream": lambda _: stream,
-        "stream": lambda _: nullcontext(),
-        "graph_pool_handle": lambda: None,
-        "synchronize": lambda _: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    stand_in_for_graphs(monkeypatch)
     decoder, read = pool.decoder("llama"), []
 
     def states(step, batch, layers):

@@ -1,0 +1,55 @@
+"""CUDA graphs beside whatever else a process computes: they do not wait for it, nor it for them.
+
+Knows nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Recorded(NamedTuple):
+    """A graph, what it computes, and how. That holds all that the graph reads, which has to stay where it is: a graph
+    has addresses."""
+
+    graph: torch.cuda.CUDAGraph
+    found: Tensor
+    compute: Callable[[], Tensor]
+
+
+class GraphRecorder:
+    """Records graphs, and has them repeated one at a time.
+
+    Args:
+        device: a GPU, which has to have what they read of others.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._lock = threading.Lock()  # a graph has one place for what goes in
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(device)
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """To record, to fill in, to repeat and to read, on a stream of their own."""
+        with self._lock, torch.cuda.stream(self._stream):
+            yield
+
+    def record(self, compute: Callable[[], Tensor]) -> Recorded:
+        """Within `alone`: what is computed becomes a graph."""
+        compute()  # what is made on the first run may not be in a capture
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")  # other threads compute meanwhile
+        try:
+            found = compute()
+        finally:
+            graph.capture_end()
+        return Recorded(graph, found, compute)
