@@ -39,6 +39,7 @@ class Cell:
         firsts: seconds to each streamed answer's first token.
         errors: what went wrong.
         texts: whole answers, by the prompt's number.
+        timings: what the service says of them, where it was asked to: seconds of each step.
         clients_cpu: seconds of CPU time that the clients took.
         clients_busy: the share of the time for which the busiest process of them computed.
         cpu: seconds of CPU time by process of the service.
@@ -48,6 +49,7 @@ class Cell:
     firsts: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     texts: dict[int, str] = field(default_factory=dict)
+    timings: list[dict[str, float | None]] = field(default_factory=list)
     clients_cpu: float = 0.0
     clients_busy: float = 0.0
     cpu: Counter[str] = field(default_factory=Counter)
@@ -100,6 +102,7 @@ class Clients:
             [first for one in found for first in one["firsts"]],
             sum((Counter(one["errors"]) for one in found), Counter()),
             {int(i): text for one in found for i, text in one["texts"].items()},
+            [timing for one in found for timing in one["timings"]],
             sum(one["cpu"] for one in found),
             max(one["cpu"] for one in found) / seconds,
         )
@@ -127,6 +130,7 @@ class _Found:
     firsts: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     texts: dict[int, str] = field(default_factory=dict)
+    timings: list[dict[str, float | None]] = field(default_factory=list)
 
 
 class _Connection(asyncio.Protocol):
@@ -213,7 +217,10 @@ async def _ask_all(load: dict[str, Any], numbers: int) -> dict[str, Any]:
                 if status != 200:
                     found.errors[f"{status} {answer[:200].decode(errors='replace')}"] += 1
                 elif not streamed:
-                    found.texts[i] = json.loads(answer)["choices"][0]["message"]["content"]
+                    whole = json.loads(answer)
+                    found.texts[i] = whole["choices"][0]["message"]["content"]
+                    if timings := whole.get("lorauter", {}).get("timings"):
+                        found.timings.append(timings)
                 elif answer.endswith(_END):
                     found.firsts.append(first)
                 else:

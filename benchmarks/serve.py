@@ -10,8 +10,8 @@ told): routed and of the base model, streamed and whole. The engine alone, in a 
 Ray's workers, answers the same prompts under the mixtures that the library chooses for them, all at once; it runs
 before and after, and its mean counts (before alone with --shape, whose weights take a while to load). A share may be
 above 1: the library's engine makes text of its tokens in the interpreter that feeds its device, and the service's has
-one for itself. Then the time to the first token of a lone request and beside 31 others. The last lines are one figure
-each.
+one for itself. Then what the service says a routed request waits for, and the time to the first token of a lone request
+and beside 31 others. The last lines are one figure each.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
                 cells.setdefault(name, []).append(cell)
                 told(f"{name}: {count / cell.seconds:.1f} requests/s, {cell.errors.total()} errors")
                 loads[name] = [f"{text} " for text in load]  # what was computed of the last ones is no help
+        timed = asking.ask(f"{url}{CHAT}", [{**body("lorauter", text, False), "lorauter": {"timings": True}}
+                                            for text in loads["routed_whole"]], clients)  # fmt: skip
         lone = ask("base", texts(3, LONE), 1, streamed=True)
         crowd = ask("base", texts(4, 3 * AT_ONCE), AT_ONCE, streamed=True)
     after = before if args.shape else measure_alone({**task, "routed": before["routed"]}, folder)
@@ -130,6 +132,7 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
         for way in ("streamed", "whole"):
             bodies = [body(model, prompt, way == "streamed") for prompt in loads[f"base_{way}"]]
             vllm[way] = count / asking.ask(f"{args.vllm_url}{CHAT}", bodies, clients).seconds
+    tell_waits(timed, count, clients)
     report(cells, (before, after), count, lone, crowd, vllm)
 
 
@@ -142,6 +145,15 @@ def body(model: str, prompt: str, streamed: bool) -> dict[str, Any]:
 def told(what: str) -> None:
     """Say how far it is."""
     print(f"[{time.monotonic() - STARTED:5.0f} s] {what}", flush=True)
+
+
+def tell_waits(timed: Cell, count: int, clients: int) -> None:
+    """Print where a routed request spends its time."""
+    print(f"a routed answer takes {1000 * clients * timed.seconds / count:.1f} ms in the mean; of it (median, p99)")
+    for step in ("embed_s", "retrieve_s", "adapters_s", "queue_s", "first_token_s"):
+        if taken := sorted(1000 * seconds for timing in timed.timings if (seconds := timing[step]) is not None):
+            p99 = taken[int(0.99 * (len(taken) - 1))]
+            print(f"  {step.removesuffix('_s'):12} {statistics.median(taken):8.1f} {p99:8.1f} ms")
 
 
 def report(
