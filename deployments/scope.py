@@ -61,6 +61,11 @@ class ScopedOptions(RoutingOptions):
         """Whether an adapter may be used."""
         return permits(self.permitted, adapter) and super().allows(adapter)
 
+    @property
+    def allows_all(self) -> bool:
+        """Whether every adapter may be used."""
+        return False
+
     def may_show(self, declared: Collection[str]) -> bool:
         """Whether the examples of a task may be shown: one of the adapters that were made for it has to be the
         caller's, or the task's name where there is none. One that was merely tried on it lets the caller be routed to

@@ -35,9 +35,9 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
-from lorauter.catalog.lexicon import Grams, Words, grams_of, idf_of, similarities
+from lorauter.catalog.lexicon import Grams, Words, WordTable, grams_of, idf_of, similarities
 from lorauter.catalog.sample import Sample
-from lorauter.catalog.whitening import States, Whitening, mean_state
+from lorauter.catalog.whitening import Centred, States, Whitening, mean_state
 from lorauter.encoder import Embeddings
 
 Floats = NDArray[np.float64]
@@ -51,14 +51,26 @@ _MAX_GAP = 20.0  # between the first two logits; more says no more
 _STRANGEST = 0.02  # share of the held-out examples, their task taken out, that are stranger than `stranger`
 
 
+class Known(NamedTuple):
+    """What a reranker makes of c tasks by themselves: their centroids under its precision (c, d), what `norms_of` says
+    of them (c,), their words, and their states, if there are any."""
+
+    inside: Embeddings
+    norms: Embeddings
+    words: WordTable
+    states: Centred | None
+
+
 class Candidates(NamedTuple):
     """Tasks that a query may be one of: unit `centroids` (c, d), the `lengths` (c,) of the means that they are the
-    directions of, their `words`, and the means of their `states`, if there are any."""
+    directions of, their `words`, and the means of their `states`, if there are any; `known` is what
+    `Reranker.knowing` knows of them."""
 
     centroids: Embeddings
     lengths: NDArray[np.float32]
     words: Sequence[Words]
     states: NDArray[np.float16] | None = None
+    known: Known | None = None
 
     @classmethod
     def of(
@@ -215,18 +227,29 @@ class Reranker:
             state: (layers, width) of the query, if that is known and the candidates have states.
             whitening: of their states, without tasks that the query must not know of.
         """
+        known = candidates.known
         if norms is None:
-            norms = norms_of(candidates.centroids, candidates.lengths, self.precision)
+            norms = known.norms if known else norms_of(candidates.centroids, candidates.lengths, self.precision)
         parts = _parts(embedding, grams_of(text), candidates, norms, self.precision, self.idf)
         similar = None
         fitted: Reranker | ByStates = self
         if state is not None and self.by_states is not None and candidates.states is not None:
             fitted, whitening = self.by_states, whitening or self.by_states.whitening
-            similar = whitening.similarities(state[None], whitening.centred(candidates.states))[0]
+            tasks = known.states if known and known.states else whitening.centred(candidates.states)
+            similar = whitening.similarities(state[None], tasks)[0]
             parts = np.column_stack([parts, similar])
         logits = parts @ fitted.coefficients
         chance = float(_sigmoid(_features(parts[None], logits[None]) @ fitted.familiar)[0])
         return Ranking(logits, chance, chance < fitted.stranger, parts[:, 1], parts[:, 2], similar)
+
+    def knowing(self, candidates: Candidates) -> Candidates:
+        """The same candidates, for many queries."""
+        states = None
+        if self.by_states is not None and candidates.states is not None:
+            states = self.by_states.whitening.centred(candidates.states)
+        norms = norms_of(candidates.centroids, candidates.lengths, self.precision)
+        inside, words = candidates.centroids @ self.precision, WordTable(candidates.words, self.idf)
+        return candidates._replace(known=Known(inside, norms, words, states))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What `from_arrays` takes."""
@@ -267,10 +290,13 @@ def _parts(
 
     The discriminant of a task with mean m under the precision P is q P m - m P m / 2.
     """
-    cosines = candidates.centroids @ embedding
-    discriminant = candidates.lengths * (candidates.centroids @ (precision @ embedding)) - 0.5 * norms
-    words = similarities(grams, candidates.words, idf)
-    return np.stack([discriminant, words, cosines], axis=-1).astype(np.float64)
+    known = candidates.known
+    inside = known.inside @ embedding if known else candidates.centroids @ (precision @ embedding)
+    parts = np.empty((len(norms), 3))
+    parts[:, 0] = candidates.lengths * inside - 0.5 * norms
+    parts[:, 1] = known.words.similarities(grams) if known else similarities(grams, candidates.words, idf)
+    parts[:, 2] = candidates.centroids @ embedding
+    return parts
 
 
 def _precision(examples: Sequence[Embeddings]) -> Embeddings:

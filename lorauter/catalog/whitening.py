@@ -117,10 +117,11 @@ class Whitening:
 
     def similarities(self, states: NDArray[Any], tasks: Centred) -> NDArray[np.float64]:
         """(n, c): of queries' states, (n, layers, d), to tasks."""
-        own = self.centred(states)
-        moved = self.moved[:, None]
-        a, a_inside = own.rows - moved, own.inside - moved @ self.inverse
-        b, b_inside = tasks.rows - moved, tasks.inside - moved @ self.inverse
+        (a, a_inside), (b, b_inside) = self.centred(states), tasks
+        if self.added.shape[2]:  # something was taken out
+            moved = self.moved[:, None]
+            moved_inside = moved @ self.inverse
+            a, a_inside, b, b_inside = a - moved, a_inside - moved_inside, b - moved, b_inside - moved_inside
         a_added, b_added = a @ self.added, b @ self.added
         products = a_inside @ b.transpose(0, 2, 1) + a_added @ b_added.transpose(0, 2, 1)
         least = _NOTHING * len(self.mean[0]) / self.count

@@ -137,6 +137,11 @@ class RoutingOptions(BaseModel):
         """Whether an adapter may be used."""
         return adapter not in self.exclude_adapters and (self.allow_adapters is None or adapter in self.allow_adapters)
 
+    @property
+    def allows_all(self) -> bool:
+        """Whether every adapter may be used."""
+        return not self.exclude_adapters and self.allow_adapters is None
+
     def may_show(self, declared: Collection[str]) -> bool:
         """Whether the examples of a task may be shown for which these adapters were made, or which has this name."""
         return True

@@ -7,7 +7,8 @@ adapters.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 from lorauter.catalog.catalog import Catalog, CatalogTask
 from lorauter.catalog.index import TaskSubset
-from lorauter.catalog.rerank import Ranking, softmax
+from lorauter.catalog.rerank import Candidates, Ranking, softmax
 from lorauter.catalog.segments import Segment
+from lorauter.catalog.shown import ShownExamples
 from lorauter.catalog.utility import COMPOSED, PRIOR_EXAMPLES, best_score, worths
 from lorauter.catalog.whitening import States, Whitening
 from lorauter.encoder import Embeddings
@@ -44,8 +46,7 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class RetrievedTask:
+class RetrievedTask(NamedTuple):
     """A task near a query.
 
     Attributes:
@@ -62,8 +63,7 @@ class RetrievedTask:
     answers: Answers | None = None
 
 
-@dataclass(frozen=True)
-class AdapterUtility:
+class AdapterUtility(NamedTuple):
     """What an adapter is expected to be worth, as `lorauter.catalog.utility.worths` counts it."""
 
     name: str
@@ -110,11 +110,17 @@ class Retriever:
         self._index = catalog.index
         self._reranker = catalog.reranker
         self._norms = catalog.norms
+        self._all = range(len(catalog))
         self._known: dict[int, _Known] = {}
         self._matrices: dict[int, Any] = {}
         self._lenders: dict[Hashable, TaskSubset] = {}
         self._whitenings: dict[Hashable, Whitening] = {}
         self._shelves: dict[int, Shelf] = {}
+
+    @cached_property
+    def _whole(self) -> Candidates:
+        """All tasks: of a catalog that has no more than a query is judged by."""
+        return self._reranker.knowing(self.catalog.candidates(np.arange(len(self.catalog))))
 
     def retrieve_with(
         self,
@@ -180,7 +186,10 @@ class Retriever:
         excluded = [{place for n in o.exclude_tasks if (place := self.catalog.place(n)) is not None} for o in options]
         alike: dict[int, list[int]] = {}
         for i, subset in enumerate(subsets):
-            alike.setdefault(id(subset), []).append(i)
+            if subset is None and not excluded[i] and wanted[i] >= len(self.catalog):  # all there are, and no others
+                results[i] = self._judge(embeddings[i], texts[i], self._all, options[i], own[i])
+            else:
+                alike.setdefault(id(subset), []).append(i)
         for together in alike.values():
             depth = max(wanted[i] + len(excluded[i]) for i in together)
             found = self._index.search(embeddings[together], depth, subsets[together[0]])
@@ -207,7 +216,7 @@ class Retriever:
     def _as_many_as_needed(self, places: list[int], lenders: Iterable[int], options: RoutingOptions) -> list[int]:
         """Of tasks that lend an adapter the first that are not among `places`, until there are adapters enough."""
         utility, needed = self.config.asked(options).composition == "utility", self._top_k(options)
-        usable = [{name for name in self._look(place).names if options.allows(name)} for place in places]
+        usable = [set(self._usable(place, options)) for place in places]
         lent, adapters, more = sum(map(bool, usable)), set().union(*usable), list[int]()
         for place in lenders:
             if lent >= needed or (utility and len(adapters) >= needed):
@@ -215,7 +224,7 @@ class Retriever:
             if place not in places:
                 more.append(place)
                 lent += 1
-                adapters |= {name for name in self._look(place).names if options.allows(name)}
+                adapters.update(self._usable(place, options))
         return more
 
     def _wanted(self, options: RoutingOptions) -> int:
@@ -246,39 +255,42 @@ class Retriever:
         return _remembered(self._whitenings, _KNOWN_WHITENINGS, seen, make)
 
     def _judge(
-        self, embedding: Embeddings, text: str, found: list[int], options: RoutingOptions, state: States | None
+        self, embedding: Embeddings, text: str, found: Sequence[int], options: RoutingOptions, state: States | None
     ) -> Retrieved:
         if not found:
             return Retrieved()
         places = np.array(found, np.int64)
         whitening = None if state is None else self._whitening(options.exclude_tasks)
-        candidates, norms = self.catalog.candidates(places), self._norms[places]
-        ranking = self._reranker.rank(embedding, text, candidates, norms, state, whitening)
-        config = self.config.asked(options)
+        if found is self._all:
+            ranking = self._reranker.rank(embedding, text, self._whole, None, state, whitening)
+        else:
+            candidates, norms = self.catalog.candidates(places), self._norms[places]
+            ranking = self._reranker.rank(embedding, text, candidates, norms, state, whitening)
+        config, top_k = self.config.asked(options), self._top_k(options)
         logits = ranking.logits if config.rerank else _COSINE_LOGIT * ranking.cosines
         order = np.argsort(-logits, kind="stable")
-        probabilities = softmax(logits)[order]
-        own, kindred = (chances[order] for chances in _chances(ranking, logits, config))
-        places, scores = places[order], ranking.cosines[order]
+        chances = softmax(logits)
+        own, kindred = (of[order] for of in _chances(ranking, logits, chances, config))
+        places = places[order]
         tasks: list[RetrievedTask] = []
         lent = 0
-        for place, score, probability in zip(places.tolist(), scores, probabilities, strict=True):
-            if len(tasks) >= config.num_tasks and lent >= self._top_k(options):
+        ranked = zip(places.tolist(), ranking.cosines[order].tolist(), chances[order].tolist(), strict=True)
+        for place, score, probability in ranked:
+            if len(tasks) >= config.num_tasks and lent >= top_k:
                 break
-            known = self._look(place)
-            adapters = tuple(name for name in known.names if options.allows(name))
+            adapters = self._usable(place, options)
             if len(tasks) < config.num_tasks or adapters:
-                segment, i = self.catalog.at(place)
-                tasks.append(RetrievedTask(segment.names[i], float(score), adapters, float(probability), known.answers))
+                known = self._look(place)
+                tasks.append(RetrievedTask(known.task, score, adapters, probability, known.answers))
                 lent += bool(adapters)
-        result = Retrieved(
+        return Retrieved(
             tuple(tasks),
             self._utilities(embedding, places, own, kindred, options),
             ranking.familiarity,
             ranking.stranger,
             ranking.states is not None,
+            self._shown(embedding, int(places[0]), ranking.familiarity * float(chances.max()), options),
         )
-        return replace(result, shown=self._shown(embedding, int(places[0]), result.confidence, options))
 
     def _shown(self, embedding: Embeddings, place: int, confidence: float, options: RoutingOptions) -> Shown | None:
         """The first task's examples that go before a query; None where there is nothing to say of them.
@@ -287,8 +299,8 @@ class Retriever:
             CatalogError, StoreError: they cannot be read.
         """
         config = self.config.asked(options)
-        segment, i = self.catalog.at(place)
-        known = segment.shown(i)
+        look = self._look(place)
+        known = look.shown
         count = config.examples if options.examples is None else options.examples
         if count is None:
             count = 0 if known is None else known.count
@@ -296,10 +308,9 @@ class Retriever:
             return None
         if confidence < config.examples_sure:
             return Shown(why="unsure")
-        declared = segment.declared(i)
-        if not options.may_show(declared or (segment.names[i],)):
+        if not options.may_show(look.declared or (look.task,)):
             return Shown(why="not_yours")
-        help = None if known is None else known.help(own=any(map(options.allows, declared)))
+        help = None if known is None else known.help(own=any(map(options.allows, look.declared)))
         if known is None or help is None:
             return Shown(why="unchecked")
         if help.by is None:
@@ -321,17 +332,20 @@ class Retriever:
         What was composed for a task is of use to that task alone: on unseen ones it does worse than what it is of.
         """
         totals: dict[str, float] = {}
+        composed, nearby = self.catalog.composed, self.config.selection == "similar"
         chances = zip(places.tolist(), own.tolist(), (own + kindred).tolist(), strict=True)
         for nth, (place, known, chance) in enumerate(chances):
-            names, worth, _ = self._look(place)
-            if self.config.selection == "similar" and nth < _SELECTED_TASKS and self._scores(place) is not None:
+            look = self._look(place)
+            worth: Sequence[float] = look.worth
+            if nearby and nth < _SELECTED_TASKS and self._scores(place) is not None:
                 worth = self._worths_nearby(embedding, place).tolist()
-            for name, value in zip(names, worth, strict=True):
-                share = known if name in self.catalog.composed else chance
+            for name, value in zip(look.names, worth, strict=True):
+                share = known if name in composed else chance
                 totals[name] = totals.get(name, 0.0) + share * value
-        allowed = [(name, total) for name, total in totals.items() if total > 0 and options.allows(name)]
-        allowed.sort(key=lambda item: (-item[1], item[0]))
-        return tuple(AdapterUtility(name, total) for name, total in allowed[:_MAX_ADAPTERS])
+        useful = [AdapterUtility(name, total) for name, total in totals.items() if total > 0]
+        allowed = useful if options.allows_all else [adapter for adapter in useful if options.allows(adapter.name)]
+        allowed.sort(key=lambda item: (-item.utility, item.name))
+        return tuple(allowed[:_MAX_ADAPTERS])
 
     def _worths_nearby(self, embedding: Embeddings, place: int) -> NDArray[np.float64]:
         """The worths of a task's adapters with more weight on examples that resemble the query.
@@ -351,6 +365,11 @@ class Retriever:
     def _look(self, place: int) -> _Known:
         return _remembered(self._known, _KNOWN, place, lambda: _known(*self.catalog.at(place), self.catalog.composed))
 
+    def _usable(self, place: int, options: RoutingOptions) -> tuple[str, ...]:
+        """A task's adapters that may be used."""
+        names = self._look(place).names
+        return names if options.allows_all else tuple(filter(options.allows, names))
+
     def _scores(self, place: int) -> Any:
         return _remembered(self._matrices, _KNOWN, place, lambda: _matrix(self.catalog.tasks[place]))
 
@@ -360,23 +379,29 @@ class Retriever:
 
 
 class _Known(NamedTuple):
-    """A task's adapters, and their worths; its answers, if they are known."""
+    """A task's name, its adapters and their worths; its answers, if they are known; the adapters that were made for it,
+    and what its examples do, as a segment has them."""
 
-    names: list[str]
-    worth: list[float]
+    task: str
+    names: tuple[str, ...]
+    worth: tuple[float, ...]
     answers: Answers | None
+    declared: tuple[str, ...]
+    shown: ShownExamples | None
 
 
 def _known(segment: Segment, i: int, composed: Container[str]) -> _Known:
     """What was composed for a task has beaten the others that it ranks before, and takes nothing from them."""
     adapters, declared = segment.ranked(i)
-    names = [adapter.name for adapter in adapters]
+    names = tuple(adapter.name for adapter in adapters)
     others = [i for i, name in enumerate(names) if name not in composed]
     found = worths([adapters[i].score for i in others], [declared[i] for i in others])
     best, first = found.max(initial=1.0), min(others, default=len(names))
     worth = np.where(np.arange(len(names)) < first, best + COMPOSED, best / 2)
     worth[others] = found
-    return _Known(names, worth.tolist(), segment.answers(i))
+    return _Known(
+        segment.names[i], names, tuple(worth.tolist()), segment.answers(i), segment.declared(i), segment.shown(i)
+    )
 
 
 def _remembered(known: dict[Key, Value], most: int, key: Key, make: Callable[[], Value]) -> Value:
@@ -402,11 +427,10 @@ def _matrix(entry: CatalogTask) -> Any:
 
 
 def _chances(
-    ranking: Ranking, logits: NDArray[np.float64], config: RoutingConfig
+    ranking: Ranking, logits: NDArray[np.float64], own: NDArray[np.float64], config: RoutingConfig
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of each candidate, the probability that its adapters are those to use: as the query is one of it, and as it is
-    one of a task that the catalog lacks and that is most like it."""
-    own = softmax(logits)
+    """Of each candidate, the probability that its adapters are those to use: as the query is one of it (`own`, if it is
+    one of any), and as it is one of a task that the catalog lacks and that is most like it."""
     if not config.rerank:
         return own, np.zeros_like(own)
     if ranking.states is None:

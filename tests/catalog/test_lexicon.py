@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lorauter.catalog.lexicon import Words, grams_of, idf_of, similarities
+from lorauter.catalog.lexicon import Words, WordTable, grams_of, idf_of, similarities
 
 TASKS = [
     ["Is this film good? It was great.", "Is this film bad? It was slow, so slow."],
@@ -30,7 +30,13 @@ class Lexicon:
         self.words = [Words.of(task, self.idf) for task in grams]
 
     def similarity(self, text: str, tasks: Iterable[int] = range(3)) -> np.ndarray:
-        return similarities(grams_of(text), [self.words[task] for task in tasks], self.idf)
+        words, grams = [self.words[task] for task in tasks], grams_of(text)
+        found = similarities(grams, words, self.idf)
+        if words:
+            table = WordTable(words, self.idf).similarities(grams)
+            np.testing.assert_allclose(table, found, rtol=1e-6)
+            assert table.dtype == found.dtype
+        return found
 
 
 def grams(text: str) -> set[str]:

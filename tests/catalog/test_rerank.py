@@ -365,6 +365,21 @@ def test_states_tell_tasks_apart_and_strangers_from_all_of_them() -> None:
     assert np.mean(unknown) < 0.3
 
 
+def test_what_is_known_of_candidates_says_what_they_say() -> None:
+    world = StatesWorld(5)
+    embeddings, texts = world.examples(*[8] * 5)
+    states = [np.stack([world.state(task) for _ in range(8)]) for task in range(5)]
+    fitted = Fitted(embeddings, texts, states=states)
+    reranker, plain = fitted.reranker, fitted.candidates(np.arange(5))
+    known = reranker.knowing(plain)
+    without = reranker.by_states.whitening.without(states[1])
+    embedding, text = world.embed(3), world.text(3)
+    for state, whitening in ((None, None), (world.state(3), None), (world.state(3), without)):
+        one, two = (reranker.rank(embedding, text, of, None, state, whitening) for of in (plain, known))
+        for name in ("logits", "familiarity", "words", "cosines", *(["states"] if state is not None else [])):
+            np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_without_states_nothing_else_changes() -> None:
     embeddings, texts = World(6).examples(*[8] * 6)
     states = [np.random.default_rng(task).standard_normal((8, 2, 16)).astype(np.float16) for task in range(6)]
