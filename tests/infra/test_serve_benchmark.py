@@ -41,7 +41,8 @@ def test_answers_first_tokens_and_errors_are_noted() -> None:
         if text == "fails":
             return web.Response(status=503, text="down")
         if not body["stream"]:
-            return web.json_response({"choices": [{"message": {"content": text.upper()}}]})
+            timed = {"lorauter": {"timings": {"embed_s": 0.25}}} if text == "b" else {}
+            return web.json_response({"choices": [{"message": {"content": text.upper()}}], **timed})
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b'data: {"choices": []}\n\n')
@@ -67,6 +68,7 @@ def test_answers_first_tokens_and_errors_are_noted() -> None:
 
     whole, streamed = asyncio.run(run())
     assert whole.texts == {0: "A", 1: "B"}
+    assert whole.timings == [{"embed_s": 0.25}]
     assert whole.errors == {"503 down": 1}
     assert len(streamed.firsts) == 1
     assert [error[:19] for error in streamed.errors] == ["a stream ended with"]
