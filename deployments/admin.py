@@ -1,4 +1,4 @@
-"""The admin API: adapters and tasks added and removed while the service runs.
+"""The admin API: adapters and tasks added, removed and composed while the service runs.
 
 Knows HTTP; who may do it is for `deployments.rights` to say, and what is done is `deployments.catalog_editor`'s.
 Adapters come as uploads, or are in the service's own store already: no client names a place for the server to read
@@ -29,14 +29,15 @@ from deployments.bodies import FORM, JSON, content_type, limited, read_json
 from deployments.config import ApiSettings
 from deployments.options import parse_body
 from deployments.rights import Change
-from deployments.text_types import LoadAdapterBody, UnloadAdapterBody
+from deployments.text_types import CompositionBody, LoadAdapterBody, UnloadAdapterBody
+from lorauter.adapters.provenance import composed_name
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
-from lorauter.errors import InvalidRequest, Overloaded, ServiceUnavailable, TaskNotFound
+from lorauter.errors import ConfigError, InvalidRequest, Overloaded, ServiceUnavailable, TaskNotFound
 from lorauter.names import RESERVED, RULE, is_valid_name
 from lorauter.tasks import Task
 
 ReadChange = Callable[[Request], AbstractAsyncContextManager[Change]]
-"""Reads what change a request asks for; what the change is made of is kept until the end."""
+"""Reads what a request asks for, a change or what became of one; what it is made of is kept until the end."""
 
 _MAX_EXAMPLES = 512
 _MAX_CHANGES_BYTES = 16 << 20
@@ -69,6 +70,18 @@ class Editor(Protocol):
     async def use_version(self, version: str) -> dict[str, Any]:
         """Make another version of the catalog the current one."""
 
+    async def compose(self, caller: Caller, task: str) -> dict[str, Any]:
+        """Ask for an adapter that is composed for a task; says how it can be followed."""
+
+    async def compositions(self, caller: Caller) -> dict[str, Any]:
+        """What was asked for, as far as the caller may see it."""
+
+    async def composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        """How one of them is."""
+
+    async def cancel_composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        """Have one made no further."""
+
 
 def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[str, str, ReadChange]]:
     """Method, path and function of each; without an editor, where what is served is the examples, they refuse."""
@@ -80,6 +93,10 @@ def admin_endpoints(editor: Editor | None, settings: ApiSettings) -> list[tuple[
         ("DELETE", "/v1/adapters/{name}", admin.remove_adapter),
         ("POST", "/v1/catalog/changes", admin.change),
         ("POST", "/v1/catalog/current", admin.use_version),
+        ("POST", "/v1/compositions", admin.compose),
+        ("GET", "/v1/compositions", admin.compositions),
+        ("GET", "/v1/compositions/{id}", admin.composition),
+        ("POST", "/v1/compositions/{id}/cancel", admin.cancel_composition),
         ("POST", "/v1/load_lora_adapter", admin.load_adapter),
         ("POST", "/v1/unload_lora_adapter", admin.unload_adapter),
     ]
@@ -173,6 +190,32 @@ class _Admin:
         if not is_valid_name(body.version):
             raise InvalidRequest("the version is none; see GET /v1/catalog/versions", param="version")
         yield Change(lambda _: editor.use_version(body.version), whole=True)
+
+    @asynccontextmanager
+    async def compose(self, request: Request) -> AsyncIterator[Change]:
+        editor = self._open()
+        task = parse_body(CompositionBody, await read_json(request, self._settings.max_body_bytes)).task
+        if not is_valid_name(task):
+            raise TaskNotFound(task[:128])
+        try:
+            adapter = composed_name(task)
+        except ConfigError as error:
+            raise InvalidRequest(str(error), param="task") from error
+        yield Change(lambda caller: editor.compose(caller, task), adapters=(adapter,), tasks=(task,))
+
+    @asynccontextmanager
+    async def compositions(self, _: Request) -> AsyncIterator[Change]:
+        yield Change(self._open().compositions)
+
+    @asynccontextmanager
+    async def composition(self, request: Request) -> AsyncIterator[Change]:
+        editor, id = self._open(), request.path_params["id"]
+        yield Change(lambda caller: editor.composition(caller, id))
+
+    @asynccontextmanager
+    async def cancel_composition(self, request: Request) -> AsyncIterator[Change]:
+        editor, id = self._open(), request.path_params["id"]
+        yield Change(lambda caller: editor.cancel_composition(caller, id))
 
     @asynccontextmanager
     async def change(self, request: Request) -> AsyncIterator[Change]:

@@ -23,9 +23,10 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.access import Caller
 from deployments.changes import Change
+from deployments.compositions import Compositions
 from deployments.config import AppConfig
 from deployments.logs import join_serve_logs
-from deployments.rights import check_tasks
+from deployments.rights import check_tasks, serving
 from lorauter.adapters import AdapterManifest, AdapterRepository, LoraWeights, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.catalog import (
@@ -112,6 +113,7 @@ class CatalogEditor:
         self._state_model = config.state_model
         self._model = model
         self._last: Catalog | None = None  # as it was made or read: the next change reads what differs from it
+        self._compositions = Compositions(config, self._store, self._repository)
         self._worker = ThreadPoolExecutor(1)  # changes wait for each other, and one that began ends, whoever hung up
 
     async def change(self, caller: Caller, changes: Sequence[Change]) -> dict[str, Any]:
@@ -193,6 +195,28 @@ class CatalogEditor:
 
         return await self._alone(use)
 
+    async def compose(self, caller: Caller, task: str) -> dict[str, Any]:
+        """Ask for a task's composition. Raises as `Compositions.ask`, and CatalogError."""
+        asked = await self._alone(
+            lambda: self._compositions.ask(caller, task, Catalog.load(self._store, known=self._last))
+        )
+        self._compositions.see_to_them()
+        return asked
+
+    async def compositions(self, caller: Caller) -> dict[str, Any]:
+        """Those that were asked for. Raises StoreError."""
+        self._compositions.see_to_them()
+        return await asyncio.to_thread(self._compositions.list, caller)
+
+    async def composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        """One of them. Raises CompositionNotFound, StoreError."""
+        self._compositions.see_to_them()
+        return await asyncio.to_thread(self._compositions.get, caller, id)
+
+    async def cancel_composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        """Have one made no further. Raises as `Compositions.cancel`."""
+        return await asyncio.to_thread(self._compositions.cancel, caller, id)
+
     async def _check(self) -> Callable[[LoraWeights], tuple[str, ...]]:
         """What gives back the warnings about an adapter, or raises AdapterRejected where the engine would refuse it."""
         shape, max_rank = await self._model.shape.remote()
@@ -229,7 +253,7 @@ class CatalogEditor:
         known: list[str] = []
 
         def edit(before: Catalog) -> Catalog:
-            check_tasks(caller, names[0], _serving(before, names[0]))
+            check_tasks(caller, names[0], serving(before, names[0]))
             after = before
             if encoder is not None:
                 after = with_tasks(after, tasks, encoder, states=encoder.reader)
@@ -291,19 +315,13 @@ def _without(catalog: Catalog, tasks: Sequence[str], adapters: Sequence[str]) ->
     return without_adapters(catalog, adapters) if adapters else catalog
 
 
-def _serving(catalog: Catalog, tasks: Sequence[str]) -> dict[str, list[str]]:
-    """The names of the adapters that serve each of these tasks, of those that are there."""
-    places = {name: place for name in tasks if (place := catalog.place(name)) is not None}
-    return {name: [a.name for a in catalog.entries[place].adapters] for name, place in places.items()}
-
-
 def _row(change: Change, catalog: Catalog, taken: Mapping[str, _Taken]) -> dict[str, Any]:
     """What is answered of a change that was made."""
     head: dict[str, Any] = {"id": change.name, "object": change.kind}
     if change.remove:
         return {**head, "deleted": True}
     if change.kind == "task":
-        return {**head, "adapters": _serving(catalog, [change.name])[change.name]}
+        return {**head, "adapters": serving(catalog, [change.name])[change.name]}
     manifest, warnings = taken[change.name].manifest, list(taken[change.name].warnings)
     head |= {"version": manifest.version, "bytes": manifest.size}
     serves = [catalog.names[place] for place in catalog.served_by(lambda name: name == change.name).nonzero()[0]]

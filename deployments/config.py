@@ -52,6 +52,22 @@ class HostSettings(Settings):
     wait_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
 
 
+class ComposeSettings(Settings):
+    """What Ray gives the process that composes adapters for tasks, while there are some to be composed.
+
+    Attributes:
+        num_cpus: 0 takes of the cores what nobody else wants, on any node.
+        num_gpus: with 0 it computes on the CPU: minutes for a task, where a GPU takes seconds.
+        memory: bytes that Ray keeps for it; null is none.
+        resources: Ray's own resources, which say on which nodes it may run.
+    """
+
+    num_cpus: Annotated[float, Field(ge=0)] = 0.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    memory: Positive | None = None
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+
+
 class ApiSettings(Settings):
     """The HTTP API.
 
@@ -154,6 +170,7 @@ class AppConfig(Settings):
     engine: EngineConfig = EngineConfig()
     host: HostSettings = HostSettings()
     cache: CacheSettings = CacheSettings()
+    compose: ComposeSettings = ComposeSettings()
     api: ApiSettings = ApiSettings()
     access: AccessSettings = AccessSettings()
 

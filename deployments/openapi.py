@@ -22,6 +22,7 @@ from deployments.options import rows_of, table
 from deployments.responses_types import ResponsesBody
 from deployments.rights import ROLES
 from deployments.text_types import (
+    CompositionBody,
     DetokenizeBody,
     EmbeddingsBody,
     LoadAdapterBody,
@@ -42,6 +43,7 @@ ENDPOINTS: Mapping[str, type[BaseModel]] = {
     "/detokenize": DetokenizeBody,
     "/v1/load_lora_adapter": LoadAdapterBody,
     "/v1/unload_lora_adapter": UnloadAdapterBody,
+    "/v1/compositions": CompositionBody,
 }
 """What endpoints take whose options are in the table; `docs/publishing.md` has those of the rest of the admin API."""
 
@@ -72,7 +74,7 @@ def document() -> dict[str, Any]:
             "security": [{"key": []}, {"x-api-key": []}] if roles else [],
             "parameters": [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names],
         }
-        if path in ENDPOINTS:
+        if path in ENDPOINTS and method == "POST":
             schema = of[ENDPOINTS[path], "validation"]
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths.setdefault(path, {})[method.lower()] = operation

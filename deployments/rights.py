@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from deployments.access import Caller
 from deployments.calls import CatalogDescription
+from lorauter.catalog import Catalog
 from lorauter.errors import PermissionDenied
 from lorauter.keys import Role
 
@@ -52,6 +53,10 @@ ROLES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("DELETE", "/v1/tasks/{name}"): ("admin",),
     ("POST", "/v1/catalog/changes"): ("admin",),
     ("POST", "/v1/catalog/current"): ("admin",),
+    ("POST", "/v1/compositions"): ("admin",),
+    ("GET", "/v1/compositions"): ("admin",),
+    ("GET", "/v1/compositions/{id}"): ("admin",),
+    ("POST", "/v1/compositions/{id}/cancel"): ("admin",),
     ("POST", "/v1/load_lora_adapter"): ("admin",),
     ("POST", "/v1/unload_lora_adapter"): ("admin",),
 }
@@ -123,6 +128,12 @@ def check_tasks(caller: Caller, tasks: Sequence[str], serving: Mapping[str, Sequ
                 f"the key {caller.name!r} may change a task only if it may use every adapter that serves it, and add "
                 f"one only if it is called {_own(caller)}; {name!r} is neither"
             )
+
+
+def serving(catalog: Catalog, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """The names of the adapters that serve each of these tasks, of those that are there."""
+    places = {name: place for name in tasks if (place := catalog.place(name)) is not None}
+    return {name: [a.name for a in catalog.entries[place].adapters] for name, place in places.items()}
 
 
 def _own(caller: Caller) -> str:

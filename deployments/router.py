@@ -314,6 +314,18 @@ class _EditorClient:
     async def use_version(self, version: str) -> dict[str, Any]:
         return await _result(self._handle.use_version.remote(version))
 
+    async def compose(self, caller: Caller, task: str) -> dict[str, Any]:
+        return await _result(self._handle.compose.remote(caller, task))
+
+    async def compositions(self, caller: Caller) -> dict[str, Any]:
+        return await _result(self._handle.compositions.remote(caller))
+
+    async def composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        return await _result(self._handle.composition.remote(caller, id))
+
+    async def cancel_composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        return await _result(self._handle.cancel_composition.remote(caller, id))
+
 
 async def _result(response: Any) -> dict[str, Any]:
     try:

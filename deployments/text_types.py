@@ -127,6 +127,12 @@ class LoadAdapterBody(Body):
     load_inplace: Annotated[bool, Option("an adapter that is there is always replaced", "nowhere")] = False
 
 
+class CompositionBody(Body):
+    """`POST /v1/compositions`: an adapter is to be composed for a task from the others."""
+
+    task: Annotated[str, Option("the task's name", "catalog")]
+
+
 class UnloadAdapterBody(Body):
     """`POST /v1/unload_lora_adapter`."""
 

@@ -20,6 +20,7 @@ because they cross process boundaries.
     │   ├── AdapterNotFound
     │   ├── AdapterRejected     the adapter can never be served as it is
     │   └── AdapterUnavailable  the adapter cannot be had just now
+    ├── CompositionNotFound
     ├── Conflict                somebody else changed the same thing meanwhile
     ├── Unauthenticated         no valid key came with the request
     ├── PermissionDenied        the key may not do this
@@ -158,6 +159,13 @@ class AdapterRejected(AdapterError):
 
 class AdapterUnavailable(AdapterError):
     """The adapter exists, but cannot be fetched or placed at the moment."""
+
+
+class CompositionNotFound(LorauterError):
+    """No composition of this id was asked for, or it is long ago."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"no composition {id!r}; see GET /v1/compositions")
 
 
 class Conflict(LorauterError):

@@ -27,6 +27,7 @@ ERRORS = {
     errors.AdapterRejected("odd", adapter="sst2"): {"adapter": "sst2"},
     errors.AdapterUnavailable("odd", adapter="sst2"): {"adapter": "sst2"},
     errors.BatchError("odd"): {},
+    errors.CompositionNotFound("0f"): {},
     errors.Conflict("odd"): {},
     errors.CannotStart("odd", part="LoraModel"): {"part": "LoraModel"},
     errors.Unauthenticated("odd"): {},

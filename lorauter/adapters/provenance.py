@@ -11,10 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorauter.errors import ConfigError
 from lorauter.names import is_valid_name
 
 PROVENANCE = "lorauter.composition"
 """The key among a weights file's metadata."""
+
+_SUFFIX = ".composed"
+
+
+def composed_name(task: str) -> str:
+    """What the adapter that is composed for a task is called. Raises ConfigError: the task's name is too long."""
+    name = task + _SUFFIX
+    if not is_valid_name(name):
+        raise ConfigError(f"{name!r} is no adapter's name; give task {task!r} a shorter one", setting="tasks")
+    return name
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,8 @@ class Fitter:
         """Fit tasks together.
 
         Args:
-            progress: called at each look with the step and the mean loss of examples that were left out.
+            progress: called at each step with its number and the mean loss of examples that were left out, as it was
+                at the last look. What it raises ends the fits.
         """
         config = self.config
         folds = [_folds(problem, config) for problem in problems]
@@ -166,7 +167,7 @@ class Fitter:
                     if not step or history[k][-1] < best[k][0]:  # the first may be no number
                         best[k] = history[k][-1], step
                         kept[k] = self._columns(weights.detach()[first[k] : first[k + 1]].clone()).cpu(), own
-                progress(step, fmean(history[k][-1] for k in running))
+                loss = fmean(history[k][-1] for k in running)
                 further = [k for k in running if step - best[k][1] < config.patience * config.check_every]
                 if len(further) < len(running):
                     running = further
@@ -174,6 +175,7 @@ class Fitter:
                         [row for row in rows if owner[row[1]] in further] for rows in (training, left_out)
                     )
                     fits, looks = self._passes(training, first[-1]), self._passes(left_out, first[-1])
+            progress(step, loss)
             if step == config.steps or not running:
                 break
             for group in optimizer.param_groups:

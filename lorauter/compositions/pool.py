@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lorauter.adapters.provenance import composed_name
 from lorauter.adapters.weights import LoadAdapter, LoraWeights
 from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.provenance import model_digest
@@ -17,7 +18,6 @@ from lorauter.compositions.starts import example_mixtures, likeliest_sources, st
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine.load import load_decoder
 from lorauter.errors import AdapterRejected, ConfigError
-from lorauter.names import is_valid_name
 from lorauter.routing import RoutingConfig
 
 MAX_SOURCES = 64
@@ -26,16 +26,7 @@ MAX_SOURCES = 64
 POOR = 0.5
 """The score of a task's best adapter under which a composition is tried."""
 
-_SUFFIX = ".composed"
 _MAX_RANK = 256  # of a source
-
-
-def composed_name(task: str) -> str:
-    """What the adapter that is composed for a task is called. Raises ConfigError: the task's name is too long."""
-    name = task + _SUFFIX
-    if not is_valid_name(name):
-        raise ConfigError(f"{name!r} is no adapter's name; give task {task!r} a shorter one", setting="tasks")
-    return name
 
 
 def wanting(catalog: Catalog) -> list[str]:
@@ -60,6 +51,7 @@ def compose_for(
     work: Path,
     *,
     model: str,
+    aliases: Sequence[str] = (),
     device: str = "auto",
     config: ComposeConfig | None = None,
     barred: Mapping[str, Collection[str]] | None = None,
@@ -72,7 +64,7 @@ def compose_for(
     Args:
         load: reads the catalog's adapters.
         work: where compositions are kept; what is there is not made again.
-        model: the base model: a folder, an id, or "default".
+        model: the base model: a folder, an id, or "default"; aliases: further names that adapters may give it.
         barred: of each task the adapters that it may not use.
         report: is told of adapters that do not fit the model, which are left out.
 
@@ -89,7 +81,8 @@ def compose_for(
     mixtures = example_mixtures(catalog, RoutingConfig(), away)
     starts = starts_of(catalog, RoutingConfig(), away, mixtures)
     wanted = [Wanted(name_of(name), known[name], mixtures[name], starts[name], away[name]) for name in away]
-    decoder, codec = load_decoder(resolve_model(model), device=device, aliases=base_model_aliases(model), plain=True)
+    names = (*aliases, *base_model_aliases(model))
+    decoder, codec = load_decoder(resolve_model(model), device=device, aliases=names, plain=True)
     base = model_digest(model)
     loaded: dict[str, LoraWeights | None] = {}
 

@@ -2,10 +2,11 @@
 
 import pytest
 
+from lorauter.adapters.provenance import composed_name
 from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import build_catalog
-from lorauter.compositions.pool import MAX_SOURCES, compose_for, composed_name
+from lorauter.compositions.pool import MAX_SOURCES, compose_for
 from lorauter.compositions.starts import example_mixtures, likeliest_sources, mean_mixture, starts_of
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError

@@ -20,7 +20,15 @@ from deployments.admin import admin_endpoints
 from deployments.api import build_api
 from deployments.changes import MAX_CHANGES, Change
 from deployments.config import AccessSettings, ApiSettings
-from lorauter.errors import AdapterNotFound, AdapterRejected, CatalogError, Conflict, LorauterError, TaskNotFound
+from lorauter.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    CatalogError,
+    CompositionNotFound,
+    Conflict,
+    LorauterError,
+    TaskNotFound,
+)
 from lorauter.keys import hash_key
 from lorauter.tasks import Task
 
@@ -37,6 +45,10 @@ ENDPOINTS = [
     ("DELETE", "/v1/adapters/x"),
     ("POST", "/v1/catalog/changes"),
     ("POST", "/v1/catalog/current"),
+    ("POST", "/v1/compositions"),
+    ("GET", "/v1/compositions"),
+    ("GET", "/v1/compositions/x"),
+    ("POST", "/v1/compositions/x/cancel"),
 ]
 
 
@@ -70,6 +82,18 @@ class FakeEditor:
 
     async def change(self, caller: Caller, wanted: Sequence[Change]) -> dict[str, Any]:
         return await self._do("change", *wanted)
+
+    async def compose(self, caller: Caller, task: str) -> dict[str, Any]:
+        return await self._do("compose", task)
+
+    async def compositions(self, caller: Caller) -> dict[str, Any]:
+        return await self._do("compositions")
+
+    async def composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        return await self._do("composition", id)
+
+    async def cancel_composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        return await self._do("cancel_composition", id)
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +154,38 @@ def test_an_adapter_is_uploaded_named_and_removed() -> None:
     assert send(editor, "DELETE", "/v1/adapters/adder").status_code == 200
     files = {"adapter_config.json": FILES["config"], "adapter_model.safetensors": FILES["weights"]}
     assert editor.done == [("put_adapter", "adder", files), ("put_adapter", "poet", None), ("remove_adapter", "adder")]
+
+
+def test_a_composition_is_asked_for_followed_and_cancelled() -> None:
+    editor = FakeEditor()
+    assert send(editor, "POST", "/v1/compositions", json={"task": "sums"}).status_code == 200
+    assert send(editor, "GET", "/v1/compositions").status_code == 200
+    assert send(editor, "GET", "/v1/compositions/0f").status_code == 200
+    assert send(editor, "POST", "/v1/compositions/0f/cancel").status_code == 200
+    assert editor.done == [("compose", "sums"), ("compositions",), ("composition", "0f"), ("cancel_composition", "0f")]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({}, 400, "task"),
+        ({"task": 5}, 400, "task"),
+        ({"task": "sums", "to": "s3://elsewhere"}, 400, "to"),
+        ({"task": "../sums"}, 404, "no such task"),
+        ({"task": "x" * 125}, 400, "give task"),
+    ],
+)
+def test_a_wrong_composition_is_refused(body: dict[str, Any], status: int, said: str) -> None:
+    editor = FakeEditor()
+    response = send(editor, "POST", "/v1/compositions", json=body)
+    assert response.status_code == status
+    assert said in message(response)
+    assert editor.done == []
+
+
+def test_a_composition_that_is_not_there_is_told() -> None:
+    response = send(FakeEditor(CompositionNotFound("0f")), "GET", "/v1/compositions/0f")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "composition_not_found")
 
 
 @pytest.mark.parametrize(("method", "path"), ENDPOINTS)

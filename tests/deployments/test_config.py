@@ -12,7 +12,7 @@ from lorauter.engine import EngineConfig
 from lorauter.errors import ConfigError
 from lorauter.routing import RoutingConfig
 
-SECTIONS = ["routing", "engine", "host", "cache", "api", "access"]
+SECTIONS = ["routing", "engine", "host", "cache", "compose", "api", "access"]
 
 
 def refusal(args: object) -> str:

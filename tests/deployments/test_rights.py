@@ -83,6 +83,19 @@ class Editor:
         self.done.append(("use version", version))
         return {}
 
+    async def compose(self, caller: Caller, task: str) -> dict[str, Any]:
+        self.done.append(("compose", task))
+        return {}
+
+    async def compositions(self, caller: Caller) -> dict[str, Any]:
+        return {}
+
+    async def composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        return {}
+
+    async def cancel_composition(self, caller: Caller, id: str) -> dict[str, Any]:
+        return {}
+
 
 def ask(key: str | None, method: str, path: str, editor: Editor | None = None, **content: Any) -> httpx.Response:
     """One request with one of KEYS; None is a service without any."""
@@ -188,6 +201,22 @@ ROWS: dict[str, tuple[list[Any], list[Any]]] = {
             ("DELETE", "/v1/tasks/team-b-plans", {}),
         ],
     ),
+    "have adapters composed": (
+        [("POST", "/v1/compositions", {"json": {"task": "team-a-own"}})],
+        [
+            ("POST", "/v1/compositions", {"json": {"task": "sums"}}),  # sums.composed is not called as its adapters are
+            ("POST", "/v1/compositions", {"json": {"task": "shared"}}),
+            ("POST", "/v1/compositions", {"json": {"task": "team-b-merger"}}),
+        ],
+    ),
+    "see and cancel compositions": (
+        [
+            ("GET", "/v1/compositions", {}),
+            ("GET", "/v1/compositions/0f", {}),
+            ("POST", "/v1/compositions/0f/cancel", {}),
+        ],
+        [],
+    ),
     "change the catalog's version": ([], [("POST", "/v1/catalog/current", {"json": {"version": "v1"}})]),
     "read the catalog's versions": ([], [("GET", "/v1/catalog/versions", {})]),
     "read metrics, replicas": ([], [("GET", "/metrics", {}), ("GET", "/v1/deployments", {})]),
@@ -221,7 +250,7 @@ def test_the_table_is_whole() -> None:
     assert {row for row, _ in table()} == set(ROWS)
     assert {column for _, column in table()} == set(COLUMNS)
     asked = {
-        (method, re.sub(r"(models|adapters|tasks|page)/.+", r"\1/", path))
+        (method, re.sub(r"(models|adapters|tasks|page|compositions)/.+", r"\1/", path))
         for own, others in ROWS.values()
         for method, path, _ in own + others
     }
@@ -242,7 +271,7 @@ def test_each_cell_of_the_table(row: str, column: str) -> None:
                 assert ("s3://company/secret" in response.text) == (cell == "all")
             elif allowed:
                 assert response.status_code == 200, response.text
-                assert bool(editor.done) == row.startswith("change")
+                assert bool(editor.done) == row.startswith(("change", "have"))
             else:
                 assert response.status_code in ({"": [401]}.get(key or "", [403, 404]) if key is not None else [403])
                 assert editor.done == []

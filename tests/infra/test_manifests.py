@@ -89,7 +89,7 @@ def test_serve_config_is_the_shipped_one_with_stores_in_s3(serve_file: ServeFile
     assert config.adapters.startswith("s3://")
     assert config.catalog.startswith("s3://")
     assert config.access.closed
-    ours = {name: getattr(config, name) for name in ("adapters", "catalog", "cache", "access")}
+    ours = {name: getattr(config, name) for name in ("adapters", "catalog", "cache", "access", "compose")}
     assert config == shipped.config.model_copy(update=ours)
     # The default catalog is the package's own, which nobody edits.
     assert set(serve_file.overrides) == {*shipped.overrides, "CatalogEditor"} == set(DEPLOYMENTS)
