@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import tracing
+from deployments.connection import Connection
 from deployments.observe import REQUEST_ID
 from deployments.openai_answers import error_answer
 from deployments.streams import CANCELS
@@ -26,6 +27,7 @@ from lorauter.errors import ConfigError, Overloaded
 _MOST = 2000  # requests in progress
 _RETRY_AFTER_S = 1
 _BACKLOG = 2048
+_LOOK_S = 5.0  # between two looks for clients that are waited for
 _ID = REQUEST_ID.encode()
 _TRACE = (b"traceparent", b"tracestate")
 
@@ -42,14 +44,35 @@ class Listener:
         self._socket = _bound(address)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                Front(app), lifespan="off", access_log=False, log_config=None, log_level="critical", backlog=_BACKLOG
+                Front(app),
+                http=Connection,
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                log_level="critical",
+                backlog=_BACKLOG,
             )
         )
         self._serving: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Listen."""
-        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
+        self._serving = asyncio.get_running_loop().create_task(self._serve())
+
+    async def _serve(self) -> None:
+        looking = asyncio.create_task(self._look())
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            looking.cancel()
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for connection in [*self._server.server_state.connections]:
+                if isinstance(connection, Connection):
+                    connection.check()
 
     def check(self) -> None:
         """Raise RuntimeError if it listens no more."""

@@ -1,0 +1,122 @@
+"""A client's connection, within bounds that uvicorn leaves open: who does not go on is waited for no more.
+
+A request has to come within a minute, and a second for each kilobyte of it; of an answer something has to be taken in a
+minute; a head is not collected without end. What asks for another protocol (`Upgrade`, which Java's client sends with
+each first request) is answered in this one. Knows nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+PATIENCE_S = 60.0
+_SLOWEST = 1000.0  # bytes of a request in a second, beyond that
+_HEAD = 64 << 10  # bytes of a request that are no body, beside those that come with its beginning or its body's end
+_OTHER_PROTOCOL = (b"upgrade", b"connection", b"http2-settings")
+
+
+class Connection(HttpToolsProtocol):
+    """Where a request or an answer is between a client and the app."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._in_request, self._head = False, 0
+        self._asks_for_other = False
+        self._answering: RequestResponseCycle | None = None
+        self._full_since = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """From here on the next request is waited for."""
+        self._since, self._got = self.loop.time(), 0
+
+    def check(self) -> None:
+        """Close it if its client has been waited for too long."""
+        waited = self.loop.time() - self._since
+        if self.flow.write_paused:
+            if self.loop.time() - self._full_since > PATIENCE_S:
+                self.transport.abort()
+        elif self._is_asked_for_more and waited > PATIENCE_S + self._got / _SLOWEST:
+            if self._got:
+                self._refuse(408, f"the request did not come within {waited:.0f} s; send it faster")
+            else:
+                self.transport.close()
+
+    @property
+    def _is_asked_for_more(self) -> bool:
+        """Whether it is the client's turn: there is no request yet, or a part of one that is being read."""
+        cycle = self.cycle
+        return cycle is None or cycle.response_complete or (cycle.more_body and not self.flow.read_paused)
+
+    def data_received(self, data: bytes) -> None:
+        self._got += len(data)
+        self._head += len(data)  # what turns out to be something else sets it back
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._refuse(400, "the request is not HTTP as it has to be")
+        except httptools.HttpParserUpgrade as upgrade:
+            self._stay(data[upgrade.args[0] :])
+        else:
+            if self._in_request and self._head > _HEAD:
+                self._refuse(431, f"the request's head is larger than {_HEAD} bytes; send fewer or shorter headers")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_request, self._head = True, 0
+
+    def on_headers_complete(self) -> None:
+        # The parser takes what asks for another protocol for a request without a body.
+        self._asks_for_other = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if not self._asks_for_other:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_request = False
+        if not self._asks_for_other:
+            super().on_message_complete()
+
+    def _stay(self, rest: bytes) -> None:
+        """Read a request again, without what asks for another protocol in its head, and go on with the rest."""
+        line = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        head = [b"%s: %s\r\n" % header for header in self.headers if header[0] not in _OTHER_PROTOCOL]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"".join([line, *head, b"\r\n", rest]))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        self._begin()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        self._full_since = self.loop.time()
+        super().pause_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answering is not None:  # it may not be the request that came last
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+        super().connection_lost(exc)
+
+    def _refuse(self, status: int, message: str) -> None:
+        """The last that is said here, in OpenAI's shape, unless an answer has begun."""
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = json.dumps(
+                {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+            ).encode()
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
