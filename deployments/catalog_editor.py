@@ -136,7 +136,7 @@ class CatalogEditor:
             manifest = self._repository.manifest(name)
             return _Taken(manifest, check(self._repository.load(manifest)))
 
-        return await self._alone(lambda: self._apply(caller, changes, encoder, {name: take(name) for name in coming}))
+        return await self._changed(lambda: self._apply(caller, changes, encoder, {name: take(name) for name in coming}))
 
     async def put_task(self, caller: Caller, task: Task) -> dict[str, Any]:
         """Add a task, or replace the one of its name. Raises as `change`."""
@@ -169,7 +169,7 @@ class CatalogEditor:
                 warnings = check(LoraWeights.load(folder, name=name, version="pushed"))
                 return _Taken(self._repository.push(folder), warnings)
 
-        return _single(await self._alone(lambda: self._apply(caller, [change], None, {name: push()})))
+        return _single(await self._changed(lambda: self._apply(caller, [change], None, {name: push()})))
 
     async def use_version(self, version: str) -> dict[str, Any]:
         """Make another version the current one, as it is; says which of its adapters the store has no more.
@@ -296,6 +296,12 @@ class CatalogEditor:
 
     async def _alone(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    async def _changed(self, work: Callable[[], Result]) -> Result:
+        """The same for a change, after which there may be something to find out."""
+        result = await self._alone(work)
+        self._compositions.see_to_them()
+        return result
 
     def _change(
         self, edit: Callable[[Catalog], Catalog], *, tasks: Sequence[str] = (), adapters: Sequence[str] = ()

@@ -1,5 +1,8 @@
 """The composer: the process that makes the compositions that were asked for, one after the other, and then ends.
 
+Where examples go before queries, it also finds out what they do for tasks of which that is not known, as a task or an
+adapter came since: it asks them as `lorauter catalog build --examples` does.
+
 It is a named actor beside the deployments, which `CatalogEditor` starts where something waits to be made and which
 outlives it. What it is given is `compose` in the settings; without a GPU it takes the time of the cores that nobody
 else wants. It holds nothing that is not in the store: where it dies, what it was at is lost, and is told to be, and
@@ -17,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -33,8 +36,11 @@ from deployments.rights import check_tasks, serving
 from deployments.told import Audience
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.adapters.provenance import Composition
-from lorauter.catalog import Catalog, change_catalog, with_adapter, without_adapters
+from lorauter.catalog import Catalog, change_catalog, with_adapter, with_shown, without_adapters
 from lorauter.catalog.provenance import task_digests
+from lorauter.catalog.shown import unchecked
+from lorauter.defaults import base_model_aliases, resolve_model
+from lorauter.engine.config import EngineConfig
 from lorauter.errors import AdapterNotFound, AdapterRejected, Conflict, LorauterError, ServiceUnavailable
 
 if TYPE_CHECKING:
@@ -119,6 +125,8 @@ class ComposerActor:
         self._store = open_store(config.catalog)
         self._jobs = CompositionJobs(self._store)
         self._repository = AdapterRepository(open_store(config.adapters))
+        self._last: Catalog | None = None
+        self._tried: set[str] = set()  # catalogs' versions
 
     def run(self) -> None:
         """Make all that waits, and end; whoever asks for one meanwhile finds no actor, and starts the next."""
@@ -131,9 +139,40 @@ class ComposerActor:
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
     def work(self) -> None:
-        """Make all that waits. Raises StoreError."""
-        while wanted := waiting(self._jobs.all(), self._setup):
-            self._make(wanted[0])
+        """Do all that waits. Raises StoreError, CatalogError."""
+        while True:
+            if wanted := waiting(self._jobs.all(), self._setup):
+                self._make(wanted[0])
+            elif not self._asked_after_examples():
+                return
+
+    def _asked_after_examples(self) -> bool:
+        """Whether there were tasks that had to be asked after their examples; what that told is in the catalog then."""
+        self._last = catalog = Catalog.load(self._store, known=self._last)
+        count, names = unchecked(catalog)
+        if not names or catalog.version in self._tried:
+            return False
+        self._tried.add(catalog.version)
+        logger.info("asking tasks after %d of their examples: %s", count, ", ".join(names[:10]))
+        from lorauter.engine import load_engine  # torch and transformers take a while
+        from lorauter.evaluation.answering import adapters_in
+        from lorauter.evaluation.left_out import ask_again
+
+        try:
+            config = self._config
+            settings = replace(config.engine, device="auto", max_slowdown=None, max_queue=EngineConfig().max_queue)
+            aliases = (*config.base_model_aliases, *base_model_aliases(config.base_model))
+            with closing(load_engine(resolve_model(config.base_model), settings, aliases=aliases)) as engine:
+                found = ask_again(catalog, names, count, engine, adapters_in(self._repository, catalog.adapters))
+            before = {name: _asked_of(catalog, name) for name in names}
+
+            def edit(now: Catalog) -> Catalog:
+                return with_shown(now, {name: of for name, of in found.items() if _asked_of(now, name) == before[name]})
+
+            self._last = change_catalog(self._store, edit, known=catalog)
+        except Exception:  # no example is shown for these tasks, as before
+            logger.exception("what examples do for %s is not known", ", ".join(names[:10]))
+        return True
 
     def _make(self, job: CompositionJob) -> None:
         def begun(before: CompositionJob) -> CompositionJob:
@@ -272,6 +311,13 @@ def _examples(catalog: Catalog, task: str) -> str | None:
     """A digest of a task's examples and metric; None where it is not there."""
     place = catalog.place(task)
     return None if place is None else task_digests([catalog.tasks[place].task])[task]
+
+
+def _asked_of(catalog: Catalog, task: str) -> tuple[str | None, list[tuple[str, str | None]]]:
+    """What an answer to a task's examples depends on: these, and the adapters that were made for it."""
+    place = catalog.place(task)
+    declared = () if place is None else catalog.entries[place].declared
+    return _examples(catalog, task), [(name, catalog.adapters.get(name)) for name in declared]
 
 
 def _in_our_words(error: Exception) -> LorauterError:

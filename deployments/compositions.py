@@ -23,6 +23,7 @@ from lorauter.adapters.provenance import composed_name
 from lorauter.adapters.repository import MANIFEST_FILE
 from lorauter.adapters.store import ObjectStore
 from lorauter.catalog import Catalog
+from lorauter.catalog.shown import unchecked
 from lorauter.errors import CompositionNotFound, Conflict, InvalidRequest, LorauterError, Overloaded, TaskNotFound
 
 logger = logging.getLogger("lorauter.catalog")
@@ -45,6 +46,9 @@ class Compositions:
         self._setup = setup_of(config)
         self._jobs = CompositionJobs(store)
         self._repository = repository
+        self._store = store
+        self._last: Catalog | None = None
+        self._tried: set[str] = set()
         self._seeing: asyncio.Task[None] | None = None
 
     def ask(self, caller: Caller, task: str, catalog: Catalog) -> dict[str, Any]:
@@ -118,14 +122,14 @@ class Compositions:
         return self._shown(self._jobs.change(id, cancelled), caller, ())
 
     def see_to_them(self) -> None:
-        """Have a composer at work as long as one of them waits, without waiting for it."""
+        """Have a composer at work as long as one of them waits, or a task's examples; without waiting for it."""
         if self._seeing is None or self._seeing.done():
             self._seeing = asyncio.get_running_loop().create_task(self._see())
 
     async def _see(self) -> None:
         while True:
             try:
-                if not waiting(await asyncio.to_thread(self._jobs.all), self._setup):
+                if not await asyncio.to_thread(self._is_wanted):
                     return
                 composer = await asyncio.to_thread(start_composer, self._config)
                 await composer.run.remote()
@@ -134,6 +138,16 @@ class Compositions:
             except LorauterError as error:
                 logger.warning("what is to be composed cannot be seen: %s", error)
             await asyncio.sleep(_AGAIN_S)  # until its name is free
+
+    def _is_wanted(self) -> bool:
+        """Whether a composer has something to do; for a catalog's examples it is asked once."""
+        if waiting(self._jobs.all(), self._setup):
+            return True
+        self._last = catalog = Catalog.load(self._store, known=self._last)
+        if catalog.version in self._tried or not unchecked(catalog)[1]:
+            return False
+        self._tried.add(catalog.version)
+        return True
 
     def _seen(self, caller: Caller, id: str) -> CompositionJob:
         job = self._jobs.get(id)

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from lorauter.catalog.catalog import Catalog
+    from lorauter.catalog.segments import Segment, TaskEntry
 
 By = Literal["mixture", "base"]
 
@@ -62,3 +67,32 @@ class ShownExamples:
         """Raises KeyError, TypeError where it is none."""
         own = None if data["own"] is None else Help(**data["own"])
         return cls(data["count"], own, Help(**data["others"]), tuple(data["tokens"]))
+
+
+_looked: WeakKeyDictionary[Segment, _Look] = WeakKeyDictionary()  # of those in use
+
+
+class _Look(NamedTuple):
+    most: int
+    known: int
+    unknown: tuple[str, ...]
+
+
+def unchecked(catalog: Catalog) -> tuple[int, list[str]]:
+    """How many examples a catalog's tasks were asked after, and the tasks of which nobody knows what that does: they
+    came later, or an adapter was made for them since. None where most were never asked.
+    """
+    found = [_looked.get(segment) or _looked.setdefault(segment, _look(segment)) for segment in catalog.segments]
+    names = [name for of in found for name in of.unknown]
+    return max(of.most for of in found), names if len(names) < sum(of.known for of in found) else []
+
+
+def _look(segment: Segment) -> _Look:
+    entries = [entry for i in range(len(segment)) if (entry := segment.entry(i)).examples > 1]
+    unknown = tuple(entry.name for entry in entries if not _is_known(entry))
+    most = max((entry.shown.count for entry in entries if entry.shown is not None), default=0)
+    return _Look(most, len(entries) - len(unknown), unknown)
+
+
+def _is_known(entry: TaskEntry) -> bool:
+    return entry.shown is not None and (entry.shown.own is not None or not entry.declared)

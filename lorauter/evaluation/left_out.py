@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from lorauter.adapters.weights import LoadAdapter
@@ -61,6 +62,7 @@ def trials(
     model: str = "",
     barred: Barred | None = None,
     config: RoutingConfig | None = None,
+    names: Collection[str] | None = None,
 ) -> list[Trial]:
     """All that is to be asked; of tasks with one example nothing.
 
@@ -69,11 +71,14 @@ def trials(
         codec: the base model's.
         model: what tells it from others: answers of an earlier run are taken only where all is the same.
         barred: adapters that a task's queries may not use in any case.
+        names: of the tasks; all, if it is left out.
     """
     config = config or RoutingConfig()
     retriever = Retriever(catalog, config)
     found: list[Trial] = []
     for place, name in enumerate(catalog.names):
+        if names is not None and name not in names:
+            continue
         row = catalog.row(place)
         task, of = row.entry.task, row.examples.embeddings
         if len(task.validation) < 2:
@@ -133,6 +138,30 @@ def helped(
         )
         for name, task in tasks.items()
     }
+
+
+def ask_again(
+    catalog: Catalog, names: Collection[str], count: int, engine: MultiLoraEngine, load: LoadAdapter
+) -> dict[str, ShownExamples]:
+    """Find out of some tasks what so many examples do; where none fits, they help nothing.
+
+    Args:
+        load: reads the catalog's adapters.
+
+    Raises:
+        As `answer` and `helped`.
+    """
+    asked = trials(catalog, count, engine.codec, names=names)
+    with TemporaryDirectory(prefix="lorauter-") as work:
+        answer({trial.row.id: trial.row for trial in asked}.values(), engine, load, Path(work) / "answers.jsonl")
+        found = helped(catalog, count, engine.codec, asked, read_answers(Path(work) / "answers.jsonl"))
+    nothing = Help(None, 0.0, 0.0)
+    for place, name in zip(catalog.places(list(names)).tolist(), names, strict=True):
+        if name not in found:
+            of = catalog.tasks[place]
+            own = nothing if of.declared else None
+            found[name] = ShownExamples(count, own, nothing, tokens_of(engine.codec, of.task))
+    return found
 
 
 def ask_regimes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from lorauter.catalog import (
     build_catalog,
     change_catalog,
     with_adapters,
+    with_shown,
     with_tasks,
     without_adapters,
     without_tasks,
 )
 from lorauter.catalog.provenance import task_digests
+from lorauter.catalog.shown import Help, ShownExamples
 from lorauter.compositions.cut import Cut
 from lorauter.compositions.make import Made
 from lorauter.compositions.written import CompositionProvenance, Source, write_adapter
@@ -363,3 +366,77 @@ def test_a_store_that_is_down_for_a_moment_loses_no_result(
     actor.work()
     assert len(failed) == 3
     assert jobs.get(job.id).status == "done"
+
+
+NOTHING, GAIN = Help(None, 0.0, 0.0), Help("mixture", 0.5, 0.1)
+
+
+class FakeAsking:
+    """`ask_again`, to which examples always help."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def __call__(self, catalog: Catalog, names: list[str], count: int, engine: Any, load: Any) -> dict[str, Any]:
+        assert engine == "an engine"
+        self.asked.append(names)
+        self.meanwhile()
+        sizes = {entry.name: entry.examples for entry in catalog.entries}
+        return {name: ShownExamples(count, GAIN, GAIN, (9,) * sizes[name]) for name in names}
+
+
+@pytest.fixture
+def asking(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> FakeAsking:
+    """A catalog whose tasks were all asked after their examples, which helped none."""
+    fake = FakeAsking()
+    monkeypatch.setattr("lorauter.evaluation.left_out.ask_again", fake)
+    monkeypatch.setattr("lorauter.engine.load_engine", lambda *_, **__: nullcontext("an engine"))
+    monkeypatch.setattr(composer, "closing", lambda engine: engine)
+    owned = {"sums": NOTHING, "poems": NOTHING, "rain": None}
+    known = {name: ShownExamples(2, own, NOTHING, (9, 9)) for name, own in owned.items()}
+    change_catalog(str(config.catalog), lambda before: with_shown(before, known))
+    return fake
+
+
+def shown(config: AppConfig, task: str) -> ShownExamples | None:
+    return next(entry.shown for entry in Catalog.load(str(config.catalog)).entries if entry.name == task)
+
+
+def test_a_task_that_gets_a_composition_is_asked_after_its_examples_again(
+    config: AppConfig, jobs: CompositionJobs, composing: FakeComposing, asking: FakeAsking
+) -> None:
+    ComposerActor(config).work()
+    assert asking.asked == []
+    assert outcome(jobs, config, asked(jobs, config))["kept"]
+    assert asking.asked == [["rain"]]
+    assert shown(config, "rain") == ShownExamples(2, GAIN, GAIN, (9, 9))
+    assert shown(config, "sums") == ShownExamples(2, NOTHING, NOTHING, (9, 9))
+
+
+def test_what_changes_while_it_is_asked_is_asked_anew(
+    config: AppConfig, asking: FakeAsking, make_task: Callable[..., Task]
+) -> None:
+    change_catalog(str(config.catalog), lambda before: with_tasks(before, [make_task("hail")], ENCODER))
+
+    def meanwhile() -> None:
+        if len(asking.asked) == 1:
+            other = make_task("hail", "one", "two", "three")
+            change_catalog(str(config.catalog), lambda before: with_tasks(before, [other], ENCODER))
+
+    asking.meanwhile = meanwhile
+    ComposerActor(config).work()
+    assert asking.asked == [["hail"], ["hail"]]
+    assert shown(config, "hail") == ShownExamples(2, GAIN, GAIN, (9, 9, 9))
+
+
+def test_where_asking_fails_no_example_is_shown_and_it_is_not_tried_for_ever(
+    config: AppConfig, jobs: CompositionJobs, composing: FakeComposing, asking: FakeAsking
+) -> None:
+    def broken() -> None:
+        raise CatalogError("is broken", uri="s3://a/b")
+
+    asking.meanwhile = broken
+    assert outcome(jobs, config, asked(jobs, config))["kept"]
+    assert asking.asked == [["rain"]]
+    assert shown(config, "rain") == ShownExamples(2, None, NOTHING, (9, 9))

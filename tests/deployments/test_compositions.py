@@ -20,7 +20,8 @@ from deployments.composer import setup_of
 from deployments.composition_jobs import HEARD_S, CompositionJobs
 from deployments.config import AppConfig
 from lorauter.adapters import AdapterRepository, open_store
-from lorauter.catalog import build_catalog
+from lorauter.catalog import build_catalog, change_catalog, with_shown
+from lorauter.catalog.shown import Help, ShownExamples
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import (
     CompositionNotFound,
@@ -249,3 +250,35 @@ def test_a_limited_key_asks_for_and_sees_its_own_alone(
 
     asyncio.run(scenario())
     assert {job.setup for job in CompositionJobs(open_store(str(config.catalog))).all()} == {setup_of(config)}
+
+
+def test_a_change_after_which_examples_are_to_be_asked_again_starts_a_composer_once(
+    editor: Any, config: AppConfig, composer: FakeComposer, make_task: Callable[..., Task]
+) -> None:
+    async def nothing() -> None:
+        pass
+
+    composer.makes = nothing
+    editor._embedder = SimpleNamespace(
+        embed=SimpleNamespace(remote=_later(HashingEncoder(64).encode)),
+        name=SimpleNamespace(remote=_later(lambda: HashingEncoder(64).name)),
+    )
+    known = Help(None, 0.0, 0.0)
+
+    async def put(name: str) -> None:
+        await editor.put_task(ANYBODY, make_task(name))
+        await asyncio.wait_for(editor._compositions._seeing, 10)
+
+    asyncio.run(put("hail"))
+    assert composer.started == 0, "no task was ever asked"
+    told = {name: ShownExamples(2, known, known, (9, 9)) for name in ("sums", "rain", "hail")}
+    change_catalog(str(config.catalog), lambda before: with_shown(before, told))
+    asyncio.run(put("fog"))
+    assert composer.started == 1
+
+
+def _later(answer: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    async def later(*args: Any) -> Any:
+        return answer(*args)
+
+    return later

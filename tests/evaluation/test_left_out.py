@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lorauter.adapters import AdapterRepository, MemoryStore
-from lorauter.catalog import Catalog, build_catalog, with_shown
-from lorauter.catalog.shown import Help
+from lorauter.adapters import AdapterManifest, AdapterRepository, MemoryStore
+from lorauter.catalog import Catalog, build_catalog, with_adapter, with_shown, with_tasks
+from lorauter.catalog.shown import Help, ShownExamples, unchecked
 from lorauter.encoder import HashingEncoder
 from lorauter.evaluation.answering import adapters_in, answer
-from lorauter.evaluation.left_out import Trial, helped, tokens_of, trials
+from lorauter.evaluation.left_out import Trial, ask_again, helped, tokens_of, trials
 from lorauter.evaluation.rows import AnswerRow, read_answers
 from lorauter.routing import RoutingConfig
 
@@ -106,3 +106,40 @@ def test_an_engine_answers_and_the_catalog_keeps_it(
     found = helped(catalog, 1, engine.codec, asked, answers)
     assert {entry.name: entry.shown for entry in with_shown(catalog, found).entries} == {**found, "lone": None}
     assert tokens_of(engine.codec, catalog.tasks[0].task) == (len("x>lone answer>"),)
+
+
+def test_some_tasks_are_asked_again_and_where_none_fits_nothing_helps(
+    catalog: Catalog, repository: AdapterRepository, engine: Any, make_task: Callable[..., Any]
+) -> None:
+    catalog = with_tasks(catalog, [make_task("long", *("long " * 1200 + end for end in "ab"))], HashingEncoder())
+    load = adapters_in(repository, catalog.adapters)
+    found = ask_again(catalog, ["sums", "long"], 1, engine, load)
+    assert found.keys() == {"sums", "long"}
+    assert found["sums"].own is not None
+    assert found["long"].others == Help(None, 0.0, 0.0)
+    assert with_shown(catalog, found).place("long") is not None
+
+
+def test_the_tasks_of_which_nothing_is_known_are_found(catalog: Catalog, make_task: Callable[..., Any]) -> None:
+    nothing = Help(None, 0.0, 0.0)
+    assert unchecked(catalog) == (0, [])
+
+    def shown(own: Help | None, size: int) -> ShownExamples:
+        return ShownExamples(2, own, nothing, (9,) * size)
+
+    whole = with_shown(catalog, {"sums": shown(nothing, 3), "poems": shown(None, 2)})
+    assert unchecked(whole) == (2, [])
+    composed = AdapterManifest("poems.composed", "1" * 16, {}, provenance={"task": "poems", "sources": []})
+    assert unchecked(with_adapter(whole, AdapterManifest("else", "1" * 16, {}))) == (2, [])
+
+    many = with_tasks(whole, more(make_task), HashingEncoder())
+    assert unchecked(many) == (2, []), "most were never asked"
+    many = with_shown(many, {"rain": shown(None, 2), "snow": shown(None, 2)})
+    for made in (AdapterManifest("poems", "1" * 16, {}), composed):
+        assert unchecked(with_adapter(many, made)) == (2, ["poems"])
+    assert unchecked(with_tasks(many, [make_task("hail")], HashingEncoder())) == (2, ["hail"])
+    assert unchecked(with_tasks(many, [make_task("rain", "other", "words")], HashingEncoder())) == (2, ["rain"])
+
+
+def more(make_task: Callable[..., Any]) -> list[Any]:
+    return [make_task("rain"), make_task("snow")]
