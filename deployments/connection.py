@@ -15,6 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 PATIENCE_S = 60.0
+_FAREWELL_S = 2.0  # for which a client that is refused may go on sending
 _SLOWEST = 1000.0  # bytes of a request in a second, beyond that
 _HEAD = 64 << 10  # bytes of a request that are no body, beside those that come with its beginning or its body's end
 _OTHER_PROTOCOL = (b"upgrade", b"connection", b"http2-settings")
@@ -29,6 +30,7 @@ class Connection(HttpToolsProtocol):
         self._asks_for_other = False
         self._answering: RequestResponseCycle | None = None
         self._full_since = 0.0
+        self._refused_at: float | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -38,7 +40,10 @@ class Connection(HttpToolsProtocol):
     def check(self) -> None:
         """Close it if its client has been waited for too long."""
         waited = self.loop.time() - self._since
-        if self.flow.write_paused:
+        if self._refused_at is not None:
+            if self.loop.time() - self._refused_at > _FAREWELL_S:
+                self.transport.abort()
+        elif self.flow.write_paused:
             if self.loop.time() - self._full_since > PATIENCE_S:
                 self.transport.abort()
         elif self._is_asked_for_more and waited > PATIENCE_S + self._got / _SLOWEST:
@@ -54,6 +59,8 @@ class Connection(HttpToolsProtocol):
         return cycle is None or cycle.response_complete or (cycle.more_body and not self.flow.read_paused)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused_at is not None:
+            return
         self._got += len(data)
         self._head += len(data)  # what turns out to be something else sets it back
         self._unset_keepalive_if_required()
@@ -106,17 +113,28 @@ class Connection(HttpToolsProtocol):
         super().pause_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._answering is not None:  # it may not be the request that came last
-            self._answering.disconnected = True
-            self._answering.message_event.set()
+        self._end_answer()
         super().connection_lost(exc)
 
+    def _end_answer(self) -> None:
+        """Nobody listens to the answer that is being made; it may not be the last request's."""
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+
     def _refuse(self, status: int, message: str) -> None:
-        """The last that is said here, in OpenAI's shape, unless an answer has begun."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        """The last that is said here, in OpenAI's shape, unless an answer has begun.
+
+        A client that is still sending would lose it if the connection were closed at once.
+        """
+        if self._answering is None or self._answering.response_complete or not self._answering.response_started:
             body = json.dumps(
                 {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
             ).encode()
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
+            self.transport.write_eof()
+            self._refused_at = self.loop.time()
+            self._end_answer()
+        else:
+            self.transport.close()
