@@ -1,22 +1,42 @@
-"""BERT encoders on a GPU: a batch is one launch, and not some hundreds, which a busy GPU lets wait one after the other.
+"""BERT encoders, of the usual make (BERT, the mean of its states, unit length), in fewer and faster operations than
+sentence-transformers': others are left to it.
 
-The forward pass is written out for encoders of the usual make (BERT, the mean of its states, unit length), and captured
-in a CUDA graph for each shape that comes, padded to few of them. Others are left to sentence-transformers.
+On a CPU the tokens of several texts go through the layers together, one text after the other, and are padded at the
+end of them all, to a multiple of 64: oneDNN works out anew how to compute a product of another number of rows, which
+takes longer than a query. On a GPU a batch is one launch, and not some hundreds, which a busy GPU lets wait one after
+the other: a CUDA graph for each shape that comes, padded to few of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 from lorauter.cuda_graphs import GraphRecorder, Recorded
+from lorauter.precision import product
 
 _MOST_ROWS = 64
 _LEAST_LENGTH = 16
+_PASS, _GRAIN = 256, 64  # tokens of a pass on a CPU, unless a text has more; what they are a multiple of
+
+Attend = Callable[[Tensor], Tensor]
+"""Queries, keys and values (tokens, 3 d) to what each token attends to (tokens, d)."""
+
+
+class _Layer(NamedTuple):
+    qkv: Callable[[Tensor], Tensor]
+    attended: Callable[[Tensor], Tensor]
+    attended_norm: nn.Module
+    up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+    norm: nn.Module
 
 
 class MeanBert:
@@ -24,11 +44,18 @@ class MeanBert:
 
     Args:
         model: for which `fits` holds.
+        dtype: of the products; all else is in the model's own.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._bert = model[0].model
-        self._heads = self._bert.config.num_attention_heads
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+        bert = model[0].model
+        self.dtype = dtype
+        self._embeddings = bert.embeddings
+        self._heads: int = bert.config.num_attention_heads
+        self._layers = [self._layer(layer) for layer in bert.encoder.layer]
+        self._tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(model.max_seq_length)
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -41,71 +68,157 @@ class MeanBert:
             return False
         config = bert.config
         absolute = getattr(config, "position_embedding_type", "absolute") == "absolute"
-        return absolute and config.hidden_act == "gelu" and not config.is_decoder
+        as_it_is = hasattr(model.tokenizer, "backend_tokenizer") and not getattr(model[0], "do_lower_case", False)
+        return absolute and as_it_is and config.hidden_act == "gelu" and not config.is_decoder
 
-    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _layer(self, layer: Any) -> _Layer:
+        own, out = layer.attention.self, layer.attention.output
+
+        def linear(*linears: nn.Linear) -> Callable[[Tensor], Tensor]:
+            weight = torch.cat([one.weight.data for one in linears]).to(self.dtype)
+            return product(weight, torch.cat([one.bias.data for one in linears]).to(self.dtype))
+
+        return _Layer(
+            linear(own.query, own.key, own.value),
+            linear(out.dense),
+            out.LayerNorm,
+            linear(layer.intermediate.dense),
+            linear(layer.output.dense),
+            layer.output.LayerNorm,
+        )
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts, at least one each."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+
+    def grid(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(n, d) unit rows for n texts of (n, length) token ids; each has a token, and `mask` says which are its."""
-        embeddings = self._bert.embeddings
         rows, length = ids.shape
-        x = embeddings.word_embeddings(ids) + embeddings.token_type_embeddings.weight[0]
-        x = embeddings.LayerNorm(x + embeddings.position_embeddings.weight[:length])
         seen = mask.bool()[:, None, None, :]
-        for layer in self._bert.encoder.layer:
-            own, out = layer.attention.self, layer.attention.output
-            q, k, v = (
-                part(x).view(rows, length, self._heads, -1).transpose(1, 2) for part in (own.query, own.key, own.value)
-            )
+
+        def attend(qkv: Tensor) -> Tensor:
+            q, k, v = qkv.view(rows, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-            x = out.LayerNorm(out.dense(attended.transpose(1, 2).reshape(rows, length, -1)) + x)
-            x = layer.output.LayerNorm(layer.output.dense(F.gelu(layer.intermediate.dense(x))) + x)
-        weights = mask.to(x.dtype)[:, :, None]
-        return F.normalize((x * weights).sum(1) / weights.sum(1), dim=1)
+            return attended.transpose(1, 2).reshape(rows * length, -1)
+
+        states = self._states(ids.view(-1), self._positions(length).repeat(rows, 1), attend).view(rows, length, -1)
+        weights = mask.to(states.dtype)[:, :, None]
+        return F.normalize((states * weights).sum(1) / weights.sum(1), dim=1)
+
+    def row(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """(n, d) unit rows for n texts of token ids, at least one each, all in one row."""
+        ends = np.cumsum([len(text) for text in texts]).tolist()
+        ids = torch.zeros(-(-ends[-1] // _GRAIN) * _GRAIN, dtype=torch.long)
+        positions = torch.zeros(len(ids), self._embeddings.position_embeddings.weight.shape[1])
+        spans = [slice(end - len(text), end) for text, end in zip(texts, ends, strict=True)]
+        for text, span in zip(texts, spans, strict=True):
+            ids[span] = torch.tensor(text)
+            positions[span] = self._positions(len(text))
+        attended = torch.zeros(len(ids), positions.shape[1], dtype=self.dtype)
+
+        def attend(qkv: Tensor) -> Tensor:
+            heads = qkv.view(len(ids), 3, 1, self._heads, -1)
+            for span in spans:
+                q, k, v = heads[span].permute(1, 2, 3, 0, 4)
+                one = F.scaled_dot_product_attention(q, k, v)
+                attended[span] = one[0].transpose(0, 1).reshape(len(ids[span]), -1)
+            return attended
+
+        states = self._states(ids, positions, attend)
+        return F.normalize(torch.stack([states[span].mean(0) for span in spans]), dim=1)
+
+    def _positions(self, length: int) -> Tensor:
+        positions: Tensor = self._embeddings.position_embeddings.weight[:length]
+        return positions
+
+    def _states(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """(tokens, d): what comes out of the last layer."""
+        embeddings, dtype = self._embeddings, self.dtype
+        x: Tensor = embeddings.word_embeddings(ids) + embeddings.token_type_embeddings.weight[0]
+        x = embeddings.LayerNorm(x + positions)
+        for layer in self._layers:
+            x = layer.attended_norm(layer.attended(attend(layer.qkv(x.to(dtype)))) + x)
+            x = layer.norm(layer.down(F.gelu(layer.up(x.to(dtype)))) + x)
+        return x
+
+
+class PackedBert:
+    """An encoder on a CPU. With AMX a text has the same vector to the last bit whatever is encoded beside it.
+
+    Args:
+        model: a sentence-transformers model for which `MeanBert.fits` holds.
+        dtype: of the products.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._bert = MeanBert(model.eval(), dtype)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(n, d) unit rows."""
+        return torch.cat([self._bert.row(some) for some in _passes(self._bert.tokens(texts))]).numpy()
+
+
+def _passes(texts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    some: list[list[int]] = []
+    total = 0
+    for text in texts:
+        if some and total + len(text) > _PASS:
+            yield some
+            some, total = [], 0
+        some.append(text)
+        total += len(text)
+    yield some
 
 
 class GraphedBert:
-    """The same by CUDA graphs.
+    """An encoder on a GPU.
 
     Args:
         model: a sentence-transformers model on a GPU for which `MeanBert.fits` holds.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self._forward = MeanBert(model.eval())
+        self._bert = MeanBert(model.eval())
+        self._longest: int = model.max_seq_length
         self._device = model.device
-        self._graphs: dict[tuple[int, int], tuple[Recorded, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Recorded, Tensor]] = {}
         self._recorder = GraphRecorder(self._device)
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """(n, d) float32 unit rows, on the CPU."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(n, d) unit rows."""
+        tokens = self._bert.tokens(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         lots = [order[start : start + _MOST_ROWS] for start in range(0, len(order), _MOST_ROWS)]
         with self._recorder.alone():
-            vectors = torch.cat([self._encode([texts[i] for i in lot]) for lot in lots])
-        result = torch.empty_like(vectors)
-        result[torch.tensor(order)] = vectors
+            vectors = [self._encode([tokens[i] for i in lot]) for lot in lots]
+        result = np.empty((len(texts), vectors[0].shape[1]), np.float32)
+        result[order] = np.concatenate(vectors)
         return result
 
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        features: Mapping[str, Tensor] = self._model.preprocess(list(texts))
-        ids, mask = features["input_ids"], features["attention_mask"]
-        rows, length = ids.shape
-        shape = padded_shape(rows, length, self._model.max_seq_length)
-        recorded, all_ids, all_mask = self._graphs.get(shape) or self._record(shape)
-        wide = F.pad(torch.stack([ids, mask]), (0, shape[1] - length, 0, shape[0] - rows))
-        wide[1, rows:, 0] = 1  # a row of no text has a token too
-        wide = wide.to(self._device)
-        all_ids.copy_(wide[0])
-        all_mask.copy_(wide[1])
+    def _encode(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        shape = padded_shape(len(texts), len(texts[-1]), self._longest)
+        recorded, inputs = self._graphs.get(shape) or self._record(shape)
+        inputs.copy_(torch.from_numpy(filled(texts, shape)))
         recorded.graph.replay()
-        return recorded.found[:rows].float().cpu()
+        found: NDArray[np.float32] = recorded.found.cpu().numpy()
+        return found[: len(texts)]
 
-    def _record(self, shape: tuple[int, int]) -> tuple[Recorded, Tensor, Tensor]:
-        ids = torch.zeros(shape, dtype=torch.long, device=self._device)
-        mask = torch.ones(shape, dtype=torch.long, device=self._device)
-        self._graphs[shape] = self._recorder.record(lambda: self._forward(ids, mask)), ids, mask
+    def _record(self, shape: tuple[int, int]) -> tuple[Recorded, Tensor]:
+        inputs = torch.ones((2, *shape), dtype=torch.long, device=self._device)
+        self._graphs[shape] = self._recorder.record(lambda: self._bert.grid(*inputs)), inputs
         return self._graphs[shape]
+
+
+def filled(texts: Sequence[Sequence[int]], shape: tuple[int, int]) -> NDArray[np.int64]:
+    """(2, *shape): token ids, and which of them are a text's. A row of no text has a token too."""
+    inputs = np.zeros((2, *shape), np.int64)
+    for row, text in enumerate(texts):
+        inputs[0, row, : len(text)] = text
+        inputs[1, row, : len(text)] = 1
+    inputs[1, len(texts) :, 0] = 1
+    return inputs
 
 
 def padded_shape(rows: int, length: int, longest: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from lorauter.errors import ConfigError
 from lorauter.uris import called
 
 if TYPE_CHECKING:
-    from lorauter.bert import GraphedBert
+    from lorauter.bert import GraphedBert, PackedBert
 
 logger = logging.getLogger("lorauter.encoder")
 _SAME = 1e-3  # of single precision, by other kernels
@@ -58,20 +58,22 @@ class SentenceEncoder:
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"encoder {model!r} cannot be loaded: {error}", setting="encoder") from error
         on_cpu = self._model.device.type == "cpu"
-        if on_cpu:
-            compute_linear_layers_in(native_dtype(self._model.device), self._model)
         # Texts are sorted by length, and padded to the longest of so many: where a CPU's time goes.
         self._padded_together = 8 if on_cpu else 64
-        self._graphed = None if self._model.device.type != "cuda" else _graphed(self._model)
+        self._fast = _fast(self._model)
+        if on_cpu and self._fast is None:
+            compute_linear_layers_in(native_dtype(self._model.device), self._model)
         self.name = called(model)
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
-        if self._graphed is not None and texts:
+        if self._fast is not None and texts:
             try:
-                return np.ascontiguousarray(self._graphed.encode(texts).numpy(), dtype=np.float32)
+                return self._fast.encode(texts)
             except RuntimeError as error:
+                if self._model.device.type != "cuda":
+                    raise
                 logger.warning("the encoder goes on without CUDA graphs: %s", error)
-                self._graphed = None
+                self._fast = None
         vectors = self._model.encode(
             list(texts),
             batch_size=self._padded_together,
@@ -82,16 +84,21 @@ class SentenceEncoder:
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def _graphed(model: Any) -> GraphedBert | None:
-    """The model by CUDA graphs, if it is of a make that these are written for, and they say what it does."""
-    from lorauter.bert import GraphedBert, MeanBert
+def _fast(model: Any) -> GraphedBert | PackedBert | None:
+    """A model in fewer operations, if these are written for its make, and on a GPU if they say what it does."""
+    from lorauter.bert import GraphedBert, MeanBert, PackedBert
+    from lorauter.precision import native_dtype
 
     if not MeanBert.fits(model):
+        return None
+    if model.device.type == "cpu":
+        return PackedBert(model, native_dtype(model.device))
+    if model.device.type != "cuda":
         return None
     try:
         graphed = GraphedBert(model)
         probe = ["a text", "another one, which is longer"]
-        same = np.abs(graphed.encode(probe).numpy() - model.encode(probe, normalize_embeddings=True)).max() < _SAME
+        same = np.abs(graphed.encode(probe) - model.encode(probe, normalize_embeddings=True)).max() < _SAME
     except RuntimeError as error:
         logger.warning("the encoder runs without CUDA graphs: %s", error)
         return None

@@ -1,8 +1,28 @@
-"""In which precision a device computes fastest, and models that make use of it."""
+"""In which precision, and in which layout, a device computes fastest, and models that make use of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor
+
+# Weights laid out once for oneDNN are up to a third faster at few rows. PyTorch's compiler does the same, by the
+# same operators; they are not public, so a build without them goes on with plain weights, and so does a CPU without
+# AVX-512, where they refuse bfloat16.
+_OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+PACKS = all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_PACKED_FOR_ROWS = 32
+
+
+def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`x W^T + bias`, of a weight that does not change."""
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and PACKS:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return partial(F.linear, weight=weight, bias=bias)
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from graph_stand_in import stand_in_for_graphs
 
-from lorauter.bert import GraphedBert, MeanBert, padded_shape
+from lorauter.bert import GraphedBert, MeanBert, PackedBert, filled, padded_shape
 from lorauter.encoder import SentenceEncoder
 
 TEXTS = ["Is this review good?", "a", "Which of these is it, " * 30, "Translate this sentence to French.", "b c"]
@@ -36,8 +36,30 @@ def test_the_forward_pass_is_the_models_whatever_it_is_padded_to(encoder: Senten
     for wider in (0, 3):
         pad = torch.nn.functional.pad
         with torch.inference_mode():
-            found = MeanBert(model)(pad(ids, (0, wider)), pad(mask, (0, wider)))
+            found = MeanBert(model).grid(pad(ids, (0, wider)), pad(mask, (0, wider)))
         assert np.abs(found.numpy() - expected).max() < 5e-3  # linear layers may be of half precision
+
+
+def test_texts_are_taken_apart_as_the_model_does(encoder: SentenceEncoder) -> None:
+    model = encoder._model
+    odd = ["", " ", "  a\tb\n", "東京 É e\u0301 🙂", "[SEP] [CLS] ##a", "a" * 5000, "don't \x00 “quote”", "of " * 900]
+    texts = [*TEXTS, *odd]
+    features = model.preprocess(texts)
+    rows = zip(features["input_ids"], features["attention_mask"].bool(), strict=True)
+    assert MeanBert(model).tokens(texts) == [ids[mask].tolist() for ids, mask in rows]
+
+
+def test_a_pass_on_a_cpu_says_what_the_model_says_in_whatever_company(encoder: SentenceEncoder) -> None:
+    assert isinstance(encoder._fast, PackedBert)
+    texts = [TEXTS[i % len(TEXTS)] + " word" * (7 * i % 61) for i in range(9)] + ["", "long " * 400]
+    together = encoder.encode(texts)
+    expected = encoder._model.encode(texts, normalize_embeddings=True)
+    assert (together * expected).sum(axis=1).min() > 0.9999
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    np.testing.assert_allclose(alone, together, atol=2e-3)
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        np.testing.assert_array_equal(alone, together)
+        np.testing.assert_array_equal(encoder.encode(texts[::-1])[::-1], together)
 
 
 def test_other_makes_are_left_to_sentence_transformers() -> None:
@@ -51,6 +73,7 @@ def test_other_makes_are_left_to_sentence_transformers() -> None:
         class Model(list[Any]):
             default_prompt_name = None
             truncate_dim = None
+            tokenizer = SimpleNamespace(backend_tokenizer=None)
 
         return Model(type(name, (SimpleNamespace,), {})(**parts[name]) for name in modules)
 
@@ -75,13 +98,19 @@ def test_shapes_are_few() -> None:
     ]
 
 
+def test_a_batch_is_filled_up() -> None:
+    ids, mask = filled([[5, 6], [7]], (4, 3))
+    assert ids.tolist() == [[5, 6, 0], [7, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0]], "a row of no text has a token too"
+
+
 def test_a_graph_for_each_shape_is_recorded_once(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_for_graphs(monkeypatch)
     graphed = GraphedBert(encoder._model)
     for count in (3, 4, 70):
         vectors = graphed.encode(TEXTS[:1] * count)
         assert vectors.shape == (count, 384)
-        assert vectors.dtype == torch.float32
+        assert vectors.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
     assert sorted(graphed._graphs) == [(4, 16), (8, 16), (64, 16)]
 
@@ -89,7 +118,7 @@ def test_a_graph_for_each_shape_is_recorded_once(encoder: SentenceEncoder, monke
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_say_what_the_model_says() -> None:
     encoder = SentenceEncoder(_default(), device="cuda")
-    assert isinstance(encoder._graphed, GraphedBert)
+    assert isinstance(encoder._fast, GraphedBert)
     for count in (1, 3, 150):
         texts = [TEXTS[i % len(TEXTS)] + "!" * (i % 7) for i in range(count)]
         expected = encoder._model.encode(texts, normalize_embeddings=True)

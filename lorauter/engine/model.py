@@ -23,15 +23,10 @@ from lorauter.engine.cpu_kernels import load_kernels
 from lorauter.engine.paged_cache import PagedCache
 from lorauter.engine.step import Memory, Step, StepBatch
 from lorauter.errors import ConfigError
+from lorauter.precision import product
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# Weights laid out once for oneDNN are up to a third faster at few rows. PyTorch's compiler does the same, by the
-# same operators; they are not public, so a build without them goes on with plain weights, and so does a CPU without
-# AVX-512, where they refuse bfloat16.
-_OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
-_PACKS = all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-_PACKED_FOR_ROWS = 32
 
 
 class Linear:
@@ -52,11 +47,8 @@ class Linear:
             self._product: Callable[[Tensor], Tensor] = partial(
                 kernels.linear, packed=packed, bias=bias, out=weight.shape[0]
             )
-        elif packable and weight.dtype == torch.bfloat16 and _PACKS:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
-            self._product = lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         else:
-            self._product = partial(F.linear, weight=weight, bias=bias)
+            self._product = partial(F.linear, weight=weight, bias=bias) if plain else product(weight, bias)
 
     @classmethod
     def of(cls, *linears: nn.Linear, plain: bool = False) -> Linear:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from lorauter.engine import model as engine_model
+from lorauter import precision
 from lorauter.engine.model import Decoder, Linear
 from lorauter.engine.slots import AdapterSlots
 from lorauter.errors import ConfigError
@@ -101,10 +101,10 @@ def test_an_adapter_leaves_no_trace_in_rows_without_it(pool, forced, run_forced,
     assert_same(adapted, reference(pool.merged("llama", (("patterns", 1.0),)), sequences[2]))
 
 
-@pytest.mark.parametrize("packs", sorted({engine_model._PACKS, False}))
+@pytest.mark.parametrize("packs", sorted({precision.PACKS, False}))
 @pytest.mark.usefixtures("cpu_path")
 def test_linear_layers_laid_out_for_the_machine_compute_the_same(monkeypatch, packs):
-    monkeypatch.setattr(engine_model, "_PACKS", packs)
+    monkeypatch.setattr(precision, "PACKS", packs)
     weights, bias = [torch.randn(n, 24).bfloat16() for n in (16, 8)], torch.randn(16).bfloat16()
     x = torch.randn(5, 24).bfloat16()
     expected = torch.nn.functional.linear(x, torch.cat(weights))
