@@ -279,7 +279,7 @@ def _matched(
     catalog: Catalog, tasks: Sequence[Task], repository: AdapterRepository, by: _By, model: str, file: Path | None
 ) -> Catalog:
     """The catalog with the adapters that matching finds; those that cannot be used are out of it."""
-    from lorauter.catalog import scoring, with_scores, without_adapters
+    from lorauter.catalog import scoring, with_copies, with_scores, without_adapters
     from lorauter.catalog.match import MatchConfig, match_adapters
     from lorauter.catalog.scores import ScoreTable
     from lorauter.catalog.screen import LARGE, screen
@@ -295,6 +295,7 @@ def _matched(
     load = adapters_in(repository, adapters)
     failures: dict[str, str] = {}
     shortlists: Mapping[str, Sequence[str]] | None = None
+    copies: Mapping[str, str] = {}
     spent = 0
     if len(adapters) > LARGE:
         likelihoods = table
@@ -318,9 +319,9 @@ def _matched(
         del seeing  # the device is the engine's
         failures |= screened.matching.failures
         shortlists, spent = screened.shortlists, screened.matching.spent
-        if screened.twins:
-            some = ", ".join(f"{name} ({other})" for name, other in [*screened.twins.items()][:3])
-            more = f" and {len(screened.twins) - 3} more" if len(screened.twins) > 3 else ""
+        if copies := screened.twins:
+            some = ", ".join(f"{name} ({other})" for name, other in [*copies.items()][:3])
+            more = f" and {len(copies) - 3} more" if len(copies) > 3 else ""
             warn(f"not tried, as they compute the same as another, which is: {some}{more}")
     if shortlists is None or by is not _By.likelihood:
         _bind(table, by, tasks, catalog, model)
@@ -356,7 +357,7 @@ def _matched(
     worth = _worth(table, by)
     if shortlists is not None:  # who met an example or two may have been lucky
         worth = {task: {name: of[name] for name in of if name in shortlists[task]} for task, of in worth.items()}
-    return without_adapters(with_scores(catalog, worth), failures)
+    return without_adapters(with_copies(catalog, copies, worth), failures)
 
 
 def _bind(table: ScoreTable, by: _By, tasks: Sequence[Task], catalog: Catalog, model: str) -> None:

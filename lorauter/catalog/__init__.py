@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorauter.catalog.change import (
         with_adapter,
         with_adapters,
+        with_copies,
         with_scores,
         with_shown,
         with_tasks,
@@ -41,6 +42,7 @@ __all__ = [
     "use_version",
     "with_adapter",
     "with_adapters",
+    "with_copies",
     "with_scores",
     "with_shown",
     "with_tasks",

@@ -81,7 +81,7 @@ def build_catalog(
         encoder.name,
         pool.base_model,
         {name: pool.composed[name] for name in sorted(pool.composed)},
-        probed(states) if states is not None else None,
+        states=probed(states) if states is not None else None,
     )
 
 

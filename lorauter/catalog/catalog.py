@@ -62,6 +62,7 @@ class Catalog:
         encoder: name of the encoder, informational.
         base_model: base model of the adapters, informational.
         composed: of every adapter that was composed from others, for what task and of what.
+        copies: of adapters that compute the same, the one among them that was tried; itself too.
         states: which model's hidden states the examples have; None where they have none.
         known_sample: a sample that this one's has much of.
     """
@@ -72,6 +73,7 @@ class Catalog:
     encoder: str
     base_model: str
     composed: Mapping[str, Composition] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     states: StatesOf | None = None
     known_sample: Callable[[], Sample | None] = lambda: None
 
@@ -198,7 +200,8 @@ class Catalog:
     def successor(
         self, segments: Sequence[Segment], adapters: Mapping[str, str], base: str, composed: Mapping[str, Composition]
     ) -> Catalog:
-        """Another catalog of the same encoder, with much the same tasks."""
+        """Another catalog of the same encoder, with much the same tasks. An adapter of another version is a copy no
+        more."""
         sample = self.__dict__.get("sample")  # by itself, or each would hold the one before
         return replace(
             self,
@@ -206,6 +209,7 @@ class Catalog:
             adapters=adapters,
             base_model=base,
             composed=composed,
+            copies={name: of for name, of in self.copies.items() if adapters.get(name) == self.adapters[name]},
             known_sample=self.known_sample if sample is None else lambda: sample,
         )
 
@@ -253,6 +257,7 @@ class Catalog:
         kinds: dict[str, list[Arrays]] = {
             "adapters": _by_name(self.adapters),
             "composed": _by_name(composed),
+            **({"copies": _by_name(self.copies)} if self.copies else {}),
             "sample": [] if self._sampled[1] else [self.sample.arrays()],
             "shared": [
                 {
@@ -403,6 +408,7 @@ class Catalog:
             head["encoder"],
             head["base_model"],
             {name: Composition(**of) for name, of in composed.items()},
+            _named(parts, head.get("copies", ())),
             StatesOf(head["states"], shared["states_probe"]) if "states" in head else None,
             (lambda: Sample.from_arrays(parts.read(stored[0]))) if stored else lambda: None,
         )
@@ -434,6 +440,7 @@ def parts_of(head: Mapping[str, Any]) -> frozenset[str]:
     if head["format"] < FORMAT:  # as they came before there were parts
         return frozenset()
     own = {digest for kind in ("adapters", "composed", "sample", "shared") for digest in head[kind]}
+    own.update(head.get("copies", ()))
     return frozenset(own | {digest for pair in head["segments"] for digest in pair})
 
 

@@ -8,6 +8,7 @@ and scores. Knows nothing of how scores are made.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from lorauter.adapters.provenance import Composition
@@ -130,6 +131,25 @@ def with_scores(catalog: Catalog, scores: Mapping[str, Scores]) -> Catalog:
         ConfigError: a score is of no validation example or not finite.
     """
     return _changed(catalog, added=scores)
+
+
+def with_copies(catalog: Catalog, copies: Mapping[str, str], scores: Mapping[str, Scores]) -> Catalog:
+    """Add scores as `with_scores` does, and say which adapters compute the same as one that was tried: they rank as it
+    does, where it may not be used.
+
+    Args:
+        copies: `{adapter: the one that was tried}`.
+
+    Raises:
+        ConfigError: an adapter is not there, or as `with_scores`.
+    """
+    _check_there([*copies, *copies.values()], catalog.adapters, "adapter")
+    tried = set(copies.values())
+    added = {
+        task: {**of, **{copy: of[name] for copy, name in copies.items() if name in of}} for task, of in scores.items()
+    }
+    same = {**copies, **{name: name for name in tried}}
+    return replace(with_scores(catalog, added), copies={name: same[name] for name in sorted(same)})
 
 
 def with_shown(catalog: Catalog, shown: Mapping[str, ShownExamples]) -> Catalog:

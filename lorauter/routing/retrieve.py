@@ -344,6 +344,8 @@ class Retriever:
                 totals[name] = totals.get(name, 0.0) + share * value
         useful = [AdapterUtility(name, total) for name, total in totals.items() if total > 0]
         allowed = useful if options.allows_all else [adapter for adapter in useful if options.allows(adapter.name)]
+        one_of_each = set(self._distinct([adapter.name for adapter in allowed]))
+        allowed = [adapter for adapter in allowed if adapter.name in one_of_each]
         allowed.sort(key=lambda item: (-item.utility, item.name))
         return tuple(allowed[:_MAX_ADAPTERS])
 
@@ -368,7 +370,18 @@ class Retriever:
     def _usable(self, place: int, options: RoutingOptions) -> tuple[str, ...]:
         """A task's adapters that may be used."""
         names = self._look(place).names
-        return names if options.allows_all else tuple(filter(options.allows, names))
+        return self._distinct(names if options.allows_all else tuple(filter(options.allows, names)))
+
+    def _distinct(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Of those that compute the same one: that which was tried, if it is among them."""
+        copies, chosen = self.catalog.copies, dict[str, str]()
+        if not copies:
+            return tuple(names)
+        for name in names:
+            of = copies.get(name)
+            if of is not None and (of not in chosen or name == of):
+                chosen[of] = name
+        return tuple(name for name in names if name not in copies or chosen[copies[name]] == name)
 
     def _scores(self, place: int) -> Any:
         return _remembered(self._matrices, _KNOWN, place, lambda: _matrix(self.catalog.tasks[place]))

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.scope import ScopedOptions, permits, visible_tasks
-from lorauter.catalog import Catalog, CatalogTask, RankedAdapter
+from deployments.scope import ScopedOptions, permits, visible_places, visible_tasks
+from lorauter.adapters import AdapterManifest
+from lorauter.catalog import Catalog, CatalogTask, RankedAdapter, with_adapter, with_copies
 from lorauter.routing import Retriever, RoutingConfig, RoutingOptions, compose
 
 NEAR = np.array([[1, 0]], np.float32)
@@ -145,3 +146,18 @@ def test_routing_among_few_of_many_tasks_is_as_if_there_were_only_those(
         else:
             assert found == everything.retrieve(query[None], ["q"], [plain])[0]
     assert everything.retrieve(queries, ["q"] * 8, [ScopedOptions(permitted=())] * 8)[0].tasks == ()
+
+
+def test_a_key_of_a_copy_alone_is_routed_to_it_as_others_are_to_what_it_copies(catalog: Catalog) -> None:
+    scores = {name: {"a-1": {0: 1.0}} for name in ("of-a", "shared")}
+    catalog = with_copies(with_adapter(catalog, AdapterManifest("c-1", "1" * 16, {})), {"c-1": "a-1"}, scores)
+    assert set(visible_tasks_of(catalog, ("c-*",))) == {"of-a", "shared"}
+    retriever = Retriever(catalog, RoutingConfig())
+    options = [RoutingOptions(), *(ScopedOptions.of(RoutingOptions(), (name,)) for name in ("a-1", "c-1"))]
+    every, mine, copys = retriever.retrieve(np.repeat(NEAR, 3, 0), ["a query"] * 3, options)
+    assert "c-1" not in {adapter.name for adapter in every.adapters}
+    assert [(a.name, a.utility) for a in copys.adapters] == [("c-1", a.utility) for a in mine.adapters]
+
+
+def visible_tasks_of(catalog: Catalog, permitted: tuple[str, ...]) -> list[str]:
+    return [name for name, seen in zip(catalog.names, visible_places(catalog, permitted), strict=True) if seen]
