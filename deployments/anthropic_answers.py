@@ -5,8 +5,6 @@ Knows no HTTP. What a stream's events add up to is by construction what a whole 
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from pydantic_core import from_json
 
 from deployments.answers import Opening, Piece
 from deployments.anthropic_types import named
+from deployments.encoded import event, new_id
 
 _PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -51,7 +50,7 @@ class MessagesWriter:
         self._length = 0  # characters of text
         self._stop: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
         self._message: dict[str, Any] = {
-            "id": f"msg_{uuid.uuid4().hex}",
+            "id": f"msg_{new_id()}",
             "type": "message",
             "role": "assistant",
             "model": opening.body.model,
@@ -156,7 +155,7 @@ def error_body(status: int, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _event(type: str, **content: Any) -> bytes:
-    return f"event: {type}\ndata: {json.dumps({'type': type, **content}, ensure_ascii=False)}\n\n".encode()
+    return event({"type": type, **content}, type)
 
 
 def _object(arguments: str) -> dict[str, Any]:

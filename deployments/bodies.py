@@ -1,4 +1,4 @@
-"""Requests' bodies, as far as they are read: no further than a limit, and JSON from clients that say so alone.
+"""Bodies of JSON. Requests' are read no further than a limit, and from clients alone that say what they are.
 
 A page of another site can make a browser send a local service any text, but not with the content type of JSON: that
 takes a leave that the service does not give.
@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.encoded import encoded
 
 _CODINGS = ("gzip", "deflate")
 _EITHER = 32 + zlib.MAX_WBITS  # zlib tells the two apart
 JSON, FORM = "application/json", "multipart/form-data"
+
+
+class Json(Response):
+    """An answer's body of plain values."""
+
+    media_type = JSON
+
+    def render(self, content: Any) -> bytes:
+        return encoded(content)
 
 
 def content_type(request: Request) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class GenerateCall:
         choices: the answers that are wanted.
         tenant: whose prompts alone this one may share computed beginnings with, so that nobody learns by time or count
             what others ask.
-        number: tells it from the other calls of its ingress replica.
+        number: tells it from the other calls of its ingress replica; it stays with a call that is sent again.
         avoid: replicas that are asked last: they have refused it, or kept it waiting.
         whole: nobody reads the answer before its end.
         tells_prompt: the prompt's tokens are wanted too.
@@ -44,7 +45,7 @@ class GenerateCall:
     routed: bool = False
     choices: tuple[Choice, ...] = (Choice(0),)
     tenant: str | None = None
-    number: int = 0
+    number: int = field(default_factory=itertools.count(1).__next__, compare=False)
     avoid: tuple[str, ...] = ()
     whole: bool = False
     tells_prompt: bool = False

@@ -2,30 +2,39 @@
 
 A request has to come within a minute, and a second for each kilobyte of it; of an answer something has to be taken in a
 minute; a head is not collected without end. What asks for another protocol (`Upgrade`, which Java's client sends with
-each first request) is answered in this one. Knows nothing of what is asked.
+each first request) is answered in this one. What is said in one turn of the loop leaves together: the head of an answer
+with its body, the last piece of a stream with its end. Knows nothing of what is asked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httptools
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 PATIENCE_S = 60.0
 _FAREWELL_S = 2.0  # for which a client that is refused may go on sending
 _SLOWEST = 1000.0  # bytes of a request in a second, beyond that
 _HEAD = 64 << 10  # bytes of a request that are no body, beside those that come with its beginning or its body's end
+_PIECES = 32  # of what is said in one turn of the loop, after which it is written
 _OTHER_PROTOCOL = (b"upgrade", b"connection", b"http2-settings")
+
+LEAVING = "lorauter.leaving"
+"""In a request's scope: what is called, of all who have put something there, once its client has left."""
 
 
 class Connection(HttpToolsProtocol):
     """Where a request or an answer is between a client and the app."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        gathered: Any = _Gathered(transport, self.loop)
+        super().connection_made(gathered)
+        self._leaving: set[Callable[[], None]] = set()
         self._in_request, self._head = False, 0
         self._asks_for_other = False
         self._answering: RequestResponseCycle | None = None
@@ -76,6 +85,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        scope: Scope = self.scope  # type: ignore[assignment]  # which ASGI lets servers add to
+        scope[LEAVING] = self._leaving
         self._in_request, self._head = True, 0
 
     def on_headers_complete(self) -> None:
@@ -115,6 +126,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_answer()
         super().connection_lost(exc)
+        for leave in list(self._leaving):
+            leave()
 
     def _end_answer(self) -> None:
         """Nobody listens to the answer that is being made; it may not be the last request's."""
@@ -138,3 +151,35 @@ class Connection(HttpToolsProtocol):
             self._end_answer()
         else:
             self.transport.close()
+
+
+class _Gathered:
+    """A transport that writes once a turn of its loop, a system call that may wake somebody; else it is the same."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._unsent: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(data)
+        if len(self._unsent) >= _PIECES:  # who writes without end is to hear of a client that does not read
+            self._flush()
+
+    def _flush(self) -> None:
+        pieces, self._unsent = self._unsent, []
+        if pieces:
+            self._transport.write(b"".join(pieces))
+
+    def write_eof(self) -> None:
+        self._flush()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()

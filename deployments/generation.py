@@ -17,12 +17,13 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 import lorauter
 from deployments import observe
 from deployments.access import Caller, Reservation
 from deployments.answers import AnswerShape, Opening, Piece, Writer
+from deployments.bodies import Json
 from deployments.calls import Admitted, Choice, GenerateCall
 from deployments.config import ApiSettings
 from deployments.conversations import routed_text
@@ -231,7 +232,7 @@ class Generation:
             for chunk in chunks:
                 pieces.append(tellings[len(pieces)].tell(chunk, of_prompt))
         tokens = sum(len(chunk.token_ids) for chunks in answers for chunk in chunks)
-        return JSONResponse(writer.whole(pieces, 0 if body.max_tokens == 0 else tokens), headers=headers)
+        return Json(writer.whole(pieces, 0 if body.max_tokens == 0 else tokens), headers=headers)
 
     async def _routed_text(self, prompt: Prompt) -> str:
         """The text that a prompt is routed by. Raises InvalidRequest: there is none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import uuid
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import tracing
-from deployments.connection import Connection
+from deployments.connection import LEAVING, Connection
+from deployments.encoded import new_id
 from deployments.observe import REQUEST_ID
 from deployments.openai_answers import error_answer
 from deployments.streams import CANCELS
@@ -98,63 +99,46 @@ class Front:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = headers.get(_ID) or uuid.uuid4().hex.encode()
+        request_id = headers.get(_ID) or new_id().encode()
         _set_request_context(request_id=request_id.decode("latin-1"))
+        answered = left = False
 
-        async def send_with_id(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (_ID, request_id)]
+            else:
+                answered = answered or not message.get("more_body")
             await send(message)
 
         if self._ongoing >= _MOST:
             refusal = Overloaded(f"{_MOST} requests are in progress; try again later", retry_after_s=_RETRY_AFTER_S)
             status, body = error_answer(refusal, "unlimited")
-            await JSONResponse(body, status, {"Retry-After": str(_RETRY_AFTER_S)})(scope, receive, send_with_id)
+            await JSONResponse(body, status, {"Retry-After": str(_RETRY_AFTER_S)})(scope, receive, send_noted)
             return
+        task = asyncio.current_task()
+        assert task is not None
+
+        def leave() -> None:
+            nonlocal left
+            if not answered:
+                left = True
+                task.cancel()
+
+        leaving: set[Callable[[], None]] = scope[LEAVING]
+        leaving.add(leave)
         self._ongoing += 1
         scope[CANCELS] = True
         try:
             carrier = {key.decode(): headers[key].decode("latin-1") for key in _TRACE if key in headers}
             with tracing.continued(carrier), tracing.span("request"):
-                await _while_listened_to(self._app, scope, receive, send_with_id)
+                await self._app(scope, receive, send_noted)
+        except asyncio.CancelledError:
+            if not left:
+                raise
         finally:
             self._ongoing -= 1
-
-
-async def _while_listened_to(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request; once its client has left, what answers it is cancelled."""
-    asked, answered, left = asyncio.Event(), False, False
-
-    async def receive_noted() -> Message:
-        message = await receive()
-        if message["type"] != "http.request" or not message.get("more_body"):
-            asked.set()
-        return message
-
-    async def send_noted(message: Message) -> None:
-        nonlocal answered
-        answered = answered or (message["type"] == "http.response.body" and not message.get("more_body"))
-        await send(message)
-
-    async def watch(task: asyncio.Task[object]) -> None:
-        nonlocal left
-        await asked.wait()
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if not answered:
-            left = True
-            task.cancel()
-
-    current = asyncio.current_task()
-    assert current is not None
-    watching = asyncio.create_task(watch(current))
-    try:
-        await app(scope, receive_noted, send_noted)
-    except asyncio.CancelledError:
-        if not left:
-            raise
-    finally:
-        watching.cancel()
+            leaving.discard(leave)
 
 
 def _bound(address: str) -> socket.socket:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from json.encoder import encode_basestring
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 from deployments.answers import Opening, Piece
+from deployments.encoded import encoded, event, new_id
 from deployments.told import Audience, told
 from lorauter.errors import (
     AdapterNotFound,
@@ -40,8 +39,7 @@ logger = logging.getLogger("lorauter.api")
 
 Calls = Sequence[CallPiece]
 
-_encoded = json.JSONEncoder(ensure_ascii=False).encode
-_MARK = uuid.uuid4().hex  # in a text's place, where all else is encoded once
+_MARK = new_id()  # in a text's place, where all else is encoded once
 _UNKNOWN = "internal error; the server's log says more"
 
 # (status, type, code) of each error that may reach a client; the first class that fits counts.
@@ -101,7 +99,7 @@ class Shape:
     def head(self, model: str, *, stream: bool) -> dict[str, Any]:
         """What an answer, or each of its events, begins with."""
         return {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "id": f"{self.prefix}-{new_id()}",
             "object": self.piece if stream else self.whole,
             "created": int(time.time()),
             "model": model,
@@ -180,8 +178,12 @@ class EventEncoder:
         self._head = head
         self._shape = shape
         self._index = index
-        before, after = self._piece(_MARK, None).decode().split(f'"{_MARK}"')
-        self._before, self._after = before.encode(), after.encode()
+
+    @cached_property
+    def _around(self) -> tuple[bytes, bytes]:
+        """What is before and after a text in an event that has nothing else."""
+        before, after = self._piece(_MARK, None).split(encoded(_MARK))
+        return before, after
 
     def first(self, within: Mapping[str, Any], **beside: Any) -> bytes:
         """The event that goes before the answer's pieces, with what goes beside its text, and beside the choices."""
@@ -205,7 +207,8 @@ class EventEncoder:
             beside: what goes beside the choices.
         """
         if text and finish_reason is None and not beside and not within and not calls:
-            return self._before + encode_basestring(text).encode() + self._after
+            before, after = self._around
+            return before + encoded(text) + after
         return self._piece(text, finish_reason, within or {}, calls, **beside)
 
     def _piece(
@@ -310,11 +313,6 @@ class OpenAIWriter:
 
     def _so_far(self, tokens: int) -> dict[str, Any]:
         return {"usage": self._usage(tokens)} if self._continuous else {}
-
-
-def event(content: Mapping[str, Any]) -> bytes:
-    """A server-sent event."""
-    return f"data: {_encoded(content)}\n\n".encode()
 
 
 def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> dict[str, Any]:

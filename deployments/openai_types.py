@@ -158,6 +158,10 @@ class SamplingOptions(TokenOptions):
 
     def sampled(self, default: SamplingParams) -> SamplingParams:
         """The sampling asked for; what was left out is the default's. Raises InvalidRequest."""
+        return replace(default, **self._asked())
+
+    def _asked(self) -> dict[str, Any]:
+        """What is asked for of the sampling. Raises InvalidRequest."""
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise InvalidRequest("seed: needed a whole number of 64 bits", param="seed")
         asked: dict[str, Any] = {name: getattr(self, name) for name in _SAME_NAMES}
@@ -174,7 +178,7 @@ class SamplingOptions(TokenOptions):
         }
         for name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
             asked[name] = None if (given := getattr(self, name)) is None else tuple(given)
-        return replace(default, **{name: value for name, value in asked.items() if value is not None})
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 StoredNowhere = Annotated[bool | None, Option("nothing is stored", "nowhere")]
@@ -252,11 +256,10 @@ class GenerationBody(SamplingOptions):
 
     def sampling(self, *, max_tokens: int, temperature: float) -> SamplingParams:
         """The sampling asked for, with defaults for what was left out. Raises InvalidRequest."""
-        return self.sampled(SamplingParams(max_tokens=max_tokens, temperature=temperature))
+        return SamplingParams(**{"max_tokens": max_tokens, "temperature": temperature, **self._asked()})
 
-    def sampled(self, default: SamplingParams) -> SamplingParams:
-        """The sampling asked for; what was left out is the default's. Raises InvalidRequest."""
-        return replace(super().sampled(default), logprobs=self.ranks, prompt_logprobs=self.prompt_logprobs)
+    def _asked(self) -> dict[str, Any]:
+        return {**super()._asked(), "logprobs": self.ranks, "prompt_logprobs": self.prompt_logprobs}
 
     @property
     def ranks(self) -> int | None:
@@ -394,8 +397,8 @@ class ChatBody(ToolOptions, GenerationBody):
         prompt = chat_prompt(self.messages, *end, self.chat_template_kwargs)
         return [replace(prompt, tools=self.shown_tools())]
 
-    def sampled(self, default: SamplingParams) -> SamplingParams:
-        return replace(super().sampled(default), calls=self.tool_use)
+    def _asked(self) -> dict[str, Any]:
+        return {**super()._asked(), "calls": self.tool_use}
 
 
 Prompts = Annotated[
@@ -432,7 +435,7 @@ class CompletionBody(GenerationBody):
     def ranks(self) -> int | None:
         return self.logprobs
 
-    def sampled(self, default: SamplingParams) -> SamplingParams:
+    def _asked(self) -> dict[str, Any]:
         n, best_of = self.n or 1, self.best_of or 1
         if self.best_of is not None and (best_of < n or (self.stream and best_of > n)):
             raise InvalidRequest("best_of has to be at least n, and n itself where stream is true", param="best_of")
@@ -440,13 +443,12 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest("max_tokens: 0 needs echo: true", param="max_tokens")
         if self.stream and self.echo and self.logprobs is not None and n > 1:
             raise InvalidRequest("echo with logprobs and n above 1 is not streamed; give stream: false", param="echo")
-        sampling = super().sampled(default)
+        asked = super()._asked()
         if self.echo and self.logprobs is not None:
-            most = max(self.logprobs, sampling.prompt_logprobs or 0)
-            sampling = replace(sampling, prompt_logprobs=most)
-        if best_of > n and sampling.logprobs is None:
-            sampling = replace(sampling, logprobs=0)
-        return sampling
+            asked["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        if best_of > n and self.logprobs is None:
+            asked["logprobs"] = 0
+        return asked
 
     def prompts(self) -> list[Prompt]:
         """The prompts. Raises InvalidRequest: there is none."""

@@ -29,6 +29,7 @@ from deployments import tracing
 from deployments.logs import AS_IT_GOES
 from deployments.rpc import Address, ConnectionLost, RpcCall, RpcClient, RpcServer
 from lorauter.errors import Overloaded
+from lorauter.garbage import settle
 
 logger = logging.getLogger("lorauter.calls")
 
@@ -53,6 +54,7 @@ class ReplicaServer:
     async def metadata(self) -> dict[str, Any]:
         """Listen, on the node's address in the cluster. To be returned by Serve's hook `record_replica_metadata`, which
         it asks once, when the replica is ready."""
+        settle()
         return {_ADDRESS: tuple(await self._server.start(_node_ip()))}
 
     @property

@@ -5,13 +5,12 @@ Knows no HTTP. What a stream's events add up to is by construction what a whole 
 
 from __future__ import annotations
 
-import json
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deployments.answers import Opening, Piece
+from deployments.encoded import event, new_id
 from deployments.responses_types import ResponsesBody, named
 
 
@@ -178,11 +177,11 @@ class ResponsesWriter:
     def _event(self, kind: str, content: Mapping[str, Any]) -> bytes:
         told = {"type": kind, "sequence_number": self._numbers, **content}
         self._numbers += 1
-        return f"event: {kind}\ndata: {json.dumps(told, ensure_ascii=False)}\n\n".encode()
+        return event(told, kind)
 
 
 def _id(kind: str) -> str:
-    return f"{kind}_{uuid.uuid4().hex}"
+    return f"{kind}_{new_id()}"
 
 
 def _asked(body: ResponsesBody) -> dict[str, Any]:

@@ -9,7 +9,6 @@ is called.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -25,7 +24,6 @@ from lorauter.routing.compose import without
 _ATTEMPTS = 3  # a request that kills whoever takes it must not get through them all
 _PAUSE_S = 0.1  # before the second attempt; it doubles
 _LOOK_S = 1.0  # between two looks at who has a row to spare
-_numbers = itertools.count(1)  # of calls
 
 
 class Sender(Protocol):
@@ -109,7 +107,6 @@ async def generated(sender: Sender, call: GenerateCall, *, timeout_s: float) -> 
 
     deaths = 0
     refused: set[str | None] = {None}
-    call = replace(call, number=next(_numbers))
     until = time.monotonic() + timeout_s
     while True:
         stream: RpcCall | None = None

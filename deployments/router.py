@@ -49,6 +49,7 @@ from lorauter.encoder import Embeddings
 from lorauter.engine import Chunk
 from lorauter.engine.types import Prompt
 from lorauter.errors import AdapterError, Overloaded, ServiceUnavailable
+from lorauter.garbage import settle
 from lorauter.names import AdapterKey
 from lorauter.routing import RoutingDecision, RoutingOptions, check_text
 from lorauter.routing.compose import cause_of
@@ -128,6 +129,7 @@ class Router:
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Serve's hook, once the replica is ready: from then on it listens, if it is to."""
+        settle()
         if self._listener is not None:
             self._listener.start()
         return {}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from deployments.anthropic_types import CountTokensBody, named
-from deployments.bodies import read_json
+from deployments.bodies import Json, read_json
 from deployments.config import ApiSettings
 from deployments.generation import check_length, scoped, short, tokens_of
 from deployments.openai_types import ROUTED_MODEL
@@ -69,7 +69,7 @@ class Texts:
         _, decisions = await visit.reserve(tokens, lambda: self._service.route(texts, options), at_least=tokens)
         permitted = visit.caller.permitted
         data = [{"index": i, **visible(decision.to_json(), permitted)} for i, decision in enumerate(decisions)]
-        return JSONResponse({"object": "list", "data": data})
+        return Json({"object": "list", "data": data})
 
     async def embeddings(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""
@@ -97,14 +97,12 @@ class Texts:
             for i, row in enumerate(embeddings)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+        return Json({"object": "list", "data": data, "model": body.model, "usage": usage})
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`."""
         ids = await self._tokenized(parse_body(TokenizeBody, await self._read(request)).prompt_given())
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": self._context, "tokens": list(ids), "token_strs": None}
-        )
+        return Json({"count": len(ids), "max_model_len": self._context, "tokens": ids, "token_strs": None})
 
     async def count_tokens(self, request: Request) -> Response:
         """`POST /v1/messages/count_tokens`."""
@@ -112,13 +110,13 @@ class Texts:
         with reworded(named):
             [prompt] = body.prompts()
             ids = await self._tokenized(prompt)
-        return JSONResponse({"input_tokens": len(ids)})
+        return Json({"input_tokens": len(ids)})
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`."""
         body = parse_body(DetokenizeBody, await self._read(request))
         text = await self._service.detokenize(body.tokens, skip_special_tokens=body.skip_special_tokens)
-        return JSONResponse({"prompt": text})
+        return Json({"prompt": text})
 
     async def _tokenized(self, prompt: Prompt) -> tuple[int, ...]:
         check_length(prompt.characters, self._settings, "messages" if prompt.text is None else "prompt")

@@ -7,7 +7,6 @@ parent does. `lorauter.engine.process` is the other side.
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from lorauter.engine.messages import Begin, Order, Report
 from lorauter.engine.process import Channel, Orders, Read, ReadDone, Ready, Start
 from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import LorauterError
+from lorauter.garbage import settle
 from lorauter.pickled import PickledError
 
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
@@ -103,8 +103,7 @@ def main() -> None:
         decoder, codec = start.load()
         core = EngineCore(decoder, codec, start.config, told)
         del decoder
-        gc.collect()
-        gc.freeze()  # what is here stays: no collection of cycles is to go through it while a step waits
+        settle()
         channel.send(Ready(core.facts, codec))
     except BaseException as error:  # noqa: BLE001 (the parent's to raise)
         if not isinstance(error, LorauterError):

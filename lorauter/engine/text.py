@@ -10,7 +10,8 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
@@ -216,13 +217,19 @@ class TextCodec:
 
 
 class TokenBytes:
-    """The text of single tokens, which need not be whole characters."""
+    """The text of single tokens, which need not be whole characters.
+
+    Attributes:
+        is_all: whether the bytes of tokens, one after the other, are the text of them together.
+    """
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._special = {id for id, token in backend.get_added_tokens_decoder().items()}
         self._by_character = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
-        self._is_byte_level = "ByteLevel" in _kinds(json.loads(backend.to_str())["decoder"])
+        kinds = _kinds(json.loads(backend.to_str())["decoder"])
+        self._is_byte_level = "ByteLevel" in kinds
+        self.is_all = kinds == {"ByteLevel"}
         self._known: dict[int, bytes] = {}
 
     def __call__(self, token: int) -> bytes:
@@ -264,7 +271,7 @@ class TextStream:
         self,
         backend: Any,
         sampling: SamplingParams,
-        bytes_of: Callable[[int], bytes],
+        bytes_of: TokenBytes,
         marks: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self._backend = backend
@@ -317,10 +324,22 @@ class TextStream:
 
     def extended(self, tokens: Sequence[int], reason: FinishReason | None) -> str:
         """The text that further tokens add, with the reason if the answer ends with them. There are no stop strings."""
-        *others, last = tokens
-        text = "".join([self.push(token)[0] for token in others])
-        text += self.end(last) if reason == "stop" else self.push(last)[0]
+        if reason == "stop":
+            return self._pushed(tokens[:-1]) + self.end(tokens[-1]) + self.flush()
+        text = self._pushed(tokens)
         return text if reason is None else text + self.flush()
+
+    def _pushed(self, tokens: Sequence[int]) -> str:
+        """The same as by `push`, without stop strings; in one go where the text of tokens is that of their bytes, and
+        it ends with a whole character."""
+        if len(tokens) > 1 and self._bytes_of.is_all and not self._marks:
+            before = copy.copy(self._decoder)
+            with suppress(Exception):  # tokenizers raises no narrower one
+                text: str | None = self._decoder.step(self._backend, list(tokens))
+                if text is not None:
+                    return text
+            self._decoder = before
+        return "".join([self.push(token)[0] for token in tokens])
 
     def end(self, token: int) -> str:
         """What a token that ends the answer of itself adds to its text."""

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorauter.errors import InvalidRequest
@@ -73,7 +74,7 @@ class Prompt:
     parse_special: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
 
-    @property
+    @cached_property
     def characters(self) -> int:
         """The length of all its text."""
         return len(self.text or "") + sum(map(_characters, (*self.messages, *self.tools)))

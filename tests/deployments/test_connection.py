@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 import deployments.connection
 import deployments.listener
+from deployments.connection import _PIECES, _Gathered
 from deployments.listener import Listener
 
 
@@ -235,3 +236,38 @@ def test_nobody_works_for_a_client_that_has_left_another_request_behind() -> Non
         await asyncio.wait_for(app.left.wait(), 5)
 
     run(scenario)
+
+
+class Wire:
+    """A transport that notes what was written, and that it was closed."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def close(self) -> None:
+        self.written.append(b"closed")
+
+    def is_closing(self) -> bool:
+        return self.written[-1:] == [b"closed"]
+
+
+def test_what_is_said_in_one_turn_of_the_loop_is_written_together() -> None:
+    async def whole() -> None:
+        wire: Any = Wire()
+        gathered = _Gathered(wire, asyncio.get_running_loop())
+        gathered.write(b"head ")
+        gathered.write(b"body")
+        assert not wire.written
+        await asyncio.sleep(0)
+        gathered.write(b"end")
+        gathered.close()
+        await asyncio.sleep(0)
+        assert wire.written == [b"head body", b"end", b"closed"] and gathered.is_closing()
+        for _ in range(_PIECES):  # nobody who never waits is to fill the memory
+            gathered.write(b"x")
+        assert wire.written[3:] == [b"x" * _PIECES]
+
+    asyncio.run(whole())

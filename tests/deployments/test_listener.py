@@ -151,3 +151,16 @@ def test_several_listen_at_one_address_and_a_strangers_port_is_none() -> None:
     for address in ("8000", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:8000/a"):
         with pytest.raises(ConfigError, match=r"api.listen|cannot listen"):
             Listener(App(), address)
+
+
+def test_a_stream_that_is_left_ends_whichever_request_of_its_connection_it_is() -> None:
+    async def scenario(app: App, listener: Listener, client: httpx.AsyncClient) -> None:
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        for path in (b"/echo", b"/stream", b"/echo"):  # the last one waits for its turn
+            writer.write(b"GET %s HTTP/1.1\r\nHost: me\r\n\r\n" % path)
+        await app.begun.wait()
+        await reader.readuntil(b"first")
+        writer.close()
+        await asyncio.wait_for(app.cancelled.wait(), 5)
+
+    run(scenario)

@@ -203,3 +203,19 @@ def test_tokens_become_text_again(codec):
     for ids in ((5000,), (-1,)):
         with pytest.raises(InvalidRequest, match=str(ids[0])):
             codec.decode(ids)
+
+
+@pytest.mark.parametrize("reason", [None, "length", "stop"])
+def test_several_tokens_at_once_have_the_text_that_they_have_one_by_one(codec, reason):
+    assert codec.bytes_of.is_all
+    texts = ["plain", "héllo 漢字 🎉", "cut at é"]
+    broken = [[*b"a", 0xC3, *b"b"], [0xE6, 0xBC], [300, *b"x", 256, 0xF0]]
+    for tokens in [*([*text.encode()] for text in texts), [*"é".encode()][:1], *broken]:
+        for size in range(1, len(tokens) + 1):
+            one_by_one, together = codec.stream(), codec.stream()
+            lots = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+            for lot in lots:
+                end = reason if lot is lots[-1] else None
+                expected = "".join(one_by_one.push(token)[0] for token in (lot[:-1] if end == "stop" else lot))
+                expected += (one_by_one.end(lot[-1]) if end == "stop" else "") + (one_by_one.flush() if end else "")
+                assert together.extended(lot, end) == expected, (tokens, size)
