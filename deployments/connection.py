@@ -126,14 +126,14 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_answer()
         super().connection_lost(exc)
-        for leave in list(self._leaving):
-            leave()
 
     def _end_answer(self) -> None:
         """Nobody listens to the answer that is being made; it may not be the last request's."""
         if self._answering is not None:
             self._answering.disconnected = True
             self._answering.message_event.set()
+        for leave in list(self._leaving):
+            leave()
 
     def _refuse(self, status: int, message: str) -> None:
         """The last that is said here, in OpenAI's shape, unless an answer has begun.
