@@ -16,7 +16,7 @@ from ray.serve import Application
 from deployments.adapter_listing import AdapterListing
 from deployments.catalog_editor import CatalogEditor
 from deployments.config import AppConfig, explain
-from deployments.devices import engine_gpus, resources
+from deployments.devices import engine_gpus, gpu_bytes, resources
 from deployments.embedder import QueryEmbedder
 from deployments.limits import limits_actor
 from deployments.model import LoraModel
@@ -26,7 +26,10 @@ from lorauter.defaults import DEFAULT, resolve_adapters, resolve_catalog
 from lorauter.errors import ConfigError
 from lorauter.models import pinned
 
-_ENCODER_GPUS = 0.1  # of the engine's: a query takes a millisecond there, and some twenty of a core's
+_ENCODER_GPUS = 0.1  # of the engine's, for all encoders: a query takes a millisecond there, and some ten of a core's
+_ENCODER_BYTES = 5 << 28  # of each of them on a GPU, its model of states included
+_CORES_AN_ENCODER, _ENCODERS_A_GPU = 8, 2  # where the GPU is large
+_LARGE_GPU = 64 << 30
 _REPORT_PERIOD_S, _REPORT_TIMEOUT_S = 1.0, 10.0  # of `LoraModel.record_routing_stats`
 _CORES_EACH = {"Router": 2, "QueryEmbedder": 4, "TaskRetriever": 4}
 _MOST_AT_FIRST = {"Router": 8, "QueryEmbedder": 4, "TaskRetriever": 4}
@@ -67,11 +70,14 @@ def assemble(config: AppConfig, overrides: Options) -> Application:
             setting="deployments",
         )
 
-    overrides = _with_gpus(overrides, config.engine.device)
-    if config.engine.device == "auto":
+    overrides, beside = _with_gpus(overrides, config.engine.device)
+    engine = config.engine
+    if engine.device == "auto":
         on_gpu = _resources(overrides, "LoraModel").get("num_gpus")
-        engine = replace(config.engine, device="cuda" if on_gpu else "cpu")
-        config = config.model_copy(update={"engine": engine})
+        engine = replace(engine, device="cuda" if on_gpu else "cpu")
+    if engine.spare_bytes is None and beside:
+        engine = replace(engine, spare_bytes=beside * _ENCODER_BYTES)
+    config = config.model_copy(update={"engine": engine})
 
     def deployment(target: Any, **derived: Any) -> serve.Deployment:  # Serve's decorator is typed as the class
         try:
@@ -103,26 +109,59 @@ def assemble(config: AppConfig, overrides: Options) -> Application:
     return deployment(Router, **scaling, **actors).bind(config, embedder, retriever, model, editor)
 
 
-def _with_gpus(overrides: Options, device: str) -> Options:
-    """The options with the GPUs that the engine computes on, and the encoder beside it, unless they say otherwise.
+def _with_gpus(overrides: Options, device: str) -> tuple[Options, int]:
+    """The options with the GPUs that the engine computes on, and the encoders beside it, unless they say otherwise; and
+    how many encoders are on a GPU beside an engine.
 
     Raises:
         ConfigError: as `engine_gpus`.
     """
     model, encoder = _resources(overrides, "LoraModel"), _resources(overrides, "QueryEmbedder")
     gpus = engine_gpus(device, model.get("num_gpus"), setting="LoraModel's ray_actor_options.num_gpus")
-    shared = encoder.get("num_gpus", _ENCODER_GPUS if gpus and "num_gpus" not in model else 0)
-    if "num_gpus" not in model and isinstance(shared, int | float) and 0 < shared < gpus:
+    count = _encoders(overrides)
+    each_gpu = -(-count // max(1, int(resources().get("GPU", 1))))
+    shared = each_gpu * encoder["num_gpus"] if _is_number(encoder.get("num_gpus")) else _ENCODER_GPUS
+    if "num_gpus" not in encoder and ("num_gpus" in model or not gpus):
+        shared = 0
+    beside = 0 < shared < gpus
+    if "num_gpus" in model:
+        beside = beside and shared + gpus <= 1
+    elif beside:
         gpus -= shared
     wanted: Options = {"LoraModel": {"num_cpus": 1, **model, "num_gpus": gpus}}
     if shared and "num_gpus" not in encoder:
-        wanted = {**wanted, "QueryEmbedder": {"num_cpus": 0.3, **encoder, "num_gpus": shared}}
+        share = int(1e4 * shared / each_gpu) / 1e4  # Ray counts in ten-thousandths
+        wanted = {**wanted, "QueryEmbedder": {"num_cpus": 0.3, **encoder, "num_gpus": share}}
     result = dict(overrides)
     for name, asked in wanted.items():
         options = overrides.get(name, {})
         if isinstance(options, Mapping) and isinstance(options.get("ray_actor_options", {}), Mapping):
             result[name] = {**options, "ray_actor_options": asked}  # else Serve says what it should be
-    return result
+    if shared and isinstance(result.get("QueryEmbedder"), Mapping) and not _said(overrides, "QueryEmbedder"):
+        result["QueryEmbedder"] = {**result["QueryEmbedder"], "num_replicas": count}
+    return result, each_gpu * beside
+
+
+def _encoders(overrides: Options) -> int:
+    """How many encoders there are at most, where they compute on GPUs."""
+    options = _options(overrides, "QueryEmbedder")
+    scaling = options.get("autoscaling_config")
+    said = options.get("num_replicas", scaling.get("max_replicas") if isinstance(scaling, Mapping) else None)
+    if isinstance(said, int) and said > 0:
+        return said
+    if _said(overrides, "QueryEmbedder") or gpu_bytes() < _LARGE_GPU:
+        return 1
+    there = resources()
+    return max(1, min(int(there.get("CPU", 1)) // _CORES_AN_ENCODER, _ENCODERS_A_GPU * int(there.get("GPU", 1))))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _said(overrides: Options, name: str) -> bool:
+    """Whether it is said how many replicas there are."""
+    return bool({"num_replicas", "autoscaling_config"} & _options(overrides, name).keys())
 
 
 def _options(overrides: Options, name: str) -> Mapping[str, Any]:
@@ -137,8 +176,7 @@ def _resources(overrides: Options, name: str) -> Mapping[str, Any]:
 
 def _scaling(overrides: Options, name: str) -> dict[str, Any]:
     """How a deployment of which each replica has one core's worth of Python scales, unless it is said: by the cores."""
-    said = {"num_replicas", "autoscaling_config"} & _options(overrides, name).keys()
-    if said or _resources(overrides, name).get("num_gpus"):
+    if _said(overrides, name) or _resources(overrides, name).get("num_gpus"):
         return {}
     least = min(_MOST_AT_FIRST[name], max(1, int(resources().get("CPU", 1)) // _CORES_EACH[name]))
     return {

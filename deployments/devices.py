@@ -7,16 +7,41 @@ take the first.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import ray
+import ray._private.thirdparty.pynvml as _pynvml
 
 from lorauter.errors import ConfigError
+
+pynvml: Any = _pynvml
 
 
 def own_gpus_only() -> None:
     """Hide the GPUs that this process has not asked for; called before anything looks for one."""
     if ray.is_initialized() and not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def gpu_bytes() -> int:
+    """The memory of this machine's smallest GPU; 0 where there is none, or one is in parts. Nothing is taken of it."""
+    if "MIG" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        return 0
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        if any(_is_in_parts(handle) for handle in handles):
+            return 0
+        return min((pynvml.nvmlDeviceGetMemoryInfo(handle).total for handle in handles), default=0)
+    except pynvml.NVMLError:
+        return 0
+
+
+def _is_in_parts(handle: Any) -> bool:
+    try:
+        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
+    except pynvml.NVMLError:  # it cannot be
+        return False
 
 
 def resources() -> dict[str, float]:

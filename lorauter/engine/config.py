@@ -59,6 +59,8 @@ class EngineConfig:
             GPU once the model is there, and 1 GiB on a CPU.
         cache_bytes: bytes of the key-value cache; None takes what is left on a GPU, and on a CPU what `max_batch`
             sequences of `max_model_len` need, 4 GiB at most.
+        spare_bytes: of a GPU's memory, what other processes are to have there: what they have not taken yet is left to
+            them. None leaves them what the encoders beside the engine take, where the service has them there.
         prefix_reuse: whether what was computed of a prompt is used again for prompts that begin alike, under the same
             mixture of the same versions.
         step_timeout_s: seconds that a step may take; then the engine is unhealthy.
@@ -81,6 +83,7 @@ class EngineConfig:
     max_rank: Positive = 128
     adapter_bytes: Positive | None = None
     cache_bytes: Positive | None = None
+    spare_bytes: Annotated[int, Bounds(0)] | None = None
     prefix_reuse: bool = True
     step_timeout_s: Seconds = 120.0
     token_timeout_s: Seconds = 300.0

@@ -39,6 +39,7 @@ _LONGEST_STEP_S = 0.06  # that begins prompts while no row decodes, where no set
 _SLOWER = 2.0  # times as long as a step without prompts may one with prompts take, while rows decode
 _GRAPHS_BYTES = 3 << 29  # for graphs and libraries, beside what a step takes
 _SHARE = 0.95  # of what is free then
+_OWN_BYTES = 3 << 28  # of this process on a GPU, beside what PyTorch has there for tensors
 _KINDS = 3  # of graphs of each size
 _SAMPLING_BYTES = 37  # for each row and token of the vocabulary: penalties, what is sorted, logits that are kept
 
@@ -396,7 +397,9 @@ def make_cuda_runner(
     gc.collect()
     torch.cuda.empty_cache()
     kept = 2 * step_bytes + _GRAPHS_BYTES + _logits_bytes(decoder, config.rows, step_tokens)
-    free = int((torch.cuda.mem_get_info(device)[0] - kept) * _SHARE)
+    free, total = torch.cuda.mem_get_info(device)
+    kept += owed(config.spare_bytes or 0, total - free - torch.cuda.memory_reserved(device))
+    free = int((free - kept) * _SHARE)
     blocks = min(free, config.cache_bytes or free) // decoder.block_bytes()
     decoder.check_blocks(blocks, length)
     runner = CudaRunner(
@@ -410,6 +413,16 @@ def make_cuda_runner(
         measure=config.step_tokens is None,
     )
     return slots, runner
+
+
+def owed(spare: int, beside: int) -> int:
+    """Bytes that others are to have of a GPU and have not taken yet.
+
+    Args:
+        spare: that they are to have.
+        beside: that are taken there, but for this process's tensors.
+    """
+    return max(0, spare - max(0, beside - _OWN_BYTES))
 
 
 def _logits_bytes(decoder: Decoder, rows: int, step_tokens: int) -> int:

@@ -97,6 +97,58 @@ def test_on_a_gpu_the_encoder_is_beside_the_engine_and_more_runs_at_once(monkeyp
 
 
 @pytest.mark.parametrize(
+    ("there", "gpu_gib", "said", "replicas", "each", "beside"),
+    [
+        ({"CPU": 16, "GPU": 1}, 80, {}, 2, 0.05, 2),
+        ({"CPU": 8, "GPU": 1}, 80, {}, 1, 0.1, 1),
+        ({"CPU": 128, "GPU": 1}, 141, {}, 2, 0.05, 2),
+        ({"CPU": 64, "GPU": 8}, 80, {}, 8, 0.1, 1),
+        ({"CPU": 128, "GPU": 4}, 80, {}, 8, 0.05, 2),
+        ({"CPU": 128, "GPU": 1}, 24, {}, 1, 0.1, 1),  # a small one has no room for more
+        ({"CPU": 16, "GPU": 1}, 0, {}, 1, 0.1, 1),
+        ({"CPU": 16, "GPU": 1}, 80, {"num_replicas": 3}, 3, 0.0333, 3),
+        ({"CPU": 16, "GPU": 1}, 80, {"num_replicas": 1}, 1, 0.1, 1),
+    ],
+)
+def test_on_a_large_gpu_there_are_encoders_by_the_cores_and_the_engine_leaves_them_room(
+    monkeypatch: pytest.MonkeyPatch,
+    there: dict[str, float],
+    gpu_gib: int,
+    said: dict[str, int],
+    replicas: int,
+    each: float,
+    beside: int,
+) -> None:
+    clustered(monkeypatch, **there)
+    monkeypatch.setattr("deployments.app.gpu_bytes", lambda: gpu_gib << 30)
+    found = parts(assemble(CONFIG, {"QueryEmbedder": said} if said else {}))
+    embedder, model = found["QueryEmbedder"], found["LoraModel"]
+    assert (embedder.num_replicas, embedder.ray_actor_options["num_gpus"]) == (replicas, each)
+    assert embedder._deployment_config.autoscaling_config is None
+    assert model.ray_actor_options["num_gpus"] == pytest.approx(0.9)
+    assert model.init_args[0].engine.spare_bytes == beside * (5 << 28)
+
+
+def test_an_engine_leaves_room_for_encoders_on_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clustered(monkeypatch, CPU=16, GPU=2)
+    config = CONFIG.model_copy(update={"engine": replace(CONFIG.engine, spare_bytes=7)})
+
+    def spare(config: AppConfig = CONFIG, **asked: float) -> int | None:
+        overrides = {name: {"ray_actor_options": {"num_gpus": gpus}} for name, gpus in asked.items()}
+        engine = parts(assemble(config, overrides))["LoraModel"].init_args[0].engine
+        result: int | None = engine.spare_bytes
+        return result
+
+    assert spare() == 5 << 28
+    assert spare(config) == 7, "what is said is meant"
+    assert spare(LoraModel=0.75, QueryEmbedder=0.25) == 5 << 28
+    assert spare(LoraModel=1, QueryEmbedder=0.25) is None
+    assert spare(QueryEmbedder=1) is None
+    assert spare(QueryEmbedder=0) is None
+    assert spare(LoraModel=0) is None
+
+
+@pytest.mark.parametrize(
     ("cores", "router", "others"),
     [(1, (1, 4), (1, 4)), (2, (1, 4), (1, 4)), (8, (4, 8), (2, 4)), (16, (8, 16), (4, 8)), (128, (8, 16), (4, 8))],
 )

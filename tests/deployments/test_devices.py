@@ -18,7 +18,7 @@ from deployments.app import assemble
 from deployments.batch.config import BatchConfig
 from deployments.batch.stages import AnswerStage, RouteStage
 from deployments.config import AppConfig
-from deployments.devices import engine_gpus, own_gpus_only
+from deployments.devices import engine_gpus, gpu_bytes, own_gpus_only
 from deployments.embedder import QueryEmbedder
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError
@@ -148,3 +148,42 @@ def test_no_deployment_but_the_model_and_the_encoder_takes_a_gpu_unasked(machine
         QueryEmbedder={"ray_actor_options": {"num_gpus": 0.1}}, LoraModel={"ray_actor_options": {"num_gpus": 0}}
     )
     assert {name: number for name, number in given.items() if number} == {"QueryEmbedder": 0.1}
+
+
+class Nvml:
+    """GPUs of so many GiB, of which some are in parts."""
+
+    class NVMLError(Exception):
+        """As there is no driver, say."""
+
+    def __init__(self, *sizes: int, parts: tuple[int, ...] = ()) -> None:
+        self._sizes, self._parts = sizes, parts
+
+    def nvmlInit(self) -> None:  # noqa: N802 (its name)
+        if not self._sizes:
+            raise self.NVMLError
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return len(self._sizes)
+
+    def nvmlDeviceGetHandleByIndex(self, i: int) -> int:  # noqa: N802
+        return i
+
+    def nvmlDeviceGetMigMode(self, i: int) -> tuple[int, int]:  # noqa: N802
+        if not self._parts:
+            raise self.NVMLError
+        return int(i in self._parts), 0
+
+    def nvmlDeviceGetMemoryInfo(self, i: int) -> Any:  # noqa: N802
+        return SimpleNamespace(total=self._sizes[i] << 30)
+
+
+@pytest.mark.parametrize(
+    ("nvml", "gib"), [(Nvml(), 0), (Nvml(80), 80), (Nvml(80, 24), 24), (Nvml(80, 80, parts=(1,)), 0)]
+)
+def test_how_large_gpus_are(monkeypatch: pytest.MonkeyPatch, nvml: Nvml, gib: int) -> None:
+    monkeypatch.setattr("deployments.devices.pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_bytes() == gib << 30
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-4711")
+    assert gpu_bytes() == 0
