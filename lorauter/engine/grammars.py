@@ -384,5 +384,5 @@ def _source(grammar: Grammar) -> str:
 
 
 def _short(problem: str) -> str:
-    """An error in one line that is not too long."""
-    return " ".join(problem.split())[:500]
+    """An error in one line that is not too long, without the parser's state."""
+    return " ".join(problem.partition("<state>")[0].split())[:500]

@@ -244,7 +244,7 @@ def _choose_ranked(chances: Tensor, sampling: Sequence[SamplingParams], uniforms
     cumulated = chances.cumsum(dim=-1)
     # The nucleus: the tokens before which less than top_p is spent; never less than one.
     top_p = _column([s.top_p for s in sampling], chances).clamp_min(torch.finfo(torch.float32).tiny)
-    top_k = _column([s.top_k or chances.shape[1] for s in sampling], chances)
+    top_k = _column([min(s.top_k, chances.shape[1]) or chances.shape[1] for s in sampling], chances)
     nucleus = (cumulated - chances < top_p * total).sum(dim=-1, keepdim=True)
     nucleus = nucleus.minimum(top_k.long()).minimum((chances > 0).sum(dim=-1, keepdim=True)).clamp_min(1)
     mass = cumulated.gather(-1, nucleus - 1)

@@ -314,6 +314,12 @@ def test_what_becomes_too_complex_ends_its_own_request(start, counting, monkeypa
     assert engine.generate([GenerationRequest((97,), sampling=SamplingParams(2))])[0].text == "bc"
 
 
+def test_what_no_answer_can_be_is_told_without_the_parsers_state(start, counting):
+    request = GenerationRequest((97,), sampling=SamplingParams(9, grammar=of_schema({"$ref": "#"})))
+    with pytest.raises(InvalidRequest, match="cannot be held to its grammar: NoExtensionBias$"):
+        start(counting).generate([request])
+
+
 def test_masks_are_not_made_by_the_thread_that_feeds_the_device(start, counting, monkeypatch):
     threads = set()
     real = Grammars._masks
