@@ -316,7 +316,7 @@ def test_what_becomes_too_complex_ends_its_own_request(start, counting, monkeypa
 
 def test_what_no_answer_can_be_is_told_without_the_parsers_state(start, counting):
     request = GenerationRequest((97,), sampling=SamplingParams(9, grammar=of_schema({"$ref": "#"})))
-    with pytest.raises(InvalidRequest, match="cannot be held to its grammar: NoExtensionBias$"):
+    with pytest.raises(InvalidRequest, match=r"cannot be held to its grammar: NoExtensionBias$"):
         start(counting).generate([request])
 
 
