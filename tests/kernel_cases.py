@@ -27,9 +27,11 @@ def ints(*numbers, dtype=torch.int32):
     return torch.tensor(numbers, dtype=dtype, device=DEVICE)
 
 
-def pass_in_the_interpreter(file):
+def pass_in_the_interpreter(file, *, with_fixtures=False):
     """The `Cases` of a file do."""
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-W", "ignore::RuntimeWarning"]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning"]
+    if not with_fixtures:
+        command.append("--noconftest")
     ran = subprocess.run(
         [*command, "-o", "python_classes=Cases", f"{file}::Cases"],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -23,7 +23,9 @@ class CpuStep:
         assert kernels is not None
         self._kernels: CpuKernels = kernels
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, x: Tensor, delta: Tensor | None, norm: RmsNorm, reads: tuple[int, str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Step.add_norm`."""
         return self._kernels.add_norm(x, delta, norm.weight, norm.eps)
 

@@ -32,10 +32,13 @@ from lorauter.engine.cuda_lora import (
     lora_shrink,
     precision,
 )
+from lorauter.engine.cuda_own import Own, OwnExpand, own_add, own_expansion, own_norm
 from lorauter.engine.sampling import to_device
 
 __all__ = [
     "Expand",
+    "Own",
+    "OwnExpand",
     "Posted",
     "add_norm",
     "decode_attention",
@@ -43,6 +46,8 @@ __all__ = [
     "lora_expand",
     "lora_live",
     "lora_shrink",
+    "own_add",
+    "own_norm",
     "prefill_attention",
     "query_tokens",
     "rotate_and_store",
@@ -83,8 +88,8 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tup
 
 @triton.jit(do_not_specialize=["tokens", "capacity", "layer", "layers"])
 def _silu_mul_kernel(
-    gate_up, out, u, tiles, starts, arena, live, capacity, layer, layers, width, tokens,
-    M: tl.constexpr, N: tl.constexpr, LORA: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr,
+    gate_up, out, rows, own, u, tiles, starts, arena, live, capacity, layer, layers, width, tokens,
+    M: tl.constexpr, N: tl.constexpr, LORA: tl.constexpr, OWN: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * M + tl.arange(0, M)
@@ -104,32 +109,44 @@ def _silu_mul_kernel(
             u, tiles, starts, arena, live, 1, at, columns, inside, width, tokens, capacity, layer, layers,
             M, N, LISTED, ALIGN, EXACT,
         )  # fmt: skip
+    if OWN:
+        gate += own_expansion(u, own, arena, rows, 0, at, columns, inside, width, tokens, layer, layers, M, N)
+        up += own_expansion(u, own, arena, rows, 1, at, columns, inside, width, tokens, layer, layers, M, N)
     tl.store(out + place, gate * tl.sigmoid(gate) * up, mask=mine)
 
 
-def silu_mul(gate_up: Tensor, lora: Expand | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor, lora: Expand | OwnExpand | None = None) -> Tensor:
     """`silu(gate) * up` of a contiguous (n, 2 * width), halves side by side.
 
-    With `lora`, whose targets are gate and up, after `lora_expand` to gate_up.
+    With `lora`, whose targets are gate and up, after its expansion is added to gate_up.
     """
     n, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(n, width)
-    block, columns = (1, min(1024, triton.next_power_of_2(width))) if lora is None else expand_blocks(n)
-    listed = lora is not None and lora.live is not None
+    tiles = lora if isinstance(lora, Expand) else None
+    block, columns = expand_blocks(n) if tiles else (1, min(1024, triton.next_power_of_2(width)))
+    listed = tiles is not None and tiles.live is not None
     _silu_mul_kernel[(triton.cdiv(n, block), triton.cdiv(width, columns))](
-        gate_up, out, *expand_arguments(lora), width, n,
-        block, columns, lora is not None, listed, alignment([width]), precision(gate_up), num_warps=4,
-        num_stages=5,
+        gate_up, out, *_own_arguments(lora), width, n,
+        block, columns, tiles is not None, isinstance(lora, OwnExpand), listed, alignment([width]), precision(gate_up),
+        num_warps=4, num_stages=5,
     )  # fmt: skip
     return out
 
 
+def _own_arguments(lora: Expand | OwnExpand | None) -> tuple[object, ...]:
+    """The arguments rows to layers of a kernel that adds an expansion of either kind."""
+    if isinstance(lora, OwnExpand):
+        of = lora.of
+        return of.rows, of.own, lora.u, None, None, of.arena, None, 0, of.layer, of.layers
+    return None, None, *expand_arguments(lora)
+
+
 @triton.jit(do_not_specialize=["tokens", "capacity", "layer", "layers", "max_blocks"])
 def _rotate_store_kernel(
-    qkv, cos, sin, rows, positions, table, q_out, keys, values, u, tiles, starts, arena, live, capacity, layer, layers,
-    tokens, heads, kv_heads, max_blocks,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LORA: tl.constexpr, LISTED: tl.constexpr,
-    ALIGN: tl.constexpr, EXACT: tl.constexpr,
+    qkv, cos, sin, rows, positions, table, q_out, keys, values, own, u, tiles, starts, arena, live, capacity, layer,
+    layers, tokens, heads, kv_heads, max_blocks,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LORA: tl.constexpr, OWN: tl.constexpr,
+    LISTED: tl.constexpr, ALIGN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     # Each program has N columns of both halves of one head, for M tokens.
     head = tl.program_id(1)
@@ -158,6 +175,10 @@ def _rotate_store_kernel(
             u, tiles, starts, arena, live, part, at, (head - before) * D + columns, inside, width, tokens, capacity,
             layer, layers, M, 2 * N, LISTED, ALIGN, EXACT,
         )  # fmt: skip
+    if OWN:
+        value += own_expansion(
+            u, own, arena, rows, part, at, (head - before) * D + columns, inside, width, tokens, layer, layers, M, 2 * N
+        )
     position = tl.load(positions + at, mask=known, other=0)
     if part < 2:
         first, second = tl.split(tl.permute(tl.reshape(value, (M, 2, N)), (0, 2, 1)))
@@ -182,7 +203,7 @@ def _rotate_store_kernel(
 
 def rotate_and_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, positions: Tensor, table: Tensor, keys: Tensor, values: Tensor,
-    heads: int, lora: Expand | None = None,
+    heads: int, lora: Expand | OwnExpand | None = None,
 ) -> Tensor:  # fmt: skip
     """Rotary embedding (arXiv 2104.09864) of queries and keys, and the cache write, in one pass.
 
@@ -192,7 +213,7 @@ def rotate_and_store(
         rows, positions: (n,) int32, where each token goes.
         table, keys, values: one layer's cache, written; see `lorauter.engine.cuda_attention`.
         heads: how many of qkv's heads are queries.
-        lora: with targets q, k and v, is added to qkv first, as `lora_expand` does.
+        lora: with targets q, k and v, is added to qkv first.
 
     Returns:
         (n, heads, head_dim) rotated queries.
@@ -201,15 +222,16 @@ def rotate_and_store(
     kv_heads = (total - heads) // 2
     q = qkv.new_empty(n, heads, d)
     half = triton.next_power_of_2(d // 2)
-    if lora is None:
-        block, columns, warps = (2, half, 1) if n <= FEW_TOKENS else (16, half, 4)
-    else:
+    tiles = lora if isinstance(lora, Expand) else None
+    if tiles:
         block, columns, warps = expand_blocks(n)[0], max(MIN_DOT // 2, min(32, half)), 4
-    listed = lora is not None and lora.live is not None
+    else:
+        block, columns, warps = (2, half, 1) if n <= FEW_TOKENS else (16, half, 4)
+    listed = tiles is not None and tiles.live is not None
     _rotate_store_kernel[(triton.cdiv(n, block), total, triton.cdiv(d // 2, columns))](
-        qkv, cos, sin, rows, positions, table, q, keys, values, *expand_arguments(lora), n, heads, kv_heads,
-        table.shape[1], d, block, columns, keys.shape[2], lora is not None, listed, alignment([d]), precision(qkv),
-        num_warps=warps, num_stages=5,
+        qkv, cos, sin, rows, positions, table, q, keys, values, *_own_arguments(lora)[1:], n, heads, kv_heads,
+        table.shape[1], d, block, columns, keys.shape[2], tiles is not None, isinstance(lora, OwnExpand), listed,
+        alignment([d]), precision(qkv), num_warps=warps, num_stages=5,
     )  # fmt: skip
     return q
 

@@ -1,4 +1,5 @@
-"""The mixtures of all rows as GPU kernels read them: a weight for each row and adapter, and the tiles in use.
+"""The mixtures of all rows as GPU kernels read them: a weight for each row and adapter, and the tiles in use; and of
+each row that has few columns a list of them.
 
 What changes is written into its place; captured graphs read it there. Knows nothing of requests.
 """
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorauter.engine import cuda_kernels as kernels
+from lorauter.engine.cuda_own import OWN_COLUMNS, OWN_HEAD, OWN_MOST, OWN_WIDTH
 from lorauter.engine.mixtures import Mixtures, RowMixture
 from lorauter.engine.plan import AdapterKey
 from lorauter.engine.sampling import to_device
-from lorauter.engine.slots import MOST_TILES, SLOTS, TILE, Group, Placed
+from lorauter.engine.slots import MOST_TILES, SLOTS, TILE, Group, Part, Placed
 
 _NO_TILES, _NO_TARGETS = np.zeros((4, 0), np.int64), np.zeros(0, np.int64)
 
@@ -31,11 +33,13 @@ class GroupTiles:
         group: the targets.
         tiles: (4, MOST_TILES) int64: of every tile the places of A and B, how many columns, and the adapter's slot.
         starts: (targets + 1,) int32, where each target's tiles begin.
+        own: (rows, OWN_WIDTH) int64, of each row its columns; see `lorauter.engine.cuda_own`.
     """
 
     group: Group
     tiles: Tensor
     starts: Tensor
+    own: Tensor
 
     @property
     def fused(self) -> bool:
@@ -48,6 +52,7 @@ class _InUse:
     placed: Placed
     tiles: NDArray[np.int64]  # (4, tiles) of all groups and targets
     targets: NDArray[np.int64]  # (tiles,) which group and target each is of, in their order
+    own: list[list[list[tuple[int, int, int]]]]  # by group and target, entries: where A and B begin, how many columns
     rows: int
 
 
@@ -65,8 +70,9 @@ class CudaMixtures(Mixtures):
         self.weights = torch.zeros(rows, SLOTS, device=device)
         self._tiles = torch.zeros(len(groups), 4, MOST_TILES, dtype=torch.long, device=device)
         self._starts = torch.zeros(len(groups), 4, dtype=torch.int32, device=device)
+        self._own = torch.zeros(len(groups), rows, OWN_WIDTH, dtype=torch.long, device=device)
         self.of_group = {
-            group.first: GroupTiles(group, self._tiles[i], self._starts[i, : len(group.targets) + 1])
+            group.first: GroupTiles(group, self._tiles[i], self._starts[i, : len(group.targets) + 1], self._own[i])
             for i, group in enumerate(groups)
         }
         self._firsts = np.cumsum([0, *(len(group.targets) for group in groups)])  # each group's among all targets
@@ -74,6 +80,8 @@ class CudaMixtures(Mixtures):
         self._changed = False
         self._active: frozenset[str] = frozenset()
         self._writes: dict[int, float] = {}  # to weights
+        self._own_writes: dict[int, int] = {}
+        self._listed: list[list[int]] = [[0] * len(groups) for _ in range(rows)]  # entries of each row, by group
 
     def assign(self, row: int, mixture: RowMixture) -> None:
         """See `Mixtures.assign`."""
@@ -89,9 +97,36 @@ class CudaMixtures(Mixtures):
         for placed, _ in mixture:
             known = self._in_use.get(placed.key)
             if known is None or (not known.rows and known.placed is not placed):  # it may lie elsewhere than before
-                self._in_use[placed.key] = _InUse(placed, *self._of(placed), 0)
+                self._in_use[placed.key] = _InUse(placed, *self._of(placed), self._own_of(placed), 0)
                 self._changed = True
             self._in_use[placed.key].rows += 1
+        self._list(row)
+
+    def listed(self, rows: Collection[int]) -> bool:
+        """Whether all columns of these rows are in their lists."""
+        return all(max(self._listed[row]) <= OWN_MOST for row in rows)
+
+    def _list(self, row: int) -> None:
+        """Let a row's lists say what its mixture is."""
+        weights: dict[AdapterKey, float] = {}
+        for placed, weight in self.rows[row]:
+            weights[placed.key] = weights.get(placed.key, 0.0) + weight
+        all_bits = torch.tensor(list(weights.values()), dtype=torch.float32).view(torch.int32).tolist()
+        parts = [(self._in_use[key].own, bits << 32) for key, bits in zip(weights, all_bits, strict=True) if bits]
+        for g, group in enumerate(self.groups):
+            numbers: list[int] = []
+            ends = [0]
+            for target in range(len(group.targets)):
+                for own, bits in parts:
+                    for a, b, columns in own[g][target]:
+                        numbers += (a, b, bits | columns)
+                ends.append(len(numbers) // 3)
+            before, self._listed[row][g] = self._listed[row][g], ends[-1]
+            if ends[-1] or before:
+                start = (g * len(self.rows) + row) * OWN_WIDTH
+                self._own_writes.update(enumerate(ends if ends[-1] <= OWN_MOST else [0] * len(ends), start))
+                if ends[-1] <= OWN_MOST:
+                    self._own_writes.update(enumerate(numbers, start + OWN_HEAD))
 
     @property
     def active(self) -> frozenset[str]:
@@ -110,6 +145,11 @@ class CudaMixtures(Mixtures):
             values = to_device(torch.tensor(list(self._writes.values()), dtype=torch.float32), device)
             kernels.write_pairs(self.weights.view(-1), places, values)
             self._writes.clear()
+        if self._own_writes:
+            places = to_device(torch.tensor(list(self._own_writes), dtype=torch.int32), device)
+            numbers = to_device(torch.tensor(list(self._own_writes.values()), dtype=torch.long), device)
+            kernels.write_pairs(self._own.view(-1), places, numbers)
+            self._own_writes.clear()
         gone = [key for key, in_use in self._in_use.items() if not in_use.rows]
         for key in gone:
             del self._in_use[key]
@@ -137,6 +177,25 @@ class CudaMixtures(Mixtures):
         device = self.weights.device
         self._tiles[:, :, : packed.shape[2]].copy_(to_device(torch.from_numpy(packed), device))
         self._starts.copy_(to_device(torch.from_numpy(starts), device))
+
+    def _own_of(self, placed: Placed) -> list[list[list[tuple[int, int, int]]]]:
+        """An adapter's entries, by group and target."""
+
+        def entries(part: Part | None, inputs: int, width: int) -> list[tuple[int, int, int]]:
+            if part is None:
+                return []
+            return [
+                (part.a + i * self.layers * inputs, part.b + i * self.layers * width, min(OWN_COLUMNS, part.rank - i))
+                for i in range(0, part.rank, OWN_COLUMNS)
+            ]
+
+        return [
+            [
+                entries(placed.parts.get(t), group.inputs, width)
+                for t, width in zip(group.targets, group.widths, strict=True)
+            ]
+            for group in self.groups
+        ]
 
     def _of(self, placed: Placed) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """An adapter's tiles, and the target of each."""

@@ -1,19 +1,20 @@
 """Runs planned steps on a GPU, by captured graphs, without waiting for them.
 
 There is a graph for each size of batch, for steps that only decode and for those with pieces of prompts, and for what
-the adapters in it change: nothing, attention alone, or any layer. All are captured before the first request, and none
-is ever lost: what they read (tokens, tables, mixtures) lies in fixed places, where each step writes what has changed. A
-row's last token stays on the device, so that a step can be launched before the host has seen the tokens of the one
-before. Which tokens may come in rows that are held to grammars a step reads from the host's memory as it chooses, so
-that there is time until then to find it out; where tokens are sampled they are chosen between two steps, by logits that
-the first of them has left. Knows nothing of requests.
+the adapters in it change: nothing, attention alone, or any layer; of few tokens nothing or any layer, and there each
+may multiply its row's own columns alone, where that is faster and rows do not have too many. All are captured before
+the first request, and none is ever lost: what they read (tokens, tables, mixtures) lies in fixed places, where each
+step writes what has changed. A row's last token stays on the device, so that a step can be launched before the host has
+seen the tokens of the one before. Which tokens may come in rows that are held to grammars a step reads from the host's
+memory as it chooses, so that there is time until then to find it out; where tokens are sampled they are chosen between
+two steps, by logits that the first of them has left. Knows nothing of requests.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from lorauter.engine.model import Decoder
 from lorauter.engine.plan import Choice, StepPlan
 from lorauter.engine.runner import Flight, Runner
 from lorauter.engine.sampling import to_device
-from lorauter.engine.slots import AdapterSlots
+from lorauter.engine.slots import AdapterSlots, Part, Placed
 from lorauter.engine.step import Span, StepBatch
 
 _MOST_STEP_TOKENS = 8192
@@ -41,6 +42,8 @@ _GRAPHS_BYTES = 3 << 29  # for graphs and libraries, beside what a step takes
 _SHARE = 0.95  # of what is free then
 _OWN_BYTES = 3 << 28  # of this process on a GPU, beside what PyTorch has there for tensors
 _KINDS = 3  # of graphs of each size
+_OWN_TOKENS = 256  # of a step in which each may multiply its own columns alone
+_USUAL = 12, 16  # adapters of a step that is timed, and their rank
 _SAMPLING_BYTES = 37  # for each row and token of the vocabulary: penalties, what is sorted, logits that are kept
 
 
@@ -69,6 +72,14 @@ class _Size:
     def numbers(self) -> int:
         """How many numbers such a step reads."""
         return 3 * self.tokens + 3 * self.outputs + 2 + 4 * self.queries
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What adapters change in a step: which groups of targets, and whether each token multiplies its own columns."""
+
+    adapted: frozenset[str]
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,12 +175,15 @@ class CudaRunner(Runner):
         self._numbers = torch.zeros(max(size.numbers for size in sizes), dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._last = [-1] * (rows + 1)  # the device alone knows them
-        firsts = [group.first for group in slots.groups]
-        attention = [first for first in firsts if first in ("q_proj", "o_proj")]
-        self._kinds = [frozenset(), *dict.fromkeys((frozenset(attention), frozenset(firsts)))]
-        self._graphs: dict[tuple[_Size, frozenset[str]], _Graph] = {}
+        firsts = frozenset(group.first for group in slots.groups)
+        nothing, attention, any_layer = frozenset[str](), firsts & {"q_proj", "o_proj"}, _Kind(firsts)
+        self._kinds = [_Kind(nothing), *dict.fromkeys((_Kind(attention), any_layer))]
+        self._own = _Kind(firsts, own=True)
+        self._kinds_of_few = [_Kind(nothing), self._own, any_layer]
+        self._graphs: dict[tuple[_Size, _Kind], _Graph] = {}
         self._pool: Any = None
         self._capture_all(sizes)
+        self._own_sizes = self._where_own_is_faster()
         kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
         self._take_blocks([(rows, 0, 0)])  # compiles, as the line before does
         if measure:
@@ -179,24 +193,24 @@ class CudaRunner(Runner):
 
     def _capture_all(self, sizes: Sequence[_Size]) -> None:
         for size in sorted(sizes, key=lambda size: -size.tokens):  # the largest first: the others use its memory
-            for adapted in self._kinds:
-                self._graphs[size, adapted] = self._capture(size, adapted)
+            for kind in self._kinds if size.tokens > _OWN_TOKENS else self._kinds_of_few:
+                self._graphs[size, kind] = self._capture(size, kind)
 
-    def _capture(self, size: _Size, adapted: frozenset[str]) -> _Graph:
+    def _capture(self, size: _Size, kind: _Kind) -> _Graph:
         self._write(size, [], [], [], [], [], [])
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compile and warm up what may not happen in a capture
-            self._forward(size, adapted)
+            self._forward(size, kind)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits, chosen = self._forward(size, adapted)
+            logits, chosen = self._forward(size, kind)
         self._pool = graph.pool()
         return _Graph(graph, logits, chosen)
 
     @torch.inference_mode()
-    def _forward(self, size: _Size, adapted: frozenset[str]) -> tuple[Tensor, Tensor]:
+    def _forward(self, size: _Size, kind: _Kind) -> tuple[Tensor, Tensor]:
         lengths = [size.tokens] * 3 + [size.outputs] * 3 + [2, 4 * size.queries]
         parts = torch.split(self._numbers[: size.numbers], lengths)
         tokens, rows, positions, outputs, output_rows, held, counts, queries = parts
@@ -207,8 +221,9 @@ class CudaRunner(Runner):
             size.decoding,
             (),
             outputs if size.queries else None,
-            self.mixtures if adapted else None,
-            adapted,
+            self.mixtures if kind.adapted else None,
+            kind.adapted,
+            kind.own,
             counts,
             queries.view(-1, 4),
         )
@@ -218,13 +233,44 @@ class CudaRunner(Runner):
 
     def _measure(self) -> None:
         """How many tokens a step with prompts may have while rows decode."""
-        usual = self._seconds(self._decode[len(self._decode) // 2])
-        fitting = [size.tokens for size in self._mixed if self._seconds(size) <= _SLOWER * usual]
+
+        def seconds(size: _Size) -> float:
+            return self._seconds(size, self._own if size in self._own_sizes else self._kinds[-1])
+
+        usual = seconds(self._decode[len(self._decode) // 2])
+        fitting = [size.tokens for size in self._mixed if seconds(size) <= _SLOWER * usual]
         self._beside = max([_LEAST_STEP_TOKENS, *fitting])
 
-    def _seconds(self, size: _Size) -> float:
-        self._write(size, [], [], [], [], [], [])
-        graph = self._graphs[size, self._kinds[-1]].graph
+    def _where_own_is_faster(self) -> frozenset[_Size]:
+        """The sizes at which rows under adapters of usual ranks and number are faster if each multiplies its own
+        columns."""
+        groups, layers, (adapters, rank) = self._slots.groups, self.decoder.shape.layers, _USUAL
+        attention = next(group for group in groups if "q_proj" in group.targets)
+        parts, end = {}, 0
+        for target, width in zip(attention.targets, attention.widths, strict=True):
+            parts[target] = Part(end, end + rank * layers * attention.inputs, rank)
+            end += rank * layers * (attention.inputs + width)
+        if end > self._slots.arena.numel():
+            return frozenset()
+        self._slots.arena[:end].zero_()
+        placed = [Placed(("", str(i)), i, parts) for i in range(adapters)]
+        rows = range(self._rows)
+        for row in rows:
+            self.mixtures.assign(row, [(placed[row % adapters], 1.0)])
+        self.mixtures.of_step(rows)
+        seconds = {key: self._seconds(*key, list(rows)) for key in self._graphs if key[0].tokens <= _OWN_TOKENS}
+        for row in rows:
+            self.mixtures.assign(row, ())
+        self.mixtures.of_step(rows)
+        dense = self._kinds_of_few[-1]
+        return frozenset(size for size, kind in seconds if seconds[size, self._own] < seconds[size, dense])
+
+    def _seconds(self, size: _Size, kind: _Kind, rows: Sequence[int] = ()) -> float:
+        """What a step takes in which so many of these rows decode as may, its other tokens being nobody's."""
+        rows = rows[: size.decoding]
+        counts = [len(rows), 0] if rows else []
+        self._write(size, [0] * len(rows), rows, [0] * len(rows), [], [], counts)
+        graph = self._graphs[size, kind].graph
         times = []
         for _ in range(4):
             torch.cuda.synchronize()
@@ -326,11 +372,19 @@ class CudaRunner(Runner):
         queries = query_blocks(spans, len(plan.decoding), self._group)
         flat = [number for block in queries for number in block]
         self._write(size, tokens, rows, positions, outputs, output_rows, [len(plan.decoding), len(queries), *flat])
-        mixtures = self.mixtures.of_step({piece.row for piece in pieces})
-        changed = mixtures.active if isinstance(mixtures, CudaMixtures) else frozenset()
-        graph = self._graphs[size, next(kind for kind in self._kinds if changed <= kind)]
+        graph = self._graphs[size, self._kind_of(size, {piece.row for piece in pieces})]
         graph.graph.replay()
         return graph.logits, graph.chosen[: len(outputs)]
+
+    def _kind_of(self, size: _Size, rows: Collection[int]) -> _Kind:
+        """Which graph a step over these rows takes."""
+        mixtures = self.mixtures.of_step(rows)
+        if not isinstance(mixtures, CudaMixtures):
+            return self._kinds[0]
+        if size in self._own_sizes and mixtures.listed(rows):
+            return self._own
+        kinds = self._kinds if size.tokens > _OWN_TOKENS else self._kinds_of_few
+        return next(kind for kind in kinds if mixtures.active <= kind.adapted and not kind.own)
 
     def _sample(
         self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Tensor | None = None

@@ -32,8 +32,9 @@ class CudaStep:
             self._queries = to_device(torch.tensor(queries, dtype=torch.int32).view(-1, 4), device)
             self._counts = to_device(torch.tensor([batch.decoding, len(queries)], dtype=torch.int32), device)
         self._mixtures: CudaMixtures | None = batch.mixtures
+        self._own = self._mixtures is not None and batch.own
         self._live: dict[str, Tensor | None] = {}  # by group, which tiles concern which tokens
-        if self._mixtures is not None:
+        if self._mixtures is not None and not self._own:
             groups = {
                 first: group
                 for first, group in self._mixtures.of_group.items()
@@ -44,11 +45,21 @@ class CudaStep:
             )
             self._live = dict(zip(groups, lists, strict=True))
         self._shrunk: kernels.Expand | None = None
-        self._late: kernels.Expand | None = None  # what `attention` or `silu_mul` adds
+        self._late: kernels.Expand | kernels.OwnExpand | None = None  # what `attention` or `silu_mul` adds
+        self._narrow: Tensor | None = None  # what the last norm was shrunk to
+        self._input: Tensor | None = None  # of the product that `attention` reads
+        self._behind: tuple[Tensor, kernels.Own] | None = None  # what `add_norm` adds
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, x: Tensor, delta: Tensor | None, norm: RmsNorm, reads: tuple[int, str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Step.add_norm`."""
-        return kernels.add_norm(x, delta, norm.weight, norm.eps)
+        own = self._own_of(*reads) if self._own and reads is not None else None
+        behind, self._behind = self._behind, None
+        if own is None and behind is None:
+            return kernels.add_norm(x, delta, norm.weight, norm.eps)
+        total, normed, self._narrow = kernels.own_norm(x, delta, norm.weight, norm.eps, behind, own)
+        return total, normed
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See `Step.silu_mul`."""
@@ -64,7 +75,12 @@ class CudaStep:
 
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """See `Step.add_lora`."""
-        if self._mixtures is None or first not in self._live:
+        if self._mixtures is None:
+            return
+        if self._own:
+            self._add_own(self._mixtures, layer, first, x, y)
+            return
+        if first not in self._live:
             return
         if self._shrunk is None:
             for start in range(0, self._tokens, _TOGETHER):
@@ -78,6 +94,22 @@ class CudaStep:
         else:
             self._expand(y, shrunk, first)
 
+    def _add_own(self, mixtures: CudaMixtures, layer: int, first: str, x: Tensor, y: Tensor) -> None:
+        """Leave it to whoever reads the product, if that is a kernel that can."""
+        group, own = mixtures.of_group[first], self._own_of(layer, first)
+        if group.fused and self._narrow is not None:
+            self._late, self._input = kernels.OwnExpand(self._narrow, own), x
+        elif first in ("o_proj", "down_proj") and (layer < mixtures.layers - 1 or first == "o_proj"):
+            self._behind = x, own
+        else:
+            kernels.own_add(y, x, own, self._widths(first))
+
+    def _own_of(self, layer: int, first: str) -> kernels.Own:
+        assert self._mixtures is not None
+        group = self._mixtures.of_group[first]
+        targets = len(group.group.targets)
+        return kernels.Own(self._batch.rows, group.own, self._mixtures.arena, layer, self._mixtures.layers, targets)
+
     def _shrink(self, mixtures: CudaMixtures, layer: int, first: str, x: Tensor, start: int) -> kernels.Expand:
         """What the mixtures make of the inputs from token `start` on, to be expanded."""
         group, live = mixtures.of_group[first], self._live[first]
@@ -88,11 +120,14 @@ class CudaStep:
         return kernels.Expand(u, *where, live)
 
     def _expand(self, y: Tensor, lora: kernels.Expand, first: str) -> None:
-        assert self._mixtures is not None
-        widths = self._mixtures.of_group[first].group.widths
-        kernels.lora_expand(y, lora.u, lora.tiles, lora.starts, lora.arena, lora.layer, lora.layers, widths, lora.live)
+        where = (lora.tiles, lora.starts, lora.arena, lora.layer, lora.layers)
+        kernels.lora_expand(y, lora.u, *where, self._widths(first), lora.live)
 
-    def _take_late(self) -> kernels.Expand | None:
+    def _widths(self, first: str) -> Sequence[int]:
+        assert self._mixtures is not None
+        return self._mixtures.of_group[first].group.widths
+
+    def _take_late(self) -> kernels.Expand | kernels.OwnExpand | None:
         late, self._late = self._late, None
         return late
 
@@ -104,9 +139,12 @@ class CudaStep:
         heads = qkv.view(self._tokens, -1, memory.head_dim)
         late = self._take_late()
         if q_norm is not None and k_norm is not None:
-            if late is not None:
+            if isinstance(late, kernels.Expand):
                 self._expand(qkv, late, "q_proj")
-                late = None
+            elif late is not None:
+                assert self._input is not None
+                kernels.own_add(qkv, self._input, late.of, self._widths("q_proj"))
+            late = None
             heads = heads.clone()
             heads[:, : memory.heads] = q_norm(heads[:, : memory.heads])
             heads[:, memory.heads : -memory.kv_heads] = k_norm(heads[:, memory.heads : -memory.kv_heads])

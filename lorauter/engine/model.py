@@ -233,7 +233,7 @@ class Decoder:
         """What comes out of each layer in turn, as two summands."""
         x, delta = self._embedding[batch.tokens], None
         for i, layer in enumerate(self.layers):
-            x, h = step.add_norm(x, delta, layer.attention_norm)
+            x, h = step.add_norm(x, delta, layer.attention_norm, (i, "q_proj"))
             step.begin_lora(i, "q_proj", h)
             qkv = layer.qkv(h)
             step.add_lora(i, "q_proj", h, qkv)
@@ -241,7 +241,7 @@ class Decoder:
             step.begin_lora(i, "o_proj", h)
             delta = layer.o(h)
             step.add_lora(i, "o_proj", h, delta)
-            x, h = step.add_norm(x, delta, layer.mlp_norm)
+            x, h = step.add_norm(x, delta, layer.mlp_norm, (i, "gate_proj"))
             step.begin_lora(i, "gate_proj", h)
             gate_up = layer.gate_up(h)
             step.add_lora(i, "gate_proj", h, gate_up)

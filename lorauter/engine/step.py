@@ -35,6 +35,7 @@ class StepBatch:
         outputs: (m,) which tokens' logits are wanted, as indices into the T; None is all of them.
         mixtures: of all rows, as the device's step takes them; None where no token has adapters.
         adapted: the groups of targets, by their first, that these change at most; None is any.
+        own: on a GPU, whether each token multiplies its own columns alone; see `lorauter.engine.cuda_own`.
         counts, queries: on a GPU, see `lorauter.engine.cuda_kernels.prefill_attention`.
     """
 
@@ -46,6 +47,7 @@ class StepBatch:
     outputs: Tensor | None
     mixtures: Any = None
     adapted: Collection[str] | None = None
+    own: bool = False
     counts: Tensor | None = None
     queries: Tensor | None = None
 
@@ -93,8 +95,14 @@ class RmsNorm(Protocol):
 class Step(Protocol):
     """The parts of one forward pass that are more than a matrix product."""
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
-        """`x + delta` (x alone without it), and its norm."""
+    def add_norm(
+        self, x: Tensor, delta: Tensor | None, norm: RmsNorm, reads: tuple[int, str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`x + delta` (x alone without it), and its norm.
+
+        Args:
+            reads: the layer, and the first of its targets, whose input the norm is.
+        """
 
     def begin_lora(self, layer: int, first: str, x: Tensor) -> None:
         """Called before the base product of the same input, for what can go on beside it."""
@@ -102,7 +110,7 @@ class Step(Protocol):
     def add_lora(self, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """Add the mixtures' change to `y` (tokens, out), in the targets of which `first` is the first.
 
-        At the latest when `attention` or `silu_mul` reads y.
+        At the latest when `attention`, `silu_mul` or `add_norm` reads y, which others do of the last layer alone.
         """
 
     def attention(

@@ -32,7 +32,9 @@ class TorchStep:
         mixtures: Mixtures | None = batch.mixtures
         self._adapted = [] if mixtures is None else _tokens_of_rows(mixtures, batch.rows)
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, x: Tensor, delta: Tensor | None, norm: RmsNorm, reads: tuple[int, str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Step.add_norm`."""
         x = x if delta is None else x + delta
         return x, norm(x)

@@ -33,7 +33,9 @@ class WholeStep:
         # Made without gradients, which autograd takes no copy of. Halves are alike, as transformers lays them out.
         self._cos, self._sin = (table.clone()[:, None] for table in decoder.rotary_table(length))
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, x: Tensor, delta: Tensor | None, norm: RmsNorm, reads: tuple[int, str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Step.add_norm`."""
         total, normed = _AddNorm.apply(x, delta, norm.weight, norm.eps)  # type: ignore[no-untyped-call]
         return total, normed

@@ -77,3 +77,46 @@ def test_an_adapter_that_comes_back_elsewhere_is_read_there(table):
     assert tiles(table)[0] == (2048, 16, 9)
     assert table.weights[1, 9] == 1.0
     assert table.weights[0].abs().sum() == 0
+
+
+def lists(table, row, first="q_proj"):
+    """A row's list: where each target's entries begin, and the entries: places of A and B, weight, columns."""
+    group = table.of_group[first]
+    numbers = group.own[row].tolist()
+    ends = numbers[: len(group.group.targets) + 1]
+    entries = [numbers[4 + 3 * i : 7 + 3 * i] for i in range(ends[-1])]
+    weights = torch.tensor([meta >> 32 for _, _, meta in entries], dtype=torch.int32).view(torch.float32).tolist()
+    return ends, [(a, b, weight, meta & 0xFF) for (a, b, meta), weight in zip(entries, weights, strict=True)]
+
+
+def test_a_row_has_a_list_of_its_own_columns(table):
+    both = Placed(A, 0, {"q_proj": Part(0, 640, 20), "v_proj": Part(2000, 2100, 3)})
+    other = Placed(B, 1, {"v_proj": Part(3000, 3100, 8), "o_proj": Part(3500, 3600, 1)})
+    table.assign(2, [(other, -0.5), (both, 1.5)])
+    table.assign(1, [(other, 2.0), (other, 0.25)])
+    table.of_step({1, 2})
+    of_v = [(2000, 2100, 1.5, 3), (3000, 3100, -0.5, 8)]
+    assert lists(table, 2) == (
+        [0, 3, 5],
+        [(0, 640, 1.5, 8), (8 * 16, 640 + 8 * 16, 1.5, 8), (16 * 16, 640 + 16 * 16, 1.5, 4), *of_v],
+    )
+    assert lists(table, 2, "o_proj") == ([0, 1], [(3500, 3600, -0.5, 1)])
+    assert lists(table, 1) == ([0, 0, 1], [(3000, 3100, 2.25, 8)])
+    assert lists(table, 3) == ([0, 0, 0], [])
+    table.assign(2, ())
+    table.of_step({1})
+    assert lists(table, 2) == ([0, 0, 0], [])
+
+
+def test_a_row_of_many_columns_is_in_no_list(table):
+    """Steps in which it is multiply all tiles with all tokens."""
+    table.assign(1, [(placed(A, 5, 0), 1.0)])
+    table.assign(2, [(placed(A, 5, 0), 0.0), (placed(B, 3, 1024, rank=8 * 33), 1.0)])
+    table.of_step({1, 2})
+    assert table.listed({1}) and table.listed({0, 3})
+    assert not table.listed({1, 2})
+    assert lists(table, 2) == ([0, 0, 0], [])
+    table.assign(2, [(placed(A, 5, 0), 1e300)])  # more than its dtype has
+    assert table.listed({1, 2})
+    table.of_step({2})
+    assert lists(table, 2)[1][0][2] == float("inf")
