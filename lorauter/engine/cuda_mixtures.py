@@ -82,6 +82,7 @@ class CudaMixtures(Mixtures):
         self._writes: dict[int, float] = {}  # to weights
         self._own_writes: dict[int, int] = {}
         self._listed: list[list[int]] = [[0] * len(groups) for _ in range(rows)]  # entries of each row, by group
+        self._wide: set[int] = set()  # rows that have more of them than a list takes
 
     def assign(self, row: int, mixture: RowMixture) -> None:
         """See `Mixtures.assign`."""
@@ -104,7 +105,7 @@ class CudaMixtures(Mixtures):
 
     def listed(self, rows: Collection[int]) -> bool:
         """Whether all columns of these rows are in their lists."""
-        return all(max(self._listed[row]) <= OWN_MOST for row in rows)
+        return self._wide.isdisjoint(rows)
 
     def _list(self, row: int) -> None:
         """Let a row's lists say what its mixture is."""
@@ -127,6 +128,7 @@ class CudaMixtures(Mixtures):
                 self._own_writes.update(enumerate(ends if ends[-1] <= OWN_MOST else [0] * len(ends), start))
                 if ends[-1] <= OWN_MOST:
                     self._own_writes.update(enumerate(numbers, start + OWN_HEAD))
+        (self._wide.add if max(self._listed[row], default=0) > OWN_MOST else self._wide.discard)(row)
 
     @property
     def active(self) -> frozenset[str]:
