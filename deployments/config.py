@@ -102,7 +102,7 @@ class ApiSettings(Settings):
     ping_s: Annotated[float, Field(gt=0, le=86400)] | None = 15.0
     metrics_of: Literal["node", "cluster"] = "node"
     vllm_metrics: bool = True
-    listen: str | None = None
+    listen: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):\d{1,5}$")] | None = None
     first_token_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 
@@ -210,7 +210,10 @@ class AppConfig(Settings):
 
 
 def _absolute(root: Path, path: str) -> str:
-    return str((root / Path(path).expanduser()).resolve())
+    try:
+        return str((root / Path(path).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # nobody's home; a loop of links; a name that no file has
+        raise ConfigError(f"{path!r} can be no file or folder: {error}") from error
 
 
 def explain(error: ValidationError, noun: str) -> str:

@@ -5,6 +5,7 @@ known to be wrong is told before Ray starts and what a replica finds as soon as 
 behind.
 """
 
+import errno
 import io
 import ipaddress
 import os
@@ -43,11 +44,13 @@ from deployments.tracing import tracing_config
 from lorauter.catalog import Catalog
 from lorauter.defaults import BASE_MODEL, DEFAULT, resolve_adapters
 from lorauter.errors import CannotStart, ConfigError
+from lorauter.yaml_text import read_yaml
 
 APP_NAME = "lorauter"
 _IMPORT_PATH = "deployments.app:build"
 _USED = {"applications", "http_options", "proxy_location", "logging_config", "tracing_config"}
 _USED_OF_APPLICATION = {"name", "route_prefix", "import_path", "args", "deployments"}
+_PORT_TAKEN = (errno.EADDRINUSE, errno.EACCES)
 _POLL_S = 1.0  # Serve pickles each deployment's request router for an answer: 40 ms of CPU there and here
 Phase = Callable[[str], AbstractContextManager[object]]
 
@@ -82,7 +85,7 @@ class ServeFile:
     def read(cls, path: Path) -> "ServeFile":
         """Read and check the file. Raises ConfigError, naming what is wrong."""
         try:
-            data = yaml.safe_load(path.read_bytes())
+            data = read_yaml(path.read_bytes())
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         _known(data, ServeDeploySchema, str(path))
@@ -110,10 +113,20 @@ class ServeFile:
         _known(data.get("tracing_config") or {}, TracingConfig, "tracing_config")
         if not 1 <= schema.http_options.port <= 65535:
             raise ConfigError("http_options.port must be between 1 and 65535", setting="http_options.port")
-        overrides = {}
+        prefix = application.get("route_prefix", "/")
+        if not (prefix or "").startswith("/") or "{" in prefix or (prefix.endswith("/") and prefix != "/"):
+            raise ConfigError(
+                f"route_prefix is {prefix!r}; it begins with '/' and does not end with one, as in '/models'",
+                setting="route_prefix",
+            )
+        overrides: dict[str, Mapping[str, Any]] = {}
         for i, row in enumerate(application.get("deployments", [])):
             _known(row, DeploymentSchema, f"deployments[{i}]")
             _known(row.get("autoscaling_config") or {}, AutoscalingConfig, f"deployments[{i}].autoscaling_config")
+            if row["name"] in overrides:
+                raise ConfigError(
+                    f"deployments has {row['name']} twice; put its options into one row", setting=f"deployments[{i}]"
+                )
             overrides[row["name"]] = {key: value for key, value in row.items() if key != "name"}
         return cls(
             AppConfig.parse(application.get("args", {})),
@@ -294,11 +307,16 @@ def _shut_down(config: AppConfig, *, gently: bool) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raise ConfigError where one cannot listen there."""
-    with socket.socket() as probe:
+    if not host:
+        raise ConfigError(
+            "http_options.host is empty; give 127.0.0.1 for this machine alone, 0.0.0.0 for all", setting="host"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
+        except (OSError, TypeError, UnicodeError) as error:  # the last two of what is no name
+            instead = "another --port" if getattr(error, "errno", None) in _PORT_TAKEN else "http_options.host anew"
             raise ConfigError(
-                f"cannot listen on {host}:{port} ({error}); choose another --port", setting="port"
+                f"cannot listen on {_bracketed(host)}:{port} ({error}); choose {instead}", setting="port"
             ) from error

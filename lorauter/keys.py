@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from lorauter.errors import ConfigError
 from lorauter.names import RULE, is_valid_name
+from lorauter.yaml_text import read_yaml
 
 Role = Literal["inference", "admin"]
 PerMinute = Annotated[int, Field(ge=1)] | None
@@ -65,7 +66,7 @@ def hash_key(key: str) -> str:
 def parse_keys(text: str, source: str) -> list[ApiKey]:
     """Read a list of keys. Raises ConfigError, which repeats nothing that may be a key."""
     try:
-        rows = _ROWS.validate_python(yaml.safe_load(text) or [])
+        rows = _ROWS.validate_python(read_yaml(text) or [])
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
         raise ConfigError(f"{source} is no YAML or JSON, line {line}", setting="access") from None

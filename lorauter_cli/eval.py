@@ -401,9 +401,10 @@ def _read_config(path: Path) -> RoutingConfig:
     from pydantic import ValidationError
 
     from lorauter.routing import RoutingConfig
+    from lorauter.yaml_text import read_yaml
 
     try:
-        return RoutingConfig.model_validate(yaml.safe_load(path.read_bytes()) or {})
+        return RoutingConfig.model_validate(read_yaml(path.read_bytes()) or {})
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))

@@ -18,6 +18,11 @@ def test_keys_are_long_and_unlike() -> None:
     assert hash_key("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_a_right_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="line 4"):
+        parse_keys(f"- name: a\n  sha256: {HASH}\n  adapters: [a]\n  adapters: ['*']\n", "keys")
+
+
 def test_a_row_has_defaults() -> None:
     [row] = parse_keys(f"- name: a\n  sha256: {HASH}\n", "keys")
     assert row == ApiKey(name="a", sha256=HASH, roles=frozenset({"inference"}))

@@ -13,6 +13,7 @@ from deployments.openai_types import SamplingOptions
 from lorauter.engine.config import EngineConfig
 from lorauter.errors import ConfigError
 from lorauter.routing.options import RoutingConfig
+from lorauter.yaml_text import read_yaml
 
 Format = Literal["jsonl", "csv", "parquet"]
 OutputFormat = Literal["jsonl", "csv", "parquet", "openai"]
@@ -160,7 +161,7 @@ class BatchConfig(Settings):
     def read(cls, path: Path, **changes: Any) -> "BatchConfig":
         """Read a YAML file; `changes` other than None go before it. Raises ConfigError."""
         try:
-            data = yaml.safe_load(path.read_bytes())
+            data = read_yaml(path.read_bytes())
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         if not isinstance(data, dict | None):

@@ -28,6 +28,10 @@ def refusal(args: object) -> str:
         ({"adaptors": "x"}, "unknown setting adaptors"),
         *[({section: {"surprise": 1}}, f"unknown setting {section}.surprise") for section in SECTIONS],
         *[({section: 5}, f"setting {section}: ") for section in SECTIONS],
+        *[
+            ({"api": {"listen": at}}, "setting api.listen")
+            for at in ("", "x", "1", ":1", "a:b", "::1:80", "h:1/a", "h :1")
+        ],
         ({"base_model": 5}, "setting base_model: "),
         ({"base_model_aliases": "one"}, "setting base_model_aliases: "),
         ({"routing": {"top_k": 0}}, "setting routing.top_k: "),
@@ -35,8 +39,9 @@ def refusal(args: object) -> str:
         *[
             ({"engine": {name: 0}}, f"setting engine.{name}: ")
             for name in (field.name for field in fields(EngineConfig))
-            if name not in ("device", "dtype", "prefix_reuse")
+            if name not in ("device", "dtype", "prefix_reuse", "spare_bytes")
         ],
+        ({"engine": {"spare_bytes": -1}}, "setting engine.spare_bytes: "),
         ({"engine": {"max_model_len": 1}}, "setting engine.max_model_len: "),
         ({"engine": {"max_batch": 2.5}}, "setting engine.max_batch: "),
         ({"engine": {"max_slowdown": 1}}, "setting engine.max_slowdown"),
@@ -134,3 +139,16 @@ def test_the_file_of_keys_is_found_from_any_folder(tmp_path: Path) -> None:
     assert config.access.closed
     assert AppConfig(access=AccessSettings(keys_env="KEYS")).with_absolute_paths(tmp_path).access.closed
     assert not AppConfig().access.closed
+
+
+@pytest.mark.parametrize("path", ["~nobody-has-this-home/x", "./\x00"])
+@pytest.mark.parametrize("setting", ["adapters", "cache", "access"])
+def test_a_path_that_no_file_has_is_told(tmp_path: Path, setting: str, path: str) -> None:
+    args = {"adapters": path, "cache": {"directory": path}, "access": {"keys_file": path}}
+    with pytest.raises(ConfigError, match="can be no file or folder"):
+        AppConfig.parse({setting: args[setting]}).with_absolute_paths(tmp_path)
+
+
+@pytest.mark.parametrize("at", ["127.0.0.1:8000", "[::1]:80", "localhost:1", "a-host.example:65535"])
+def test_where_the_ingress_may_listen(at: str) -> None:
+    assert ApiSettings(listen=at).listen == at

@@ -15,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import DEPLOYMENTS, build
 from deployments.config import AppConfig
-from deployments.launch import ServeFile, _described, _host, _wait_until_running, serve_forever
+from deployments.launch import ServeFile, _described, _host, _wait_until_running, check_port, serve_forever
 from deployments.room import Watch
 from lorauter.catalog import build_catalog
 from lorauter.defaults import BASE_MODEL
@@ -148,6 +148,13 @@ def changed(*path: Any, value: Any) -> Any:
         (changed("applications", 0, "deployments", 0, value="Router"), "not what Serve reads"),
         (changed("applications", 0, "deployments", 0, value={"num_replicas": 1}), "name"),
         (changed("applications", 0, "deployments", 1, "autoscaling_config", value=[1]), "autoscaling_config"),
+        (changed("applications", 0, "deployments", value=[{"name": "Router"}, {"name": "Router"}]), "Router twice"),
+        *[
+            (changed("applications", 0, "route_prefix", value=prefix), "route_prefix is")
+            for prefix in (None, "", "models", "/models/", "//", "/{name}")
+        ],
+        (b"http_options: {port: 1, port: 2}", "'port' is there twice"),
+        (b"applications: " + b"[" * 5000, "nested too deeply"),
     ],
 )
 def test_a_wrong_file_is_a_config_error(read: Callable[[object], ServeFile], content: object, named: str) -> None:
@@ -160,6 +167,31 @@ def test_a_wrong_file_is_a_config_error(read: Callable[[object], ServeFile], con
 def test_a_missing_file(tmp_path: Path, path: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         ServeFile.read(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("host", "problem"),
+    [
+        ("", "is empty"),
+        ("2001:db8::1", r"\[2001:db8::1\]:8000 .*http_options.host"),
+        ("\x00", "null"),
+        ("ü..x", "encoding"),
+    ],
+)
+def test_a_host_that_is_none_is_told(host: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check_port(host, 8000)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="the machine has no IPv6")
+def test_one_can_listen_at_an_address_of_ipv6() -> None:
+    with socket.socket(socket.AF_INET6) as other:
+        try:
+            other.bind(("::1", 0))
+        except OSError:
+            pytest.skip("the machine has no IPv6")
+        port = other.getsockname()[1]
+    check_port("::1", port)
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", None), ("192.0.2.1", 8000)])
