@@ -110,8 +110,8 @@ def _silu_mul_kernel(
             M, N, LISTED, ALIGN, EXACT,
         )  # fmt: skip
     if OWN:
-        gate += own_expansion(u, own, arena, rows, 0, at, columns, inside, width, tokens, layer, layers, M, N)
-        up += own_expansion(u, own, arena, rows, 1, at, columns, inside, width, tokens, layer, layers, M, N)
+        gate += own_expansion(u, own, arena, rows, 0, at, columns, inside, width, tokens, layer, layers, M, N, ALIGN)
+        up += own_expansion(u, own, arena, rows, 1, at, columns, inside, width, tokens, layer, layers, M, N, ALIGN)
     tl.store(out + place, gate * tl.sigmoid(gate) * up, mask=mine)
 
 
@@ -177,8 +177,9 @@ def _rotate_store_kernel(
         )  # fmt: skip
     if OWN:
         value += own_expansion(
-            u, own, arena, rows, part, at, (head - before) * D + columns, inside, width, tokens, layer, layers, M, 2 * N
-        )
+            u, own, arena, rows, part, at, (head - before) * D + columns, inside, width, tokens, layer, layers,
+            M, 2 * N, ALIGN,
+        )  # fmt: skip
     position = tl.load(positions + at, mask=known, other=0)
     if part < 2:
         first, second = tl.split(tl.permute(tl.reshape(value, (M, 2, N)), (0, 2, 1)))

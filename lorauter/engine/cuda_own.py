@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorauter.engine.cuda_lora import alignment
+
 OWN_COLUMNS = 8
 OWN_MOST = 32  # entries of a row in a group
 OWN_HEAD = 4
@@ -67,11 +69,11 @@ class OwnExpand:
 
 
 @triton.jit
-def _products(x, arena, entry, columns, inside, layer, layers, width):
+def _products(x, arena, entry, columns, inside, layer, layers, width, ALIGN: tl.constexpr):
     """The products of x (BLOCK,), which are inputs `columns`, with an entry's columns of A: (OWN_COLUMNS,)."""
     member = tl.arange(0, _COLUMNS)
     real = member < (tl.load(entry + 2) & 0xFF).to(tl.int32)
-    a = arena + tl.load(entry) + (member.to(tl.int64) * layers + layer) * width
+    a = arena + tl.multiple_of(tl.load(entry), ALIGN) + (member.to(tl.int64) * layers + layer) * width
     tall = tl.load(a[:, None] + columns[None, :], mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
     return tl.where(real, tl.sum(tall * x[None, :], 1), 0.0)
 
@@ -85,7 +87,8 @@ def _weighted(products, arena, entry):
 
 @triton.jit
 def _change(
-    total, x, mine, first, last, arena, columns, inside, layer, layers, inputs, outputs, CHUNK: tl.constexpr
+    total, x, mine, first, last, arena, columns, inside, layer, layers, inputs, outputs,
+    CHUNK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """`total` and what entries `first` to `last` of a list add to it in `columns`, of the token's inputs at x."""
     member = tl.arange(0, _COLUMNS)
@@ -95,10 +98,10 @@ def _change(
         for start in range(0, inputs, CHUNK):
             taken = start + tl.arange(0, CHUNK)
             value = tl.load(x + taken, mask=taken < inputs, other=0.0).to(tl.float32)
-            products += _products(value, arena, entry, taken, taken < inputs, layer, layers, inputs)
+            products += _products(value, arena, entry, taken, taken < inputs, layer, layers, inputs, ALIGN)
         narrow = _weighted(products, arena, entry).to(tl.float32)
         real = member < (tl.load(entry + 2) & 0xFF).to(tl.int32)
-        b = arena + tl.load(entry + 1) + (member.to(tl.int64) * layers + layer) * outputs
+        b = arena + tl.multiple_of(tl.load(entry + 1), ALIGN) + (member.to(tl.int64) * layers + layer) * outputs
         wide = tl.load(b[:, None] + columns[None, :], mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
         total += tl.sum(tl.where(narrow[:, None] != 0, narrow[:, None] * wide, 0.0), 0)
     return total
@@ -108,6 +111,7 @@ def _change(
 def _own_norm_kernel(
     x, delta, weight, total, out, rows, arena, late_x, late_own, late_layer, own, layer, layers, u, hidden, late_inputs,
     eps, LATE: tl.constexpr, DELTA: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     mine = tl.load(rows + token).to(tl.int64) * _WIDTH
@@ -125,7 +129,7 @@ def _own_norm_kernel(
         if LATE and late_count > 0:
             change = _change(
                 change, late_x + token * late_inputs, late_own + mine, 0, late_count, arena, columns, inside,
-                late_layer, layers, late_inputs, hidden, CHUNK,
+                late_layer, layers, late_inputs, hidden, CHUNK, ALIGN,
             )  # fmt: skip
         value += change
         tl.store(total + token * hidden + columns, value, mask=inside)
@@ -138,7 +142,7 @@ def _own_norm_kernel(
         member = tl.arange(0, _COLUMNS)
         for i in range(count):
             entry = own + mine + _HEAD + 3 * i
-            products = _products(normed.to(tl.float32), arena, entry, columns, inside, layer, layers, hidden)
+            products = _products(normed.to(tl.float32), arena, entry, columns, inside, layer, layers, hidden, ALIGN)
             tl.store(u + (token * _MOST + i) * _COLUMNS + member, _weighted(products, arena, entry))
 
 
@@ -170,15 +174,16 @@ def own_norm(
         late_x, late_own and late_own.own, late_own.layer if late_own else 0,
         reads and reads.own, reads.layer if reads else 0, some.layers, u, hidden, inputs, eps,
         late is not None, delta is not None, reads.targets if reads else 0, block, _chunk(inputs, block),
-        num_warps=_warps(block),
+        alignment([hidden, hidden if late is None else inputs]), num_warps=_warps(block),
     )  # fmt: skip
     return total, out, u
 
 
 @triton.jit
 def own_expansion(
-    u, own, arena, rows, part, at, outputs, inside, width, tokens, layer, layers, M: tl.constexpr, N: tl.constexpr
-):
+    u, own, arena, rows, part, at, outputs, inside, width, tokens, layer, layers, M: tl.constexpr, N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
     """What target `part`, which is `width` wide, adds to M tokens `at` in N columns `outputs`: (M, N) float32."""
     known = at < tokens
     mine = own + tl.load(rows + at, mask=known, other=0).to(tl.int64) * _WIDTH
@@ -195,11 +200,8 @@ def own_expansion(
         narrow = tl.load(
             u + (at.to(tl.int64) * _MOST + place)[:, None] * _COLUMNS + member[None, :], mask=real, other=0.0
         ).to(tl.float32)
-        b = (
-            arena
-            + tl.load(entry + 1, mask=here, other=0)[:, None]
-            + (member[None, :].to(tl.int64) * layers + layer) * width
-        )
+        offset = tl.multiple_of(tl.load(entry + 1, mask=here, other=0), ALIGN)
+        b = arena + offset[:, None] + (member[None, :].to(tl.int64) * layers + layer) * width
         wide = tl.load(
             b[:, :, None] + outputs[None, None, :], mask=real[:, :, None] & inside[None, None, :], other=0.0
         ).to(tl.float32)
@@ -211,6 +213,7 @@ def own_expansion(
 def _own_add_kernel(
     y, x, rows, own, arena, layer, layers, inputs, n0, n1, n2,
     TARGETS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     mine = own + tl.load(rows + token).to(tl.int64) * _WIDTH
@@ -231,7 +234,7 @@ def _own_add_kernel(
             total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
             total = _change(
                 total, x + token * inputs, mine, first, last, arena, columns, inside, layer, layers, inputs, width,
-                CHUNK,
+                CHUNK, ALIGN,
             )  # fmt: skip
             tl.store(place, total, mask=inside)
 
@@ -248,7 +251,7 @@ def own_add(y: Tensor, x: Tensor, own: Own, widths: Sequence[int]) -> None:
     block = triton.next_power_of_2(max(widths))
     _own_add_kernel[(n,)](
         y, x, own.rows, own.own, own.arena, own.layer, own.layers, inputs, *[*widths, 0, 0][:3],
-        own.targets, block, _chunk(inputs, block), num_warps=_warps(block),
+        own.targets, block, _chunk(inputs, block), alignment([inputs, *widths]), num_warps=_warps(block),
     )  # fmt: skip
 
 

@@ -28,8 +28,9 @@ class Group:
                 for which, wide in enumerate((inputs, width)):
                     matrix = (torch.randn(rank, self.layers, wide, generator=draw) / wide**0.5).to(dtype)
                     places[adapter, target, which] = offset
-                    pieces += [matrix.flatten(), torch.full((8,), torch.nan, dtype=dtype)]
-                    offset += matrix.numel() + 8
+                    gap = -matrix.numel() % 8 + 8  # what is wide is read by eights
+                    pieces += [matrix.flatten(), torch.full((gap,), torch.nan, dtype=dtype)]
+                    offset += matrix.numel() + gap
                     self.pairs[adapter, target, which] = matrix[:, self.layer].float().to(DEVICE)
         self.arena = torch.cat(pieces).to(DEVICE)
         lists = torch.full((5, kernels.own_width), 7, dtype=torch.long)
