@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lorauter.engine.types import Chunk, Prompt, SamplingParams
+from lorauter.pickled import Sparse
 from lorauter.routing.compose import AdapterWeight, LeftOut
 from lorauter.tools.formats import FormatName
 from lorauter.turns import ExampleTurns
@@ -22,7 +23,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GenerateCall:
+class GenerateCall(Sparse):
     """What the ingress asks of a replica: a prompt to be answered under a mixture of adapters.
 
     Attributes:
@@ -60,7 +61,7 @@ class GenerateCall:
 
 
 @dataclass(frozen=True)
-class Admitted:
+class Admitted(Sparse):
     """First known of an answer: the request is valid, its adapters are here, and this is its prompt's size.
 
     `left_out` are those of the call's adapters that the answer goes on without, `cached_tokens` the prompt's tokens

@@ -1,10 +1,22 @@
-"""Errors on their way to another process."""
+"""Values and errors on their way to another process."""
 
 from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+_UNKNOWN = object()
+
+
+class Sparse:
+    """A dataclass that travels as those of its fields that are not what its class has them be: with dozens of them, as
+    options have, that takes a third of the time. Its defaults are plain values, and the same at the other end."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = type(self)
+        return {name: value for name, value in vars(self).items() if value is not getattr(own, name, _UNKNOWN)}
 
 
 @dataclass(frozen=True)

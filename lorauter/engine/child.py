@@ -66,7 +66,7 @@ class Child:
         return message is not None
 
     def _with_adapters(self, order: Order) -> Order:
-        if not isinstance(order, Begin):
+        if not isinstance(order, Begin) or not order.adapters:
             return order
         numbers: Any = order.adapters
         return replace(order, adapters=tuple((self._adapters[number], weight) for number, weight in numbers))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import queue
 import random
 import threading
@@ -117,8 +118,7 @@ class Engine:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(self.config.token_timeout_s if begun else None):
-                        chunk, failure = await sink.take()
+                    chunk, failure = await sink.take(self.config.token_timeout_s if begun else math.inf)
                 except TimeoutError as error:
                     raise LorauterError(f"no token for {self.config.token_timeout_s:g} s") from error
                 begun = True

@@ -10,7 +10,8 @@ import logging
 import math
 import queue
 import threading
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,11 +27,12 @@ Sink = Callable[[Item], object]
 """Who is told what becomes of a request: each chunk, or the error that ended it. A `LoopSink` is told by its loop."""
 _Gathered = Item | int
 """The same, or a token alone, of an answer without text."""
-_SOON_S = 0.0005  # timers may be early by the clock's resolution
 
 
 class LoopSink:
     """Gathers what comes for somebody in an event loop: the first at once, and what ends it; the rest at leisure.
+
+    It comes from another thread, which calls the loop only for what somebody is to wake up for.
 
     Args:
         gap: seconds from one time that things are taken to the next, as of when it is asked.
@@ -39,47 +41,65 @@ class LoopSink:
     def __init__(self, loop: asyncio.AbstractEventLoop, gap: Callable[[], float]) -> None:
         self.loop = loop
         self._gap = gap
-        self._items: list[_Gathered] = []
+        self._items: deque[_Gathered] = deque()
         self._due = 0.0
         self._waiter: asyncio.Future[None] | None = None
 
     def __call__(self, item: Item) -> None:
-        deliver(self.loop, [(self, item)])
+        if self.add(item):
+            wake(self.loop, [self])
 
-    def add(self, item: _Gathered) -> None:
-        """Something has come; called in the loop."""
+    def add(self, item: _Gathered) -> bool:
+        """Something has come; whether the loop is to be told (`wake`)."""
         self._items.append(item)
-        if self._waiter is not None:
-            self._wake()
+        return self._is_due()
 
-    async def take(self) -> tuple[Chunk | None, BaseException | None]:
-        """What has come, once something has and it is time to: as one chunk, and the error that came after it."""
+    async def take(self, within: float = math.inf) -> tuple[Chunk | None, BaseException | None]:
+        """What has come, once something has and it is time to: as one chunk, and the error that came after it.
+
+        Raises TimeoutError: there was nothing to take within so many seconds.
+        """
         if not self._is_due():
             self._waiter = self.loop.create_future()
-            left = self._due - self.loop.time()
-            timer = self.loop.call_later(left, self._wake) if 0 < left < math.inf else None
+            left = self._due - time.monotonic()
+            timers = [self.loop.call_later(left, self._ring)] if 0 < left < math.inf else []
+            if within < math.inf:
+                timers.append(self.loop.call_later(within, self._give_up))
             try:
-                await self._waiter
+                if not self._is_due():  # it may have come while nobody waited for it
+                    await self._waiter
             finally:
                 self._waiter = None
-                if timer is not None:
+                for timer in timers:
                     timer.cancel()
-        items, self._items = self._items, []
-        self._due = self.loop.time() + self._gap()
+        items = [self._items.popleft() for _ in range(len(self._items))]
+        self._due = time.monotonic() + self._gap()
         failure = next((item for item in items if isinstance(item, BaseException)), None)
         pieces = [item for item in items if not isinstance(item, BaseException)]
         return _joined(pieces) if pieces else None, failure
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """In the loop: somebody who waits may have something to take."""
         if self._waiter is not None and not self._waiter.done() and self._is_due():
             self._waiter.set_result(None)
+
+    def _ring(self) -> None:
+        self._due = 0.0  # whatever the clock of the loop's timers
+        self.wake()
+
+    def _give_up(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(TimeoutError())
 
     def _is_due(self) -> bool:
         if not self._items:
             return False
         last = self._items[-1]
-        ends = last.finish_reason is not None if isinstance(last, Chunk) else isinstance(last, BaseException)
-        return ends or self.loop.time() >= self._due - _SOON_S
+        if last.__class__ is not int:
+            ends = last.finish_reason is not None if isinstance(last, Chunk) else isinstance(last, BaseException)
+            if ends:
+                return True
+        return time.monotonic() >= self._due
 
 
 def _joined(pieces: Sequence[Chunk | int]) -> Chunk:
@@ -98,14 +118,14 @@ def _joined(pieces: Sequence[Chunk | int]) -> Chunk:
     return Chunk("", tuple(tokens), chunks[-1].finish_reason, chunks[0].cached_tokens, chunks[0].waited_s)
 
 
-def deliver(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[LoopSink, _Gathered]]) -> None:
-    """Hand items out in their loop, which is woken once. Raises RuntimeError if it is gone."""
+def wake(loop: asyncio.AbstractEventLoop, sinks: Sequence[LoopSink]) -> None:
+    """Wake those who wait for something in their loop, which is called once. Raises RuntimeError if it is gone."""
 
-    def add() -> None:
-        for sink, item in items:
-            sink.add(item)
+    def wake_all() -> None:
+        for sink in sinks:
+            sink.wake()
 
-    loop.call_soon_threadsafe(add)
+    loop.call_soon_threadsafe(wake_all)
 
 
 @dataclass
@@ -171,13 +191,12 @@ class Front:
                 logger.exception("what a step brought could not be handed out")
 
     def _handle(self, report: Report) -> None:
-        loops: defaultdict[asyncio.AbstractEventLoop, list[tuple[LoopSink, _Gathered]]] = defaultdict(list)
-        senders: defaultdict[asyncio.AbstractEventLoop, list[int]] = defaultdict(list)
+        woken: defaultdict[asyncio.AbstractEventLoop, list[LoopSink]] = defaultdict(list)
 
         def hand_out(id: int, answer: _Answer, item: Item) -> None:
             if isinstance(answer.sink, LoopSink):
-                loops[answer.sink.loop].append((answer.sink, item))
-                senders[answer.sink.loop].append(id)
+                if answer.sink.add(item):
+                    woken[answer.sink.loop].append(answer.sink)
                 return
             try:
                 answer.sink(item)
@@ -194,8 +213,8 @@ class Front:
             if answer is None:
                 continue
             if answer.text is None and reason is None and id not in report.reused and isinstance(answer.sink, LoopSink):
-                loops[answer.sink.loop].append((answer.sink, token))
-                senders[answer.sink.loop].append(id)
+                if answer.sink.add(token):
+                    woken[answer.sink.loop].append(answer.sink)
                 continue
             item: Item
             try:
@@ -221,12 +240,13 @@ class Front:
             answer = self._answers.pop(id, None)
             if answer is not None:
                 hand_out(id, answer, failure)
-        for loop, items in loops.items():
+        for loop, sinks in woken.items():
             try:
-                deliver(loop, items)
+                wake(loop, sinks)
             except RuntimeError:  # the loop is gone, and who waited in it
-                for id in senders[loop]:
-                    self._abandon(id)
+                for id, answer in list(self._answers.items()):
+                    if isinstance(answer.sink, LoopSink) and answer.sink.loop is loop:
+                        self._abandon(id)
 
     def _abandon(self, id: int) -> None:
         self.forget(id)

@@ -164,7 +164,7 @@ class EngineProcess:
 
     def take(self, orders: Sequence[Order]) -> None:
         """See `EngineCore.take`."""
-        sent = [_by_number(order) if isinstance(order, Begin) else order for order in orders]
+        sent = [_by_number(order) if isinstance(order, Begin) and order.adapters else order for order in orders]
         released = [self._released.popleft() for _ in range(len(self._released))]
         with suppress(OSError):  # it has ended, and whoever waits is told so
             self._channel.send(Orders(sent, released))

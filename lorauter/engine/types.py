@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorauter.errors import InvalidRequest
+from lorauter.pickled import Sparse
 from lorauter.tools.types import ToolUse
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Grammar:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(Sparse):
     """What is to be answered: a chat, a text, or token ids; one of them.
 
     Attributes:
@@ -89,7 +90,7 @@ def _characters(value: Any) -> int:
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Sparse):
     """How tokens are chosen.
 
     Attributes:
@@ -285,7 +286,7 @@ PromptLogprobs = tuple[TokenLogprobs | None, ...]
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(Sparse):
     """A piece of an answer.
 
     Attributes:
