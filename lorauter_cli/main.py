@@ -282,7 +282,7 @@ def serve(
 @app.command()
 def chat(
     text: Annotated[str, typer.Argument(help="What to ask.")],
-    url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="A running server; with /v1 or without.")] = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="'lorauter' routes; 'base', or an adapter's name.")] = "lorauter",
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     key: Annotated[
@@ -301,7 +301,7 @@ def chat(
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         request = urllib.request.Request(  # noqa: S310 (the scheme is checked above)
-            f"{url.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(), headers
+            f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions", json.dumps(body).encode(), headers
         )
         response = urllib.request.urlopen(request)  # noqa: S310
     except urllib.error.HTTPError as error:

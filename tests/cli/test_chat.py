@@ -79,6 +79,13 @@ def test_chat_sends_a_key(cli: Cli, server: Server, monkeypatch: pytest.MonkeyPa
     assert server.authorization == "Bearer lr-b"
 
 
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_chat_takes_the_address_as_other_clients_take_it(cli: Cli, server: Server, suffix: str) -> None:
+    server.stream(*EVENTS, "[DONE]")
+    cli("chat", "hi", "--url", server.url + suffix)
+    assert [path for path, _ in server.asked] == ["/v1/chat/completions"]
+
+
 def test_chat_prints_the_routing_and_the_answer(cli: Cli, server: Server) -> None:
     server.headers = {"x-lorauter-tasks": "sums=0.9,rain=0.2", "x-lorauter-adapters": ""}
     server.body = b": a proxy says it is alive\n\n" + server.body
