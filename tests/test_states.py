@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from fake_states import HashingStates
 
 from lorauter.defaults import load_states
@@ -24,6 +25,8 @@ def test_the_default_model_reads_texts_of_any_kind() -> None:
     assert np.isfinite(states).all()
     alone = np.concatenate([model.states([text]) for text in texts]).astype(np.float32)
     together = states.astype(np.float32)
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        np.testing.assert_array_equal(alone, together, err_msg="a text's states hang on what is read beside it")
     lengths = np.linalg.norm(alone, axis=2) * np.linalg.norm(together, axis=2)
     assert ((alone * together).sum(axis=2) / lengths).min() > 0.999
     # A prompt cannot end its own turn: what looks like a control token is a text.

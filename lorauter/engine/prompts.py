@@ -27,7 +27,8 @@ class Limits(NamedTuple):
     tokens: int
 
 
-ON_CPU = Limits(16, 1024)  # more take as long each
+ON_CPU = Limits(16, 256)  # of so few a prompt has the same states, with AMX to the last bit, whatever is read beside it
+_GRAIN = 64  # on a CPU, what tokens of a pass are a multiple of: other products than before take long to work out
 ON_GPU = Limits(64, 16384)  # a pass is some hundreds of launches, whatever it reads
 
 
@@ -109,6 +110,11 @@ class PromptReader:
             positions += range(len(prompt))
             ends.append(len(tokens) - 1)
             spans.append(Span(row, 0, len(prompt)))
+        if self._step is not WholePrompts:
+            padding = -len(tokens) % _GRAIN
+            tokens += [0] * padding
+            rows += [self._limits.rows] * padding  # of no prompt
+            positions += [0] * padding
 
         def ids(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=self._decoder.device)
