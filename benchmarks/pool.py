@@ -7,11 +7,13 @@ make: brief trainings on the tasks' train sets (many at once), and adapters that
 ones, under names that say nothing. Deterministic by seed on one kind of device; nothing is downloaded.
 match: what `lorauter catalog build --match` does with a pool of this size; how many evaluations, and how long.
 regimes: test queries answered on the clean pool and on the noisy one, by the same router. A task's own adapters, which
-semi-OOD and OOD take away, are the clean one, those that were trained on it, and all that were derived of these.
+semi-OOD and OOD take away, are the clean one, those that were trained on it, and all that were derived of these. By how
+much the noisy pool is worse is said of each regime as soon as it is answered.
 exhaustive: every adapter on every example of some tasks, by likelihood, and what the choice is worth beside the best.
 speed: evaluations a second. answer: the end of regimes alone, where its rows are there.
 
-What is in the folder is not made again. --seconds ends what would take longer.
+What is in the folder is not made again, and figures.json there has what was found out so far. --seconds ends what would
+take longer; regimes come before exhaustive.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ from lorauter.evaluation.rows import DecisionRow, ScoredRow, read_answers
 from lorauter.tasks import Task, read_tasks
 
 CHUNK = 16384
+_CLEAN, _NOISY = "clean pool", "noisy pool"
+_REGIMES = ("semi-OOD", "OOD", "in-domain")  # the oracle's rows are among the last's
 started = time.perf_counter()
 
 
@@ -111,7 +115,10 @@ class Bench:
         return LikelihoodScorer(decoder, codec, self.load, self.tasks, adapter_bytes=room)
 
     def engine(self):
-        config = EngineConfig(max_batch=128, max_queue=8192)
+        cache = (
+            8 << 30 if torch.cuda.is_available() else None
+        )  # what 128 short rows need: deciding takes its part beside
+        config = EngineConfig(max_batch=128, max_queue=8192, cache_bytes=cache)
         return load_engine(resolve_model("default"), config, aliases=base_model_aliases("default"))
 
     def match(self, scorer: LikelihoodScorer) -> Screening:
@@ -182,21 +189,47 @@ class Bench:
         arguments = ["--scores", scores, "--rows", self._rows(name), "--name", name, "--only", only, *options]
         return subprocess.Popen([sys.executable, str(script), *map(str, arguments)])
 
-    def regimes(self, *names: str) -> None:
-        """Answer what was decided, and tell the shares of the oracle's score."""
-        rows = [json.loads(line) for name in names for line in self._rows(name).read_text().splitlines()]
-        say(f"{len(rows)} rows to answer")
+    def regimes(self, deciding: Mapping[str, subprocess.Popen[bytes] | None]) -> None:
+        """Answer what is decided, regime by regime, and tell by how many points of the oracle's score the pools differ.
+
+        Args:
+            deciding: who decides on the clean pool, and on the noisy one; None where that is done.
+        """
+        file, rows = self.out / "answers.jsonl", list[dict]()
         with closing(self.engine()) as engine:
-            asked = [DecisionRow.from_json(row, source="row") for row in rows]
-            file = self.out / "answers.jsonl"
-            answer(asked, engine, self.load, file, chunk_size=4096, progress=lambda d, t: say(f"{d} of {t} answered"))
-        found = evaluate(
-            [ScoredRow.from_json(row, source="row") for row in rows], read_answers(file), rouge_for_bleu=True
-        )
-        for result in found:
+            for name, process in deciding.items():
+                if process is not None and process.wait():
+                    raise SystemExit(f"deciding on the {name} has failed")
+                decided = [json.loads(line) for line in self._rows(name).read_text().splitlines()]
+                for regime in _REGIMES:
+                    new = [row for row in decided if row["regime"] == regime]
+                    asked = [DecisionRow.from_json(row, source="row") for row in new]
+                    what = f"{name}, {regime}"
+                    answer(asked, engine, self.load, file, chunk_size=1024, progress=partial(self._answered, what))
+                    rows += new
+                    if name == _NOISY:
+                        self._tell_regime(regime, rows, file)
+
+    def _tell_regime(self, regime: str, rows: Sequence[dict], answers: Path) -> None:
+        found = {
+            result.method: result
+            for result in evaluate(
+                [ScoredRow.from_json(row, source="row") for row in rows if row["regime"] in (regime, _REGIMES[-1])],
+                read_answers(answers),
+                rouge_for_bleu=True,
+            )
+            if result.regime == regime
+        }
+        clean, noisy = found[_CLEAN].of_oracle, found[_NOISY].of_oracle
+        if clean is not None and noisy is not None:
+            self.tell(f"{regime}: noisy pool minus clean pool, points of the oracle", round(100 * (noisy - clean), 1))
+        for method, result in found.items():
             share = "-" if result.of_oracle is None else f"{100 * result.of_oracle:.1f} % of the oracle"
             low, high = result.interval
-            self.tell(f"{result.method}, {result.regime}", f"{result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
+            self.tell(f"{method}, {regime}", f"{result.score:.4f} ({low:.3f} to {high:.3f}) {share}")
+
+    def _answered(self, what: str, done: int, total: int) -> None:
+        say(f"{what}: {done} of {total} answered")
 
     def _rows(self, name: str) -> Path:
         return self.out / f"rows-{name.replace(' ', '-')}.jsonl"
@@ -289,11 +322,11 @@ def main() -> None:
     tasks = [task for task in tasks if (args.adapters / task.name).is_dir()]
     model, aliases = resolve_model("default", say), base_model_aliases("default")
     bench = Bench(tasks, args.adapters, args.out, args.seconds)
-    begun = []
+    deciding: dict[str, subprocess.Popen[bytes] | None] = {_CLEAN: None, _NOISY: None}
     if "regimes" in stages:
         common = ["--tasks", args.tasks, "--examples", args.examples]
         common += [] if args.queries is None else ["--queries", args.queries]
-        begun.append(bench.deciding("clean pool", args.clean_scores, *common))
+        deciding[_CLEAN] = bench.deciding(_CLEAN, args.clean_scores, *common)
     bench.know(
         make(
             train_sets(args.tasks, [task.name for task in tasks]),
@@ -313,7 +346,7 @@ def main() -> None:
     if stages == ["make"]:
         return
     if "answer" in stages:
-        bench.regimes("clean pool", "noisy pool")
+        bench.regimes(deciding)
         return
     scorer = bench.scorer()
     if "speed" in stages:
@@ -325,15 +358,11 @@ def main() -> None:
         bench.metric(screened.shortlists, bench.foreign(scorer, screened))
         free()
         noisy = [*common, "--truth", args.out / "truth.json"]
-        begun.append(bench.deciding("noisy pool", args.out / "scores.jsonl", *noisy))
+        deciding[_NOISY] = bench.deciding(_NOISY, args.out / "scores.jsonl", *noisy)
+        bench.regimes(deciding)
+        free()
     if "exhaustive" in stages:
         bench.try_all(scorer, screened, args.sample, args.seed)
-    if "regimes" in stages:
-        for process in begun:
-            if process.wait():
-                raise SystemExit("deciding has failed")
-        free()
-        bench.regimes("clean pool", "noisy pool")
     say("done")
 
 

@@ -1,5 +1,7 @@
 """The table of answers: the default with compositions, with these and examples, and beside it rows decided before.
 
+Answers of compositions come first, then rows given, then what takes asking the examples.
+
     python benchmarks/table.py [ROWS.jsonl ...] --tasks DIR --adapters URI --out DIR [--examples 20] [--shown 3]
         [--split test|validation] [--regimes in-domain,semi-OOD] [--only a,b] [--queries N]
 
@@ -32,7 +34,7 @@ from lorauter.defaults import base_model_aliases, load_encoder, load_states, res
 from lorauter.engine import EngineConfig, MultiLoraEngine, load_engine
 from lorauter.evaluation.answering import adapters_in, answer
 from lorauter.evaluation.composing import COMPOSED_REGIMES, compose_regimes, composed_or, read_composed
-from lorauter.evaluation.helped import read_helped
+from lorauter.evaluation.helped import Helped, read_helped
 from lorauter.evaluation.left_out import ask_regimes
 from lorauter.evaluation.methods import COMPOSED, COMPOSED_EXAMPLES, decide
 from lorauter.evaluation.report import ORACLE
@@ -49,7 +51,8 @@ def say(what: str) -> None:
 
 
 def engine() -> MultiLoraEngine:
-    config = EngineConfig(max_batch=128, max_queue=8192, cache_bytes=8 << 30)  # what 128 short rows need, and more
+    cache = 8 << 30 if torch.cuda.is_available() else None  # what 128 short rows need, and more
+    config = EngineConfig(max_batch=128, max_queue=8192, cache_bytes=cache)
     return load_engine(resolve_model("default", say), config, aliases=base_model_aliases("default"))
 
 
@@ -84,13 +87,14 @@ def main() -> None:
     pool, load = repository.names(), adapters_in(repository)
     own = {task.name: [task.name] if task.name in pool else [] for task in tasks}
     rows: list[dict[str, Any]] = [row for path in args.rows for row in read_rows(path)]
+    oracle = [row for row in rows if row["method"] == ORACLE]
     answers, report = args.out / "answers.jsonl", dict[str, object]()
 
     def answered(new: list[dict[str, Any]], running: MultiLoraEngine, what: str) -> None:
         asked = [DecisionRow.from_json(row, source=what) for row in new]
         reads = composed_or(read_composed(args.out), load) if (args.out / "composed.json").exists() else load
         answer(asked, running, reads, answers, progress=lambda d, t: say(f"{what}: {d} of {t} answered"))
-        tell([row for row in rows if row["method"] == ORACLE], new, answers, report)
+        tell(oracle, new, answers, report)
         (args.out / "report.json").write_text(json.dumps(report))
 
     table = ScoreTable(args.out / "scores.jsonl")
@@ -133,10 +137,22 @@ def main() -> None:
     for regime in COMPOSED_REGIMES:
         say(f"{regime}: {sum(one.regime == regime for one in composed)} of {len(tasks)} compositions hold")
 
+    def decided(method: str, regime: str, helped: Helped | None = None) -> list[dict[str, Any]]:
+        say(f"deciding for {method}, {regime}")
+        found = decide(
+            every, catalog, encoder, {method: None}, states=states, split=args.split, regimes=[regime], own=own,
+            composed=composed, helped=helped,
+        )  # fmt: skip
+        return [{**row, "split": args.split, "id": f"{args.split}/{row['id']}"} for row in found]
+
+    regimes = args.regimes.split(",")
     with closing(engine()) as running:
+        oracle = oracle or decided(ORACLE, COMPOSED_REGIMES[0])
+        answered(oracle, running, ORACLE)
+        for regime in regimes:
+            answered(decided(COMPOSED, regime), running, f"{COMPOSED}, {regime}")
         if rows:
             answered(rows, running, "rows given")
-        digest = model_digest("default")
         ask_regimes(
             catalog,
             args.shown,
@@ -144,7 +160,7 @@ def main() -> None:
             composed_or(composed, load),
             args.out / "helped",
             own=own,
-            model=digest,
+            model=model_digest("default"),
             composed=composed,
             progress=lambda d, t: say(f"left-out examples: {d} of {t} asked"),
         )
@@ -154,16 +170,10 @@ def main() -> None:
             say(
                 f"{regime}: examples help {len(by) - by.count(None)} of {len(by)} tasks, {by.count('base')} by the base"
             )
-        for regime in args.regimes.split(","):
-            say(f"deciding for {regime}")
-            methods = {COMPOSED: None, COMPOSED_EXAMPLES: None}
-            decided = decide(
-                every, catalog, encoder, methods, states=states, split=args.split, regimes=[regime], own=own,
-                composed=composed, helped=helped,
-            )  # fmt: skip
-            new = [{**row, "split": args.split, "id": f"{args.split}/{row['id']}"} for row in decided]
+        for regime in regimes:
+            new = decided(COMPOSED_EXAMPLES, regime, helped)
             say(f"{sum('examples' in row for row in new)} of {len(new)} rows have examples")
-            answered(new, running, regime)
+            answered(new, running, f"{COMPOSED_EXAMPLES}, {regime}")
     say("done")
 
 

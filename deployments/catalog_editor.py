@@ -113,7 +113,7 @@ class CatalogEditor:
         self._state_model = config.state_model
         self._model = model
         self._last: Catalog | None = None  # as it was made or read: the next change reads what differs from it
-        self._compositions = Compositions(config, self._store, self._repository)
+        self._compositions = Compositions(config, self._store, self._repository, self._current)
         self._worker = ThreadPoolExecutor(1)  # changes wait for each other, and one that began ends, whoever hung up
 
     async def change(self, caller: Caller, changes: Sequence[Change]) -> dict[str, Any]:
@@ -196,10 +196,8 @@ class CatalogEditor:
         return await self._alone(use)
 
     async def compose(self, caller: Caller, task: str) -> dict[str, Any]:
-        """Ask for a task's composition. Raises as `Compositions.ask`, and CatalogError."""
-        asked = await self._alone(
-            lambda: self._compositions.ask(caller, task, Catalog.load(self._store, known=self._last))
-        )
+        """Ask for a task's composition. Raises as `Compositions.ask`."""
+        asked = await self._alone(lambda: self._compositions.ask(caller, task))
         self._compositions.see_to_them()
         return asked
 
@@ -240,7 +238,11 @@ class CatalogEditor:
         return _Embedded(await self._embedder.name.remote(), vectors, reader)
 
     def _has_states(self) -> bool:
-        return Catalog.load(self._store, known=self._last).states is not None
+        return self._current().states is not None
+
+    def _current(self) -> Catalog:
+        self._last = Catalog.load(self._store, known=self._last)
+        return self._last
 
     def _apply(
         self, caller: Caller, changes: Sequence[Change], encoder: _Embedded | None, taken: Mapping[str, _Taken]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
@@ -39,19 +39,21 @@ class Compositions:
         config: the app's configuration.
         store: the catalog's.
         repository: the adapters.
+        current: the catalog as it is published.
     """
 
-    def __init__(self, config: AppConfig, store: ObjectStore, repository: AdapterRepository) -> None:
+    def __init__(
+        self, config: AppConfig, store: ObjectStore, repository: AdapterRepository, current: Callable[[], Catalog]
+    ) -> None:
         self._config = config
         self._setup = setup_of(config)
         self._jobs = CompositionJobs(store)
         self._repository = repository
-        self._store = store
-        self._last: Catalog | None = None
+        self._current = current
         self._tried: set[str] = set()
         self._seeing: asyncio.Task[None] | None = None
 
-    def ask(self, caller: Caller, task: str, catalog: Catalog) -> dict[str, Any]:
+    def ask(self, caller: Caller, task: str) -> dict[str, Any]:
         """Ask for a task's composition, which `see_to_them` then has made. One may ask at a time.
 
         Raises:
@@ -61,7 +63,9 @@ class Compositions:
             Conflict: one of the task is under way, or another adapter has the composition's name.
             Overloaded: too many wait.
             StoreError: of a store that is read only, or cannot be written, too.
+            CatalogError.
         """
+        catalog = self._current()
         place = catalog.place(task)
         if place is None:
             raise TaskNotFound(task[:128])
@@ -143,7 +147,7 @@ class Compositions:
         """Whether a composer has something to do; for a catalog's examples it is asked once."""
         if waiting(self._jobs.all(), self._setup):
             return True
-        self._last = catalog = Catalog.load(self._store, known=self._last)
+        catalog = self._current()
         if catalog.version in self._tried or not unchecked(catalog)[1]:
             return False
         self._tried.add(catalog.version)

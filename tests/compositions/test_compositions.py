@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from two_places import THERE, TwoPlaces
 
 from lorauter.adapters.weights import TARGETS, LoraWeights
 from lorauter.catalog.dialogues import dialogue_of
@@ -393,3 +395,44 @@ def test_one_example_is_too_few(decoder, codec, pool, tmp_path):
 def test_an_empty_pool_is_told(decoder, codec, tmp_path):
     with pytest.raises(ConfigError, match="no adapter to compose from"):
         composer(decoder, codec, [], tmp_path)
+
+
+class AtOnce:
+    """A pool of no threads, in which the stand-in holds."""
+
+    def __init__(self, count):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *args):
+        done = Future()
+        done.set_result(work(*args))
+        return done
+
+
+@pytest.mark.parametrize("each", ["adapter", "target", "column"])
+def test_nothing_on_two_devices_is_mixed(each, decoder, codec, pool, tmp_path, monkeypatch):
+    config = replace(FEW, each=each)
+    [here] = composer(decoder, codec, pool, tmp_path / "here", config).make([WANTED])
+    monkeypatch.setattr("lorauter.compositions.make.ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(Decoder, "device", property(lambda _: THERE))
+    with TwoPlaces():
+        [there] = composer(decoder, codec, pool, tmp_path / "there", config).make([WANTED])
+    assert there.provenance == here.provenance
+
+
+def test_what_mixes_them_is_found(decoder, pool):
+    with TwoPlaces():
+        stack = AdapterStack(pool, decoder.shape, dtype=torch.float32, device=THERE)
+        assert stack.spread["q_proj"].device == THERE
+        with pytest.raises(RuntimeError, match="two devices"):
+            torch.ones(2, 3) @ stack.spread["q_proj"]
+        with pytest.raises(RuntimeError, match="two devices"):
+            stack.columns(torch.ones(2, len(stack.targets), 3))
+        assert stack.columns(torch.ones(2, len(stack.targets), 3).to(THERE)).device == THERE
+        assert stack.spread["q_proj"].cpu().device != THERE
