@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pool as benchmark
 import pool_made
 import pool_training
 import pytest
@@ -23,6 +26,7 @@ from lorauter.catalog.scores import Evaluation, Failed
 from lorauter.catalog.scoring import LikelihoodScorer
 from lorauter.engine.model import Decoder
 from lorauter.engine.text import TextCodec
+from lorauter.evaluation.rows import AnswerRow
 from lorauter.tasks import Example, Task
 
 BASE = "tiny-base"
@@ -168,3 +172,42 @@ def test_a_pool_holds_what_its_truth_says(pool: Any, model: Any) -> None:
     assert len(merged["of"]) == 2 and set(merged["tasks"]) == {
         "odd" if source == "trained-0" else source for source in merged["of"]
     }
+
+
+def test_of_each_regime_the_difference_is_told_as_soon_as_it_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noisy pool's are wrong in OOD, one of two; what was answered before the end is told and kept."""
+    bench = benchmark.Bench(TASKS[:1], tmp_path, tmp_path, seconds=60)
+    monkeypatch.setattr(bench, "engine", lambda: nullcontext("an engine"))
+    monkeypatch.setattr(benchmark, "closing", lambda engine: engine)
+    asked: list[set[str]] = []
+
+    def answer(rows: Any, engine: Any, load: Any, file: Path, **_: Any) -> None:
+        asked.append({row.id.rsplit("/", 1)[0] for row in rows})
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        with file.open("a") as to:
+            for row in rows:
+                text = "?" if row.id == "noisy pool/OOD/1" else "aa"
+                to.write(json.dumps(AnswerRow(row.id, text, "stop", 1).to_json()) + "\n")
+
+    monkeypatch.setattr(benchmark, "answer", answer)
+    for name, methods in (("clean pool", ["oracle", "clean pool"]), ("noisy pool", ["noisy pool"])):
+        rows = [
+            {
+                **{"id": f"{method}/{regime}/{i}", "method": method, "regime": regime, "task": "even", "target": "aa"},
+                **{"domain": "tests", "metric": "em", "input": f"{i}", "adapters": {}, "max_tokens": 4},
+            }
+            for method in methods
+            for regime in (["in-domain"] if method == "oracle" else ["in-domain", "semi-OOD", "OOD"])
+            for i in range(2)
+        ]
+        (tmp_path / f"rows-{name.replace(' ', '-')}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(KeyboardInterrupt):
+        bench.regimes({"clean pool": None, "noisy pool": None})
+    assert asked[-1] == {"noisy pool/in-domain"}
+    told = json.loads((tmp_path / "figures.json").read_text())
+    what = "noisy pool minus clean pool, points of the oracle"
+    assert next(iter(told)) == f"semi-OOD: {what}"
+    assert {name: of for name, of in told.items() if what in name} == {f"semi-OOD: {what}": 0, f"OOD: {what}": -50}
