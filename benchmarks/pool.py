@@ -345,6 +345,8 @@ def main() -> None:
     free()
     if stages == ["make"]:
         return
+    if (process := deciding[_CLEAN]) is not None and process.poll():
+        raise SystemExit(f"deciding on the {_CLEAN} has failed")  # before the long part
     if "answer" in stages:
         bench.regimes(deciding)
         return

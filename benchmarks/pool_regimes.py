@@ -47,7 +47,12 @@ def main() -> None:
     encoder, states = RememberingEncoder(load_encoder("default")), RememberingStates(load_states("default"))
     bare = build_catalog([replace(task, test=()) for task in asked], encoder, states=states)
     table = ScoreTable(args.scores)
-    scores = {task: of for task, of in table.by_task().items() if task in only}
+    kept = {task.name: len(task.validation) for task in asked}
+    scores = {
+        task: {adapter: {i: score for i, score in of.items() if i < kept[task]} for adapter, of in found.items()}
+        for task, found in table.by_task().items()
+        if task in kept
+    }
     adapters = sorted({adapter for of in scores.values() for adapter in of})
     catalog = with_adapter(bare, *(AdapterManifest(name, "1", {}) for name in adapters))
     catalog = with_scores(catalog, scores)
