@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from typing import Any
 
-import numpy as np
 from ray import serve
 
 from deployments.devices import own_gpus_only
@@ -16,7 +16,7 @@ from deployments.metrics import RayRecorder
 from deployments.replicas import ReplicaServer
 from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
-from deployments.together import Together
+from deployments.together import Together, shared_out
 from deployments.tracing import span
 from lorauter.catalog.whitening import States
 from lorauter.defaults import load_encoder, load_states
@@ -27,6 +27,7 @@ from lorauter.states import StateModel
 _READ_TOGETHER = 8  # texts, of which each takes many times as long as to embed it, but for a GPU
 _TOGETHER = 64  # texts, lest one who has hundreds keeps all others waiting
 _THREADS = 4
+_SWITCH_S = 0.0005  # for which who computes waits for who talks to others, and the other way round
 
 
 def threads(cores: int) -> int:
@@ -60,6 +61,8 @@ class QueryEmbedder:
         join_serve_logs()
         own_gpus_only()
         torch.set_num_threads(threads(len(os.sched_getaffinity(0))))  # else as many as Ray gives the actor CPUs
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a thread a core, for some texts
+        sys.setswitchinterval(_SWITCH_S)
         self._metrics = RoutingMetrics(RayRecorder())
         self._encoder = load_encoder(encoder)
         self._encoder.encode(["warm-up"])
@@ -84,8 +87,7 @@ class QueryEmbedder:
 
     async def _encode(self, requests: list[list[str]]) -> list[Embeddings]:
         vectors = await asyncio.to_thread(self._encoder.encode, [text for texts in requests for text in texts])
-        ends = np.cumsum([len(texts) for texts in requests])
-        return np.split(vectors, ends[:-1])
+        return shared_out(vectors, requests)
 
     async def states(self, texts: list[str]) -> States:
         """See `lorauter.states.StateModel.states`. Raises ConfigError: there is no such model."""
@@ -107,9 +109,7 @@ class QueryEmbedder:
                 self._reader = load_states(self._state_model, threads=threads(len(os.sched_getaffinity(0))))
             return self._reader.states([text for texts in requests for text in texts])
 
-        states = await asyncio.to_thread(read)
-        ends = np.cumsum([len(texts) for texts in requests])
-        return np.split(states, ends[:-1])
+        return shared_out(await asyncio.to_thread(read), requests)
 
     async def name(self) -> str:
         """What the encoder is called."""

@@ -31,7 +31,7 @@ from deployments.retries import answered
 from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted, visible_places
 from deployments.startup import tells_why
-from deployments.together import Together
+from deployments.together import Together, shared_out
 from deployments.tracing import span
 from lorauter.adapters import open_store
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog
@@ -121,7 +121,7 @@ class TaskRetriever:
     async def _embed(self, requests: list[list[str]]) -> list[Embeddings]:
         texts = [text for texts in requests for text in texts]
         vectors = await answered(lambda: self._embedder.call("embed", texts), timeout_s=self._embed_s)
-        return np.split(vectors, np.cumsum([len(texts) for texts in requests])[:-1])
+        return shared_out(vectors, requests)
 
     async def _decided(
         self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]

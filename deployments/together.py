@@ -10,10 +10,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -94,3 +99,9 @@ class Together(Generic[Asked, Told]):
             lot.append(one)
         self._waiting = []
         return lot
+
+
+def shared_out(rows: NDArray[Number], requests: Sequence[Sequence[object]]) -> list[NDArray[Number]]:
+    """To each of some requests its rows, one for each of its parts."""
+    ends = list(accumulate(map(len, requests)))
+    return [rows[end - len(request) : end] for request, end in zip(requests, ends, strict=True)]

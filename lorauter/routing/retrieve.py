@@ -365,7 +365,11 @@ class Retriever:
         return np.asarray(worth + share * (nearby - means))
 
     def _look(self, place: int) -> _Known:
-        return _remembered(self._known, _KNOWN, place, lambda: _known(*self.catalog.at(place), self.catalog.composed))
+        known = self._known.get(place)
+        return known if known is not None else _remembered(self._known, _KNOWN, place, lambda: self._looked(place))
+
+    def _looked(self, place: int) -> _Known:
+        return _known(*self.catalog.at(place), self.catalog.composed)
 
     def _usable(self, place: int, options: RoutingOptions) -> tuple[str, ...]:
         """A task's adapters that may be used."""

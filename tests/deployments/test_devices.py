@@ -67,6 +67,8 @@ def test_who_could_take_a_gpu_takes_its_own_alone(
     machine(given)
     monkeypatch.setattr(deployments.embedder, "load_encoder", look)
     monkeypatch.setattr(deployments.embedder, "join_serve_logs", lambda: None)
+    monkeypatch.setattr("sys.setswitchinterval", lambda _: None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     for name in ("load_encoder", "start_engine"):
         monkeypatch.setattr(deployments.batch.stages, name, look)
     monkeypatch.setattr(deployments.batch.stages, "NodeCache", lambda spec: None)

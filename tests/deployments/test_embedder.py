@@ -39,15 +39,22 @@ class Metrics:
         """Nothing."""
 
 
+@pytest.fixture(autouse=True)
+def no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a replica does to its process."""
+    monkeypatch.setattr(embedder, "RayRecorder", Metrics)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("sys.setswitchinterval", lambda _: None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(embedder, "join_serve_logs", lambda: None)
+    monkeypatch.setattr(embedder, "own_gpus_only", lambda: None)
+
+
 def test_queries_that_come_together_are_embedded_together_and_a_lone_one_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoder = Encoder()
     monkeypatch.setattr(embedder, "load_encoder", lambda _: encoder)
-    monkeypatch.setattr(embedder, "RayRecorder", Metrics)
-    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    monkeypatch.setattr(embedder, "join_serve_logs", lambda: None)
-    monkeypatch.setattr(embedder, "own_gpus_only", lambda: None)
     replica = QueryEmbedder.func_or_class("fake")
     queries = [["lone"], *[[f"query {i}"] for i in range(100)], [f"of many {i}" for i in range(200)], ["last"]]
 
@@ -76,10 +83,6 @@ def test_a_text_is_read_by_a_model_that_is_loaded_for_the_first_one(monkeypatch:
 
     monkeypatch.setattr(embedder, "load_encoder", lambda _: HashingEncoder())
     monkeypatch.setattr(embedder, "load_states", load)
-    monkeypatch.setattr(embedder, "RayRecorder", Metrics)
-    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    monkeypatch.setattr(embedder, "join_serve_logs", lambda: None)
-    monkeypatch.setattr(embedder, "own_gpus_only", lambda: None)
     replica = QueryEmbedder.func_or_class("fake", "reader")
     asyncio.run(replica.embed(["nothing is read for this"]))
     assert not loaded
