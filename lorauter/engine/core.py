@@ -431,7 +431,7 @@ def _make_runner(model: Decoder, config: EngineConfig, length: int) -> tuple[Ada
     """The adapters' place on the device, and what runs steps there."""
     budget = config.adapter_bytes or default_budget(model.device)
     if model.device.type == "cuda":
-        from lorauter.engine.cuda_runner import make_cuda_runner
+        from lorauter.engine.cuda_memory import make_cuda_runner
 
         return make_cuda_runner(model, config, length, budget)
     slots = AdapterSlots(

@@ -12,7 +12,6 @@ two steps, by logits that the first of them has left. Knows nothing of requests.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,6 @@ import torch
 from torch import Tensor
 
 from lorauter.engine import cuda_kernels as kernels
-from lorauter.engine.blocks import blocks_of
-from lorauter.engine.config import EngineConfig
 from lorauter.engine.cuda_mixtures import CudaMixtures
 from lorauter.engine.cuda_step import CudaStep, query_blocks
 from lorauter.engine.logprobs import StepRanks
@@ -34,17 +31,11 @@ from lorauter.engine.sampling import to_device
 from lorauter.engine.slots import AdapterSlots, Part, Placed
 from lorauter.engine.step import Span, StepBatch
 
-_MOST_STEP_TOKENS = 8192
 _LEAST_STEP_TOKENS = 64
-_LONGEST_STEP_S = 0.06  # that begins prompts while no row decodes, where no setting bounds it
 _SLOWER = 2.0  # times as long as a step without prompts may one with prompts take, while rows decode
-_GRAPHS_BYTES = 3 << 29  # for graphs and libraries, beside what a step takes
-_SHARE = 0.95  # of what is free then
-_OWN_BYTES = 3 << 28  # of this process on a GPU, beside what PyTorch has there for tensors
 _KINDS = 3  # of graphs of each size
 _OWN_TOKENS = 256  # of a step in which each may multiply its own columns alone
 _USUAL = 12, 16  # adapters of a step that is timed, and their rank
-_SAMPLING_BYTES = 37  # for each row and token of the vocabulary: penalties, what is sorted, logits that are kept
 
 
 def decode_sizes(max_batch: int) -> list[int]:
@@ -57,6 +48,12 @@ def mixed_sizes(most: int) -> list[int]:
     """Numbers of tokens of steps with prompts that have graphs of their own, the last at least `most`."""
     sizes = [size for power in range(5, 20) for size in (1 << power, 3 << (power - 1))]
     return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < most]
+
+
+def kept_logits(rows: int, step_tokens: int) -> int:
+    """How many tokens' logits all graphs together keep."""
+    mixed = mixed_sizes(max(step_tokens, rows + _LEAST_STEP_TOKENS))
+    return _KINDS * sum([*decode_sizes(rows), *(min(size, rows) for size in mixed)])
 
 
 @dataclass(frozen=True)
@@ -430,84 +427,3 @@ def _to_host(tensor: Tensor) -> Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     return host
-
-
-def make_cuda_runner(
-    decoder: Decoder, config: EngineConfig, length: int, budget_bytes: int
-) -> tuple[AdapterSlots, CudaRunner]:
-    """The adapters' place on a GPU, and what runs steps there, in the memory that is free."""
-    device = decoder.device
-    copies = CopyStream(device)
-    slots = AdapterSlots(
-        decoder.shape,
-        budget_bytes=budget_bytes,
-        max_rank=config.max_rank,
-        dtype=decoder.dtype,
-        device=device,
-        copy=copies,
-        ahead=True,
-    )
-    step_tokens, step_bytes = _fit_step(decoder, slots, config)
-    gc.collect()
-    torch.cuda.empty_cache()
-    kept = 2 * step_bytes + _GRAPHS_BYTES + _logits_bytes(decoder, config.rows, step_tokens)
-    free, total = torch.cuda.mem_get_info(device)
-    kept += owed(config.spare_bytes or 0, total - free - torch.cuda.memory_reserved(device))
-    free = int((free - kept) * _SHARE)
-    blocks = min(free, config.cache_bytes or free) // decoder.block_bytes()
-    decoder.check_blocks(blocks, length)
-    runner = CudaRunner(
-        decoder,
-        slots,
-        rows=config.rows,
-        blocks=blocks,
-        length=length,
-        step_tokens=step_tokens,
-        copies=copies,
-        measure=config.step_tokens is None,
-    )
-    return slots, runner
-
-
-def owed(spare: int, beside: int) -> int:
-    """Bytes that others are to have of a GPU and have not taken yet.
-
-    Args:
-        spare: that they are to have.
-        beside: that are taken there, but for this process's tensors.
-    """
-    return max(0, spare - max(0, beside - _OWN_BYTES))
-
-
-def _logits_bytes(decoder: Decoder, rows: int, step_tokens: int) -> int:
-    """Bytes of the logits that every graph keeps, and of what sampling takes beside them."""
-    graphs = [
-        *decode_sizes(rows),
-        *(min(size, rows) for size in mixed_sizes(max(step_tokens, rows + _LEAST_STEP_TOKENS))),
-    ]
-    numbers = _KINDS * sum(graphs) * decoder.dtype.itemsize + (rows + 1) * _SAMPLING_BYTES
-    return numbers * decoder.vocabulary
-
-
-def _fit_step(decoder: Decoder, slots: AdapterSlots, config: EngineConfig) -> tuple[int, int]:
-    """Tokens of the largest step, and bytes that it takes beside the cache."""
-    tokens = config.step_tokens or _MOST_STEP_TOKENS
-    while True:
-        runner = Runner(decoder, slots, rows=1, blocks=blocks_of(tokens), length=tokens)
-        runner.memory.table[0, :] = torch.arange(1, blocks_of(tokens) + 1)
-        ids = torch.zeros(tokens, dtype=torch.int32, device=decoder.device)
-        positions = torch.arange(tokens, dtype=torch.int32, device=decoder.device)
-        outputs = ids[: config.rows]
-        batch = StepBatch(ids, ids, positions, 0, [Span(0, 0, tokens)], outputs)
-        for _ in range(2):  # the first compiles
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
-            decoder.forward(CudaStep(runner.memory, batch), batch)
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-            size = torch.cuda.max_memory_allocated() - before
-        if config.step_tokens or seconds <= _LONGEST_STEP_S or tokens <= 1024:
-            return tokens, size
-        tokens //= 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorauter.engine.cuda_runner import owed
+from lorauter.engine.cuda_memory import owed
 
 GIB = 1 << 30
 
