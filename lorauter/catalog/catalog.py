@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from lorauter.adapters.provenance import Composition
 from lorauter.adapters.store import ObjectStore, open_store
 from lorauter.catalog.index import TaskIndex
-from lorauter.catalog.parts import Arrays, Parts, digest_of, pack, text_in, texts_of
+from lorauter.catalog.named import by_name, named
+from lorauter.catalog.parts import Arrays, Parts, digest_of, pack
 from lorauter.catalog.rerank import Candidates, Reranker, norms_of
 from lorauter.catalog.sample import Sample, choose
 from lorauter.catalog.segments import CatalogTask, Examples, RankedAdapter, Rows, Segment, TaskEntry, TaskRow, runs
@@ -47,7 +48,6 @@ HEAD_FILE = "catalog.json"
 CURRENT_FILE = "CURRENT"
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 _MIN_PROBE_SIMILARITY = 0.99
-_ADAPTERS = 4096  # in a part, about
 _norms: WeakKeyDictionary[Segment, tuple[bytes, Embeddings]] = WeakKeyDictionary()  # of those in use, and under what
 
 
@@ -255,9 +255,9 @@ class Catalog:
             for name, of in self.composed.items()
         }
         kinds: dict[str, list[Arrays]] = {
-            "adapters": _by_name(self.adapters),
-            "composed": _by_name(composed),
-            **({"copies": _by_name(self.copies)} if self.copies else {}),
+            "adapters": by_name(self.adapters),
+            "composed": by_name(composed),
+            **({"copies": by_name(self.copies)} if self.copies else {}),
             "sample": [] if self._sampled[1] else [self.sample.arrays()],
             "shared": [
                 {
@@ -389,7 +389,7 @@ class Catalog:
     @classmethod
     def _from_head(cls, raw: bytes, store: ObjectStore, version: str, known: Catalog | None) -> Catalog:
         head, parts = json.loads(raw), Parts(store)
-        adapters, composed = _named(parts, head["adapters"]), _named(parts, head["composed"])
+        adapters, composed = named(parts, head["adapters"]), named(parts, head["composed"])
         [shared] = parts.read_all(head["shared"])
         digests = [(routing, examples) for routing, examples in head["segments"]]
         there = {segment.digests: segment for segment in known.segments} if known is not None else {}
@@ -408,7 +408,7 @@ class Catalog:
             head["encoder"],
             head["base_model"],
             {name: Composition(**of) for name, of in composed.items()},
-            _named(parts, head.get("copies", ())),
+            named(parts, head.get("copies", ())),
             StatesOf(head["states"], shared["states_probe"]) if "states" in head else None,
             (lambda: Sample.from_arrays(parts.read(stored[0]))) if stored else lambda: None,
         )
@@ -447,26 +447,11 @@ def parts_of(head: Mapping[str, Any]) -> frozenset[str]:
 def read_adapters(store: ObjectStore, version: str) -> dict[str, str]:
     """The adapters of a version with theirs, and no more of it. Raises CatalogError, StoreUnavailable."""
     try:
-        return _named(Parts(store), json.loads(read_head(store, version))["adapters"])
+        return named(Parts(store), json.loads(read_head(store, version))["adapters"])
     except ObjectNotFound:  # its removal, or its making, is under way
         return {}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CatalogError(f"version {version} is malformed: {error!r}", uri=store.uri) from error
-
-
-def _by_name(values: Mapping[str, Any]) -> list[Arrays]:
-    """What is known of adapters by their names, in parts."""
-    names = sorted(values)
-    spans = runs(names, least=_ADAPTERS // 2, mean=_ADAPTERS // 2)
-    return [texts_of([{name: values[name] for name in names[start:end]}]) for start, end in spans]
-
-
-def _named(parts: Parts, digests: Sequence[str]) -> dict[str, Any]:
-    """The inverse of `_by_name`. Raises KeyError, ValueError, CatalogError, StoreError."""
-    values: dict[str, Any] = {}
-    for part in parts.read_all(digests):
-        values |= text_in(part, 0)
-    return values
 
 
 def current_version(source: str | Path | ObjectStore) -> str | None:
