@@ -1,0 +1,109 @@
+"""What a GPU's runner captures and which of it a step takes, with stand-ins for graphs, streams and kernels."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
+from lorauter.engine import cuda_runner
+from lorauter.engine.cuda_mixtures import CudaMixtures
+from lorauter.engine.cuda_runner import CudaRunner
+from lorauter.engine.cuda_step import CudaStep
+from lorauter.engine.plan import Piece, RowStart, StepPlan
+from lorauter.engine.slots import AdapterSlots
+from lorauter.engine.types import SamplingParams
+
+ROWS = 4
+FIRSTS = {"q_proj", "o_proj", "gate_proj", "down_proj"}
+
+
+@pytest.fixture
+def runner_for(monkeypatch, pool):
+    """A runner of a tiny model whose kernels compute nothing, and whose steps take the given seconds by kind."""
+    for name, value in {
+        "Stream": MagicMock,
+        "Event": MagicMock,
+        "CUDAGraph": MagicMock,
+        "current_stream": MagicMock,
+        "stream": lambda _: nullcontext(),
+        "graph": lambda *_, **__: nullcontext(),
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(cuda_runner, "_to_host", lambda tensor: tensor)
+    monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
+    monkeypatch.setattr(cuda_runner.kernels, "take_tokens", lambda tokens, *_: torch.zeros_like(tokens))
+    monkeypatch.setattr(CudaStep, "begin_lora", lambda *_: None)
+    monkeypatch.setattr(
+        CudaRunner,
+        "_new_mixtures",
+        lambda self, rows: CudaMixtures(self._slots.groups, self.decoder.shape.layers, self._slots.arena, rows + 1),
+    )
+    decoder, measure = pool.decoder("llama"), CudaRunner._seconds
+
+    def make(seconds=lambda size, kind: 2.0 if kind.own else 3.0, budget=1 << 22):
+        def timed(self, size, kind, rows=()):
+            measure(self, size, kind, rows)
+            return seconds(size, kind)
+
+        monkeypatch.setattr(CudaRunner, "_seconds", timed)
+        slots = AdapterSlots(
+            decoder.shape, budget_bytes=budget, max_rank=512, dtype=decoder.dtype, device=decoder.device
+        )
+        copies = SimpleNamespace(launched=None)
+        return CudaRunner(decoder, slots, rows=ROWS, blocks=32, length=96, step_tokens=400, copies=copies, measure=True)
+
+    return make
+
+
+def taken(runner, hold, mixtures, *, prompt=0):
+    """Tokens and kind of the graph that a step takes whose rows have these mixtures, all decoding but the last one if
+    that has a prompt of so many tokens."""
+    starts, pieces = [], []
+    for row, mixture in enumerate(mixtures):
+        sequence = hold(runner._slots, mixture)
+        assert runner._slots.acquire(sequence)
+        starts.append(RowStart(row, sequence.mixture, SamplingParams(), 0, 0, ()))
+        pieces.append(Piece(row, 0, [1] * (prompt if prompt and row == len(mixtures) - 1 else 1), samples=True))
+    decoding = pieces[: len(pieces) - bool(prompt)]
+    for graph in runner._graphs.values():
+        graph.graph.replay.reset_mock()
+    runner.launch(StepPlan((), starts, [], decoding, pieces[len(decoding) :]))
+    [(size, kind)] = [key for key, graph in runner._graphs.items() if graph.graph.replay.called]
+    return size.tokens, kind.adapted, kind.own
+
+
+def test_each_size_has_its_graphs_and_a_step_takes_the_one_that_changes_enough(runner_for, pool, hold):
+    runner = runner_for()
+    assert {(size.tokens, kind.own) for size, kind in runner._graphs} >= {(1, True), (256, True), (384, False)}
+    assert not any(kind.own for size, kind in runner._graphs if size.tokens > 256)
+    attention, mlp = pool.mix((("attention", 1.0),)), pool.mix((("mlp-rslora", 1.0),))
+    assert taken(runner, hold, [(), ()]) == (2, frozenset(), False)
+    assert taken(runner, hold, [attention, ()]) == (2, FIRSTS, True)
+    assert taken(runner, hold, [attention, attention], prompt=200) == (256, FIRSTS, True)
+    assert taken(runner, hold, [attention, attention], prompt=260) == (384, {"q_proj", "o_proj"}, False)
+    assert taken(runner, hold, [attention, mlp], prompt=260) == (384, FIRSTS, False)
+    assert taken(runner, hold, [(), ()], prompt=260) == (384, frozenset(), False)
+
+
+def test_rows_of_many_columns_and_sizes_at_which_it_is_slower_take_tiles(runner_for, pool, hold):
+    slower_at = 4
+    runner = runner_for(lambda size, kind: 2.0 if kind.own != (size.tokens == slower_at) else 3.0)
+    attention = pool.mix((("attention", 1.0),))
+    assert taken(runner, hold, [attention] * 2) == (2, FIRSTS, True)
+    assert taken(runner, hold, [attention] * 3) == (4, FIRSTS, False)
+    runner.mixtures._wide.add(0)  # as a row is that has more columns than its list takes (test_cuda_mixtures)
+    assert not runner._kind_of(runner._decode[0], {0}).own
+    assert runner._kind_of(runner._decode[0], {1}).own
+
+
+def test_an_arena_that_is_too_small_to_try_takes_tiles(runner_for, pool, hold):
+    runner = runner_for(budget=1 << 14)
+    assert taken(runner, hold, [()]) == (1, frozenset(), False)
+    assert not runner._own_sizes
