@@ -220,8 +220,20 @@ def _once(folder: Path, make: Callable[[Path, Notify], None], notify: Notify) ->
                         make(target, notify)
                         target.rename(folder)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be made: {error}; LORAUTER_HOME names another place") from error
+        why = error.args[0][-1][-1] if isinstance(error, shutil.Error) else error  # of many files, the last one's
+        raise ConfigError(f"{folder} cannot be made: {why}; LORAUTER_HOME names another place") from error
     return folder
+
+
+@contextmanager
+def _writing_tensors() -> Iterator[None]:
+    """A disk that is full, or broken, is told as it is of other files, and not as a file that is damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _convert_model(target: Path, notify: Notify) -> None:
@@ -238,7 +250,8 @@ def _convert_model(target: Path, notify: Notify) -> None:
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model.save_pretrained(target)
+        with _writing_tensors():
+            model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
 

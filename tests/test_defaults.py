@@ -11,11 +11,13 @@ from typing import Any
 import httpx
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError
 
 import lorauter.defaults
 from lorauter.catalog import Catalog
 from lorauter.defaults import (
     _once,
+    _writing_tensors,
     base_model_aliases,
     home,
     resolve_adapters,
@@ -78,6 +80,23 @@ def test_what_fails_to_be_made_leaves_nothing_and_is_tried_again(own_home: Path,
         _once(own_home / "thing", fail, print)
     assert [path.name for path in own_home.iterdir() if not path.name.endswith(".lock")] == []
     assert _once(own_home / "thing", lambda target, _: target.mkdir(), print).is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        shutil.Error([("a", "b", "[Errno 5] of b"), ("c", "d", "No space left on device")]),
+        SafetensorError("Error while serializing: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_told_as_one_whatever_is_written(own_home: Path, error: Exception) -> None:
+    def fail(target: Path, _: lorauter.defaults.Notify) -> None:
+        with _writing_tensors():
+            raise error
+
+    with pytest.raises(ConfigError, match=r"thing cannot be made: [^()]*No space left on device; LORAUTER_HOME"):
+        _once(own_home / "thing", fail, print)
 
 
 @pytest.mark.parametrize("resolve", [resolve_model, resolve_encoder, resolve_catalog])
