@@ -24,7 +24,15 @@ from lorauter.adapters.repository import MANIFEST_FILE
 from lorauter.adapters.store import ObjectStore
 from lorauter.catalog import Catalog
 from lorauter.catalog.shown import unchecked
-from lorauter.errors import CompositionNotFound, Conflict, InvalidRequest, LorauterError, Overloaded, TaskNotFound
+from lorauter.errors import (
+    CompositionNotFound,
+    Conflict,
+    InvalidRequest,
+    LorauterError,
+    Overloaded,
+    StoreError,
+    TaskNotFound,
+)
 
 logger = logging.getLogger("lorauter.catalog")
 
@@ -139,8 +147,11 @@ class Compositions:
                 await composer.run.remote()
             except RayError as error:  # so it ends every time, and for worse reasons too
                 logger.info("the composer has ended: %s", error)
-            except LorauterError as error:
+            except StoreError as error:
                 logger.warning("what is to be composed cannot be seen: %s", error)
+            except LorauterError as error:  # a broken catalog, which does not mend itself
+                logger.warning("nothing is composed: %s", error)
+                return
             await asyncio.sleep(_AGAIN_S)  # until its name is free
 
     def _is_wanted(self) -> bool:
