@@ -36,13 +36,17 @@ def content_type(request: Request) -> str:
 
 
 async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body's parts, decompressed. Raises HTTPException beyond the limit, however small it came."""
+    """The body's parts, decompressed. Raises HTTPException beyond the limit, as it comes or as it is then."""
     size = 0
     async for part in _decoded(request, limit):
-        size += len(part)
-        if size > limit:
-            raise HTTPException(413, f"the body is larger than {limit} bytes; send a smaller one")
+        size = _within(limit, size + len(part))
         yield part
+
+
+def _within(limit: int, size: int) -> int:
+    if size > limit:
+        raise HTTPException(413, f"the body is larger than {limit} bytes; send a smaller one")
+    return size
 
 
 async def _decoded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
@@ -57,9 +61,10 @@ async def _decoded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
             f"got the content encoding {coding[:100]!r}, needed one of {', '.join(_CODINGS)}, or none",
             {"Accept-Encoding": ", ".join(_CODINGS)},
         )
-    decoder = zlib.decompressobj(_EITHER)
+    decoder, came = zlib.decompressobj(_EITHER), 0
     try:
         async for part in request.stream():
+            came = _within(limit, came + len(part))
             while part:
                 if decoder.eof:  # a file of several, one after the other
                     decoder = zlib.decompressobj(_EITHER)

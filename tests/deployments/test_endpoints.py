@@ -221,6 +221,7 @@ def test_a_body_may_come_compressed(coding: str) -> None:
     assert len(bomb) < 100_000
     assert "larger than" in refused(ask(bomb), 413)["message"]
     assert "ends before" in refused(ask(compress(body)[:-5]), 400)["message"]
+    assert "larger than" in refused(ask(gzip.compress(b"") * 100, max_body_bytes=1000), 413)["message"]  # of nothing
     assert f"is not {coding}" in refused(ask(body), 400)["message"]
     response = ask(body, "br")
     assert "gzip" in refused(response, 415)["message"]
