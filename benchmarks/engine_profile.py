@@ -141,14 +141,14 @@ def _watch() -> None:
     timed(core.EngineCore, "_tell", "tell")
     timed(core.EngineCore, "_wait", "inbox")
     timed(grammars.Grammars, "advance", "hand to masks")
-    timed(grammars.Grammars, "_masks", "(beside) masks of a step")
+    timed(grammars.Grammars, "_find", "(beside) masks")
     check, tell, refuse = core.EngineCore._check, core.EngineCore._tell, scheduler.Scheduler._refuse
 
-    def checking(self: Any, tokens: list[int]) -> None:
+    def checking(self: Any, tokens: list[int]) -> Any:
         for sequence in self.scheduler.decided:
             if (held := self._held.get(sequence.id)) is not None and not sequence.void:
-                counts["known" if held.words is not None else "free text" if held.masks.done() else "late"] += 1
-        check(self, tokens)
+                counts["masks that are there once the token is" if held.known else "that are not"] += 1
+        return check(self, tokens)
 
     def refusing(self: Any, sequence: Any) -> None:
         counts["refused"] += 1

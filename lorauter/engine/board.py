@@ -22,13 +22,19 @@ class Seat:
     Attributes:
         index: of that token in its sequence; at least 1.
         row: which it has, if any; the board's to change.
-        words: what may come, once it is posted.
+        found: what may come, and the index of the token that it is for.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.row: int | None = None
-        self.words: Words | None = None
+        self.found: tuple[int, Words] | None = None
+
+    @property
+    def words(self) -> Words | None:
+        """What may come next, if that is known."""
+        found = self.found
+        return found[1] if found is not None and found[0] == self.index else None
 
 
 class MaskBoard:
@@ -66,17 +72,19 @@ class MaskBoard:
                 seat.row = row
                 self._write(seat)
 
-    def post(self, found: Sequence[tuple[Seat, Words]]) -> None:
+    def post(self, seats: Sequence[Seat]) -> None:
         """It is known what may come next, in the rows of these or in those which they will have."""
         with self._lock:
-            for seat, words in found:
-                seat.words = words
+            for seat in seats:
                 self._write(seat)
 
     def _write(self, seat: Seat) -> None:
-        if seat.row is not None and seat.words is not None:
-            self._array[seat.row, 1:] = seat.words[: self._array.shape[1] - 1]
-            self._array[seat.row, 0] = seat.index
+        if seat.row is None or seat.found is None:
+            return
+        index, words = seat.found
+        if index == seat.index:
+            self._array[seat.row, 1:] = words[: self._array.shape[1] - 1]
+            self._array[seat.row, 0] = index
 
     def has(self, row: int, index: int) -> bool:
         """Whether it is there for the token of this index."""

@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec
@@ -239,7 +238,7 @@ class EngineCore:
         self.slots.begin_step()
         aligned = self._lockstep and bool(self._held)
         if aligned:  # what a step is of must not depend on how long it takes to find out what may come
-            wait([held.masks for held in self._held.values()])
+            self._grammars.wait(list(self._held.values()))
         landed = self._choose() if self._held else False
         plan = self.scheduler.plan()
         if self._came:
@@ -277,12 +276,12 @@ class EngineCore:
         chosen, masks = [], []
         for sequence, held in undecided:
             try:
-                if not held.masks.done():
+                if not held.known:
                     continue
                 mask = held.mask()
                 if held.greedy:
                     self.scheduler.resume(sequence)
-                elif mask is not None:
+                else:
                     masks.append(mask)
                     chosen.append(sequence)
             except LorauterError as error:
@@ -301,22 +300,23 @@ class EngineCore:
         """Wait until it is known what may come in these answers, but no longer than the device is busy, or a moment
         for what is new. In lockstep what runs together must not depend on it."""
         waited = bool(self._flights)  # else there may be nothing to do but to wait
-        while late := [one for one in held if not one.masks.done()]:
+        while late := [one for one in held if not one.known]:
             busy = bool(self._flights) and not self._flights[-1][1].computed
             fresh = time.perf_counter() - max(one.since for one in late) < _PATIENCE_S
             if waited and not (busy or fresh or self._lockstep):
                 return
-            wait([one.masks for one in late], timeout=_POLL_S)
+            self._grammars.wait(late, _POLL_S)
             waited = True
 
     def _land(self) -> None:
         """Take the tokens of the oldest step or choice on its way."""
         done, flight, launched = self._flights.popleft()
         tokens = flight.wait()
-        if self._held:
-            self._check(tokens)
+        checked = self._check(tokens) if self._held else []
         self._take_scores(flight)
         events = self.scheduler.take(tokens)
+        if goes_on := [(held, token) for sequence, held, token in checked if not sequence.ended]:
+            self._grammars.advance(goes_on)
         now = time.perf_counter()
         report = self._report
         if done is not None:
@@ -326,8 +326,7 @@ class EngineCore:
         ranked = flight.ranks.of_tokens() if flight.ranks is not None else {}
         sound = [event for event in events if event.token != NOT_FINITE]
         report.add([(event.sequence.id, event.token, event.reason) for event in sound])
-        held = []
-        for event in sound if self._waited or self._held or ranked else [event for event in sound if event.reason]:
+        for event in sound if self._waited or ranked else [event for event in sound if event.reason]:
             sequence = event.sequence
             if event.place in ranked:
                 report.ranked[sequence.id] = ranked[event.place]
@@ -335,30 +334,25 @@ class EngineCore:
                 report.reused[sequence.id], report.waited[sequence.id] = sequence.reused, waited
             if sequence.ended:
                 self._forget(sequence)
-            elif sequence.id in self._held:
-                held.append((self._held[sequence.id], event.token))
         if len(sound) < len(events):
             self._end([(event.sequence, _not_finite(event.sequence)) for event in events if event.token == NOT_FINITE])
-        if held:
-            self._grammars.advance(held, probe=not self._lockstep)
 
-    def _check(self, tokens: list[int]) -> None:
-        """Refuse tokens that may not come, or of which it is not known whether they may; what may come is looked for
-        then."""
+    def _check(self, tokens: list[int]) -> list[tuple[ActiveSequence, Held, int]]:
+        """Refuse tokens that may not come, or of which it is not known whether they may; returns the others."""
+        checked = []
         for place, sequence in enumerate(self.scheduler.decided):
             held = self._held.get(sequence.id)
-            if held is None or not held.greedy or sequence.void or tokens[place] == NOT_FINITE:
+            if held is None or sequence.void or tokens[place] == NOT_FINITE:
                 continue
             try:
-                if not held.known:
-                    wait([held.masks], timeout=max(0.0, held.since + _PATIENCE_S - time.perf_counter()))
-                if not held.allows(tokens[place]):
+                if held.takes(tokens[place]):
+                    checked.append((sequence, held, tokens[place]))
+                else:
                     tokens[place] = REFUSED
-                    if held.masks.done() and held.words is None:
-                        self._grammars.find(held)
             except LorauterError as error:
                 self.scheduler.drop(sequence)
                 self._end([(sequence, error)])
+        return checked
 
     def _take_scores(self, flight: Flight) -> None:
         """Note what a step that has landed tells of prompts, but for what is known already."""

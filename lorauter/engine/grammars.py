@@ -1,8 +1,11 @@
 """Answers held to grammars: which tokens may come next, found beside the device's work, by llguidance.
 
-In the midst of free text a great many may, and it takes ten times as long as elsewhere to find out which; the likeliest
-token is nearly always one of them there. So for answers that take it, it is only asked then whether it may come.
-Knows tokens and grammars; knows nothing of models, steps or devices.
+One thread takes all tokens that have come, and finds together what may come after them: where that is little, a dozen
+answers take it a fraction of what a step takes the device. In the midst of free text, where nearly anything may come,
+it takes thirty times as long, and so it does with a grammar that is made to: another thread finds that, which keeps
+nobody waiting. What has not been found when it is needed is not waited for: whether the token that was chosen may come
+is asked of a second matcher then. Both threads leave the interpreter to whoever else runs, all but a moment. Knows
+tokens and grammars; knows nothing of models, steps or devices.
 """
 
 from __future__ import annotations
@@ -14,14 +17,15 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from string import punctuation
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
-from lorauter.engine.board import MaskBoard, Seat, Words
+from lorauter.engine.board import MaskBoard, Seat
 from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
 from lorauter.tools.formats import ToolFormat
@@ -36,93 +40,116 @@ _LONGEST = 1 << 20  # characters of one
 # A space, or a new line and its indentation: where more may follow, some models make nothing else.
 _WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
 _TRIED = 256  # parts of a schema that are looked at for what is wrong
-_BATCHES = 4  # whose masks are found at once: what takes long keeps nobody else waiting
 _MOST_THREADS = 4  # masks of a step are so short that more would wait for one another
 _DEAR_S = 0.05  # to compile a grammar
-_PROBE = "these"  # where it may come next, nearly anything may
+_SLOW_S = 0.001  # to tell of a token whether it may come: nobody else is to wait for that
+_LONG_S = 0.003  # to find what may come: the same
+_PROBE = "e"  # where it may come next, nearly anything may
 # Of what a single step may take: about 15 ms.
 _LIMITS = LLParserLimits(step_lexer_fuel=200_000, step_max_items=50_000)
 
 
+@dataclass(eq=False)
 class _Lane:
     """A compiled grammar. Copies of a matcher share its lexer behind a lock, so that their masks are found one after
     another: answers beside each other are copies of several, unless these take long to compile."""
 
-    def __init__(self, matcher: LLMatcher, seconds: float) -> None:
-        self._matcher = matcher
-        self.is_dear = seconds > _DEAR_S
-        self.answers: weakref.WeakSet[Held] = weakref.WeakSet()
+    matcher: LLMatcher
+    answers: weakref.WeakSet[Held] = field(default_factory=weakref.WeakSet)
 
-    def begin(self, index: int, greedy: bool) -> Held:
-        """An answer."""
-        held = Held(self._matcher.deep_copy(), index, greedy)
-        self.answers.add(held)
-        return held
+
+@dataclass(eq=False)
+class _Form:
+    """A grammar in all its copies: one that tokens are checked by, and those that masks are found by."""
+
+    checker: LLMatcher
+    lanes: list[_Lane]
+    is_dear: bool
 
 
 class Held(Seat):
     """An answer that is held to a grammar: what it has so far, and what may come next.
 
     Attributes:
-        matcher: what it has.
         greedy: whether it takes the likeliest of the tokens that may come.
-        masks: done once it is known what may come, or that nearly anything may.
-        free: whether nearly anything may, as far as that has been looked at.
-        since: since when that is looked for, in seconds of `time.perf_counter`.
+        since: since when it is looked for what may come, in seconds of `time.perf_counter`.
+        matcher: what it has, but for `coming`: the tokens from `reached` on.
+        busy: whether a thread has it.
+        queued: whether the thread that keeps nobody waiting is to take it.
+        long: whether it took long to find what may come, and would keep others waiting.
+        slow: whether it takes too long to tell of one token whether it may.
+        error: why it cannot go on.
     """
 
-    def __init__(self, matcher: LLMatcher, index: int, greedy: bool) -> None:
+    def __init__(self, form: _Form, lane: _Lane, index: int, greedy: bool, news: threading.Condition) -> None:
         super().__init__(index)
-        self.matcher = matcher
         self.greedy = greedy
-        self.free: bool | None = None
-        self.masks: Future[Sequence[Words | None]] = Future()
-        self.since = 0.0
-        self._place = 0
+        self.since = time.perf_counter()
+        self.matcher = lane.matcher.deep_copy()
+        self.reached = index
+        self.coming: list[int] = []
+        self.busy = self.queued = self.slow = self.long = False
+        self.error: str | None = None
+        self._news = news
+        self._checker = form.checker.deep_copy()
+        self._unchecked: list[int] = []  # what it has beyond the checker
+        lane.answers.add(self)
 
-    def expect(self, masks: Future[Sequence[Words | None]], place: int) -> None:
-        """What may come next will be found at this place."""
-        self.masks, self._place, self.since = masks, place, time.perf_counter()
+    def begin(self, tokens: Sequence[int]) -> bool:
+        """It has these; False if they do not fit."""
+        self._unchecked = list(tokens)
+        return self.matcher.consume_tokens(list(tokens))
 
-    def mask(self) -> Tensor | None:
-        """The tokens that may come next, 32 in each number, (n,) int32, or None for nearly any; waits until they are
-        known.
+    @property
+    def known(self) -> bool:
+        """Whether `mask` would return, or raise, at once."""
+        return self.words is not None or self.error is not None
+
+    def mask(self) -> Tensor:
+        """The tokens that may come next, 32 in each number, (n,) int32; waits until they are known.
 
         Raises:
             InvalidRequest: the grammar has become too complex.
         """
         import torch  # whoever only checks a grammar needs none
 
-        words = self._found()
-        return None if words is None else torch.from_numpy(words)
+        with self._news:
+            self._news.wait_for(lambda: self.known)
+        self.check()
+        assert self.words is not None
+        return torch.from_numpy(self.words)
 
-    @property
-    def known(self) -> bool:
-        """Whether `allows` knows."""
-        return self.words is not None or self.masks.done()
+    def takes(self, token: int) -> bool:
+        """Whether a token may come next: it has it then. False too if that cannot be told before `mask`.
 
-    def allows(self, token: int) -> bool | None:
-        """Whether a token may come next; None if that is not known yet. Raises InvalidRequest as `mask` does."""
+        Raises:
+            InvalidRequest: the grammar has become too complex.
+        """
+        self.check()
         words = self.words
-        if words is None:
-            if not self.masks.done():
-                return None
-            words = self._found()
-        if words is not None:
-            return bool(words[token // 32] >> (token % 32) & 1)
-        fits: int = self.matcher.validate_tokens([token])
-        self.check()
-        return fits == 1
+        known = words is not None and bool(words[token // 32] >> (token % 32) & 1)
+        if not known and (words is not None or self.slow or not self._fits(token)):
+            return False
+        self._unchecked.append(token)
+        return True
 
-    def _found(self) -> Words | None:
-        words = self.masks.result()[self._place]
-        self.check()
-        return words
+    def _fits(self, token: int) -> bool:
+        began = time.thread_time()
+        checker, tokens = self._checker, self._unchecked
+        if tokens:
+            checker.consume_tokens(tokens)
+            self._unchecked = []
+        # Where the text that follows is given, masks have its own first token alone.
+        given = checker.compute_ff_tokens()
+        fits: bool = given[0] == token if given else checker.validate_tokens([token]) == 1
+        if time.thread_time() - began > _SLOW_S:
+            self.slow = True
+        return fits
 
     def check(self) -> None:
         """Raise InvalidRequest if the grammar has become too complex."""
-        if self.matcher.is_error():
-            raise InvalidRequest(f"the answer cannot be held to its grammar: {_short(self.matcher.get_error())}")
+        if self.error is not None:
+            raise InvalidRequest(f"the answer cannot be held to its grammar: {_short(self.error)}")
 
 
 class Grammars:
@@ -150,13 +177,14 @@ class Grammars:
         self._tool_format = tool_format
         self._board = board
         self._probe: list[int] = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-        self._plain: dict[int, bool] = {}  # tokens that have been looked at: whether they have no punctuation
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[tuple[Grammar | None, ToolUse | None], list[_Lane]] = OrderedDict()
+        self._compiled: OrderedDict[tuple[Grammar | None, ToolUse | None], _Form] = OrderedDict()
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(_BATCHES, "masks")
         self._parallel = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 4))
-        self._executor: LLExecutor | None = None
+        self._news = threading.Condition()
+        self._came: SimpleQueue[Sequence[tuple[Held, int | None]] | None] = SimpleQueue()
+        self._long: SimpleQueue[Held | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
 
     def begin(
         self,
@@ -179,73 +207,144 @@ class Grammars:
         Raises:
             InvalidRequest: it is no such grammar, or the tokens are not of it.
         """
-        held = self._lane(grammar, calls).begin(index, greedy)
-        if tokens and not held.matcher.consume_tokens(list(tokens)):
+        form, lane = self._lane(grammar, calls)
+        held = Held(form, lane, index, greedy, self._news)
+        if tokens and not held.begin(tokens):
             raise InvalidRequest("what the answer has so far does not fit its grammar", param=_param(grammar))
-        self.find(held)
+        self._start()
+        self._came.put([(held, None)])
         return held
 
-    def advance(self, came: Sequence[tuple[Held, int]], *, probe: bool = False) -> None:
-        """Answers have got a token each; returns at once.
-
-        Args:
-            probe: whether for greedy answers not to find out what may come, where nearly anything may.
-        """
+    def advance(self, came: Sequence[tuple[Held, int]]) -> None:
+        """Answers have got a token each; what may come after it is looked for. Returns at once."""
+        now = time.perf_counter()
         for one, _ in came:
             one.index += 1
-        self._find([one for one, _ in came], [token for _, token in came], probe)
-        time.sleep(0)  # whoever finds it may begin
+            one.since = now
+        self._came.put(came)
 
-    def find(self, held: Held) -> None:
-        """Find out what may come next in an answer, whatever that takes; returns at once."""
-        held.free = None
-        self._find([held], (), False)
+    def wait(self, held: Sequence[Held], timeout: float | None = None) -> None:
+        """Wait until it is known what may come next in all of these, but not longer than so many seconds."""
+        with self._news:
+            self._news.wait_for(lambda: all(one.known for one in held), timeout)
 
     def close(self) -> None:
         """Find nothing more."""
-        self._threads.shutdown(cancel_futures=True)
-
-    def _find(self, held: Sequence[Held], tokens: Sequence[int], probe: bool) -> None:
-        for one in held:
-            one.words = None
-        masks = self._threads.submit(self._masks, held, tokens, probe)
-        for place, one in enumerate(held):
-            one.expect(masks, place)
-
-    def _masks(self, held: Sequence[Held], tokens: Sequence[int], probe: bool) -> Sequence[Words | None]:
         with self._lock:
-            if self._executor is None:
-                self._executor = LLExecutor(self._parallel)
-            executor = self._executor
-        if tokens:
-            executor.consume_token_par([(one.matcher, token) for one, token in zip(held, tokens, strict=True)])
-        if probe:
-            for one, token in zip(held, tokens, strict=True):
-                if one.greedy and (one.free is None or not self._is_plain(token)):
-                    one.free = self._is_free(one.matcher)
-        wanted = [place for place, one in enumerate(held) if not (probe and one.free)]
-        masks = np.zeros((len(held), -(-self._llguidance.vocab_size // 32)), np.int32)
-        sound = [(held[place].matcher, place) for place in wanted if not held[place].matcher.is_error()]
-        if sound:
-            executor.unsafe_compute_mask_ptr(sound, masks.ctypes.data, masks.strides[0], len(held))
-        found: list[Words | None] = [None] * len(held)
-        for place in wanted:
-            found[place] = masks[place]
+            threads, self._threads = self._threads, []
+        if threads:
+            self._came.put(None)
+        for _ in threads[1:]:
+            self._long.put(None)
+        for thread in threads:
+            thread.join()
+
+    # --- the threads' side
+
+    def _start(self) -> None:
+        with self._lock:
+            if not self._threads:
+                self._threads = [
+                    threading.Thread(target=run, name="masks", daemon=True)
+                    for run in (self._find_short, self._find_long)
+                ]
+                for thread in self._threads:
+                    thread.start()
+
+    def _find_short(self) -> None:
+        """Find what may come next where that is soon found."""
+        executor, idle = LLExecutor(self._parallel), self._idle()
+        while self._take_short(executor, idle):
+            pass
+
+    def _take_short(self, executor: LLExecutor, idle: LLMatcher) -> bool:
+        """Take all tokens that have come, once there are any. Whether there may be more."""
+        answers: dict[Held, None] = {}  # in their order
+        came = self._came.get()
+        while came is not None:
+            for held, token in came:
+                if token is not None:
+                    held.coming.append(token)
+                answers[held] = None
+            if self._came.empty():
+                break
+            came = self._came.get()
+        with self._lock:  # those that the other thread has come again
+            mine = [held for held in answers if not (held.busy or held.long)]
+            for held in mine:
+                held.busy = True
+        began = time.perf_counter()
+        _consume(executor, idle, mine)
+        if time.perf_counter() - began > _LONG_S:
+            for held in mine:
+                held.long = True
+        most = len(self._probe)
+        short = [held for held in mine if not held.long and held.matcher.validate_tokens(self._probe) < most]
+        if short:
+            self._find(executor, idle, short)
+        for held in mine:
+            held.busy = False
+        for held in answers.keys() - set(short):
+            if not held.queued:
+                held.queued = True
+                self._long.put(held)
+        return came is not None
+
+    def _find_long(self) -> None:
+        """Find what may come next in the other answers."""
+        executor, idle = LLExecutor(self._parallel), self._idle()
+        while self._take_long(executor, idle):
+            pass
+
+    def _take_long(self, executor: LLExecutor, idle: LLMatcher) -> bool:
+        """Take some answers, once there are any. Whether there may be more."""
+        waiting: dict[Held, None] = {}  # one may have come again meanwhile
+        held = self._long.get()
+        while held is not None:
+            held.queued = False
+            waiting[held] = None
+            if self._long.empty() or len(waiting) == self._parallel:
+                break
+            held = self._long.get()
+        with self._lock:  # those that the other thread has it will pass on again
+            mine = [one for one in waiting if not one.busy and not (one.known and not one.coming)]
+            for one in mine:
+                one.busy = True
+        if mine:
+            self._find(executor, idle, mine)
+        for one in mine:
+            one.busy = False
+            if one.coming:
+                self._came.put([(one, None)])
+        return held is not None
+
+    def _idle(self) -> LLMatcher:
+        """A matcher that does nothing."""
+        return LLMatcher(self._llguidance, "", log_level=0)
+
+    def _find(self, executor: LLExecutor, idle: LLMatcher, answers: Sequence[Held]) -> None:
+        """Find what may come next after what has come, and post it."""
+        began = time.perf_counter()
+        masks = np.empty((len(answers), -(-self._llguidance.vocab_size // 32)), np.int32)
+        matchers = [(held.matcher, place) for place, held in enumerate(answers)]
+        try:
+            _consume(executor, idle, answers)
+            executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(answers))
+        except Exception as error:  # noqa: BLE001 (the trouble of these answers alone)
+            for held in answers:
+                held.error = str(error)
+        took = time.perf_counter() - began > _LONG_S
+        for held, words in zip(answers, masks, strict=True):
+            held.found = held.reached, words
+            held.long = took
+            if held.matcher.is_error():
+                held.error = held.matcher.get_error()
         if self._board is not None:
-            self._board.post([(held[place], masks[place]) for place in wanted if not held[place].matcher.is_error()])
-        return found
+            self._board.post(answers)
+        with self._news:
+            self._news.notify_all()
 
-    def _is_plain(self, token: int) -> bool:
-        """Whether free text hardly begins or ends with a token."""
-        plain = self._plain.get(token)
-        if plain is None:
-            text: str = self._source.id_to_token(token) or ""
-            plain = self._plain[token] = not any(character in punctuation for character in text)
-        return plain
-
-    def _is_free(self, matcher: LLMatcher) -> bool:
-        """Whether an answer is in the midst of free text."""
-        return bool(matcher.validate_tokens(self._probe) == len(self._probe)) and not matcher.is_error()
+    # --- compiling
 
     @property
     def _llguidance(self) -> LLTokenizer:
@@ -258,39 +357,46 @@ class Grammars:
                 )
             return self._tokenizer
 
-    def _lane(self, grammar: Grammar | None, calls: ToolUse | None) -> _Lane:
+    def _lane(self, grammar: Grammar | None, calls: ToolUse | None) -> tuple[_Form, _Lane]:
         """The lane with the fewest answers; a new one rather than their second, as far as masks are found at once."""
         if not self._ends:
             raise InvalidRequest("the base model has no token that ends an answer", param=_param(grammar))
-        form = grammar, calls
+        named = grammar, calls
         with self._lock:
-            lanes = self._compiled.get(form, [])
-            if lanes:
-                self._compiled.move_to_end(form)
-                lane = min(lanes, key=lambda lane: len(lane.answers))
-                if not lane.answers or lane.is_dear or len(lanes) >= self._parallel:
-                    return lane
+            form = self._compiled.get(named)
+            if form is not None:
+                self._compiled.move_to_end(named)
+                lane = min(form.lanes, key=lambda lane: len(lane.answers))
+                if not lane.answers or form.is_dear or len(form.lanes) >= self._parallel:
+                    return form, lane
         began = time.perf_counter()
-        lane = _Lane(self._compile(grammar, calls), time.perf_counter() - began)
+        matchers = self._compile(grammar, calls, 1 if form is not None else 2)
+        is_dear = time.perf_counter() - began > _DEAR_S
+        lane = _Lane(matchers[0])
         with self._lock:
-            self._compiled.setdefault(form, []).append(lane)
+            form = self._compiled.setdefault(named, form or _Form(matchers[1], [], is_dear))
+            form.lanes.append(lane)
             while len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
-        return lane
+        return form, lane
 
-    def _compile(self, grammar: Grammar | None, calls: ToolUse | None) -> LLMatcher:
+    def _compile(self, grammar: Grammar | None, calls: ToolUse | None, copies: int) -> list[LLMatcher]:
+        """Matchers that share nothing."""
         schemas = [Grammar("json", tool.schema, tool.param) for tool in calls.tools] if calls is not None else []
         parts = schemas if grammar is None else [grammar, *schemas]
         for part in parts:
             _check_length(part)
         source = self._source_of_calls(calls, grammar) if calls is not None else _source(parts[0])
-        matcher = LLMatcher(self._llguidance, source, log_level=0, limits=_LIMITS)
-        if matcher.is_error():
+        tokenizer = self._llguidance
+        with ThreadPoolExecutor(copies) as pool:
+            makes = [pool.submit(LLMatcher, tokenizer, source, log_level=0, limits=_LIMITS) for _ in range(copies)]
+        matchers = [make.result() for make in makes]
+        if matchers[0].is_error():
             for part in parts:
                 check_grammar(part)
-            problem = f"{_param(grammar)} cannot be compiled: {_short(matcher.get_error())}"
+            problem = f"{_param(grammar)} cannot be compiled: {_short(matchers[0].get_error())}"
             raise InvalidRequest(problem, param=_param(grammar))
-        return matcher
+        return matchers
 
     def _source_of_calls(self, calls: ToolUse, grammar: Grammar | None) -> str:
         """Calls as llguidance takes them. Raises InvalidRequest."""
@@ -305,6 +411,16 @@ class Grammars:
         added = self._source.get_added_tokens_decoder().items()
         beside = [id for id, token in added if not token.special and id not in ids.values() and id not in self._ends]
         return calls_grammar(format, calls, ids, beside=beside, answer=answer)
+
+
+def _consume(executor: LLExecutor, idle: LLMatcher, answers: Sequence[Held]) -> None:
+    """The matchers of answers have what has come."""
+    while waiting := [held for held in answers if held.coming]:
+        came = []
+        for held in waiting:
+            held.reached += 1
+            came.append((held.matcher, held.coming.pop(0)))
+        executor.consume_token_par([*came, (idle, 0)])  # of one alone llguidance would let nobody else run
 
 
 def check_grammar(grammar: Grammar) -> None:

@@ -179,7 +179,8 @@ class Cases(KernelCases):
         for i, (row, output) in enumerate(zip(rows, outputs, strict=True)):
             index = positions[output] + 1
             seat = Seat(index + {3: 1, 4: -1}.get(i, 0))  # those of the next and of the last token are of no use
-            board.post([(seat, masks[i].numpy())])
+            seat.found = seat.index, masks[i].numpy()
+            board.post([seat])
             board.give(row, seat)
         last = torch.full((9,), 77, dtype=torch.int32, device=DEVICE)
         posted = kernels.Posted(board.numbers, ints(*rows[:6], -1), ints(*outputs), ints(*positions))

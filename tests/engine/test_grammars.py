@@ -10,6 +10,9 @@ from dataclasses import replace
 import jsonschema
 import pytest
 import torch
+from counting import byte_tokenizer
+from llguidance import LLExecutor
+from tokenizers import Tokenizer
 
 from lorauter.engine import GenerationRequest, SamplingParams
 from lorauter.engine import core as core_module
@@ -144,9 +147,9 @@ def test_what_is_compiled_is_kept_within_bounds(grammars, monkeypatch):
     compiled = []
     compile_one = grammars._compile
 
-    def compiling(grammar, calls):
+    def compiling(grammar, *others):
         compiled.append(grammar.text)
-        return compile_one(grammar, calls)
+        return compile_one(grammar, *others)
 
     monkeypatch.setattr(grammars, "_compile", compiling)
     for text in ("a", "b", "a", "c", "d", "a", "b"):
@@ -161,7 +164,8 @@ def test_answers_side_by_side_share_no_matcher_as_far_as_there_are_threads(codec
     monkeypatch.setattr(grammars_module, "_DEAR_S", 10.0)
     grammar = Grammar("regex", "[ab]+")
     answers = [grammars.begin(grammar) for _ in range(7)]
-    (lanes,) = grammars._compiled.values()
+    (form,) = grammars._compiled.values()
+    lanes = form.lanes
     assert sorted(len(lane.answers) for lane in lanes) == [2, 2, 3]
     del answers[3:]
     until = time.monotonic() + 20  # the last one's mask may just have been found
@@ -171,7 +175,7 @@ def test_answers_side_by_side_share_no_matcher_as_far_as_there_are_threads(codec
     assert [allowed(one) for one in answers] == [[ord("a"), ord("b")]] * 3
     monkeypatch.setattr(grammars_module, "_DEAR_S", 0.0)
     dear = [grammars.begin(Grammar("regex", "c+")) for _ in range(4)]
-    assert [len(lane.answers) for lane in [*grammars._compiled.values()][-1]] == [len(dear)]
+    assert [len(lane.answers) for lane in [*grammars._compiled.values()][-1].lanes] == [len(dear)]
     grammars.close()
 
 
@@ -183,6 +187,91 @@ def test_answers_are_alone_with_what_they_have(grammars):
     assert allowed(grammars.begin(grammar)) == [ord("a")]
     with pytest.raises(InvalidRequest, match="does not fit"):
         grammars.begin(grammar, b"b")
+
+
+FORMS = [
+    of_schema({"type": "object", "properties": {"s": {"type": "string", "maxLength": 9}}, "required": ["s"]}),
+    of_schema({"type": "array", "items": {"type": "string"}, "minItems": 3}),
+    Grammar("choice", '["red apple", "red green", "yellow"]'),
+    Grammar("regex", "abc(def)+[0-9]{1,3}x?"),
+]
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("limit", [0.0, 10.0])
+def test_what_is_found_is_the_same_whoever_finds_it_and_when(codec, monkeypatch, parallel, limit):
+    """Many answers side by side, which go on whether or not it has been found, by what is told without."""
+    monkeypatch.setattr(grammars_module, "_LONG_S", limit)
+    grammars = Grammars(codec.backend, codec.eos_ids, 259)
+    grammars._parallel = parallel
+    draw = random.Random(parallel)
+    answers = [(form, grammars.begin(form, greedy=True), []) for form in FORMS for _ in range(5)]
+    until = time.monotonic() + 60
+    told_early = 0
+    while going := [one for one in answers if one[2][-1:] != [EOS] and len(one[2]) < 40]:
+        came = []
+        for form, held, tokens in draw.sample(going, draw.randrange(1, len(going) + 1)):
+            if draw.random() < 0.2:
+                grammars.wait([held])
+            known = held.known
+            expected = allowed(grammars.begin(form, tokens)) if draw.random() < 0.1 else None
+            for token in draw.sample(range(259), 259):
+                if held.takes(token):
+                    assert expected is None or token in expected
+                    tokens.append(token)
+                    came.append((held, token))
+                    told_early += not known
+                    break
+                assert expected is None or token not in expected or held.known != known
+        grammars.advance(came)
+        assert time.monotonic() < until
+    assert told_early
+    for form, held, tokens in answers:
+        if tokens[-1] != EOS:
+            grammars.wait([held])
+            assert allowed(held) == allowed(grammars.begin(form, tokens))
+    grammars.close()
+
+
+def test_where_a_text_is_given_it_has_the_tokens_that_masks_have():
+    """Not any that it could be made of: an answer must not depend on when it is known what may come."""
+    tokenizer = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    tokenizer["model"]["vocab"] |= {"na": 259, "nam": 260, "name": 261}
+    tokenizer["model"]["merges"] = [["n", "a"], ["na", "m"], ["nam", "e"]]
+    grammars = Grammars(Tokenizer.from_str(json.dumps(tokenizer)), [EOS], 262)
+    for text, fitting in (("name", [261]), ("na[a-m]e", [259])):
+        held = grammars.begin(Grammar("regex", f"<{text}>"), b"<", greedy=True)
+        mask = held.mask().tolist()
+        held.found = None  # as if it was not there yet
+        assert [token for token in range(262) if mask[token // 32] >> (token % 32) & 1] == fitting
+        assert [token for token in (ord("n"), 259, 260, 261) if held.takes(token)] == fitting
+    grammars.close()
+
+
+def test_no_token_keeps_the_interpreter_while_it_is_taken_in(codec, monkeypatch):
+    """Of some grammars one takes seconds; llguidance lets others run only where it is given several at once."""
+    sizes = []
+
+    class Executor:
+        def __init__(self, threads):
+            self._inner = LLExecutor(threads)
+
+        def consume_token_par(self, tokens):
+            sizes.append(len(tokens))
+            return self._inner.consume_token_par(tokens)
+
+        def __getattr__(self, name):
+            return getattr(self._inner, name)
+
+    monkeypatch.setattr(grammars_module, "LLExecutor", Executor)
+    grammars = Grammars(codec.backend, codec.eos_ids, 259)
+    held = grammars.begin(Grammar("grammar", 'start: s\ns: s s | "a" | "b"'))
+    for token in b"abba":
+        grammars.advance([(held, token)])
+        assert held.mask().tolist()[97 // 32] >> (97 % 32) & 1
+    grammars.close()
+    assert sum(sizes) - len(sizes) == 4
+    assert min(sizes) > 1
 
 
 # --- in the engine
@@ -322,8 +411,8 @@ def test_what_no_answer_can_be_is_told_without_the_parsers_state(start, counting
 
 def test_masks_are_not_made_by_the_thread_that_feeds_the_device(start, counting, monkeypatch):
     threads = set()
-    real = Grammars._masks
-    monkeypatch.setattr(Grammars, "_masks", lambda *given: threads.add(threading.current_thread().name) or real(*given))
+    real = Grammars._find
+    monkeypatch.setattr(Grammars, "_find", lambda *given: threads.add(threading.current_thread().name) or real(*given))
     start(counting).generate(
         [GenerationRequest((97,), sampling=SamplingParams(9, grammar=Grammar("regex", "[a-z]{5}")))]
     )
