@@ -18,7 +18,7 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 PATIENCE_S = 60.0
-_FAREWELL_S = 2.0  # for which a client that is refused may go on sending
+_FAREWELL_S = 2.0  # for which a client that has its last answer may go on sending
 _SLOWEST = 1000.0  # bytes of a request in a second, beyond that
 _HEAD = 64 << 10  # bytes of a request that are no body, beside those that come with its beginning or its body's end
 _PIECES = 32  # of what is said in one turn of the loop, after which it is written
@@ -32,14 +32,14 @@ class Connection(HttpToolsProtocol):
     """Where a request or an answer is between a client and the app."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        gathered: Any = _Gathered(transport, self.loop)
+        gathered: Any = _Gathered(transport, self.loop, self._parts)
+        self._refused_at: float | None = None
         super().connection_made(gathered)
         self._leaving: set[Callable[[], None]] = set()
         self._in_request, self._head = False, 0
         self._asks_for_other = False
         self._answering: RequestResponseCycle | None = None
         self._full_since = 0.0
-        self._refused_at: float | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -136,29 +136,36 @@ class Connection(HttpToolsProtocol):
             leave()
 
     def _refuse(self, status: int, message: str) -> None:
-        """The last that is said here, in OpenAI's shape, unless an answer has begun.
-
-        A client that is still sending would lose it if the connection were closed at once.
-        """
+        """The last that is said here, in OpenAI's shape, unless an answer has begun."""
         if self._answering is None or self._answering.response_complete or not self._answering.response_started:
             body = json.dumps(
                 {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
             ).encode()
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)
-            self.transport.write_eof()
-            self._refused_at = self.loop.time()
-            self._end_answer()
-        else:
-            self.transport.close()
+            self._in_request = True  # whatever it sends
+        self.transport.close()
+
+    def _parts(self) -> bool:
+        """Part from a client that is still sending, if it is: it would lose what was said to it if the connection were
+        closed at once."""
+        if not self._in_request or self._refused_at is not None:
+            return False
+        self._refused_at = self.loop.time()
+        self.transport.write_eof()
+        self._end_answer()
+        return True
 
 
 class _Gathered:
     """A transport that writes once a turn of its loop, a system call that may wake somebody; else it is the same."""
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, parts: Callable[[], bool]
+    ) -> None:
         self._transport = transport
         self._loop = loop
+        self._parts = parts  # says whether the end is put off
         self._unsent: list[bytes] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -182,4 +189,5 @@ class _Gathered:
 
     def close(self) -> None:
         self._flush()
-        self._transport.close()
+        if not self._parts():
+            self._transport.close()

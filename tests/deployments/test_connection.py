@@ -27,6 +27,9 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
+        if request.url.path == "/early":
+            await JSONResponse({}, 413)(scope, receive, send)
+            return
         try:
             body = await request.body()
             self.begun.set()
@@ -179,6 +182,21 @@ def test_a_head_is_not_collected_without_end(begin: bytes, more: bytes, status: 
     run(scenario)
 
 
+@pytest.mark.parametrize("connection", [b"close", b"keep-alive"])
+def test_who_is_still_sending_has_its_answer(connection: bytes) -> None:
+    async def scenario(app: App, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.write(b"POST /early HTTP/1.1\r\nHost: localhost\r\nConnection: %s\r\n" % connection)
+        writer.write(b"Content-Length: 8000000\r\n\r\n")
+        for _ in range(80):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+        line = await asyncio.wait_for(reader.readline(), 5)
+        assert line.startswith(b"HTTP/1.1 413")
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_what_asks_for_another_protocol_is_answered_in_this_one(protocol: bytes, chunked: bool) -> None:
@@ -257,7 +275,7 @@ class Wire:
 def test_what_is_said_in_one_turn_of_the_loop_is_written_together() -> None:
     async def whole() -> None:
         wire: Any = Wire()
-        gathered = _Gathered(wire, asyncio.get_running_loop())
+        gathered = _Gathered(wire, asyncio.get_running_loop(), lambda: False)
         gathered.write(b"head ")
         gathered.write(b"body")
         assert not wire.written
