@@ -13,7 +13,7 @@ import pytest
         ("lorauter.adapters, lorauter.catalog, lorauter.routing", "ray transformers sentence_transformers peft boto3"),
         ("lorauter.engine, lorauter.engine.types", "torch transformers"),
         # Ingress replicas and node caches hold no model: there are many of them, and they start with each node.
-        ("deployments.router, deployments.retriever", "torch transformers sentence_transformers"),
+        ("deployments.router, deployments.retriever", "torch transformers sentence_transformers scipy"),
         ("deployments.adapter_cache", "torch transformers sentence_transformers pandas"),
     ],
 )

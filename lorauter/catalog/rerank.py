@@ -25,14 +25,13 @@ own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
 from lorauter.catalog.lexicon import Grams, Words, WordTable, grams_of, idf_of, similarities
@@ -195,6 +194,10 @@ class Reranker:
 
         On one thread, for its last bits hang on how many there are: the same tasks are the same catalog anywhere.
         """
+        # Half a second that who only ranks, or tells of what was ranked, need not spend; and before the limit, which is
+        # one of what is there.
+        import scipy.optimize  # noqa: F401
+
         with threadpool_limits(1, user_api="blas"):
             return cls._fit(sample, tasks)
 
@@ -415,6 +418,13 @@ def _fit(parts: Floats, without: Floats) -> Fit:
     return Fit(coefficients, *_fit_familiar(parts, without, coefficients))
 
 
+def _least(loss: Callable[[Floats], tuple[float, Floats]], start: Floats, **options: Any) -> Any:
+    """The least of a loss that tells its gradient too, as SciPy tells it."""
+    from scipy.optimize import minimize
+
+    return minimize(loss, start, jac=True, method="L-BFGS-B", **options)
+
+
 def _fit_coefficients(parts: Floats) -> Floats:
     scale = parts.std(axis=(0, 1)) + 1e-9
     scaled = parts / scale
@@ -425,7 +435,7 @@ def _fit_coefficients(parts: Floats) -> Floats:
         value = -np.log(chances[:, 0] + 1e-30).mean() + 1e-4 * (weights**2).sum()
         return float(value), gradient + 2e-4 * weights
 
-    found = minimize(loss, np.ones(len(scale)), jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(scale))
+    found = _least(loss, np.ones(len(scale)), bounds=[(0, None)] * len(scale))
     return np.asarray(found.x / scale)
 
 
@@ -450,7 +460,7 @@ def _fit_familiar(parts: Floats, without: Floats, coefficients: Floats) -> tuple
         gradient = -(scaled * (sign * _sigmoid(-margin))[:, None]).mean(axis=0)
         return float(np.logaddexp(0, -margin).mean() + 1e-4 * (weights**2).sum()), gradient + 2e-4 * weights
 
-    found = minimize(loss, np.zeros(len(scale)), jac=True, method="L-BFGS-B")
+    found = _least(loss, np.zeros(len(scale)))
     familiar = found.x / scale
     strangers = _sigmoid(features[len(parts) :] @ familiar)
     return familiar, float(np.quantile(strangers, _STRANGEST))
