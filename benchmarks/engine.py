@@ -31,7 +31,7 @@ def main() -> None:
     )
     parser.add_argument("--peers", action="store_true", help="with gpu: transformers and PEFT too")
     parser.add_argument(
-        "--zipf", type=int, default=0, metavar="N", help="with gpu: N adapters in host memory, and kinds"
+        "--zipf", type=int, default=0, metavar="N", help="with gpu: N adapters in host memory, kinds, and no more"
     )
     parser.add_argument("--long", type=int, default=0, metavar="N", help="with gpu: a prompt of N tokens, and no more")
     parser.add_argument("--vllm", metavar="PYTHON", help="with cpu and moving: an interpreter that has vLLM")

@@ -42,11 +42,16 @@ def gpu(args: argparse.Namespace) -> None:
             free()
             continue
         model = random_model(shape, "cuda")
+        if args.zipf:
+            target_sets(shape, model, args)
+            zipf(shape, model, args)
+            del model
+            free()
+            continue
         if args.peers:
             gpu_peers(shape, model)
         engine = gpu_engine(shape, model, adapter_bytes=ADAPTER_BYTES[shape], cache_bytes=CACHE_BYTES[shape])
-        if not args.zipf:
-            del model
+        del model
         gc.collect()
         torch.cuda.empty_cache()
         memory(shape, engine)
@@ -54,12 +59,6 @@ def gpu(args: argparse.Namespace) -> None:
         engine.close()
         del engine
         free()
-        if args.zipf:
-            zipf(shape, model, args)
-            free()
-            target_sets(shape, model, args)
-            del model
-            free()
 
 
 def long_prompt(shape: str, length: int) -> None:
@@ -118,7 +117,7 @@ def memory(shape: str, engine: MultiLoraEngine) -> None:
     layer = attention + 3 * s["hidden_size"] * s["intermediate_size"] + 2 * s["hidden_size"]
     tables = (1 if s.get("tie_word_embeddings") else 2) * s["vocab_size"] * s["hidden_size"]
     weights = 2 * (s["num_hidden_layers"] * layer + tables + s["hidden_size"])
-    positions = engine.cache_blocks * BLOCK
+    positions = engine.facts.cache_blocks * BLOCK
     cache = 2 * 2 * s["num_hidden_layers"] * positions * s["num_key_value_heads"] * head
     own = weights + cache + engine.slots.arena.nbytes
     report(f"{shape}, weights, cache and adapters' arena by shape", own / 1e9, "GB")

@@ -33,7 +33,7 @@ from lorauter.engine.cuda_lora import (
     precision,
 )
 from lorauter.engine.cuda_own import Own, OwnExpand, own_add, own_expansion, own_norm
-from lorauter.engine.sampling import to_device
+from lorauter.engine.sampling import host_ints, to_device
 
 __all__ = [
     "Expand",
@@ -292,7 +292,8 @@ def write_blocks(table: Tensor, taken: Sequence[tuple[int, int, int]]) -> None:
     """
     missing = [-1] * (-len(taken) % 4)  # both halves begin where `write_pairs` is compiled for
     places = [row * table.shape[1] + place for row, place, _ in taken] + missing
-    written = to_device(torch.tensor([places, [block for _, _, block in taken] + missing]).int(), table.device)
+    numbers = [*places, *[block for _, _, block in taken], *missing]
+    written = to_device(host_ints(numbers).view(2, -1), table.device)
     write_pairs(table.view(-1), written[0], written[1])
 
 

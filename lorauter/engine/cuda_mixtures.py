@@ -19,7 +19,7 @@ from lorauter.engine import cuda_kernels as kernels
 from lorauter.engine.cuda_own import OWN_COLUMNS, OWN_HEAD, OWN_MOST, OWN_WIDTH
 from lorauter.engine.mixtures import Mixtures, RowMixture
 from lorauter.engine.plan import AdapterKey
-from lorauter.engine.sampling import to_device
+from lorauter.engine.sampling import host_ints, to_device
 from lorauter.engine.slots import MOST_TILES, SLOTS, TILE, Group, Part, Placed
 
 _NO_TILES, _NO_TARGETS = np.zeros((4, 0), np.int64), np.zeros(0, np.int64)
@@ -143,13 +143,13 @@ class CudaMixtures(Mixtures):
     def _flush(self) -> None:
         device = self.weights.device
         if self._writes:
-            places = to_device(torch.tensor(list(self._writes), dtype=torch.int32), device)
+            places = to_device(host_ints(self._writes), device)
             values = to_device(torch.tensor(list(self._writes.values()), dtype=torch.float32), device)
             kernels.write_pairs(self.weights.view(-1), places, values)
             self._writes.clear()
         if self._own_writes:
-            places = to_device(torch.tensor(list(self._own_writes), dtype=torch.int32), device)
-            numbers = to_device(torch.tensor(list(self._own_writes.values()), dtype=torch.long), device)
+            places = to_device(host_ints(self._own_writes), device)
+            numbers = to_device(host_ints(self._own_writes.values(), "q"), device)
             kernels.write_pairs(self._own.view(-1), places, numbers)
             self._own_writes.clear()
         gone = [key for key, in_use in self._in_use.items() if not in_use.rows]

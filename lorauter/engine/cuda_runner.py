@@ -27,7 +27,7 @@ from lorauter.engine.logprobs import StepRanks
 from lorauter.engine.model import Decoder
 from lorauter.engine.plan import Choice, StepPlan
 from lorauter.engine.runner import Flight, Runner
-from lorauter.engine.sampling import to_device
+from lorauter.engine.sampling import host_ints, to_device
 from lorauter.engine.slots import AdapterSlots, Part, Placed
 from lorauter.engine.step import Span, StepBatch
 
@@ -413,8 +413,7 @@ class CudaRunner(Runner):
             *outputs, *[0] * unwanted, *output_rows, *padding * unwanted,
             *self._boards(output_rows), *[-1] * unwanted, *(counts or (0, 0)),
         ]  # fmt: skip
-        host = torch.tensor(numbers, dtype=torch.int32).pin_memory()
-        self._numbers[: len(numbers)].copy_(host, non_blocking=True)
+        self._numbers[: len(numbers)].copy_(host_ints(numbers).pin_memory(), non_blocking=True)
 
     def close(self) -> None:
         """See `Runner.close`."""

@@ -188,7 +188,9 @@ class Scheduler:
             left = 0 if sequence.undecided else _left(sequence)
             if left > 1:
                 prompts.append(sequence)
-            elif left and sequence.row is not None and self._grow(sequence, step):
+                continue
+            has_block = sequence.computed < len(sequence.blocks) * BLOCK  # most have
+            if left and sequence.row is not None and (has_block or self._grow(sequence, step)):
                 if sequence.sampling.prompt_logprobs is None:
                     self._decode(sequence, sequence.row, step)
                 else:
@@ -263,10 +265,9 @@ class Scheduler:
         return count
 
     def _grow(self, sequence: ActiveSequence, step: _Step) -> bool:
-        """Give a sequence the block of its next position, if need be the youngest's; False if it is the youngest."""
+        """Give a sequence that has none the block of its next position, if need be the youngest's; False if it is the
+        youngest."""
         place = sequence.computed // BLOCK
-        if place < len(sequence.blocks):
-            return True
         while (blocks := self._pool.take(1)) is None:
             youngest = self.running[-1]
             self._preempt(youngest)
