@@ -7,6 +7,7 @@ import codecs
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -296,9 +297,25 @@ def encode(rows: Iterable[Mapping[str, Any]], kind: OutputFormat, schema: pa.Sch
 
 def _json_line(row: Mapping[str, Any]) -> bytes:
     try:
-        return json.dumps(row, ensure_ascii=False, default=_plain).encode() + b"\n"
+        return _json_text(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # half a character: JSON can say it with escapes
-        return json.dumps(row, default=_plain).encode() + b"\n"
+        return _json_text(row).encode() + b"\n"
+
+
+def _json_text(value: Any, *, ensure_ascii: bool = True) -> str:
+    """Numbers that JSON has not, as data frames have them for what is missing, are null."""
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, default=_plain, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=ensure_ascii, default=_plain)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return list(map(_finite, value)) if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> str:
@@ -307,12 +324,12 @@ def _plain(value: Any) -> str:
 
 
 def _csv_field(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=_plain) if isinstance(value, list | dict) else value
+    return _json_text(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def _arrow_value(value: Any, kind: pa.DataType) -> Any:
     if pa.types.is_large_string(kind) and value is not None and not isinstance(value, str):
-        return json.dumps(value, default=_plain)
+        return _json_text(value)
     if pa.types.is_float64(kind) and isinstance(value, int):
         return float(value)  # Arrow takes no integers that lose digits
     return value.encode(errors="replace").decode() if isinstance(value, str) else value

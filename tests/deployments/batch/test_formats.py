@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 import struct
@@ -171,3 +172,20 @@ def test_parquets_own_types_come_through_every_format() -> None:
 def test_half_a_character_stops_no_part(kind) -> None:
     schema = pa.schema([("text", pa.string())])
     assert encode([{"text": "half \ud800"}, {"text": "whole"}], kind, schema).count(b"whole") >= 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_numbers_that_json_has_not_make_no_line_that_is_none(kind) -> None:
+    """Data frames have NaN where a number is missing."""
+    schema = pa.schema([("text", pa.string()), ("nested", pa.large_string())])
+    row = {"text": "ü", "nested": {"a": [float("nan"), 1.5, float("-inf")], "b": (float("inf"),)}}
+    content = encode([row if kind == "csv" else {**row, "plain": float("nan")}], kind, schema)
+    if kind == "jsonl":
+        read = json.loads(content, parse_constant=pytest.fail)
+        assert (read["text"], read["plain"]) == ("ü", None)
+        nested = read["nested"]
+    elif kind == "csv":
+        nested = json.loads(next(csv.DictReader(io.StringIO(content.decode())))["nested"], parse_constant=pytest.fail)
+    else:
+        nested = json.loads(pq.read_table(io.BytesIO(content)).to_pylist()[0]["nested"], parse_constant=pytest.fail)
+    assert nested == {"a": [None, 1.5, None], "b": [None]}
