@@ -175,7 +175,8 @@ class CatalogEditor:
         """Make another version the current one, as it is; says which of its adapters the store has no more.
 
         Raises:
-            CatalogError: it is not there, or damaged.
+            CatalogVersionNotFound: it is not there.
+            CatalogError: it is damaged.
             Conflict: another version became current meanwhile.
             AdapterUnavailable, StoreError.
         """

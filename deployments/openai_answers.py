@@ -18,6 +18,7 @@ from lorauter.errors import (
     AdapterRejected,
     AdapterUnavailable,
     CatalogError,
+    CatalogVersionNotFound,
     CompositionNotFound,
     Conflict,
     ContextLengthExceeded,
@@ -59,6 +60,7 @@ _STATUS: list[tuple[type[LorauterError], int, str, str | None]] = [
     (Overloaded, 429, "rate_limit_error", "overloaded"),
     (ReadOnlyStore, 409, "conflict_error", "read_only_store"),
     (StoreError, 503, "service_unavailable", "store_unavailable"),
+    (CatalogVersionNotFound, 404, "invalid_request_error", "catalog_version_not_found"),
     (CatalogError, 503, "service_unavailable", "catalog_unavailable"),
     (ServiceUnavailable, 503, "service_unavailable", "service_unavailable"),
 ]

@@ -11,6 +11,7 @@ because they cross process boundaries.
     ├── TaskError               a task or a task file is wrong
     │   └── TaskNotFound
     ├── CatalogError            a catalog is missing, damaged or does not fit
+    │   └── CatalogVersionNotFound
     ├── StoreError
     │   ├── ObjectNotFound
     │   │   └── BucketNotFound
@@ -99,6 +100,14 @@ class CatalogError(LorauterError):
     def __init__(self, message: str, *, uri: str) -> None:
         super().__init__(f"catalog {uri}: {message}")
         self.uri = uri
+
+
+class CatalogVersionNotFound(CatalogError):
+    """A catalog's store has no such version."""
+
+    def __init__(self, version: str, *, uri: str) -> None:
+        listed = "GET /v1/catalog/versions, or 'lorauter catalog versions'"
+        super().__init__(f"there is no version {version[:128]!r}; see {listed}", uri=uri)
 
 
 class StoreError(LorauterError):

@@ -17,6 +17,7 @@ ERRORS = {
     errors.TaskError("odd", source="tasks/x.json"): {"source": "tasks/x.json"},
     errors.TaskNotFound("sums"): {"source": "sums"},
     errors.CatalogError("odd", uri="s3://b/c"): {"uri": "s3://b/c"},
+    errors.CatalogVersionNotFound("0f", uri="s3://b/c"): {"uri": "s3://b/c"},
     errors.StoreError("odd", uri="s3://b/k"): {"uri": "s3://b/k"},
     errors.ObjectNotFound("s3://b/k"): {"uri": "s3://b/k"},
     errors.BucketNotFound("s3://b/k", "b"): {"uri": "s3://b/k", "bucket": "b"},

@@ -26,7 +26,7 @@ from lorauter.catalog.catalog import (
     version_in,
 )
 from lorauter.catalog.parts import FOLDER, key_of
-from lorauter.errors import CatalogError, Conflict, ObjectNotFound, StoreUnavailable
+from lorauter.errors import CatalogError, CatalogVersionNotFound, Conflict, ObjectNotFound, StoreUnavailable
 from lorauter.names import AdapterKey
 from lorauter.tasks import Task
 
@@ -118,11 +118,14 @@ def use_version(source: str | Path | ObjectStore, version: str) -> Catalog:
     """Make a version the current one, once every hash of it is verified.
 
     Raises:
-        CatalogError: it is not there, or damaged.
+        CatalogVersionNotFound: it is not there.
+        CatalogError: it is damaged.
         Conflict: another version became current meanwhile.
         StoreError: the store fails.
     """
     store = _store(source)
+    if version not in catalog_versions(store):
+        raise CatalogVersionNotFound(version, uri=store.uri)
     over = pointed_version(store)
     catalog = Catalog.load(store, version=version)
     catalog.read_whole(keep=True)

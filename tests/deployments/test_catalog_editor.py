@@ -19,6 +19,7 @@ from deployments.access import Caller
 from deployments.catalog_editor import CatalogEditor
 from deployments.changes import Change
 from deployments.config import AppConfig
+from deployments.openai_answers import error_answer
 from lorauter.adapters import AdapterManifest, AdapterRepository, ModelShape, open_store
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, with_adapters, with_tasks
@@ -28,6 +29,7 @@ from lorauter.errors import (
     AdapterNotFound,
     AdapterRejected,
     CatalogError,
+    CatalogVersionNotFound,
     Conflict,
     InvalidRequest,
     PermissionDenied,
@@ -429,8 +431,9 @@ def test_another_version_becomes_current_as_it_is(
         assert (back["catalog_version"], back["missing_adapters"]) == (with_films, ["films"])
         assert Catalog.load(config.catalog).version == with_films
         assert (await editor.use_version(without))["missing_adapters"] == []
-        with pytest.raises(CatalogError):
+        with pytest.raises(CatalogVersionNotFound, match=r"no version '0{16}'; see GET") as missing:
             await editor.use_version("0" * 16)
+        assert error_answer(missing.value, "operator")[0] == 404
         assert Catalog.load(config.catalog).version == without
 
     asyncio.run(scenario())
