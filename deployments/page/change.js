@@ -1,4 +1,4 @@
-// Change: tasks and adapters added and removed, and the catalog's versions, for who has an admin's key.
+// Change: tasks and adapters added, composed and removed, and the catalog's versions, for who has an admin's key.
 
 import { adapterInput } from "./adapters.js";
 import { get, keyNeeded, post, remove, upload } from "./api.js";
@@ -24,7 +24,7 @@ export async function show(panel) {
     h(
       "div",
       { class: "stack" },
-      h("div", { class: "columns" }, taskForm(redraw), uploadForm(redraw), removeForm(redraw)),
+      h("div", { class: "columns" }, taskForm(redraw), uploadForm(redraw), composeForm(redraw), removeForm(redraw)),
       h("section", { class: "panel stack", "aria-label": "Versions" }, h("h2", {}, "Versions of the catalog"), note, access.adapters === null ? versions : h("p", { class: "hint" }, "They are for keys that are limited to no adapters.")),
     ),
   );
@@ -112,6 +112,40 @@ function uploadForm(done) {
       done();
       const serves = answer.tasks.length ? `It serves ${answer.tasks.join(", ")}.` : "It serves no task yet.";
       return [`The adapter ${answer.id} of rank ${answer.rank} is added.`, serves, ...(answer.warnings || []), published(answer)].join(" ");
+    },
+  );
+}
+
+function composeForm(done) {
+  const name = h("input", { type: "text", required: true, spellcheck: "false" });
+  const bar = h("progress", { max: 1, value: 0, "aria-label": "Composed" });
+  const state = h("span", { class: "hint" });
+  const cancel = h("button", { class: "small", type: "button" }, "Cancel");
+  const progress = h("div", { class: "field", hidden: true }, bar, state, h("div", { class: "row" }, cancel));
+  return form(
+    "Compose an adapter",
+    [field("For the task", name), h("p", { class: "hint" }, "From the other adapters, by the task's examples. It takes seconds on a GPU, and minutes on a CPU."), progress],
+    "Compose it",
+    async () => {
+      let told = await post("v1/compositions", { task: name.value.trim() });
+      const path = `v1/compositions/${told.id}`;
+      cancel.onclick = () => post(`${path}/cancel`, {}).catch((error) => (state.textContent = error.message));
+      progress.hidden = false;
+      try {
+        while (["queued", "running", "publishing"].includes(told.status)) {
+          bar.value = told.progress;
+          state.textContent = told.ahead ? `${told.status}, behind ${told.ahead}` : told.status;
+          await new Promise((resolve) => setTimeout(resolve, 1000));
+          told = await get(path);
+        }
+      } finally {
+        progress.hidden = true;
+      }
+      if (told.error) throw new Error(told.error.message);
+      if (!told.kept) return `Nothing was changed: the composition is ${told.status}${told.reason ? `; ${told.reason}` : ""}.`;
+      done();
+      const { before, after } = told.scores.right;
+      return `The adapter ${told.adapter} of rank ${told.rank} is added: of left-out examples ${percent(after)} come out right, before ${percent(before)}. ${published(told)}`;
     },
   );
 }

@@ -304,6 +304,14 @@ def test_change_with_an_admins_key(
         expect(task.get_by_role("status")).to_contain_text("page_task is added")
         expect(versions.locator("tbody tr").first).to_contain_text("task added: page_task")
 
+        compose = change.get_by_role("form", name="Compose an adapter")
+        compose.get_by_label("For the task").fill("page_task")
+        compose.get_by_role("button", name="Compose it").click()
+        expect(compose.locator("progress")).to_be_visible()
+        compose.get_by_role("button", name="Cancel").click()
+        expect(compose.get_by_role("status")).to_contain_text("Nothing was changed: the composition is cancelled")
+        expect(compose.locator("progress")).to_be_hidden()
+
         upload = change.get_by_role("form", name="Upload an adapter")
         source = root / "examples" / "adapters" / "sst2"
         upload.get_by_label("Name").fill("page_task")
