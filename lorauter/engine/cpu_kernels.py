@@ -239,11 +239,11 @@ def load_kernels(dtype: torch.dtype) -> CpuKernels | None:
     try:
         return CpuKernels(ctypes.CDLL(str(_build())), dtype)
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        of_compiler = isinstance(error, (FileNotFoundError, subprocess.CalledProcessError))
         logging.getLogger(__name__).warning(
-            "the CPU's kernels were not built, and PyTorch's slower operations serve instead; "
-            "install a C++ compiler, or name one in CXX: %s",
-            reason,
+            "the CPU's kernels were not built, and PyTorch's slower operations serve instead; %s: %s",
+            "install a C++ compiler, or name one in CXX" if of_compiler else f"see that {home()} can be written to",
+            error.stderr if isinstance(error, subprocess.CalledProcessError) else error,
         )
         return None
 

@@ -349,3 +349,11 @@ def test_without_a_compiler_a_warning_says_so(monkeypatch, tmp_path, caplog, com
     with pytest.raises((OSError, subprocess.CalledProcessError)):
         cpu_kernels._build()
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_where_kernels_are_not_built(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORAUTER_HOME", str(tmp_path / "file"))
+    assert cpu_kernels.load_kernels.__wrapped__(torch.float32) is None
+    [record] = caplog.records
+    assert f"see that {tmp_path / 'file'} can be written to" in record.getMessage()
