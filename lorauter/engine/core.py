@@ -349,6 +349,7 @@ class EngineCore:
                     checked.append((sequence, held, tokens[place]))
                 else:
                     tokens[place] = REFUSED
+                    self._grammars.want(held)
             except LorauterError as error:
                 self.scheduler.drop(sequence)
                 self._end([(sequence, error)])

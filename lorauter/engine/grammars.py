@@ -3,9 +3,10 @@
 One thread takes all tokens that have come, and finds together what may come after them: where that is little, a dozen
 answers take it a fraction of what a step takes the device. In the midst of free text, where nearly anything may come,
 it takes thirty times as long, and so it does with a grammar that is made to: another thread finds that, which keeps
-nobody waiting. What has not been found when it is needed is not waited for: whether the token that was chosen may come
-is asked of a second matcher then. Both threads leave the interpreter to whoever else runs, all but a moment. Knows
-tokens and grammars; knows nothing of models, steps or devices.
+nobody waiting; where cores are few it finds what is asked for alone. What has not been found when it is needed is not
+waited for: whether the token that was chosen may come is asked of a second matcher then. Both threads leave the
+interpreter to whoever else runs, all but a moment. Knows tokens and grammars; knows nothing of models, steps or
+devices.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -42,7 +43,7 @@ _WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
 _TRIED = 256  # parts of a schema that are looked at for what is wrong
 _MOST_THREADS = 4  # masks of a step are so short that more would wait for one another
 _DEAR_S = 0.05  # to compile a grammar
-_SLOW_S = 0.001  # to tell of a token whether it may come: nobody else is to wait for that
+_SLOW_S = 0.003  # to tell of a token whether it may come: nobody else is to wait for that
 _LONG_S = 0.003  # to find what may come: the same
 _PROBE = "e"  # where it may come next, nearly anything may
 # Of what a single step may take: about 15 ms.
@@ -65,6 +66,7 @@ class _Form:
     checker: LLMatcher
     lanes: list[_Lane]
     is_dear: bool
+    ends: Collection[int]
 
 
 class Held(Seat):
@@ -79,9 +81,12 @@ class Held(Seat):
         long: whether it took long to find what may come, and would keep others waiting.
         slow: whether it takes too long to tell of one token whether it may.
         error: why it cannot go on.
+        wanted: whether it is of use to find what may come, even where that takes long and there are few cores.
     """
 
-    def __init__(self, form: _Form, lane: _Lane, index: int, greedy: bool, news: threading.Condition) -> None:
+    def __init__(
+        self, form: _Form, lane: _Lane, index: int, greedy: bool, wait: Callable[[Sequence[Held]], None]
+    ) -> None:
         super().__init__(index)
         self.greedy = greedy
         self.since = time.perf_counter()
@@ -90,7 +95,9 @@ class Held(Seat):
         self.coming: list[int] = []
         self.busy = self.queued = self.slow = self.long = False
         self.error: str | None = None
-        self._news = news
+        self.wanted = True  # as it is at the beginning
+        self._wait = wait
+        self._ends = form.ends
         self._checker = form.checker.deep_copy()
         self._unchecked: list[int] = []  # what it has beyond the checker
         lane.answers.add(self)
@@ -113,8 +120,7 @@ class Held(Seat):
         """
         import torch  # whoever only checks a grammar needs none
 
-        with self._news:
-            self._news.wait_for(lambda: self.known)
+        self._wait([self])
         self.check()
         assert self.words is not None
         return torch.from_numpy(self.words)
@@ -139,9 +145,13 @@ class Held(Seat):
         if tokens:
             checker.consume_tokens(tokens)
             self._unchecked = []
-        # Where the text that follows is given, masks have its own first token alone.
-        given = checker.compute_ff_tokens()
-        fits: bool = given[0] == token if given else checker.validate_tokens([token]) == 1
+        fits: bool
+        if checker.is_stopped():
+            fits = token in self._ends
+        elif given := checker.compute_ff_tokens():  # a text, of which masks have the first token alone
+            fits = given[0] == token
+        else:
+            fits = checker.validate_tokens([token]) == 1
         if time.thread_time() - began > _SLOW_S:
             self.slow = True
         return fits
@@ -208,7 +218,7 @@ class Grammars:
             InvalidRequest: it is no such grammar, or the tokens are not of it.
         """
         form, lane = self._lane(grammar, calls)
-        held = Held(form, lane, index, greedy, self._news)
+        held = Held(form, lane, index, greedy, self.wait)
         if tokens and not held.begin(tokens):
             raise InvalidRequest("what the answer has so far does not fit its grammar", param=_param(grammar))
         self._start()
@@ -220,13 +230,21 @@ class Grammars:
         now = time.perf_counter()
         for one, _ in came:
             one.index += 1
-            one.since = now
+            one.since, one.wanted = now, not one.greedy
         self._came.put(came)
 
     def wait(self, held: Sequence[Held], timeout: float | None = None) -> None:
         """Wait until it is known what may come next in all of these, but not longer than so many seconds."""
+        for one in held:
+            self.want(one)
         with self._news:
             self._news.wait_for(lambda: all(one.known for one in held), timeout)
+
+    def want(self, held: Held) -> None:
+        """Find what may come next in any case. Returns at once."""
+        if not (held.wanted or held.known):
+            held.wanted = True
+            self._came.put([(held, None)])
 
     def close(self) -> None:
         """Find nothing more."""
@@ -307,7 +325,8 @@ class Grammars:
                 break
             held = self._long.get()
         with self._lock:  # those that the other thread has it will pass on again
-            mine = [one for one in waiting if not one.busy and not (one.known and not one.coming)]
+            wanted = [one for one in waiting if one.wanted or self._parallel > 1]
+            mine = [one for one in wanted if not one.busy and (one.coming or not one.known)]
             for one in mine:
                 one.busy = True
         if mine:
@@ -374,7 +393,7 @@ class Grammars:
         is_dear = time.perf_counter() - began > _DEAR_S
         lane = _Lane(matchers[0])
         with self._lock:
-            form = self._compiled.setdefault(named, form or _Form(matchers[1], [], is_dear))
+            form = self._compiled.setdefault(named, form or _Form(matchers[1], [], is_dear, self._ends))
             form.lanes.append(lane)
             while len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)

@@ -202,6 +202,7 @@ FORMS = [
 def test_what_is_found_is_the_same_whoever_finds_it_and_when(codec, monkeypatch, parallel, limit):
     """Many answers side by side, which go on whether or not it has been found, by what is told without."""
     monkeypatch.setattr(grammars_module, "_LONG_S", limit)
+    monkeypatch.setattr(grammars_module, "_SLOW_S", 60.0)
     grammars = Grammars(codec.backend, codec.eos_ids, 259)
     grammars._parallel = parallel
     draw = random.Random(parallel)
@@ -231,6 +232,20 @@ def test_what_is_found_is_the_same_whoever_finds_it_and_when(codec, monkeypatch,
             grammars.wait([held])
             assert allowed(held) == allowed(grammars.begin(form, tokens))
     grammars.close()
+
+
+def test_where_cores_are_few_free_text_is_looked_at_as_far_as_it_is_of_use(grammars):
+    grammars._parallel = 1
+    held, other = grammars.begin(Grammar("regex", ".{50}"), greedy=True), grammars.begin(Grammar("regex", "[ab]{50}"))
+    assert len(allowed(held)) > 100  # at the beginning it is
+    assert held.takes(ord("x"))
+    grammars.advance([(held, ord("x")), (other, ord("a"))])
+    assert allowed(other) == [ord("a"), ord("b")]
+    time.sleep(0.05)
+    assert not held.known
+    assert held.takes(ord("y"))  # by what is told without
+    grammars.advance([(held, ord("y"))])
+    assert len(allowed(held)) > 100  # whoever waits for it wants it
 
 
 def test_where_a_text_is_given_it_has_the_tokens_that_masks_have():
