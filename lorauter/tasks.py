@@ -149,7 +149,7 @@ def _schema(schema: Mapping[str, Any], validation: Sequence[Example], *, source:
     from jsonschema.exceptions import SchemaError
     from referencing import Registry
 
-    from lorauter.engine.grammars import check_grammar
+    from lorauter.engine.grammar_sources import check_grammar
     from lorauter.engine.types import Grammar
 
     try:

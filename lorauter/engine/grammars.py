@@ -17,16 +17,17 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from lorauter.engine.board import MaskBoard, Seat
+from lorauter.engine.grammar_sources import LIMITS, check_grammar, check_length, one_line, param_of, source_of
 from lorauter.engine.types import Grammar
 from lorauter.errors import InvalidRequest
 from lorauter.tools.formats import ToolFormat
@@ -37,17 +38,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KEPT = 256  # compiled grammars
-_LONGEST = 1 << 20  # characters of one
-# A space, or a new line and its indentation: where more may follow, some models make nothing else.
-_WHITESPACE = r"( |\n {0,16}|\n\t{0,8})?"
-_TRIED = 256  # parts of a schema that are looked at for what is wrong
 _MOST_THREADS = 4  # masks of a step are so short that more would wait for one another
 _DEAR_S = 0.05  # to compile a grammar
 _SLOW_S = 0.003  # to tell of a token whether it may come: nobody else is to wait for that
 _LONG_S = 0.003  # to find what may come: the same
 _PROBE = "e"  # where it may come next, nearly anything may
-# Of what a single step may take: about 15 ms.
-_LIMITS = LLParserLimits(step_lexer_fuel=200_000, step_max_items=50_000)
 
 
 @dataclass(eq=False)
@@ -159,7 +154,7 @@ class Held(Seat):
     def check(self) -> None:
         """Raise InvalidRequest if the grammar has become too complex."""
         if self.error is not None:
-            raise InvalidRequest(f"the answer cannot be held to its grammar: {_short(self.error)}")
+            raise InvalidRequest(f"the answer cannot be held to its grammar: {one_line(self.error)}")
 
 
 class Grammars:
@@ -220,7 +215,7 @@ class Grammars:
         form, lane = self._lane(grammar, calls)
         held = Held(form, lane, index, greedy, self.wait)
         if tokens and not held.begin(tokens):
-            raise InvalidRequest("what the answer has so far does not fit its grammar", param=_param(grammar))
+            raise InvalidRequest("what the answer has so far does not fit its grammar", param=param_of(grammar))
         self._start()
         self._came.put([(held, None)])
         return held
@@ -379,7 +374,7 @@ class Grammars:
     def _lane(self, grammar: Grammar | None, calls: ToolUse | None) -> tuple[_Form, _Lane]:
         """The lane with the fewest answers; a new one rather than their second, as far as masks are found at once."""
         if not self._ends:
-            raise InvalidRequest("the base model has no token that ends an answer", param=_param(grammar))
+            raise InvalidRequest("the base model has no token that ends an answer", param=param_of(grammar))
         named = grammar, calls
         with self._lock:
             form = self._compiled.get(named)
@@ -404,17 +399,17 @@ class Grammars:
         schemas = [Grammar("json", tool.schema, tool.param) for tool in calls.tools] if calls is not None else []
         parts = schemas if grammar is None else [grammar, *schemas]
         for part in parts:
-            _check_length(part)
-        source = self._source_of_calls(calls, grammar) if calls is not None else _source(parts[0])
+            check_length(part)
+        source = self._source_of_calls(calls, grammar) if calls is not None else source_of(parts[0])
         tokenizer = self._llguidance
         with ThreadPoolExecutor(copies) as pool:
-            makes = [pool.submit(LLMatcher, tokenizer, source, log_level=0, limits=_LIMITS) for _ in range(copies)]
+            makes = [pool.submit(LLMatcher, tokenizer, source, log_level=0, limits=LIMITS) for _ in range(copies)]
         matchers = [make.result() for make in makes]
         if matchers[0].is_error():
             for part in parts:
                 check_grammar(part)
-            problem = f"{_param(grammar)} cannot be compiled: {_short(matchers[0].get_error())}"
-            raise InvalidRequest(problem, param=_param(grammar))
+            problem = f"{param_of(grammar)} cannot be compiled: {one_line(matchers[0].get_error())}"
+            raise InvalidRequest(problem, param=param_of(grammar))
         return matchers
 
     def _source_of_calls(self, calls: ToolUse, grammar: Grammar | None) -> str:
@@ -425,7 +420,7 @@ class Grammars:
         ids = {mark: id for mark in format.marks if (id := self._source.token_to_id(mark)) is not None}
         answer: list[dict[str, Any]] = []
         if grammar is not None and not calls.forced:
-            source = _source(grammar)
+            source = source_of(grammar)
             answer = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
         added = self._source.get_added_tokens_decoder().items()
         beside = [id for id, token in added if not token.special and id not in ids.values() and id not in self._ends]
@@ -440,84 +435,3 @@ def _consume(executor: LLExecutor, idle: LLMatcher, answers: Sequence[Held]) -> 
             held.reached += 1
             came.append((held.matcher, held.coming.pop(0)))
         executor.consume_token_par([*came, (idle, 0)])  # of one alone llguidance would let nobody else run
-
-
-def check_grammar(grammar: Grammar) -> None:
-    """Raise InvalidRequest unless a grammar can be compiled, whatever the tokenizer."""
-    _check_length(grammar)
-    wrong, found = LLMatcher.validate_grammar_with_warnings(_source(grammar), limits=_LIMITS)
-    if wrong:
-        raise _broken(grammar, _short(found[0]))
-
-
-def _check_length(grammar: Grammar) -> None:
-    if len(grammar.text) > _LONGEST:
-        raise InvalidRequest(
-            f"got {len(grammar.text)} characters; a grammar has at most {_LONGEST}", param=grammar.param
-        )
-
-
-def _broken(grammar: Grammar, problem: str) -> InvalidRequest:
-    """The error of a grammar that cannot be compiled: of a schema, with the place."""
-    where, problem = _where(grammar, problem) if grammar.kind == "json" else ("", problem)
-    return InvalidRequest(f"{grammar.param}{where} cannot be compiled: {problem}", param=grammar.param)
-
-
-def _where(grammar: Grammar, problem: str) -> tuple[str, str]:
-    """The smallest part of a schema that cannot be compiled, and what is wrong with it."""
-    schema, path = json.loads(grammar.text), list[str]()
-    tried = 0
-    root = schema
-    while tried < _TRIED:
-        for name, part in _parts(schema):
-            tried += 1
-            defined = {key: root[key] for key in ("$defs", "definitions") if key in root and key not in part}
-            whole = json.dumps({**part, **defined})
-            compiled = LLMatcher.grammar_from_json_schema(whole)
-            wrong, found = LLMatcher.validate_grammar_with_warnings(compiled, limits=_LIMITS)
-            if wrong:
-                schema, path, problem = part, [*path, name], _short(found[0])
-                break
-        else:
-            break
-    return f" at {'.'.join(path)}" if path else "", problem
-
-
-def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schemas in a schema, with where they are."""
-    if not isinstance(schema, dict):
-        return
-    for key, value in schema.items():
-        if isinstance(value, dict) and key in ("properties", "patternProperties", "$defs", "definitions"):
-            yield from ((f"{key}.{name}", part) for name, part in value.items() if isinstance(part, dict))
-        elif isinstance(value, list) and key in ("anyOf", "allOf", "oneOf", "prefixItems"):
-            yield from ((f"{key}.{i}", part) for i, part in enumerate(value) if isinstance(part, dict))
-        elif isinstance(value, dict) and key in ("items", "additionalProperties", "not"):
-            yield key, value
-
-
-def _param(grammar: Grammar | None) -> str:
-    return "tools" if grammar is None else grammar.param
-
-
-def _source(grammar: Grammar) -> str:
-    """A grammar as llguidance takes it. Raises InvalidRequest."""
-    try:
-        if grammar.kind == "json":
-            options: Any = {"whitespace_pattern": grammar.whitespace or _WHITESPACE}
-            return LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
-        if grammar.kind == "choice":
-            texts = [json.dumps(text, ensure_ascii=False) for text in json.loads(grammar.text)]
-            if not texts:
-                raise ValueError("there is nothing to choose from")
-            return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
-        return grammar_from("regex" if grammar.kind == "regex" else "grammar", grammar.text)
-    except ValueError as error:
-        raise InvalidRequest(
-            f"{grammar.param} cannot be compiled: {_short(str(error))}", param=grammar.param
-        ) from error
-
-
-def _short(problem: str) -> str:
-    """An error in one line that is not too long, without the parser's state."""
-    return " ".join(problem.partition("<state>")[0].split())[:500]
