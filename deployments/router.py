@@ -281,6 +281,7 @@ class Router:
 
     async def check_ready(self) -> None:
         """Raise unless the encoder in use is the catalog's own."""
+        await self._tokenizing.prepare()
         [probe] = await self._asked_within(_READY_S, self._embedder, "embed", [PROBE_TEXT])
         encoder = await self._asked_within(_READY_S, self._embedder, "name")
         await self._asked_within(_READY_S, self._retriever, "check_probe", probe, encoder)

@@ -13,13 +13,16 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.calls import Admitted, GenerateCall
-from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Prompt
 from lorauter.errors import InvalidRequest
 from lorauter.turns import ExampleTurns, encoded
+
+if TYPE_CHECKING:
+    from lorauter.engine.text import TextCodec
 
 _SHORT = 4000  # characters, or tokens: to convert them takes no longer than to have a thread do it
 
@@ -50,6 +53,10 @@ class Tokenizing:
         self._known: _Known | None = None
         self._loading: asyncio.Task[_Known] | None = None
 
+    async def prepare(self) -> None:
+        """Load the code that a tokenizer needs, which takes seconds."""
+        await asyncio.to_thread(import_module, "lorauter.engine.text")
+
     def begin(self) -> asyncio.Task[_Known]:
         """Fetch the tokenizer, if it is not here: there is somebody to ask."""
         if self._loading is None or (self._loading.done() and self._known is None):
@@ -62,6 +69,7 @@ class Tokenizing:
         return await asyncio.shield(self.begin()) if self._known is None else self._known
 
     async def _load(self) -> _Known:
+        await self.prepare()
         sent = await self._fetch()
         known = self._known = _Known(*await asyncio.to_thread(pickle.loads, sent))
         return known

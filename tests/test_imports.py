@@ -14,7 +14,6 @@ import pytest
         ("lorauter.engine, lorauter.engine.types", "torch transformers"),
         # Ingress replicas and node caches hold no model: there are many of them, and they start with each node.
         ("deployments.router, deployments.retriever", "torch transformers sentence_transformers scipy"),
-        ("lorauter.engine.text", "torch transformers scipy"),
         ("deployments.adapter_cache", "torch transformers sentence_transformers pandas"),
     ],
 )

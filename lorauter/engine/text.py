@@ -1,55 +1,33 @@
 """Between text and tokens: prompts in, streamed text with stop strings out.
 
-Knows a tokenizer and its chat template; knows nothing of models or requests. Loads no transformers, whose tokenizers
-are given to it: it runs where prompts are made, too, in processes of which there are many.
+Knows a transformers tokenizer and its chat template; knows nothing of models or requests.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils.chat_template_utils import mark_control_tokens
 
-from lorauter.engine.chat_template import RESERVED, ChatTemplate
 from lorauter.engine.types import FinishReason, Logprob, Prompt, SamplingParams, TokenLogprobs
 from lorauter.errors import InvalidRequest
 from lorauter.tools.formats import FORMATS, FormatSetting, ToolFormat, found_in, knows_tools
 from lorauter.tools.writing import with_tools, without_tools
 
-# What is put around a text that looks like a control token, and how templates that escape it have it: then it is lost.
-_BEGIN, _END = "\U000f0000", "\U000f0001"
-_LOST = [escape(mark)[1:-1] for mark in (_BEGIN, _END) for escape in (repr, json.dumps)]
-
-
-@dataclass(frozen=True)
-class PlainTokenizer:
-    """What there is to know of a transformers tokenizer, under the names that it has there."""
-
-    backend_tokenizer: Tokenizer
-    chat_template: str | Mapping[str, str] | None
-    special_tokens_map: Mapping[str, str]
-    eos_token_id: int | None
-    chat_control_tokens: Sequence[str] | None = None
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> PlainTokenizer:
-        """Of a fast tokenizer."""
-        return cls(
-            tokenizer.backend_tokenizer,
-            tokenizer.chat_template,
-            dict(tokenizer.special_tokens_map),
-            tokenizer.eos_token_id,
-            getattr(tokenizer, "chat_control_tokens", None),
-        )
+# What is put around a text that looks like a control token, in the words of templates that escape it: then it is lost.
+_AROUND = mark_control_tokens(".", re.compile(r"\.")).split(".")
+_LOST = [escape(mark)[1:-1] for mark in _AROUND for escape in (repr, json.dumps)]
 
 
 class TextCodec:
@@ -59,7 +37,7 @@ class TextCodec:
     nobody who writes a part of a conversation can end it, or speak as somebody else.
 
     Args:
-        tokenizer: a fast transformers tokenizer, or what there is to know of one.
+        tokenizer: a fast transformers tokenizer.
         eos_ids: further ids that end an answer, beside the tokenizer's own.
         tool_format: how the model calls tools; "auto" finds it in the chat template.
 
@@ -69,11 +47,10 @@ class TextCodec:
     """
 
     def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int] = (), tool_format: FormatSetting = "auto") -> None:
-        self._tokenizer = PlainTokenizer.of(tokenizer)
+        self._tokenizer = tokenizer
         template = str(tokenizer.chat_template or "")
         self.chats = bool(template)
         self._template_knows_tools = knows_tools(template)
-        self._shows_tools = "tool" in template
         self.tool_format: ToolFormat | None
         if tool_format == "auto":
             self.tool_format = found_in(template) if self._template_knows_tools else None
@@ -86,17 +63,13 @@ class TextCodec:
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_ids = frozenset([*own, *eos_ids])
         self.bytes_of = TokenBytes(self.backend)
-        added = self.backend.get_added_tokens_decoder()
-        self._added = _any_of(token.content for token in added.values())
-        self._marked = re.compile(f"{_BEGIN}({self._added.pattern}){_END}|[{_BEGIN}{_END}]")
+        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
+        self._copied = threading.Lock()
         marks = self.tool_format.marks if self.tool_format is not None else ()
-        special = {token.content: id for id, token in added.items() if token.special}
+        special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._marks = {special[mark]: mark for mark in marks if mark in special}
-        given = tokenizer.chat_template
-        templates = given if isinstance(given, Mapping) else {"default": given} if given else {}
-        self._templates = {
-            name: ChatTemplate(text, self._tokenizer.special_tokens_map) for name, text in templates.items()
-        }
+        self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """It travels as what it is made of."""
@@ -151,90 +124,40 @@ class TextCodec:
         Raises:
             InvalidRequest: the model has no chat template, or it refuses these messages, or knows no tools.
         """
-        if not self.chats:
+        template = self._tokenizer.chat_template
+        if not template:
             raise InvalidRequest("the base model has no chat template; use /v1/completions", param="messages")
         variables = dict(template_kwargs or {})
-        if reserved := sorted(variables.keys() & RESERVED):
+        if reserved := sorted(variables.keys() & self._reserved):
             raise InvalidRequest(
                 f"chat_template_kwargs: {', '.join(reserved)} cannot be set by it", param="chat_template_kwargs"
             )
-        turns = [dict(message) for message in (messages if self._shows_tools else without_tools(messages))]
+        turns = [dict(message) for message in (messages if "tool" in str(template) else without_tools(messages))]
         if tools:
             self._check_tools()
             if not self._template_knows_tools:
                 turns, tools = with_tools(turns, tools), ()
+        how = {
+            "tools": [dict(tool) for tool in tools] or None,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **variables,
+        }
         try:
-            template = self._templates.get("tool_use") if tools else None
-            template = template or self._templates["default"]
-            render = partial(
-                template.render,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
             if self._looks_controlled([turns, variables, *tools]):
-                mark = partial(self._with_marks, control=self._control_tokens(template))
-                ids = self._ids_of_marked(render(mark(turns), tools=mark(tools), variables=mark(variables)))
+                marked = self._with_marked_keys({"turns": turns, **how})
+                with self._copied:  # a transformers tokenizer is not for two threads at once
+                    ids = self._copy.apply_chat_template(
+                        marked.pop("turns"), tokenize=True, return_dict=False, sanitize_control_tokens=True, **marked
+                    )
                 text = self.backend.decode(ids, skip_special_tokens=False)
                 if any(lost in text for lost in _LOST):
                     raise ValueError("what looks like a control token would be one in it; leave that out")
                 return tuple(ids)
-            text = render(turns, tools=tools, variables=variables)
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, **how)
         except Exception as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
-        return tuple(self._ids(text))
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def _control_tokens(self, template: ChatTemplate) -> re.Pattern[str]:
-        """The added tokens that a template may write as such: special ones, and those that stand in it, or that the
-        tokenizer names."""
-        named = self._tokenizer.chat_control_tokens
-        return _any_of(
-            token.content
-            for token in self.backend.get_added_tokens_decoder().values()
-            if token.special
-            or (token.content in named if named is not None else _is_said(token.content, template.literals))
-        )
-
-    def _with_marks(self, value: Any, control: re.Pattern[str]) -> Any:
-        """A value whose texts that look like control tokens are marked; of keys, all that looks like an added one."""
-        if isinstance(value, str):
-            return _with_marks(value, control)
-        if isinstance(value, Mapping):
-            return {_with_marks(key, self._added): self._with_marks(item, control) for key, item in value.items()}
-        return [self._with_marks(item, control) for item in value] if isinstance(value, list | tuple) else value
-
-    def _ids_of_marked(self, chat: str) -> list[int]:
-        """The ids of a chat in which what is marked is text, and all else as it looks.
-
-        A mark that has lost its other one, as templates cut texts, is left out, and what is on its sides stays apart.
-        Raises ValueError: the tokenizer makes a control token of text.
-        """
-        first, *pieces = self._marked.split(chat)  # in turn what is marked, or None, and what is not
-        ids, newline = self._ids(first), self._ids("\n")
-        for place, piece in enumerate(pieces):
-            if not piece:
-                continue
-            encode = self._ids if place % 2 else self._ids_as_text
-            # After a new line, as SentencePiece puts a space before the beginning of a text.
-            own = encode(f"\n{piece}")
-            own = own[len(newline) :] if own[: len(newline)] == newline else encode(piece)
-            if not place % 2 and self.backend.token_to_id(piece) in own:
-                raise ValueError(f"the tokenizer makes a control token of the text {piece!r}")
-            ids += own
-        return ids
-
-    def _ids_as_text(self, text: str) -> list[int]:
-        """The ids of a text as if no token had been added to the vocabulary."""
-        backend = self.backend
-        if backend.normalizer is not None:
-            text = backend.normalizer.normalize_str(text)
-        parts = [text]
-        if backend.pre_tokenizer is not None:
-            parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-        return [token.id for part in parts for token in backend.model.tokenize(part)]
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
     def _check_tools(self) -> None:
         """Raise InvalidRequest if it is not known how the model is told of tools, and calls them."""
@@ -270,12 +193,22 @@ class TextCodec:
             return any(map(self._looks_controlled, value)) or any(map(self._looks_controlled, value.values()))
         return isinstance(value, list | tuple) and any(map(self._looks_controlled, value))
 
+    def _with_marked_keys(self, value: Any) -> Any:
+        """The same, with control tokens in keys marked as text, as transformers does it with values alone."""
+        if isinstance(value, Mapping):
+            return {mark_control_tokens(key, self._added): self._with_marked_keys(item) for key, item in value.items()}
+        return list(map(self._with_marked_keys, value)) if isinstance(value, list | tuple) else value
+
     @cached_property
     def _literal(self) -> Any:
         """A tokenizer to which control tokens are text."""
         backend = copy.deepcopy(self.backend)
         backend.encode_special_tokens = True
         return backend
+
+    @cached_property
+    def _copy(self) -> Any:
+        return copy.deepcopy(self._tokenizer)
 
     def stream(self, sampling: SamplingParams | None = None) -> TextStream:
         """A decoder for one answer."""
@@ -293,7 +226,7 @@ class TokenBytes:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._special = {id for id, token in backend.get_added_tokens_decoder().items()}
-        self._by_character = _byte_characters()
+        self._by_character = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
         kinds = _kinds(json.loads(backend.to_str())["decoder"])
         self._is_byte_level = "ByteLevel" in kinds
         self.is_all = kinds == {"ByteLevel"}
@@ -314,29 +247,6 @@ class TokenBytes:
         if match := re.fullmatch("<0x([0-9A-F]{2})>", text):
             return bytes.fromhex(match[1])
         return text.replace("\u2581", " ").encode()  # SentencePiece's space
-
-
-def _byte_characters() -> dict[str, int]:
-    """The characters that stand for bytes in byte-level vocabularies: those that can be seen for themselves, then the
-    others in a row (GPT-2's table)."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """What finds any of some texts, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
-
-
-def _is_said(token: str, literals: str) -> bool:
-    """Whether a template writes a token; what is but space it writes as text."""
-    return token in literals and not token.isspace()
-
-
-def _with_marks(text: str, tokens: re.Pattern[str]) -> str:
-    """A text with marks around each of some tokens in it; it has no others."""
-    return tokens.sub(f"{_BEGIN}\\g<0>{_END}", text.replace(_BEGIN, "").replace(_END, ""))
 
 
 def _kinds(decoder: Any) -> set[str]:

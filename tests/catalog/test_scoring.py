@@ -291,7 +291,7 @@ def test_matching_runs_on_a_scorer(decoder, codec, load_adapter, adapters) -> No
 
 
 @pytest.mark.parametrize("kind", ["engine", "likelihood"])
-def test_what_cannot_be_scored_is_refused(kind, engine, decoder, codec, load_adapter, monkeypatch) -> None:
+def test_what_cannot_be_scored_is_refused(kind, engine, decoder, codec, tokenizer, load_adapter, monkeypatch) -> None:
     def scorer(tasks):
         if kind == "engine":
             return EngineScorer(engine, load_adapter, tasks)
@@ -302,7 +302,7 @@ def test_what_cannot_be_scored_is_refused(kind, engine, decoder, codec, load_ada
         scorer([long])
     with pytest.raises(TaskError, match=r"upper: has no validation\[2\]"):
         scorer(TASKS).score([Evaluation("mlp", "upper", 2)])
-    monkeypatch.setattr(codec, "chats", False)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(InvalidRequest, match="no chat template"):
         scorer(TASKS)
 
