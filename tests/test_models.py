@@ -66,7 +66,7 @@ def test_a_moved_branch_is_another_copy_and_the_commit_that_a_service_is_told_is
 
 def test_a_service_is_told_commits_and_not_branches(hub_server: HubServer, monkeypatch) -> None:
     commit = hub_server.commit("org/tiny", MODEL)
-    monkeypatch.setattr("deployments.app._with_gpus", lambda options, device: options)
+    monkeypatch.setattr("deployments.app._with_gpus", lambda options, device: (options, 0))
     app = build(AppConfig(base_model="hf://org/tiny", encoder="hf://org/tiny@main", adapters="hf://org/pool"))
     config, embedder = app._bound_deployment.init_args[:2]
     assert config.base_model == f"hf://org/tiny@{commit}"

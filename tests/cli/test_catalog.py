@@ -449,7 +449,7 @@ def test_versions_are_listed_and_used_again(cli: Cli, catalog: Path) -> None:
     (catalog / key_of(part)).write_bytes(b"damaged")
     assert f"{second}\t-\tcatalog " in cli("versions", catalog).out
     cli("use", catalog, second).refused(f"{key_of(part)} is damaged")
-    cli("use", catalog, "0" * 16).refused("is not there")
+    cli("use", catalog, "0" * 16).refused("there is no version '0000000000000000'")
     assert current_version(catalog) == first
 
 

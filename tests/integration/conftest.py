@@ -6,7 +6,9 @@ import asyncio
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,19 @@ class Service:
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120)
 
-    @property
+    @cached_property
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
-    @property
+    @cached_property
     def anthropic(self) -> anthropic.Anthropic:
         return anthropic.Anthropic(base_url=self.url, api_key="unused", max_retries=0, timeout=120)
+
+    def close(self) -> None:
+        """Close what was not closed where it was used."""
+        for name in ("openai", "anthropic"):
+            if client := vars(self).get(name):
+                client.close()
 
     @property
     def cache(self) -> Any:
@@ -141,9 +149,10 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGS)
         serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter", logging_config=LOGS)
-        yield Service(
-            f"http://127.0.0.1:{port}", config, s3_server.root / BUCKET / "adapters", work / "disk" / "cache-0"
-        )
+        with closing(
+            Service(f"http://127.0.0.1:{port}", config, s3_server.root / BUCKET / "adapters", work / "disk" / "cache-0")
+        ) as running:
+            yield running
         serve.shutdown()
         ray.shutdown()
     shutil.rmtree(work, ignore_errors=True)

@@ -36,10 +36,13 @@ def test_no_key_no_answer(secured: Any) -> None:
         assert refused.status_code == 401
         assert refused.headers["www-authenticate"] == "Bearer"
         assert refused.json()["error"]["code"] == "invalid_api_key"
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{secured.url}/v1", api_key="lr-wrong", max_retries=0).models.list()
-    own = openai.OpenAI(base_url=f"{secured.url}/v1", api_key=secured.keys["all"], max_retries=0)
-    assert "sst2" in [model.id for model in own.models.list()]
+    with (
+        openai.OpenAI(base_url=f"{secured.url}/v1", api_key="lr-wrong", max_retries=0) as other,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        other.models.list()
+    with openai.OpenAI(base_url=f"{secured.url}/v1", api_key=secured.keys["all"], max_retries=0) as own:
+        assert "sst2" in [model.id for model in own.models.list()]
     assert ask(secured, "operator").status_code == 403
 
 
