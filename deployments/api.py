@@ -30,7 +30,7 @@ from deployments.bodies import read_json
 from deployments.config import AccessSettings, ApiSettings
 from deployments.generation import Generating, Generation
 from deployments.listings import Listed, Listings
-from deployments.openai_answers import CHAT, FUNCTIONS, TEXT, error_answer
+from deployments.openai_answers import CHAT, FUNCTIONS, TEXT, error_answer, error_object
 from deployments.openai_types import ChatBody, CompletionBody
 from deployments.openapi import document, page
 from deployments.options import parse_body
@@ -238,8 +238,7 @@ async def _known(request: Request, error: Exception) -> Response:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
-    return _error(request, error.status_code, {"error": body}, error.headers)
+    return _error(request, error.status_code, error_object(error.detail), error.headers)
 
 
 def _error(request: Request, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> Response:

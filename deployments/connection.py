@@ -9,13 +9,15 @@ with its body, the last piece of a stream with its end. Knows nothing of what is
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Any
 
 import httptools
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from deployments.encoded import encoded
+from deployments.openai_answers import error_object
 
 PATIENCE_S = 60.0
 _FAREWELL_S = 2.0  # for which a client that has its last answer may go on sending
@@ -138,9 +140,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         """The last that is said here, in OpenAI's shape, unless an answer has begun."""
         if self._answering is None or self._answering.response_complete or not self._answering.response_started:
-            body = json.dumps(
-                {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
-            ).encode()
+            body = encoded(error_object(message))
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)
             self._in_request = True  # whatever it sends

@@ -332,7 +332,14 @@ def error_answer(error: Exception, audience: Audience) -> tuple[int, dict[str, A
     for kind, status, type_, code in _STATUS:
         if isinstance(error, kind):
             message, param = told(error, audience), getattr(error, "param", None)
-            return status, {"error": {"message": message, "type": type_, "param": param, "code": code}}
+            return status, error_object(message, type_, param, code)
     logger.error("request failed", exc_info=error)
     message = told(error, audience) if isinstance(error, LorauterError) and audience != "limited" else _UNKNOWN
-    return 500, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
+    return 500, error_object(message, "server_error")
+
+
+def error_object(
+    message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

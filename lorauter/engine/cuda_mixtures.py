@@ -6,7 +6,7 @@ What changes is written into its place; captured graphs read it there. Knows not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -89,29 +89,25 @@ class CudaMixtures(Mixtures):
         for placed, _ in self.rows[row]:
             self._writes[row * SLOTS + placed.slot] = 0.0
             self._in_use[placed.key].rows -= 1
-        weights: dict[int, float] = {}
-        for placed, weight in mixture:
-            place = row * SLOTS + placed.slot
-            weights[place] = weights.get(place, 0.0) + weight
-        self._writes |= weights
         super().assign(row, mixture)
+        weights: dict[AdapterKey, float] = {}
+        for placed, weight in self.rows[row]:
+            weights[placed.key] = weights.get(placed.key, 0.0) + weight
+        self._writes |= {row * SLOTS + placed.slot: weights[placed.key] for placed, _ in mixture}
         for placed, _ in mixture:
             known = self._in_use.get(placed.key)
             if known is None or (not known.rows and known.placed is not placed):  # it may lie elsewhere than before
                 self._in_use[placed.key] = _InUse(placed, *self._of(placed), self._own_of(placed), 0)
                 self._changed = True
             self._in_use[placed.key].rows += 1
-        self._list(row)
+        self._list(row, weights)
 
     def listed(self, rows: Collection[int]) -> bool:
         """Whether all columns of these rows are in their lists."""
         return self._wide.isdisjoint(rows)
 
-    def _list(self, row: int) -> None:
+    def _list(self, row: int, weights: Mapping[AdapterKey, float]) -> None:
         """Let a row's lists say what its mixture is."""
-        weights: dict[AdapterKey, float] = {}
-        for placed, weight in self.rows[row]:
-            weights[placed.key] = weights.get(placed.key, 0.0) + weight
         all_bits = torch.tensor(list(weights.values()), dtype=torch.float32).view(torch.int32).tolist()
         parts = [(self._in_use[key].own, bits << 32) for key, bits in zip(weights, all_bits, strict=True) if bits]
         for g, group in enumerate(self.groups):

@@ -190,7 +190,7 @@ class CudaRunner(Runner):
 
     def _capture_all(self, sizes: Sequence[_Size]) -> None:
         for size in sorted(sizes, key=lambda size: -size.tokens):  # the largest first: the others use its memory
-            for kind in self._kinds if size.tokens > _OWN_TOKENS else self._kinds_of_few:
+            for kind in self._kinds_at(size):
                 self._graphs[size, kind] = self._capture(size, kind)
 
     def _capture(self, size: _Size, kind: _Kind) -> _Graph:
@@ -380,8 +380,11 @@ class CudaRunner(Runner):
             return self._kinds[0]
         if size in self._own_sizes and mixtures.listed(rows):
             return self._own
-        kinds = self._kinds if size.tokens > _OWN_TOKENS else self._kinds_of_few
-        return next(kind for kind in kinds if mixtures.active <= kind.adapted and not kind.own)
+        return next(kind for kind in self._kinds_at(size) if mixtures.active <= kind.adapted and not kind.own)
+
+    def _kinds_at(self, size: _Size) -> list[_Kind]:
+        """The kinds of graphs that a size has, those that change least first."""
+        return self._kinds if size.tokens > _OWN_TOKENS else self._kinds_of_few
 
     def _sample(
         self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Tensor | None = None

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from command_line import Cli, Ran
 from fake_states import HashingStates
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from tiny_model import write_model
 
 from lorauter.adapters import AdapterRepository, open_store
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, current_version, with_tasks
@@ -206,20 +204,7 @@ def test_matching_needs_adapters_and_a_place_for_scores(cli: Cli, match: Cli, ta
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A random Llama that the adapters of `make_adapter` fit, in a folder of the name that they give."""
-    config = transformers.LlamaConfig(
-        vocab_size=258, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=257, bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    folder = tmp_path / "tiny-base"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=["<end>"], chat_template=template
-    ).save_pretrained(folder)
+    folder = write_model(tmp_path / "tiny-base")
     threads = torch.get_num_threads()
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     yield folder
