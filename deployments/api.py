@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 import lorauter
@@ -26,7 +26,7 @@ from deployments.access import Access, Caller, Visit
 from deployments.admin import ReadChange
 from deployments.anthropic_answers import MessagesShape, error_body, speaks_anthropic
 from deployments.anthropic_types import MessagesBody
-from deployments.bodies import read_json
+from deployments.bodies import Json, read_json
 from deployments.config import AccessSettings, ApiSettings
 from deployments.generation import Generating, Generation
 from deployments.listings import Listed, Listings
@@ -119,7 +119,7 @@ def build_api(
         async def changed(request: Request) -> Response:
             async with read(request) as wanted:
                 await check_change(request.state.caller, wanted, service)
-                return JSONResponse(visible(await wanted.make(request.state.caller), request.state.caller.permitted))
+                return Json(visible(await wanted.make(request.state.caller), request.state.caller.permitted))
 
         return route(method, path, changed)
 
@@ -202,19 +202,19 @@ class _Api:
         return await self._generation.answer(request, body.chat(), MessagesShape())
 
     async def health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return Json({"status": "ok"})
 
     async def version(self, _: Request) -> Response:
-        return JSONResponse({"version": lorauter.__version__})
+        return Json({"version": lorauter.__version__})
 
     async def load(self, _: Request) -> Response:
-        return JSONResponse({"server_load": self._generation.running})
+        return Json({"server_load": self._generation.running})
 
     async def metrics(self, _: Request) -> Response:
         return Response(await self._service.metrics(), media_type=_PROMETHEUS)
 
     async def openapi(self, _: Request) -> Response:
-        return JSONResponse(document())
+        return Json(document())
 
     async def docs(self, _: Request) -> Response:
         return HTMLResponse(page())
@@ -243,7 +243,7 @@ async def _http(request: Request, error: Exception) -> Response:
 
 def _error(request: Request, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> Response:
     """An error in the shape of the API that the request is of."""
-    return JSONResponse(error_body(status, body) if speaks_anthropic(request.url.path) else body, status, headers)
+    return Json(error_body(status, body) if speaks_anthropic(request.url.path) else body, status, headers)
 
 
 async def _left(_: Request, __: Exception) -> Response:

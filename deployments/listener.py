@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import uvicorn
 from ray.serve.context import _set_request_context
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import tracing
+from deployments.bodies import Json
 from deployments.connection import LEAVING, Connection
 from deployments.encoded import new_id
 from deployments.observe import REQUEST_ID
@@ -114,7 +114,7 @@ class Front:
         if self._ongoing >= _MOST:
             refusal = Overloaded(f"{_MOST} requests are in progress; try again later", retry_after_s=_RETRY_AFTER_S)
             status, body = error_answer(refusal, "unlimited")
-            await JSONResponse(body, status, {"Retry-After": str(_RETRY_AFTER_S)})(scope, receive, send_noted)
+            await Json(body, status, {"Retry-After": str(_RETRY_AFTER_S)})(scope, receive, send_noted)
             return
         task = asyncio.current_task()
         assert task is not None

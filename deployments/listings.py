@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from deployments.access import Caller
+from deployments.bodies import Json
 from deployments.calls import CatalogDescription, Residency
 from deployments.generation import short
 from deployments.openai_types import BASE_MODEL, ROUTED_MODEL
@@ -74,7 +75,7 @@ class Listings:
         catalog = await self._service.describe()
         permitted = filter(request.state.caller.permits, catalog.adapters)
         rows = [self._model_row(name) for name in (ROUTED_MODEL, BASE_MODEL, *permitted)]
-        return JSONResponse(_page(rows, request))
+        return Json(_page(rows, request))
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/{model}`."""
@@ -83,7 +84,7 @@ class Listings:
             request.state.caller.permits(name) and await self._service.versions([name])
         ):
             raise AdapterNotFound("no such model; see GET /v1/models", adapter=short(name))
-        return JSONResponse(self._model_row(name))
+        return Json(self._model_row(name))
 
     def _model_row(self, name: str) -> dict[str, Any]:
         served = {ROUTED_MODEL: (BASE_MODEL, None), BASE_MODEL: (self._base_model, None)}
@@ -109,7 +110,7 @@ class Listings:
         page = _page(visible_tasks(catalog.tasks, caller.permitted), request)
         if wanted := _number(request, "examples", _EXAMPLES, 0):
             page["data"] = await self._with_examples(page["data"], wanted)
-        return JSONResponse(visible({"catalog_version": catalog.version, **refused, **page}, caller.permitted))
+        return Json(visible({"catalog_version": catalog.version, **refused, **page}, caller.permitted))
 
     async def task(self, request: Request) -> Response:
         """`GET /v1/tasks/{name}`."""
@@ -118,7 +119,7 @@ class Listings:
         found = [task for task in visible_tasks(catalog.tasks, caller.permitted) if task["id"] == name]
         if not found:
             raise TaskNotFound(short(name))
-        return JSONResponse((await self._with_examples(found, _EXAMPLES))[0])
+        return Json((await self._with_examples(found, _EXAMPLES))[0])
 
     async def _with_examples(self, rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
         examples = await self._service.examples([row["id"] for row in rows], most)
@@ -141,19 +142,19 @@ class Listings:
                     if adapter["name"] in rows and "tasks" in rows[adapter["name"]]:
                         rows[adapter["name"]]["tasks"].append({"id": task["id"], "score": adapter["score"]})
         page["data"] = [row for row in rows.values() if "tasks" in row]  # the others went meanwhile
-        return JSONResponse(page)
+        return Json(page)
 
     async def map(self, request: Request) -> Response:
         """`GET /v1/map`."""
         permitted = request.state.caller.permitted
         shown = await self._service.layout(permitted, request.query_params.getlist("task"))
-        return JSONResponse(visible(shown, permitted))
+        return Json(visible(shown, permitted))
 
     async def access(self, request: Request) -> Response:
         """`GET /v1/access`: what the caller's own key is for."""
         caller: Caller = request.state.caller
         key = caller.key
-        return JSONResponse(
+        return Json(
             {
                 "object": "access",
                 "name": caller.name,
@@ -166,12 +167,12 @@ class Listings:
 
     async def deployments(self, _: Request) -> Response:
         """`GET /v1/deployments`."""
-        return JSONResponse({"object": "list", "data": await self._service.deployments()})
+        return Json({"object": "list", "data": await self._service.deployments()})
 
     async def versions(self, request: Request) -> Response:
         """`GET /v1/catalog/versions`."""
         limit = _number(request, "limit", _VERSIONS, _VERSIONS, least=1)
-        return JSONResponse(await self._service.history(limit, request.query_params.get("after")))
+        return Json(await self._service.history(limit, request.query_params.get("after")))
 
 
 def _names(task: Mapping[str, Any]) -> Iterable[str]:
