@@ -37,6 +37,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.app import DEPLOYMENTS, assemble
+from deployments.cluster import settle
 from deployments.config import AppConfig
 from deployments.router import Router
 from lorauter.adapters import AdapterRepository, open_store
@@ -214,7 +215,7 @@ def main() -> None:
         uri = "s3://bucket/adapters"
         write_model(work / "model")
         push_adapters(work / "adapters", uri)
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        settle()
         node = {"num_cpus": 4, "resources": {"model": len(ROUTERS)}, "object_store_memory": 100 << 20}
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         stack.callback(cluster.shutdown)

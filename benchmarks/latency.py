@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 
 import deployments.app
 from deployments.calls import Admitted, Begun, GenerateCall
+from deployments.cluster import LOCAL, connect
 from deployments.config import AppConfig
 from deployments.embedder import QueryEmbedder
 from deployments.replicas import ReplicaServer, by_name
@@ -145,7 +146,7 @@ def main() -> None:
     key = new_key()
     limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9}
     os.environ["LATENCY_KEYS"] = json.dumps([{"name": "one", "sha256": hash_key(key), **limits}])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    connect(LOCAL, num_cpus=2)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     serve.run(app(AppConfig()), name="open", route_prefix="/open")
     keyed = AppConfig.parse({"access": {"keys_env": "LATENCY_KEYS"}})

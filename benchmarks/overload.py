@@ -188,11 +188,12 @@ def main() -> None:
     from ray import serve
 
     from deployments.app import assemble
+    from deployments.cluster import LOCAL, connect
     from deployments.config import AppConfig
 
     config = AppConfig.parse({"engine": {"max_slowdown": options.max_slowdown}})
     port = free_port()
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    connect(LOCAL, num_cpus=2)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
     serve.run(assemble(config, {}), name="lorauter")
     try:

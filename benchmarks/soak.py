@@ -36,6 +36,7 @@ from soak_report import Judge, MemorySample, Outcome, markdown, summary
 from word_adapters import WordAdapters
 
 from deployments.app import assemble
+from deployments.cluster import settle
 from deployments.config import AppConfig
 from lorauter.adapters import AdapterManifest, AdapterRepository, open_store
 from lorauter.adapters.weights import WEIGHTS_FILE
@@ -313,7 +314,8 @@ def main() -> None:
 
     work = Path(tempfile.mkdtemp(prefix="lorauter-soak-"))
     server = LocalS3(work / "s3", BUCKET)
-    os.environ.update(server.env, RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS="0")
+    os.environ.update(server.env, RAY_DEDUP_LOGS="0")
+    settle()
     server.start()
     judge = Judge(TOKENS)
     pool = Pool(WordAdapters(resolve_model("default"), BASE_MODEL), args.adapters, judge, work / "made")

@@ -26,6 +26,18 @@ _ADVICE = (
 )
 
 
+def settle() -> None:
+    """Say what Ray and Serve are to be like, where nobody has, before either is started here: who is started inherits
+    it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Serve's proxies call the ingress by gRPC: half of the CPU time of Ray's own calls.
+    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+    # Serve's controller looks for what has changed this often; at its own 0.1 s it takes a twentieth of a core at rest.
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
+    # And every replica hands on what it has counted this often, whether there is anything or not, not each 0.1 s.
+    os.environ.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "1000")
+
+
 def connect(address: str, **local: Any) -> None:
     """Join a cluster, or start one.
 
@@ -36,11 +48,7 @@ def connect(address: str, **local: Any) -> None:
     Raises:
         ConfigError: there is no such cluster, or Ray does not start.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Serve's proxies, which inherit it, call the ingress by gRPC: half of the CPU time of Ray's own calls.
-    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
-    # Serve's controller looks for what has changed this often; at its own 0.1 s it takes a twentieth of a core at rest.
-    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
+    settle()
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
     if address == LOCAL:
         try:

@@ -44,7 +44,8 @@ class Dispatch:
         self._cache_prefix = spec.prefix
         self.placement = Placement(batch=batch)
         self.placement.look = self._queues
-        self._told: dict[str, tuple[int, int]] = {}  # what a replica's last report says of its queue; ours of it then
+        self._others: dict[str, int] = {}  # requests of other senders, by what each replica reported last
+        self._most: dict[str, tuple[int, int]] = {}  # ours at most, before each replica's last report and since
         self._nodes: dict[str, str] = {}
         self._caches: dict[str, tuple[Any, float]] = {}  # by node, and when they were looked for
         self._looking: dict[str, asyncio.Task[None]] = {}
@@ -60,7 +61,10 @@ class Dispatch:
         if call.adapters:
             self._announce(self._nodes[best], [adapter.key for adapter in call.adapters])
         self.placement.took(call.number, best)
-        return self._replicas.call_of(best, "generate", call)
+        sent = self._replicas.call_of(best, "generate", call)
+        before, since = self._most.get(best, (0, 0))
+        self._most[best] = before, max(since, self._replicas.ongoing[best])
+        return sent
 
     def ended(self, call: GenerateCall) -> None:
         """A call is with no replica any more."""
@@ -98,19 +102,18 @@ class Dispatch:
         reports = {replica.name: replica.report for replica in replicas}
         self._nodes = {replica.name: replica.node for replica in replicas}
         own = self._replicas.ongoing
-        self._told = {name: told for name, told in self._told.items() if name in reports}
+        self._others = {name: others for name, others in self._others.items() if name in reports}
+        self._most = {name: most for name, most in self._most.items() if name in reports}
         for name in self.placement.update(reports, time.monotonic()):
             if (queue := reports[name].get("queue")) is not None:
-                self._told[name] = queue, own[name]
+                # A report is late by up to a period: what has ended since it was made was ours rather than others'.
+                most = (*self._most.get(name, (0, 0)), own[name])
+                self._others[name] = max(0, queue - max(most))
+                self._most[name] = max(most[1:]), own[name]
 
     def _queues(self) -> dict[str, int]:
-        """Requests in progress: what a replica has reported, and what was sent from here since, or is there from
-        here at least."""
-        queues = {}
-        for name, own in self._replicas.ongoing.items():
-            queue, then = self._told.get(name, (0, 0))
-            queues[name] = max(queue + own - then, own)
-        return queues
+        """Requests in progress: those from here, and those of others that were reported last."""
+        return {name: own + self._others.get(name, 0) for name, own in self._replicas.ongoing.items()}
 
     def _announce(self, node: str, keys: list[AdapterKey]) -> None:
         """Have the replica's node know, and fetch, what is wanted there; a courtesy."""

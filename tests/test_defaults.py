@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_states import HashingStates
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 
@@ -191,8 +192,9 @@ def test_default_adapters_and_their_base_model() -> None:
 
 @pytest.fixture
 def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the examples' tasks with an empty pool, in place of the examples; and a fast encoder."""
+    """A copy of the examples' tasks with an empty pool, in place of the examples; no model reads or embeds them."""
     monkeypatch.setattr("lorauter.defaults.load_encoder", lambda name: HashingEncoder())
+    monkeypatch.setattr("lorauter.defaults.load_states", lambda name: HashingStates())
     shutil.copytree(EXAMPLES / "tasks", tmp_path / "examples" / "tasks")
     (tmp_path / "examples" / "adapters").mkdir()
     monkeypatch.setattr("lorauter.defaults._EXAMPLES", tmp_path / "examples")

@@ -129,6 +129,30 @@ def test_queues_count_what_replicas_say_and_what_was_sent() -> None:
     run(scenario, r0=holds("a", queue=24), r1=holds("a"))
 
 
+def test_what_a_late_report_counts_and_has_ended_is_nobody_elses() -> None:
+    """Who asks in bursts is not refused for requests that were answered before the report of them came."""
+
+    async def scenario(dispatch: Dispatch, replicas: FakeReplicas) -> None:
+        for _ in range(12):
+            await dispatch.send(wants("a"))
+        replicas.ongoing["r0"] = 0
+        replicas.reports["r0"] = holds("a", queue=12, limit=16)
+        replicas.tell()
+        assert dispatch.placement.look() == {"r0": 0}
+        for _ in range(12):
+            dispatch.check()
+            await dispatch.send(wants("a"))
+        replicas.reports["r0"] = holds("a", queue=13, limit=16)
+        replicas.tell()
+        assert dispatch.placement.look() == {"r0": 13}
+        replicas.ongoing["r0"] = 0
+        replicas.reports["r0"] = holds("b", queue=13, limit=16)
+        replicas.tell()
+        assert dispatch.placement.look() == {"r0": 1}
+
+    run(scenario, r0=holds("a", queue=0, limit=16))
+
+
 def test_a_refused_call_goes_to_the_next_and_others_hear_of_it() -> None:
     async def scenario(dispatch: Dispatch, replicas: FakeReplicas) -> None:
         assert await dispatch.send(wants("a", avoid=("r0",))) == "r1"

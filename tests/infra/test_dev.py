@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from families import command, end, family, kill
 from local_s3 import free_port
 
 from deployments.launch import ServeFile
@@ -88,16 +89,20 @@ def _wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> N
 @pytest.mark.integration
 def test_the_service_runs_against_a_real_s3_server(tmp_path: Path) -> None:
     """From nothing to an answer, an adapter pushed from another terminal, and back to nothing."""
-    port, store, log = free_port(), tmp_path / "store", tmp_path / "log"
-    env = {**os.environ, "S3_FOLDER": str(store), "S3_PORT": str(free_port()), "RAY_USAGE_STATS_ENABLED": "0"}
+    port, store, log, tasks = free_port(), tmp_path / "store", tmp_path / "log", tmp_path / "tasks"
+    tasks.mkdir()
+    for name in ("multi30k_deen", "sst2"):
+        (tasks / f"{name}.json").symlink_to(ROOT / "examples" / "tasks" / f"{name}.json")
+    env = {**os.environ, "S3_FOLDER": str(store), "S3_PORT": str(free_port()), "TASKS": str(tasks)}
     with log.open("wb") as out:
-        command = [str(DEV / "serve.sh"), "--port", str(port)]
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
-    family: list[psutil.Process] = []
+        process = subprocess.Popen(
+            [str(DEV / "serve.sh"), "--port", str(port)], stdout=out, stderr=out, env=env, start_new_session=True
+        )
+    begun: list[psutil.Process] = []
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for_answer(url, process, log)
-        family = psutil.Process(process.pid).children(recursive=True)
+        begun = family(process)
         text = "Translate to English: Zwei Hunde spielen im Schnee."
         body = {"model": "lorauter", "messages": [{"role": "user", "content": text}], "max_tokens": 8}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
@@ -127,10 +132,8 @@ def test_the_service_runs_against_a_real_s3_server(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, log.read_text()
         assert "Aborted" not in log.read_text()  # the shell's word on a service that did not end of itself
-        _, left = psutil.wait_procs(family, timeout=30)
-        assert all("Agent" in agent.name() for agent in left), left  # Ray's own take their time on a busy machine
+        _, left = psutil.wait_procs(begun, timeout=30)
+        assert all("Agent" in said for said in map(command, left) if said), left  # Ray's own take their time
     finally:
-        for child in [*family, *([psutil.Process(process.pid)] if process.poll() is None else [])]:
-            if child.is_running():
-                child.kill()
-        process.wait()
+        end(process)
+        kill(begun)

@@ -24,6 +24,7 @@ from ray import serve
 
 from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.app import assemble
+from deployments.cluster import LOCAL, connect
 from deployments.config import AccessSettings, AppConfig
 from deployments.limits import limits_actor
 from deployments.router import Router
@@ -129,7 +130,7 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
     work = tmp_path_factory.mktemp("service")
     uri = published
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**s3_server.env, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        for name, value in s3_server.env.items():
             patch.setenv(name, value)
         config = AppConfig.parse(
             {
@@ -146,7 +147,7 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
             }
         )
         port = free_port()
-        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        connect(LOCAL, num_cpus=4)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGS)
         serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter", logging_config=LOGS)
         with closing(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from families import end, family
 from local_s3 import free_port
 from otlp import Collector, attributes
 from wheels import Wheel
@@ -64,11 +65,7 @@ def started(cwd: Path, folder: Path, environment: Mapping[str, str] = os.environ
         yield run
     finally:
         for process in processes:
-            if process.poll() is None:
-                children = psutil.Process(process.pid).children(recursive=True)
-                for child in [*children, psutil.Process(process.pid)]:
-                    child.kill()
-                process.wait()
+            end(process)
 
 
 @pytest.fixture
@@ -224,14 +221,14 @@ def test_a_requests_spans_reach_the_collector_as_one_trace(served: Served) -> No
 
 def test_ctrl_c_ends_it_and_nothing_was_said_that_nobody_can_act_on(served: Served) -> None:
     """The last that it is asked."""
-    family = psutil.Process(served.process.pid).children(recursive=True)
+    begun = family(served.process)
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(60) == 0, served.log.read_text()
     said = served.log.read_text()
     assert f"serving on {served.url}" in said
     noise = [line for line in said.splitlines() if not re.match(_SAID, line)]
     assert noise == []  # warnings and bars of Ray and of model libraries are in the log
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(begun, timeout=20)
     assert not alive
 
 
@@ -248,17 +245,16 @@ def test_what_only_a_replica_finds_out_reaches_the_console_in_one_line(
     config.write_text(yaml.safe_dump(data))
     process, log = start(str(BIN / "lorauter"), "serve", "--config", str(config))
     deadline = time.monotonic() + 240
-    family: list[psutil.Process] = []
+    begun: list[psutil.Process] = []
     while process.poll() is None:
         assert time.monotonic() < deadline, log.read_text()
-        with suppress(psutil.NoSuchProcess):
-            family = psutil.Process(process.pid).children(recursive=True) or family
+        begun = family(process) or begun
         time.sleep(0.2)
     assert process.returncode == 1
     *before, last = log.read_text().splitlines()
     assert last.startswith("error: LoraModel cannot start: the base model's weights are damaged: ")
     assert [line for line in before if not re.match(_SAID, line)] == []
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(begun, timeout=20)
     assert not alive
 
 

@@ -19,6 +19,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from deployments.app import assemble
+from deployments.cluster import settle
 from deployments.config import AppConfig
 
 NODE = {"num_cpus": 1, "resources": {"model": 1}}
@@ -28,6 +29,7 @@ ON_HEAD = {"num_cpus": 0.1, "resources": {"head": 0.01}}
 def main() -> None:
     said, sys.stdout = sys.stdout, sys.stderr  # Ray prints what it thinks of all that dies
     config, port = AppConfig.parse(json.loads(Path(sys.argv[1]).read_text())), int(sys.argv[2])
+    settle()
     head = {"num_cpus": 2, "resources": {"head": 1}, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):

@@ -21,6 +21,7 @@ import httpx
 import psutil
 import pytest
 from catalogued import catalog_adapters
+from families import command, family, kill
 from faulty_s3 import FaultyS3
 from local_s3 import free_port
 
@@ -41,14 +42,7 @@ class FaultCluster:
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Processes of the cluster with this in their title or command."""
-        found = []
-        for process in psutil.Process(self._process.pid).children(recursive=True):
-            try:
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return [process for process in family(self._process) if title in command(process)]
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         return self.processes(f"ServeReplica:lorauter:{deployment}")
@@ -56,8 +50,7 @@ class FaultCluster:
     def kill_node(self, process: psutil.Process) -> None:
         """End all that runs on the node of a process."""
         raylet = next(parent for parent in process.parents() if parent.name() == "raylet")
-        for victim in (raylet, *raylet.children(recursive=True)):
-            victim.kill()
+        kill([raylet, *raylet.children(recursive=True)])
 
     def _say(self, line: str) -> str:
         assert self._process.stdin is not None
@@ -126,7 +119,7 @@ def _cluster(
                 pytest.fail((work / "log").read_text())
             yield FaultCluster(f"http://127.0.0.1:{port}", s3, f"{published}/adapters", work / "disk", process)
         finally:
-            children = psutil.Process(process.pid).children(recursive=True)
+            children = family(process)
             process.stdin.close()
             try:
                 process.wait(30)
@@ -134,8 +127,7 @@ def _cluster(
                 process.kill()
                 process.wait()
             _, alive = psutil.wait_procs(children, timeout=5)
-            for child in alive:
-                child.kill()
+            kill(alive)
             process.stdout.close()
             s3.close()
             shutil.rmtree(work, ignore_errors=True)
