@@ -13,6 +13,7 @@ from ray import serve
 from deployments.devices import own_gpus_only
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
+from deployments.remembered import Remembered
 from deployments.replicas import ReplicaServer
 from deployments.routing_metrics import RoutingMetrics
 from deployments.startup import tells_why
@@ -66,12 +67,13 @@ class QueryEmbedder:
         self._metrics = RoutingMetrics(RayRecorder())
         self._encoder = load_encoder(encoder)
         self._encoder.encode(["warm-up"])
-        self._together = Together(self._encode, size=len, most=_TOGETHER)
+        self._embedded = Remembered(Together(self._encode, size=len, most=_TOGETHER).ask)
         self._state_model = state_model
         self._reader: StateModel | None = None
         self._read_together = Together(
             self._read, size=len, most=_TOGETHER if torch.cuda.is_available() else _READ_TOGETHER
         )
+        self._seen = Remembered(self._read_together.ask)
         self._server = ReplicaServer(
             "QueryEmbedder", {"embed": self.embed, "states": self.states_if_loaded, "name": self.name}
         )
@@ -83,7 +85,7 @@ class QueryEmbedder:
     async def embed(self, texts: list[str]) -> Embeddings:
         """(n, d) float32 unit rows for n texts."""
         with self._metrics.step("embed"), span("embed"):
-            return await self._together.ask(texts)
+            return await self._embedded.ask(texts)
 
     async def _encode(self, requests: list[list[str]]) -> list[Embeddings]:
         vectors = await asyncio.to_thread(self._encoder.encode, [text for texts in requests for text in texts])
@@ -92,7 +94,7 @@ class QueryEmbedder:
     async def states(self, texts: list[str]) -> States:
         """See `lorauter.states.StateModel.states`. Raises ConfigError: there is no such model."""
         with self._metrics.step("read"), span("read"):
-            return await self._read_together.ask(texts)
+            return await self._seen.ask(texts)
 
     async def states_if_loaded(self, texts: list[str]) -> States:
         """The same for queries, which do not wait for the model to be loaded. Raises ServiceUnavailable: it is not."""

@@ -98,7 +98,7 @@ def test_a_text_is_read_by_a_model_that_is_loaded_for_the_first_one(monkeypatch:
     for texts, states in zip(queries, asyncio.run(ask()), strict=True):
         np.testing.assert_array_equal(states, HashingStates().states(texts))
     assert [name for name, _ in loaded] == ["reader"]
-    assert sorted(model.read) == sorted(["lone", *(text for texts in queries for text in texts)])
+    assert sorted(model.read) == sorted(text for texts in queries for text in texts), "each of them once"
     with pytest.raises(ConfigError, match="no model of states is served"):
         asyncio.run(QueryEmbedder.func_or_class("fake").states(["a text"]))
 
