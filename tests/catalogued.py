@@ -27,7 +27,7 @@ def catalog_adapters(url: str, adapters: str, *names: str) -> str:
 
 def wait_for_catalog(url: str, version: str) -> None:
     """Until so many answers in a row are of this version that all replicas have it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     served: list[bool] = []
     with httpx.Client(base_url=url, timeout=120) as client:
         while served[-15:] != [True] * 15:

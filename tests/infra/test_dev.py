@@ -74,7 +74,7 @@ def test_make_dev_runs_the_script() -> None:
 
 
 def _wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while True:
         try:
             if httpx.get(f"{url}/healthz", timeout=5).is_success:
@@ -119,7 +119,7 @@ def test_the_service_runs_against_a_real_s3_server(tmp_path: Path) -> None:
             ["sh", "-c", sourced], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
         )
         assert pushed.returncode == 0, pushed.stderr
-        deadline = time.monotonic() + 60  # until every replica has the new version of the catalog
+        deadline = time.monotonic() + 180  # until every replica has the new version of the catalog
         while True:
             mine = httpx.post(f"{url}/v1/chat/completions", json={**body, "model": "mine"}, timeout=60)
             if mine.status_code != 404 or time.monotonic() > deadline:

@@ -86,7 +86,7 @@ class Service:
 
     def settle(self) -> None:
         """Wait until every replica serves the catalog that is published: one tells so, and all have looked again."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         with self.http as client:
             while client.get("/v1/tasks").json()["catalog_version"] != current_version(self.config.catalog):
                 assert time.monotonic() < deadline

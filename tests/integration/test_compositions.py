@@ -59,7 +59,7 @@ def test_a_task_without_an_adapter_gets_one_that_is_composed(
         assert client.post(f"{path}/cancel").json()["status"] == "cancelled"
 
         told, seen = asked.json(), set()
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while told["status"] in ("queued", "running", "publishing") and time.monotonic() < deadline:
             time.sleep(0.5)
             told = client.get(f"/v1/compositions/{told['id']}").json()

@@ -52,7 +52,7 @@ def running(deployment: str = "LoraModel") -> int:
     return serve.status().applications[APP].deployments[deployment].replica_states.get("RUNNING", 0)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 120) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 400) -> None:
     deadline = time.monotonic() + timeout_s
     while not await condition():
         assert time.monotonic() < deadline, serve.status().applications[APP]
@@ -120,7 +120,9 @@ class Client:
             await asyncio.gather(*tasks)
 
 
-def test_replicas_follow_the_load_and_no_request_is_lost(url: str) -> None:
+def test_replicas_follow_the_load_and_no_request_is_lost(url: str, alone: None) -> None:
+    """Alone: its clients would keep others from their cores for minutes, and those its replicas."""
+
     async def whole() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=180) as http:
             await scenario(Client(http))

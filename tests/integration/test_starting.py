@@ -48,7 +48,7 @@ def test_serves_status_ends_with_the_cause(service: Any, tmp_path: Path) -> None
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     causes: dict[str, str] = {}
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while len(causes) < len(parts):
             assert time.monotonic() < deadline, causes
             for name in parts.keys() - causes.keys():

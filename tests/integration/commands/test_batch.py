@@ -173,7 +173,7 @@ def parts(uri: str) -> list[str]:
 
 
 def wait_for_parts(uri: str, count: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while len(parts(uri)) < count:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

@@ -81,7 +81,7 @@ def start(root: Path, tmp_path: Path) -> Iterator[Any]:
         yield start
 
 
-def wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 240) -> None:
+def wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 480) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:

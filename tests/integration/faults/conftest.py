@@ -68,7 +68,7 @@ class FaultCluster:
         wanted = {name: running[name] for name in REPLICAS} == REPLICAS
         return wanted and len(self.replicas("LoraModel")) == REPLICAS["LoraModel"]
 
-    def wait_until_whole(self, timeout_s: float = 120) -> None:
+    def wait_until_whole(self, timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while not self.whole():
             assert time.monotonic() < deadline, self._say("status")
