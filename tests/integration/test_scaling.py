@@ -43,6 +43,7 @@ def url(service: Any) -> Iterator[str]:
     config = service.config.model_copy(update={"cache": cache})
     overrides: dict[str, Any] = dict.fromkeys(DEPLOYMENTS, SMALL)
     overrides["LoraModel"] = {**SMALL, "autoscaling_config": SCALING}
+    overrides["Router"] = {**SMALL, "num_replicas": 1}  # which knows where its calls are: two streams are with two
     serve.run(assemble(config, overrides), name=APP, route_prefix=f"/{APP}")
     yield f"{service.url}/{APP}"
     serve.delete(APP)
@@ -69,8 +70,8 @@ async def until_running(number: int) -> None:
 async def replicas(handle: Any, number: int) -> list[dict[str, Any]]:
     """The stats of as many replicas; many ask together, so that the busier one is asked as well."""
     found: dict[str, dict[str, Any]] = {}
-    for _ in range(20):
-        for stats in await asyncio.gather(*[handle.stats.remote() for _ in range(64)]):
+    for _ in range(80):
+        for stats in await asyncio.gather(*[handle.stats.remote() for _ in range(16)]):
             found[stats["replica"]] = stats
         if len(found) == number:
             return list(found.values())
@@ -147,7 +148,7 @@ def test_replicas_follow_the_load_and_no_request_is_lost(url: str, alone: None) 
             await until(both_answer)
 
         async def a_stream_on_each() -> bool:
-            return all(stats["running"] == 1 for stats in await replicas(handle, 2))
+            return all(stats["running"] >= 1 for stats in await replicas(handle, 2))
 
         asked = client.answers
         async with client.load(2, lambda: client.stream(100)):
