@@ -70,8 +70,8 @@ async def until_running(number: int) -> None:
 async def replicas(handle: Any, number: int) -> list[dict[str, Any]]:
     """The stats of as many replicas; many ask together, so that the busier one is asked as well."""
     found: dict[str, dict[str, Any]] = {}
-    for _ in range(80):
-        for stats in await asyncio.gather(*[handle.stats.remote() for _ in range(16)]):
+    for _ in range(20):
+        for stats in await asyncio.gather(*[handle.stats.remote() for _ in range(64)]):
             found[stats["replica"]] = stats
         if len(found) == number:
             return list(found.values())
