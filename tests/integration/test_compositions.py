@@ -89,3 +89,4 @@ def test_a_task_without_an_adapter_gets_one_that_is_composed(
         with secured.client("films-admin") as other:
             assert other.get("/v1/compositions").json()["data"] == []
             assert other.get(f"/v1/compositions/{told['id']}").status_code == 404
+        assert client.delete("/v1/adapters/weekdays.composed").status_code == 200
