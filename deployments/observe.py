@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import genai, metrics
-from deployments.logs import AS_IT_GOES
+from deployments.logs import as_it_goes
 from deployments.metrics import Metric
 from lorauter.engine.types import SamplingParams
 from lorauter.names import is_valid_name
@@ -199,10 +199,9 @@ class Observed:
                 recorder.observe(metrics.TOKEN_SECONDS, each)
         level = logging.INFO if record.endpoint not in _QUIET else logging.DEBUG
         if outcome in ("failed", "broken"):
-            level = logging.WARNING
-        if logger.isEnabledFor(level):
-            facts = record.facts(status, outcome)
-            logger.log(level, "request %s", outcome, extra=facts if level > logging.INFO else {**AS_IT_GOES, **facts})
+            logger.warning("request %s", outcome, extra=record.facts(status, outcome))
+        elif logger.isEnabledFor(level):
+            as_it_goes(logger, f"request {outcome}", record.facts(status, outcome), level)
 
 
 def _outcome(status: int) -> Outcome:

@@ -26,7 +26,7 @@ from ray.serve.context import _get_serve_request_context, _set_request_context
 from ray.serve.handle import DeploymentHandle
 
 from deployments import tracing
-from deployments.logs import AS_IT_GOES
+from deployments.logs import as_it_goes
 from deployments.rpc import Address, ConnectionLost, RpcCall, RpcClient, RpcServer
 from lorauter.errors import Overloaded
 from lorauter.garbage import settle
@@ -90,7 +90,7 @@ def _within(part: str, method: str, context: Mapping[str, str]) -> Iterator[None
             raise error.cause if isinstance(error.cause, Exception) else error from None
         finally:
             if logger.isEnabledFor(logging.INFO):
-                logger.info("call %s", method, extra={**AS_IT_GOES, "seconds": round(time.perf_counter() - started, 6)})
+                as_it_goes(logger, f"call {method}", {"seconds": round(time.perf_counter() - started, 6)})
 
 
 def _context() -> dict[str, str]:
