@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lorauter.cuda_graphs import GraphRecorder, Recorded
+from lorauter.cuda_graphs import GraphRecorder, Recorded, landed, uploaded
 from lorauter.precision import product
 
 _MOST_ROWS = 64
@@ -200,10 +200,10 @@ class GraphedBert:
     def _encode(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         shape = padded_shape(len(texts), len(texts[-1]), self._longest)
         recorded, inputs = self._graphs.get(shape) or self._record(shape)
-        inputs.copy_(torch.from_numpy(filled(texts, shape)))
+        uploaded(torch.from_numpy(filled(texts, shape)), inputs)
         recorded.graph.replay()
-        found: NDArray[np.float32] = recorded.found.cpu().numpy()
-        return found[: len(texts)]
+        found: NDArray[np.float32] = landed(recorded.found[: len(texts)]).numpy()
+        return found
 
     def _record(self, shape: tuple[int, int]) -> tuple[Recorded, Tensor]:
         inputs = torch.ones((2, *shape), dtype=torch.long, device=self._device)

@@ -14,6 +14,24 @@ import torch
 from torch import Tensor
 
 
+def uploaded(values: Tensor, to: Tensor) -> None:
+    """Values into a tensor of a device; nobody waits for it but who computes there afterwards."""
+    to.copy_(values.pin_memory() if to.is_cuda else values, non_blocking=True)
+
+
+def landed(found: Tensor) -> Tensor:
+    """A tensor of a device on the CPU. Who waits for a GPU sleeps: `cpu()` looks all the time, and has a core for that
+    which others in the machine need."""
+    if not found.is_cuda:
+        return found.cpu()
+    here = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    here.copy_(found, non_blocking=True)
+    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    done.record()
+    done.synchronize()
+    return here
+
+
 class Recorded(NamedTuple):
     """A graph, what it computes, and how. That holds all that the graph reads, which has to stay where it is: a graph
     has addresses."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorauter.cuda_graphs import GraphRecorder, Recorded
+from lorauter.cuda_graphs import GraphRecorder, Recorded, landed, uploaded
 from lorauter.engine.model import Decoder
 from lorauter.engine.step import Memory, Span, StepBatch, StepClass
 
@@ -50,10 +50,10 @@ class PromptGraphs:
         tokens, ends = filled(prompts, shape)
         with self._recorder.alone():
             recorded, all_tokens, all_ends = self._graphs.get(shape) or self._record(shape)
-            all_tokens.copy_(tokens)
-            all_ends.copy_(ends)
+            uploaded(tokens, all_tokens)
+            uploaded(ends, all_ends)
             recorded.graph.replay()
-            return recorded.found[: len(prompts)].cpu()
+            return landed(recorded.found[: len(prompts)])
 
     def _record(self, shape: tuple[int, int]) -> tuple[Recorded, Tensor, Tensor]:
         batch = grid(shape, self._decoder.device)

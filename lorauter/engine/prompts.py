@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
+from lorauter.cuda_graphs import landed
 from lorauter.engine.blocks import blocks_of
 from lorauter.engine.model import Decoder
 from lorauter.engine.prompt_graphs import PromptGraphs, alike
@@ -61,7 +62,7 @@ class PromptReader:
         try:
             graphs = PromptGraphs(self._decoder, self._memory, WholePrompts, self._layers)
             shape = graphs.shape(probe)
-            same = shape is not None and alike(graphs.states(probe, shape), self._launched(probe).cpu())
+            same = shape is not None and alike(graphs.states(probe, shape), landed(self._launched(probe)))
         except RuntimeError as error:
             logger.warning("prompts are read without CUDA graphs: %s", error)
             return None
@@ -91,7 +92,7 @@ class PromptReader:
             except RuntimeError as error:
                 logger.warning("prompts are read without CUDA graphs from now on: %s", error)
                 self._graphs = None
-        return self._launched(prompts).cpu()
+        return landed(self._launched(prompts))
 
     @torch.inference_mode()
     def _launched(self, prompts: Sequence[Sequence[int]]) -> Tensor:
