@@ -157,6 +157,8 @@ class AppConfig(Settings):
             in its newest version, and nothing is routed.
         catalog_refresh_s: seconds between two looks at which version of the catalog is published, or, without one, at
             what the store holds.
+        mps: whether `lorauter serve`, where it starts Ray itself, lets the processes on a GPU compute at the same time,
+            by NVIDIA's MPS, if that is there; else they take turns.
     """
 
     base_model: str = "default"
@@ -166,6 +168,7 @@ class AppConfig(Settings):
     adapters: str = "default"
     catalog: str | None = "default"
     catalog_refresh_s: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
+    mps: bool = True
     routing: RoutingConfig = RoutingConfig()
     engine: EngineConfig = EngineConfig()
     host: HostSettings = HostSettings()

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from deployments.adapter_cache import CacheSpec, running_caches
 from deployments.app import assemble
 from deployments.cluster import LOCAL, connect
 from deployments.config import AppConfig, explain
+from deployments.gpu_sharing import gpus_are_shared
 from deployments.preflight import check_device, preflight
 from deployments.room import Watch
 from deployments.startup import found_cause
@@ -192,8 +193,11 @@ def serve_forever(
     runs = False
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("OTEL_SERVICE_NAME", "lorauter")
+    last = ExitStack()
     try:
         with phase("starting Ray"):
+            if address is None and config.mps and not config.engine.device.startswith("cpu"):
+                last.enter_context(gpus_are_shared(lambda text: notify(f"warning: {text}")))
             connect(address or LOCAL)
         for number in previous:
             signal.signal(number, _interrupt)  # Ray's own handlers would end it beneath the service
@@ -223,6 +227,7 @@ def serve_forever(
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         with phase("stopping"):
             _shut_down(config, gently=runs or address is not None)
+            last.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -53,7 +53,7 @@ class EngineConfig:
             long again.
         step_tokens: tokens processed in one step at most: on a CPU of prompts, beside the rows that decode (None takes
             512); on a GPU all of them, rounded up to a size that has a graph, and never fewer than `rows` (None
-            takes what it does at most in twice the time of a step without prompts, measured at the start).
+            takes what it does at most in twice the time of a step in which all rows decode, measured at the start).
         max_rank: the largest adapter rank served.
         adapter_bytes: bytes of adapters resident on the device at most; None takes a quarter of what is free on a
             GPU once the model is there, and 1 GiB on a CPU.

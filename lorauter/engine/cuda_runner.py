@@ -32,7 +32,7 @@ from lorauter.engine.slots import AdapterSlots, Part, Placed
 from lorauter.engine.step import Span, StepBatch
 
 _LEAST_STEP_TOKENS = 64
-_SLOWER = 2.0  # times as long as a step without prompts may one with prompts take, while rows decode
+_SLOWER = 2.0  # times as long as a step in which all rows decode may one with prompts take
 _KINDS = 3  # of graphs of each size
 _OWN_TOKENS = 256  # of a step in which each may multiply its own columns alone
 _USUAL = 12, 16  # adapters of a step that is timed, and their rank
@@ -180,11 +180,11 @@ class CudaRunner(Runner):
         self._graphs: dict[tuple[_Size, _Kind], _Graph] = {}
         self._pool: Any = None
         self._capture_all(sizes)
-        self._own_sizes = self._where_own_is_faster()
+        self._own_sizes, beside = self._measure()
         kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
         self._take_blocks([(rows, 0, 0)])  # compiles, as the line before does
         if measure:
-            self._measure()
+            self._beside = beside
 
     # --- graphs
 
@@ -228,45 +228,40 @@ class CudaRunner(Runner):
         posted = kernels.Posted(self.board.numbers, held, outputs, positions)
         return logits, kernels.greedy(logits, output_rows, self._last_tokens, posted)
 
-    def _measure(self) -> None:
-        """How many tokens a step with prompts may have while rows decode."""
-
-        def seconds(size: _Size) -> float:
-            return self._seconds(size, self._own if size in self._own_sizes else self._kinds[-1])
-
-        usual = seconds(self._decode[len(self._decode) // 2])
-        fitting = [size.tokens for size in self._mixed if seconds(size) <= _SLOWER * usual]
-        self._beside = max([_LEAST_STEP_TOKENS, *fitting])
-
-    def _where_own_is_faster(self) -> frozenset[_Size]:
-        """The sizes at which rows under adapters of usual ranks and number are faster if each multiplies its own
-        columns."""
+    def _measure(self) -> tuple[frozenset[_Size], int]:
+        """With rows under adapters of usual ranks and number: the sizes at which steps are faster if each token
+        multiplies its own columns, and how many tokens a step with prompts may have while rows decode."""
         groups, layers, (adapters, rank) = self._slots.groups, self.decoder.shape.layers, _USUAL
         attention = next(group for group in groups if "q_proj" in group.targets)
         parts, end = {}, 0
         for target, width in zip(attention.targets, attention.widths, strict=True):
             parts[target] = Part(end, end + rank * layers * attention.inputs, rank)
             end += rank * layers * (attention.inputs + width)
-        if end > self._slots.arena.numel():
-            return frozenset()
-        self._slots.arena[:end].zero_()
+        if end <= self._slots.arena.numel():
+            self._slots.arena[:end].zero_()
+        else:  # no adapter has such ranks here
+            parts = {}
         placed = [Placed(("", str(i)), i, parts) for i in range(adapters)]
         rows = range(self._rows)
         for row in rows:
             self.mixtures.assign(row, [(placed[row % adapters], 1.0)])
         self.mixtures.of_step(rows)
-        seconds = {key: self._seconds(*key, list(rows)) for key in self._graphs if key[0].tokens <= _OWN_TOKENS}
+        dense = self._kinds_of_few[-1]
+        seconds = {key: self._seconds(*key, rows) for key in self._graphs if key[1] in (self._own, dense)}
         for row in rows:
             self.mixtures.assign(row, ())
         self.mixtures.of_step(rows)
-        dense = self._kinds_of_few[-1]
-        return frozenset(size for size, kind in seconds if seconds[size, self._own] < seconds[size, dense])
+        own = frozenset(
+            size for size, kind in seconds if parts and kind.own and seconds[size, kind] < seconds[size, dense]
+        )
+        usual = min(taken for (size, _), taken in seconds.items() if size == self._decode[-1])
+        fitting = [size.tokens for size in self._mixed if seconds[size, dense] <= _SLOWER * usual]
+        return own, max([_LEAST_STEP_TOKENS, *fitting])
 
-    def _seconds(self, size: _Size, kind: _Kind, rows: Sequence[int] = ()) -> float:
+    def _seconds(self, size: _Size, kind: _Kind, rows: Sequence[int]) -> float:
         """What a step takes in which so many of these rows decode as may, its other tokens being nobody's."""
         rows = rows[: size.decoding]
-        counts = [len(rows), 0] if rows else []
-        self._write(size, [0] * len(rows), rows, [0] * len(rows), [], [], counts)
+        self._write(size, [0] * len(rows), rows, [0] * len(rows), [], [], [len(rows), 0])
         graph = self._graphs[size, kind].graph
         times = []
         for _ in range(4):

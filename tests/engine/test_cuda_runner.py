@@ -48,7 +48,7 @@ def runner_for(monkeypatch, pool):
     decoder, measure = pool.decoder("llama"), CudaRunner._seconds
 
     def make(seconds=lambda size, kind: 2.0 if kind.own else 3.0, budget=1 << 22):
-        def timed(self, size, kind, rows=()):
+        def timed(self, size, kind, rows):
             measure(self, size, kind, rows)
             return seconds(size, kind)
 
@@ -107,3 +107,9 @@ def test_an_arena_that_is_too_small_to_try_takes_tiles(runner_for, pool, hold):
     runner = runner_for(budget=1 << 14)
     assert taken(runner, hold, [()]) == (1, frozenset(), False)
     assert not runner._own_sizes
+
+
+def test_what_takes_twice_as_long_as_all_rows_decoding_is_the_most_beside_them(runner_for):
+    runner = runner_for(lambda size, kind: (1.0 if kind.own else 1.5) + (size.queries and size.tokens / 200))
+    assert runner.budget(0) >= 400
+    assert runner.budget(1) == runner.budget(ROWS) == 96
