@@ -137,7 +137,7 @@ class Ours(Policy):
 
     def update(self, reports: dict[str, dict[str, Any]], ingress: Ingress, now: float) -> None:
         for name in self._placement.update(reports, now):
-            ingress.told[name] = reports[name]["queue"], now
+            ingress.told[name] = sum(reports[name]["calls"].values()), now
 
     def turned_away(self, ingress: Ingress, now: float) -> bool:
         self._placement.look = lambda: {f"r{i}": ingress.queue(f"r{i}", now) for i in range(self._replicas)}
@@ -227,7 +227,7 @@ def simulate(shape: Shape, kind: type[Policy], load: float, seconds: float, seed
                 at(now + REPORT_S, "report", "", what)
                 if what == 0:
                     reports = {
-                        other: report(*replica.tiers.values(), now, shape.limit, queue=replica.here)
+                        other: report(*replica.tiers.values(), now, shape.limit, calls={"all": replica.here})
                         for other, replica in replicas.items()
                     }
                 policies[what].update(reports, ingresses[what], now)

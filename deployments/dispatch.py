@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -44,8 +44,7 @@ class Dispatch:
         self._cache_prefix = spec.prefix
         self.placement = Placement(batch=batch)
         self.placement.look = self._queues
-        self._others: dict[str, int] = {}  # requests of other senders, by what each replica reported last
-        self._most: dict[str, tuple[int, int]] = {}  # ours at most, before each replica's last report and since
+        self._others: dict[str, int] = {}  # calls of other senders, by what each replica reported last
         self._nodes: dict[str, str] = {}
         self._caches: dict[str, tuple[Any, float]] = {}  # by node, and when they were looked for
         self._looking: dict[str, asyncio.Task[None]] = {}
@@ -61,10 +60,7 @@ class Dispatch:
         if call.adapters:
             self._announce(self._nodes[best], [adapter.key for adapter in call.adapters])
         self.placement.took(call.number, best)
-        sent = self._replicas.call_of(best, "generate", call)
-        before, since = self._most.get(best, (0, 0))
-        self._most[best] = before, max(since, self._replicas.ongoing[best])
-        return sent
+        return self._replicas.call_of(best, "generate", call)
 
     def ended(self, call: GenerateCall) -> None:
         """A call is with no replica any more."""
@@ -101,18 +97,13 @@ class Dispatch:
         """Take in which replicas there are, and their reports."""
         reports = {replica.name: replica.report for replica in replicas}
         self._nodes = {replica.name: replica.node for replica in replicas}
-        own = self._replicas.ongoing
         self._others = {name: others for name, others in self._others.items() if name in reports}
-        self._most = {name: most for name, most in self._most.items() if name in reports}
         for name in self.placement.update(reports, time.monotonic()):
-            if (queue := reports[name].get("queue")) is not None:
-                # A report is late by up to a period: what has ended since it was made was ours rather than others'.
-                most = (*self._most.get(name, (0, 0)), own[name])
-                self._others[name] = max(0, queue - max(most))
-                self._most[name] = max(most[1:]), own[name]
+            calls: Mapping[str, int] = reports[name].get("calls", {})
+            self._others[name] = sum(count for sender, count in calls.items() if sender != self._replicas.name)
 
     def _queues(self) -> dict[str, int]:
-        """Requests in progress: those from here, and those of others that were reported last."""
+        """Calls in progress: those from here, as they are, and those of others that were reported last."""
         return {name: own + self._others.get(name, 0) for name, own in self._replicas.ongoing.items()}
 
     def _announce(self, node: str, keys: list[AdapterKey]) -> None:

@@ -263,7 +263,7 @@ class LoraModel:
             time.monotonic(),
             self._limit(),
             self._engine.pace.seconds(self._engine.config.rows),
-            sum(self._engine.load),
+            self._server.ongoing_by,
         )
 
     def _check_wait(self) -> None:

@@ -76,7 +76,7 @@ def report(
     now: float,
     limit: int | None = None,
     seconds: float = 0.0,
-    queue: int | None = None,
+    calls: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """What a replica tells the routers. It is of one size, and changes only if there is news.
 
@@ -85,14 +85,14 @@ def report(
         now: seconds on any steady clock; makes the report of an idle replica change every BEAT_S seconds.
         limit: requests that the replica takes at once before it refuses more, as far as it knows.
         seconds: what a request takes there when the batch is full; 0 while that is not known.
-        queue: requests that it has, whoever sent them.
+        calls: that it has in progress, by who has sent them.
     """
     tiers = {
         tier: names if isinstance(names, bytes) else holdings(names)
         for tier, names in zip(TIERS, (device, host, disk), strict=True)
     }
     pace = round(_STEPS * math.log2(seconds)) if seconds > 0 else None
-    return {"beat": int(now // BEAT_S), "limit": limit, "pace": pace, "queue": queue, **tiers}
+    return {"beat": int(now // BEAT_S), "limit": limit, "pace": pace, "calls": dict(calls or {}), **tiers}
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -61,6 +62,11 @@ class ReplicaServer:
     def ongoing(self) -> int:
         """Calls in progress."""
         return self._server.ongoing
+
+    @property
+    def ongoing_by(self) -> dict[str, int]:
+        """The same by who has sent them (`Replicas.name`)."""
+        return self._server.ongoing_by
 
     async def drained(self) -> None:
         """Wait until no call is in progress. To be awaited by what the replica's `__del__` returns, which Serve calls
@@ -120,9 +126,13 @@ class Replicas:
     Args:
         handle: the deployment's; it is not called.
         most: calls that a replica has from here at once.
+
+    Attributes:
+        name: by which replicas know who their calls are from.
     """
 
     def __init__(self, handle: DeploymentHandle[Any], *, most: int = _WAITING) -> None:
+        self.name = secrets.token_hex(4)
         self._deployment = handle.deployment_id
         self._most = most
         self._infos: dict[str, RunningReplicaInfo] = {}  # Serve's last word
@@ -210,7 +220,7 @@ class Replicas:
             if known.leaves and known.client.ongoing == 0:
                 known.client.close()
 
-        client = RpcClient(Address(*info.replica_metadata[_ADDRESS]), ended, lambda: self._lose(known))
+        client = RpcClient(Address(*info.replica_metadata[_ADDRESS]), ended, lambda: self._lose(known), self.name)
         known = _Known(_replica(info), info.replica_id, client)
         return known
 

@@ -18,7 +18,7 @@ import pickle
 import secrets
 import socket
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -37,7 +37,7 @@ _LONGEST = 1 << 31  # bytes of one lot: more is no message of ours
 _GREETING_S = 5.0
 _LOST_S = 10  # without a sign of life from the other machine's kernel
 _MANY = 32  # messages that are said in one turn of the loop, after which it has to go on
-_CALL, _CANCEL, _ITEM, _RESULT, _END, _ERROR = range(6)
+_CALL, _CANCEL, _ITEM, _RESULT, _END, _ERROR, _NAME = range(7)
 
 Within = Callable[[str, Mapping[str, str]], AbstractContextManager[object]]
 
@@ -71,7 +71,7 @@ class RpcServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._connections: set[_Connection] = set()
+        self._callers: dict[_Connection, dict[int, asyncio.Task[None]]] = {}
 
     async def start(self, host: str) -> Address:
         """Listen on a free port of a host."""
@@ -85,6 +85,14 @@ class RpcServer:
         """Calls in progress."""
         return len(self._tasks)
 
+    @property
+    def ongoing_by(self) -> dict[str, int]:
+        """The same by the names of those who have called."""
+        counts: Counter[str] = Counter()
+        for connection, running in self._callers.items():
+            counts[connection.name] += len(running)
+        return dict(+counts)
+
     async def drained(self) -> None:
         """Wait until no call is in progress."""
         await self._idle.wait()
@@ -93,7 +101,7 @@ class RpcServer:
         """Listen no more; calls in progress are cancelled."""
         if self._server is not None:
             self._server.close()
-        for connection in list(self._connections):
+        for connection in list(self._callers):
             connection.close()
 
     def _accept(self) -> _Connection:
@@ -110,6 +118,8 @@ class RpcServer:
                     self._tasks.add(task)
                     self._idle.clear()
                     task.add_done_callback(partial(ended, number))
+                elif message[0] == _NAME:
+                    connection.name = message[2]
                 elif message[1] in running:
                     running[message[1]].cancel()
 
@@ -120,7 +130,7 @@ class RpcServer:
                 self._idle.set()
 
         def lost() -> None:
-            self._connections.discard(connection)
+            self._callers.pop(connection, None)
             for task in list(running.values()):
                 task.cancel()
 
@@ -128,7 +138,7 @@ class RpcServer:
             return _ERROR, number, PickledError.of(error)
 
         connection = _Connection(b"server", self._token, received, unsendable, lost)
-        self._connections.add(connection)
+        self._callers[connection] = running
         return connection
 
     async def _answer(
@@ -164,6 +174,7 @@ class RpcClient:
         address: the server's.
         ended: is told of each call that has ended, however it did.
         lost: is told that the connection is lost, or cannot be made.
+        name: by which the server counts the calls that come from here.
     """
 
     def __init__(
@@ -171,7 +182,9 @@ class RpcClient:
         address: Address,
         ended: Callable[[], object] = lambda: None,
         lost: Callable[[], object] = lambda: None,
+        name: str = "",
     ) -> None:
+        self._name = name
         self._address = address
         self._ended = ended
         self._told_lost = lost
@@ -245,7 +258,7 @@ class RpcClient:
             return
         self._connecting, self._connection = None, connection
         unsent, self._unsent = self._unsent, []
-        for message in unsent:
+        for message in ((_NAME, 0, self._name), *unsent):
             connection.send(message)
 
     def _failed(self, number: int, error: Exception) -> None:
@@ -358,6 +371,7 @@ class _Connection(asyncio.Protocol):
         lost: Callable[[], None],
     ) -> None:
         self._role = role
+        self.name = ""  # what the other end of a server's calls itself
         self._token = token
         self._received = received
         self._unsendable = unsendable
@@ -480,11 +494,7 @@ def _tune(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (
-            ("TCP_KEEPIDLE", _LOST_S // 2),
-            ("TCP_KEEPINTVL", 1),
-            ("TCP_KEEPCNT", _LOST_S // 2),
-            ("TCP_USER_TIMEOUT", _LOST_S * 1000),
-        ):
+        alive = {"TCP_KEEPIDLE": _LOST_S // 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": _LOST_S // 2}
+        for option, value in {**alive, "TCP_USER_TIMEOUT": _LOST_S * 1000}.items():
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

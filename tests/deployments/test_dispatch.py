@@ -28,7 +28,8 @@ _numbers = iter(range(1, 10**6))
 class FakeReplicas:
     """Replicas that note what is sent to them."""
 
-    def __init__(self, **reports: dict[str, Any]) -> None:
+    def __init__(self, name: str = "here", **reports: dict[str, Any]) -> None:
+        self.name = name
         self.reports = reports
         self.ongoing = dict.fromkeys(reports, 0)
         self.sent: list[tuple[str, str, Any]] = []
@@ -114,7 +115,7 @@ def test_queues_count_what_replicas_say_and_what_was_sent() -> None:
         assert await dispatch.send(wants("a")) == "r1", "r0 says it is full"
         replicas.ongoing = {"r0": 2, "r1": 1}
         assert dispatch.placement.look() == {"r0": 26, "r1": 1}, "two were sent since it said so"
-        replicas.reports["r0"] = holds("a", queue=20)
+        replicas.reports["r0"] = holds("a", calls={"here": 2, "elsewhere": 18})
         replicas.tell()
         assert dispatch.placement.look() == {"r0": 20, "r1": 1}, "they are among those it tells of"
         replicas.ongoing["r0"] = 0
@@ -122,11 +123,11 @@ def test_queues_count_what_replicas_say_and_what_was_sent() -> None:
         replicas.tell()
         assert dispatch.placement.look() == {"r0": 18, "r1": 1}, "an old report is no news"
         replicas.ongoing["r0"] = 30
-        replicas.reports["r0"] = holds("a", queue=0)
+        replicas.reports["r0"] = holds("a")
         replicas.tell()
         assert dispatch.placement.look()["r0"] == 30, "whatever it says, those from here are there"
 
-    run(scenario, r0=holds("a", queue=24), r1=holds("a"))
+    run(scenario, r0=holds("a", calls={"elsewhere": 24}), r1=holds("a"))
 
 
 def test_what_a_late_report_counts_and_has_ended_is_nobody_elses() -> None:
@@ -136,21 +137,56 @@ def test_what_a_late_report_counts_and_has_ended_is_nobody_elses() -> None:
         for _ in range(12):
             await dispatch.send(wants("a"))
         replicas.ongoing["r0"] = 0
-        replicas.reports["r0"] = holds("a", queue=12, limit=16)
+        replicas.reports["r0"] = holds("a", calls={"here": 12}, limit=16)
         replicas.tell()
         assert dispatch.placement.look() == {"r0": 0}
         for _ in range(12):
             dispatch.check()
             await dispatch.send(wants("a"))
-        replicas.reports["r0"] = holds("a", queue=13, limit=16)
+        replicas.reports["r0"] = holds("a", calls={"here": 12, "elsewhere": 1}, limit=16)
         replicas.tell()
         assert dispatch.placement.look() == {"r0": 13}
         replicas.ongoing["r0"] = 0
-        replicas.reports["r0"] = holds("b", queue=13, limit=16)
+        replicas.reports["r0"] = holds("b", calls={"here": 12, "elsewhere": 1}, limit=16)
         replicas.tell()
         assert dispatch.placement.look() == {"r0": 1}
 
-    run(scenario, r0=holds("a", queue=0, limit=16))
+    run(scenario, r0=holds("a", limit=16))
+
+
+def test_each_of_two_senders_knows_from_the_first_report_what_the_other_has_there() -> None:
+    async def scenario() -> None:
+        senders: list[Any] = [FakeReplicas(name, r0=holds(limit=16), r1=holds(limit=16)) for name in ("one", "two")]
+        one, two = (Dispatch(replicas, SPEC, batch=8) for replicas in senders)
+
+        def report_of(replica: str) -> dict[str, Any]:
+            return holds("a", calls={sender.name: sender.ongoing[replica] for sender in senders}, limit=16)
+
+        def tell() -> None:
+            for sender in senders:
+                sender.reports = {replica: report_of(replica) for replica in ("r0", "r1")}
+                sender.tell()
+
+        senders[0].ongoing, senders[1].ongoing = {"r0": 10, "r1": 0}, {"r0": 6, "r1": 3}
+        tell()
+        assert one.placement.look() == two.placement.look() == {"r0": 16, "r1": 3}
+        for dispatch, sender in zip((one, two), senders, strict=True):
+            dispatch.check()  # no refusal while another replica has room
+            assert await dispatch.send(wants()) == "r1"
+            sender.ongoing["r1"] -= 1
+        senders[0].ongoing["r0"] = 2
+        assert one.placement.look() == {"r0": 8, "r1": 3}, "what has ended here is known at once"
+        assert two.placement.look() == {"r0": 16, "r1": 3}, "what has ended there is with the next report"
+        senders[1].ongoing["r1"] = 16
+        tell()
+        assert one.placement.look() == two.placement.look() == {"r0": 8, "r1": 16}
+        senders[0].ongoing["r0"] = 10
+        tell()
+        for dispatch in (one, two):
+            with pytest.raises(Overloaded, match="as many requests as it takes"):
+                dispatch.check()
+
+    asyncio.run(scenario())
 
 
 def test_a_refused_call_goes_to_the_next_and_others_hear_of_it() -> None:

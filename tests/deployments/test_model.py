@@ -171,10 +171,11 @@ def test_a_replica_takes_no_more_than_begin_in_time(each: float, engine: dict[st
         queueing(limit, each, **engine)._check_wait()
 
 
-def test_a_report_tells_tiers_queue_limit_and_pace_and_is_no_longer_for_many_adapters() -> None:
+def test_a_report_tells_tiers_calls_limit_and_pace_and_is_no_longer_for_many_adapters() -> None:
     def told(held: int) -> dict[str, Any]:
         keys = [AdapterKey(f"adapter-{i}", "1") for i in range(held)]
         replica = queueing(20, 4.0)
+        replica._server = SimpleNamespace(ongoing=0, ongoing_by={"one": 12, "other": 8})
         replica._engine.counters = SimpleNamespace(resident=keys)
         replica._adapters = SimpleNamespace(resident=keys)
         replica._on_disk = b""
@@ -188,7 +189,7 @@ def test_a_report_tells_tiers_queue_limit_and_pace_and_is_no_longer_for_many_ada
 
     few, many = told(2), told(10_000)
     assert few["device"] == few["host"] == few["disk"] == holdings(["adapter-0@1", "adapter-1@1"])
-    assert (few["queue"], few["limit"]) == (20, 16 + 64)
+    assert (few["calls"], few["limit"]) == ({"one": 12, "other": 8}, 16 + 64)
     assert 2 ** (few["pace"] / 4) == pytest.approx(10.0, rel=0.1)
     assert len(pickle.dumps(few)) == len(pickle.dumps(many)) < 4096
 

@@ -98,6 +98,28 @@ def run(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[World], Awaitable[N
     asyncio.run(whole())
 
 
+def test_a_replica_knows_how_many_calls_it_has_of_each_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        await world.start("r0")
+        senders = []
+        for _ in range(2):
+            senders.append(world.replicas())
+            world.tell("r0")
+        one, two = senders
+        streams = [await sender.call("stream") for sender in (one, one, two)]
+        assert [await anext(stream) for stream in streams] == ["r0"] * 3
+        assert one.name != two.name
+        assert world.servers["r0"].ongoing_by == {one.name: 2, two.name: 1}
+        streams[0].cancel()
+        world.hang.set()
+        for stream in streams[1:]:
+            assert [item async for item in stream] == ["end"]
+        await world.servers["r0"].drained()
+        assert world.servers["r0"].ongoing_by == {}
+
+    run(monkeypatch, scenario)
+
+
 def test_a_call_waits_for_a_replica_and_serve_hears_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(world: World) -> None:
         replicas = world.replicas()
@@ -136,7 +158,7 @@ def test_calls_go_to_who_has_fewer_and_are_counted(monkeypatch: pytest.MonkeyPat
 def test_who_leaves_gets_no_new_calls_and_ends_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(world: World) -> None:
         replicas, heard = world.replicas(), list[Sequence[Replica]]()
-        await world.start("old", queue=1)
+        await world.start("old", calls={})
         world.tell("old")
         replicas.listen(heard.append)
         stream = await replicas.call("stream")
@@ -153,9 +175,9 @@ def test_who_leaves_gets_no_new_calls_and_ends_those_it_has(monkeypatch: pytest.
         assert [item async for item in stream] == ["end"]
         await ending
         await asyncio.sleep(0.02)
-        assert not server._server._connections, "nobody is connected to it any more"
+        assert not server._server._callers, "nobody is connected to it any more"
         assert world.counts.running == {"old": 0, "new": 0}
-        assert heard == [[Replica("old", "node-of-old", {"queue": 1})], [Replica("new", "node-of-new", {})]]
+        assert heard == [[Replica("old", "node-of-old", {"calls": {}})], [Replica("new", "node-of-new", {})]]
 
     run(monkeypatch, scenario)
 
@@ -194,7 +216,7 @@ def test_who_cannot_be_reached_gets_no_calls_until_it_can(monkeypatch: pytest.Mo
         assert [await (await replicas.call("whoami")) for _ in range(5)] == ["cut"] * 5
         world.tell("dead", "cut")
         assert [await (await replicas.call("whoami")) for _ in range(5)] == ["cut"] * 5, "Serve does not know yet"
-        for connection in list(cut._connections):
+        for connection in list(cut._callers):
             connection.close()
         assert await answered(lambda: replicas.call("whoami"), timeout_s=10) == "cut", "it was waited for"
         assert list(replicas._lost) == ["dead"]

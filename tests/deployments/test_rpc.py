@@ -121,7 +121,7 @@ def test_calls_side_by_side_do_not_mix_and_their_context_goes_along() -> None:
 
         await asyncio.gather(*map(one, range(100)))
         assert {context["request-id"] for context in target.contexts if context} == {str(n) for n in range(100)}
-        assert len(server._connections) == 1
+        assert len(server._callers) == 1
 
     run(scenario)
 
@@ -154,7 +154,7 @@ def test_who_waits_hears_that_the_server_is_gone_and_the_next_call_connects_anew
         waiting = asyncio.ensure_future(client.call("forever")._result())
         stream = client.call("count", 10**9)
         await anext(stream)
-        for connection in list(server._connections):
+        for connection in list(server._callers):
             connection.close()
         with pytest.raises(ConnectionLost):
             await waiting
@@ -194,7 +194,7 @@ def test_what_is_no_pickle_is_an_error_of_its_own_call_alone(caplog: pytest.LogC
         with pytest.raises(ConnectionLost, match="cancelled"):
             await client.call("gives_up")
         assert await client.call("echo", 2) == (2,), "the connection has survived all that"
-        assert len(server._connections) == 1
+        assert len(server._callers) == 1
 
     with caplog.at_level(logging.CRITICAL, "lorauter.rpc"):
         run(scenario)
