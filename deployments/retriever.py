@@ -1,7 +1,7 @@
 """TaskRetriever: the task catalog as a service. Texts in, decisions out: nearest tasks, adapters and weights.
 
 It has the texts embedded that it is asked about, those together that come while others are, so that a query is one call
-for the ingress and less than one for QueryEmbedder.
+for the ingress and less than one for QueryEmbedder; and decides on them together (`deployments.deciding`).
 A catalog that is published while it serves takes over without a request being lost; see `deployments.live_catalog`.
 """
 
@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.calls import CatalogDescription
 from deployments.config import AppConfig
+from deployments.deciding import Decided, Deciding, Query
 from deployments.devices import own_gpus_only
 from deployments.fits import check_adapters, check_base_model
 from deployments.live_catalog import LiveCatalog, kept_folder
@@ -32,7 +32,6 @@ from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted, visible_places
 from deployments.startup import tells_why
 from deployments.together import Together, shared_out
-from deployments.tracing import span
 from lorauter.adapters import open_store
 from lorauter.catalog.catalog import CURRENT_FILE, PROBE_TEXT, Catalog
 from lorauter.catalog.history import History
@@ -40,7 +39,7 @@ from lorauter.catalog.layout import Layout
 from lorauter.catalog.whitening import States, StatesOf
 from lorauter.encoder import Embeddings
 from lorauter.errors import ServiceUnavailable
-from lorauter.routing import RoutingDecision, RoutingOptions, compose
+from lorauter.routing import RoutingDecision, RoutingOptions
 from lorauter.uris import called
 
 logger = logging.getLogger("lorauter.catalog")
@@ -70,8 +69,8 @@ class TaskRetriever:
         assert config.catalog is not None  # else AdapterListing is in this one's place
         self._embedder = Replicas(embedder)
         self._embed_s = config.api.first_token_s
-        self._embedding = Together(self._embed, size=len, most=_TOGETHER)
-        self._reads = config.state_model is not None
+        self._embedding = Together(self._embed, size=lambda query: len(query.texts), most=_TOGETHER)
+        self._deciding = Deciding(self._metrics, None if config.state_model is None else self._states)
         self._told = -_TELL_S
         self._history = History(open_store(config.catalog))
         self._layouts: WeakKeyDictionary[Catalog, dict[Permitted, Layout]] = WeakKeyDictionary()
@@ -116,42 +115,15 @@ class TaskRetriever:
     async def decide(self, texts: list[str], options: list[RoutingOptions]) -> list[RoutingDecision]:
         """Which adapters answer n texts; one catalog decides on all of them. Raises InvalidRequest, ServiceUnavailable,
         Overloaded."""
-        return await self._decided(await self._embedding.ask(texts), texts, options)
+        decided = await (await self._embedding.ask(Query(texts, options)))
+        if isinstance(decided, Exception):
+            raise decided
+        return decided
 
-    async def _embed(self, requests: list[list[str]]) -> list[Embeddings]:
-        texts = [text for texts in requests for text in texts]
+    async def _embed(self, queries: list[Query]) -> list[asyncio.Future[Decided]]:
+        texts = [text for query in queries for text in query.texts]
         vectors = await answered(lambda: self._embedder.call("embed", texts), timeout_s=self._embed_s)
-        return shared_out(vectors, requests)
-
-    async def _decided(
-        self, embeddings: Embeddings, texts: list[str], options: list[RoutingOptions]
-    ) -> list[RoutingDecision]:
-        retriever, started = self._live.retriever, time.perf_counter()
-        with self._metrics.step("retrieve"), span("retrieve"):
-            found = retriever.retrieve(embeddings, texts, options)
-        if self._reads and (unsure := retriever.unsure(found, options)):
-            some = [texts[i] for i in unsure]
-            states = await self._states(some)
-            if states is not None:
-                with self._metrics.step("retrieve"), span("retrieve"):
-                    again = retriever.retrieve(embeddings[unsure], some, [options[i] for i in unsure], states)
-                for i, other in zip(unsure, again, strict=True):
-                    found[i] = other
-        catalog = retriever.catalog
-        with self._metrics.step("compose"), span("compose"):
-            decisions = [
-                compose(
-                    one,
-                    option,
-                    retriever.config,
-                    catalog_version=catalog.version,
-                    versions=catalog.adapters,
-                    composed=catalog.composed,
-                )
-                for one, option in zip(found, options, strict=True)
-            ]
-        seconds = {"retrieve": time.perf_counter() - started}
-        return [replace(decision, seconds=seconds) for decision in decisions]
+        return self._deciding.begin(self._live.retriever, queries, shared_out(vectors, [q.texts for q in queries]))
 
     async def _states(self, texts: list[str]) -> States | None:
         """What the model of states makes of texts; None where it does not answer: they are routed without."""

@@ -44,7 +44,8 @@ def test_who_waits_for_a_gpu_sleeps_until_its_copy_is_there(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", empty)
     found: Any = SimpleNamespace(is_cuda=True, shape=(2, 3), dtype=torch.float32)
-    assert landed(found) is pinned
+    came: Any = landed(found)
+    assert came is pinned
     assert done == ["copied (2, 3)", "recorded", "waited"]
     to: Any = SimpleNamespace(is_cuda=True, copy_=lambda values, non_blocking: done.append(f"{values} {non_blocking}"))
     values: Any = SimpleNamespace(pin_memory=lambda: "pinned")

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import pytest
 from fake_states import HashingStates
 
+from deployments.deciding import Deciding
 from deployments.metrics import ROUTING_SECONDS, Metric
 from deployments.retriever import TaskRetriever
 from deployments.routing_metrics import RoutingMetrics
@@ -54,8 +55,9 @@ async def _done(value: Any) -> Any:
 def replica_of(retriever: Retriever, embedder: Embedder, recorder: Recorder, *, reads: bool) -> Any:
     replica: Any = object.__new__(TaskRetriever.func_or_class)
     replica._live = SimpleNamespace(retriever=retriever, close=lambda: None)
-    replica._metrics, replica._told, replica._reads = RoutingMetrics(recorder), -1e9, reads
-    replica._embedder, replica._embed_s, replica._embedding = embedder, 5.0, Together(replica._embed, size=len)
+    replica._told, replica._embedder, replica._embed_s = -1e9, embedder, 5.0
+    replica._embedding = Together(replica._embed, size=lambda query: len(query.texts))
+    replica._deciding = Deciding(RoutingMetrics(recorder), replica._states if reads else None)
     return replica
 
 
@@ -82,8 +84,10 @@ def test_a_replica_decides_as_the_library_does(
         return await asyncio.gather(*asked)
 
     embedder.asked.clear()
+    recorder.steps.clear()
     assert [decision for [decision] in asyncio.run(at_once())] == decisions
     assert embedder.asked == [texts], "those that come together are embedded in a call"
+    assert recorder.steps == ["retrieve", "compose"], "and decided on together"
     assert asyncio.run(replica.versions(["news", "nobody"])) == {"news": catalog.adapters["news"]}
 
 
@@ -142,5 +146,5 @@ def test_a_replica_has_read_what_it_is_not_sure_of_and_goes_on_where_nobody_read
     assert [record.message for record in caplog.records] == [
         "queries are routed without their states, which do not come: RuntimeError('the actor died')"
     ]
-    replica._reads = False  # a service that has no model of states
+    replica._deciding = Deciding(RoutingMetrics(Recorder()), None)  # a service that has no model of states
     assert asyncio.run(replica.decide(texts, options)) == plain
