@@ -6,11 +6,13 @@ Labels take few values each, whatever a catalog or a client holds.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
 MANY_TASKS = 100
+_PAUSE_S = 0.5
 _FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 _SLOW = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
@@ -96,10 +98,29 @@ class RayRecorder:
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._added: dict[tuple[Any, ...], tuple[Metric, dict[str, str], float]] = {}
 
     def add(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
-        """Add to a counter; nothing changes for 0."""
-        if value:
+        """Add to a counter; nothing changes for 0. Where a loop runs, what is added in half a second is told to Ray as
+        one sum: to tell it takes ten times as long as to add."""
+        if not value:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._get(metric).inc(value, labels)
+            return
+        if not self._added or self._loop is not loop:
+            self._loop = loop
+            loop.call_later(_PAUSE_S, self._tell)
+        key = (metric.name, *labels.items())
+        _, _, before = self._added.get(key, (metric, labels, 0.0))
+        self._added[key] = metric, labels, before + value
+
+    def _tell(self) -> None:
+        added, self._added = self._added, {}
+        for metric, labels, value in added.values():
             self._get(metric).inc(value, labels)
 
     def set(self, metric: Metric, value: float, **labels: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from deployments import metrics, observe
-from deployments.metrics import Metric
+from deployments.metrics import Metric, RayRecorder
 from deployments.observe import Observed
 from deployments.routing_metrics import RoutingMetrics
 from lorauter.routing import AdapterWeight, RoutingDecision, TaskScore
@@ -187,3 +188,28 @@ def test_series_as_prometheus_gets_them() -> None:
     assert metrics.REQUESTS.series == ("ray_lorauter_requests_total",)
     assert metrics.RUNNING.series == ("ray_lorauter_requests_running",)
     assert metrics.CONFIDENCE.series[0] == "ray_lorauter_confidence_bucket"
+
+
+def test_what_is_counted_is_told_to_ray_in_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, dict[str, str]]] = []
+    counter = SimpleNamespace(inc=lambda value, labels: told.append((value, labels)))
+    monkeypatch.setattr(RayRecorder, "_get", lambda _, metric: counter)
+    monkeypatch.setattr("deployments.metrics._PAUSE_S", 0.01)
+    recorder = RayRecorder()
+
+    async def count() -> None:
+        for reason in ("stop", "length", "stop"):
+            recorder.add(metrics.ANSWERS, reason=reason)
+        recorder.add(metrics.PROMPT_TOKENS, 0)
+        recorder.add(metrics.PROMPT_TOKENS, 7)
+        assert not told
+
+    async def count_and_wait() -> None:
+        await count()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(count())  # whose loop ends before it is told
+    asyncio.run(count_and_wait())
+    assert told == [(4.0, {"reason": "stop"}), (2.0, {"reason": "length"}), (14.0, {})]
+    recorder.add(metrics.PROMPT_TOKENS, 3)  # of a thread
+    assert told[3:] == [(3, {})]
