@@ -137,9 +137,9 @@ def main() -> None:
         starts = starts_of(catalog, RoutingConfig(), barred, mixtures)
         composer = Composer(decoder, codec, sources, args.out / "made", base_model=base, config=config)
         todo = [
-            Wanted(f"{task.name}.{regime}.{variant}", task, mixtures[task.name], starts[task.name], barred[task.name])
+            Wanted(f"{name}.{regime}.{variant}", task, mixtures[name], starts[name], barred[name], not barred[name])
             for task in tasks
-            if task.name in chosen
+            if (name := task.name) in chosen
         ]
 
         def told(done: int, total: int, what: str, label: str = f"{regime} {variant}") -> None:

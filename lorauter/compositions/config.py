@@ -26,6 +26,8 @@ class ComposeConfig:
         layer_groups: groups of neighbouring layers that share their weights; 0 gives each layer its own.
         non_negative: whether weights under 0 are barred.
         margin: standard errors by which a composition has to beat the default mixture on examples that were left out.
+            None by default: it has seen more of them than any fold's fit, so it is better than these tell.
+        margin_own: the same where an adapter that was made for the task may be used, which is seldom beaten.
         energy: share of the squared singular values that the rank has to keep.
         max_rank: of what is written, whatever share that keeps.
         seed: of the folds.
@@ -40,7 +42,8 @@ class ComposeConfig:
     each: Each = "target"
     layer_groups: int = 0
     non_negative: bool = True
-    margin: float = 1.0
+    margin: float = 0.0
+    margin_own: float = 1.0
     energy: float = 0.99
     max_rank: int = 64
     seed: int = 0

@@ -55,6 +55,7 @@ class Wanted:
         mixtures: what the router answers each validation example with now.
         starts: mixtures that the fit may begin with.
         barred: adapters that may not be a source.
+        own: whether an adapter that was made for the task may be one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Wanted:
     mixtures: Sequence[Weights]
     starts: Sequence[Weights]
     barred: frozenset[str] = frozenset()
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ class Composer:
     def _read(self, one: Wanted) -> Made:
         folder = self._folder(one)
         provenance = CompositionProvenance.from_json(json.loads((folder / _FILE).read_bytes()))
-        holds = provenance.gain > self.config.margin * provenance.error
+        margin = self.config.margin_own if one.own else self.config.margin
+        holds = provenance.gain > margin * provenance.error
         return Made(one.name, folder / one.name, provenance, holds)
 
 

@@ -14,7 +14,7 @@ from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.provenance import model_digest
 from lorauter.compositions.config import ComposeConfig
 from lorauter.compositions.make import Composer, Made, Progress, Wanted
-from lorauter.compositions.starts import example_mixtures, likeliest_sources, starts_of
+from lorauter.compositions.starts import example_mixtures, likeliest_sources, made_for, starts_of
 from lorauter.defaults import base_model_aliases, resolve_model
 from lorauter.engine.load import load_decoder
 from lorauter.errors import AdapterRejected, ConfigError
@@ -80,7 +80,8 @@ def compose_for(
     away = {name: frozenset((barred or {}).get(name, ())) for name in sorted(tasks)}
     mixtures = example_mixtures(catalog, RoutingConfig(), away)
     starts = starts_of(catalog, RoutingConfig(), away, mixtures)
-    wanted = [Wanted(name_of(name), known[name], mixtures[name], starts[name], away[name]) for name in away]
+    own = {name: bool(made_for(catalog, name, away[name])) for name in away}
+    wanted = [Wanted(name_of(name), known[name], mixtures[name], starts[name], away[name], own[name]) for name in away]
     names = (*aliases, *base_model_aliases(model))
     decoder, codec = load_decoder(resolve_model(model), device=device, aliases=names, plain=True)
     base = model_digest(model)

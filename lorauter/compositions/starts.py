@@ -47,13 +47,18 @@ def starts_of(
     unknown = example_mixtures(catalog, config, barred, unknown=True)
     found = {}
     for name in barred:
-        place = catalog.place(name)
-        assert place is not None
-        entry = catalog.entries[place]
-        own = [{a: 1.0} for a in entry.declared if a not in barred[name] and a not in catalog.composed]
+        own = [{adapter: 1.0} for adapter in made_for(catalog, name, barred[name])]
         means = [mean_mixture(of) for of in (mixtures[name], unknown[name])]
         found[name] = [start for i, start in enumerate([*means, *own]) if start and start not in [*means, *own][:i]]
     return found
+
+
+def made_for(catalog: Catalog, task: str, barred: Collection[str]) -> list[str]:
+    """The adapters that were made for a task and may be used, compositions left out."""
+    place = catalog.place(task)
+    assert place is not None
+    declared = catalog.entries[place].declared
+    return [adapter for adapter in declared if adapter not in barred and adapter not in catalog.composed]
 
 
 def mean_mixture(mixtures: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -347,6 +347,14 @@ def test_a_composition_says_what_it_is_made_of_and_what_it_gains(base, decoder, 
     assert json.loads((made.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-base"
 
 
+def test_who_has_an_adapter_of_its_own_gives_it_up_for_more(decoder, codec, pool, tmp_path):
+    config = replace(FEW, margin=0.0, margin_own=1e6)
+    own = replace(WANTED, name="upper.own", own=True)
+    made = composer(decoder, codec, pool, tmp_path, config).make([WANTED, own])
+    assert [one.holds for one in made] == [True, False]
+    assert made[0].provenance.gain == made[1].provenance.gain > 0
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_examples_come_out_right_as_greedy_answers_do(base, decoder, codec, stack, dialogues, exact):
     mixture = {"some": 1.0}

@@ -7,7 +7,7 @@ from lorauter.adapters.repository import AdapterRepository
 from lorauter.adapters.store import MemoryStore
 from lorauter.catalog import build_catalog
 from lorauter.compositions.pool import MAX_SOURCES, compose_for
-from lorauter.compositions.starts import example_mixtures, likeliest_sources, mean_mixture, starts_of
+from lorauter.compositions.starts import example_mixtures, likeliest_sources, made_for, mean_mixture, starts_of
 from lorauter.encoder import HashingEncoder
 from lorauter.errors import ConfigError
 from lorauter.routing import RoutingConfig
@@ -47,6 +47,11 @@ def test_a_fit_may_begin_with_the_tasks_own_adapter_unless_that_is_barred(catalo
     assert any(max(start, key=start.__getitem__) != "rain" for start in starts["rain"])
     assert starts["sums"][0] == mean_mixture(mixtures["sums"])
     assert not any("sums" in start for start in starts["sums"])
+
+
+def test_what_was_made_for_a_task_is_what_is_not_barred(catalog) -> None:
+    assert made_for(catalog, "rain", ()) == ["rain"]
+    assert made_for(catalog, "rain", ["rain"]) == made_for(catalog, "cats", ()) == []
 
 
 def test_the_sources_of_a_large_pool_are_those_of_use(catalog) -> None:
