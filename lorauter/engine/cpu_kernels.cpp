@@ -246,11 +246,91 @@ void linear_panels(const bf16* x, long in, const bf16* weights, const bf16* bias
 }
 #endif
 
+// The same in single precision, for R tokens and N panels of 16 outputs: (in, 16). P is float, or bf16 where that holds
+// the weights as they are, which is half as much to read. A sum is of the same order whatever R and N are.
+typedef float half __attribute__((vector_size(2 * W)));  // of a `vec`, which AVX2 has no register for
+typedef uint16_t half_bits __attribute__((vector_size(W)));
+typedef uint32_t half_words __attribute__((vector_size(2 * W)));
+
+inline half load_half(const float* p) {
+  half v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline half load_half(const bf16* p) {
+  half_bits h;
+  std::memcpy(&h, p, sizeof h);
+  return (half)(__builtin_convertvector(h, half_words) << 16);
+}
+
+template <int R, int N, class P>
+void linear_tile(const float* x, long in, const P* weights, const float* bias, float* y, long out, long left) {
+  half totals[R][2 * N] = {};
+  for (long k = 0; k < in; k++) {
+    half columns[2 * N];
+    for (int n = 0; n < 2 * N; n++) columns[n] = load_half(weights + (n / 2 * in + k) * W + n % 2 * W / 2);
+    for (int r = 0; r < R; r++) {
+      const half one = half{} + x[r * in + k];
+      for (int n = 0; n < 2 * N; n++) totals[r][n] += columns[n] * one;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) {
+      const long width = std::min<long>(W, left - n * W);
+      vec total;
+      std::memcpy(&total, totals[r] + 2 * n, sizeof total);
+      if (bias) total += load_some(bias + n * W, width);
+      width == W ? store(y + r * out + n * W, total) : store_some(y + r * out + n * W, total, width);
+    }
+}
+
+// As many tokens as there are, which are at most R.
+template <int R, int N, class P>
+void linear_tiles(long tokens, const float* x, long in, const P* weights, const float* bias, float* y, long out,
+                  long left) {
+  if constexpr (R > 1)
+    if (tokens < R) return linear_tiles<R - 1, N>(tokens, x, in, weights, bias, y, out, left);
+  linear_tile<R, N>(x, in, weights, bias, y, out, left);
+}
+
+template <int N, class P>
+void linear(const float* x, long in, const P* weights, const float* bias, float* y, long out, long tokens,
+            int threads) {
+  constexpr long R = 6 / N;  // 12 sums, the weights and an input are in the 16 registers of AVX2
+  const long tiles = (tokens + R - 1) / R, rows = (tokens + tiles - 1) / tiles;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long o = 0; o < out; o += N * W)
+    for (long t = 0; t < tokens; t += rows) {
+      const long some = std::min(rows, tokens - t), panels = std::min<long>(N, (out - o + W - 1) / W);
+      if (panels == N)
+        linear_tiles<R, N>(some, x + t * in, in, weights + o * in, bias ? bias + o : nullptr, y + t * out + o, out,
+                           out - o);
+      else
+        for (long p = o; p < out; p += W)
+          linear_tiles<R, 1>(some, x + t * in, in, weights + p * in, bias ? bias + p : nullptr, y + t * out + p, out,
+                             out - p);
+    }
+}
+
+template <class P>
+void linear(const float* x, long in, const P* weights, const float* bias, float* y, long out, long tokens,
+            int threads) {
+  if (!tokens) return;
+  constexpr decltype(&linear<1, P>) few[] = {linear<4, P>, linear<3, P>, linear<2, P>};  // to have sums enough
+  (tokens <= 3 ? few[tokens - 1] : linear<1, P>)(x, in, weights, bias, y, out, tokens, threads);
+}
+
 }  // namespace
+
+extern "C" void linear_float32(const float* x, long in, const void* weights, const float* bias, float* y, long out,
+                               long tokens, int halves, int threads) {
+  halves ? linear(x, in, (const bf16*)weights, bias, y, out, tokens, threads)
+         : linear(x, in, (const float*)weights, bias, y, out, tokens, threads);
+}
 
 #ifdef __AVX512BF16__
 extern "C" void linear_bfloat16(const bf16* x, long in, const bf16* weights, const bf16* bias, bf16* y, long out,
-                                long tokens, int threads) {
+                                long tokens, int, int threads) {
   constexpr long N = 3;  // with 8 tokens, 24 sums, 3 weights and a pair of inputs are in registers
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long o = 0; o < out; o += N * W) {

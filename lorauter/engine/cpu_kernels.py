@@ -40,9 +40,12 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "rotate_and_store": [*[_POINTER] * 8, *[_LONG] * 2, *_CACHE, _INT],
     "decode_attention": [*[_POINTER] * 6, *[_LONG] * 3, *_CACHE, _INT],
     "prefill_attention": [*[_POINTER] * 3, *[_LONG] * 2, _POINTER, *[_LONG] * 3, *_CACHE, _INT],
-    "linear": [_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 2, _INT],
+    "linear": [_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 2, *[_INT] * 2],
 }
 _PANEL = 16  # outputs whose weights lie together
+_MANY = (
+    192  # tokens for which PyTorch's products of single precision are faster, laying out the weights for it included
+)
 
 
 class _Target(ctypes.Structure):
@@ -97,6 +100,7 @@ class CpuKernels:
     """The functions of one built library, for one dtype. Tensors are contiguous, but for what is said."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         suffix = str(dtype).removeprefix("torch.")
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, f"{name}_{suffix}", None)
@@ -113,21 +117,37 @@ class CpuKernels:
         self._linear: Any
 
     def takes_linear(self, in_features: int) -> bool:
-        """Whether `linear` is there for this width: for bfloat16 on AVX-512. AMX is faster, and left to PyTorch."""
-        return self._linear is not None and in_features % 2 == 0 and not torch.cpu.get_capabilities().get("amx_bf16")
+        """Whether `linear` is the fastest for this width: for bfloat16 on AVX-512, and for float32 on AVX2 alone.
+
+        With AMX bfloat16 is left to PyTorch, and so is float32 with AVX-512.
+        """
+        features = torch.cpu.get_capabilities()
+        if self._dtype == torch.float32:
+            return bool(features.get("avx2") and not features.get("avx512_f"))
+        return self._linear is not None and in_features % 2 == 0 and not features.get("amx_bf16")
 
     def pack_linear(self, weight: Tensor) -> Tensor:
-        """The weight (out, in) as `linear` takes it: (out / 16, in / 2, 16, 2), the last panel filled up with 0."""
+        """The weight (out, in) as `linear` takes it, 16 outputs a panel, the last of which is filled up with 0.
+
+        bfloat16 is (out / 16, in / 2, 16, 2), and float32 (out / 16, in, 16): as bfloat16 where that loses nothing,
+        which is half as much to read for each step, and to keep.
+        """
         out, width = weight.shape
+        if weight.dtype == torch.float32 and torch.equal((halves := weight.bfloat16()).float(), weight):
+            weight = halves
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -out % _PANEL))
-        return padded.view(-1, _PANEL, width // 2, 2).transpose(1, 2).contiguous()
+        together = 1 if self._dtype == torch.float32 else 2
+        return padded.view(-1, _PANEL, width // together, together).transpose(1, 2).contiguous()
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, out: int) -> Tensor:
         """`x W^T + bias`, (tokens, out)."""
+        if self._dtype == torch.float32 and len(x) >= _MANY:
+            weight = packed.transpose(1, 2).reshape(-1, x.shape[1])[:out].float()
+            return torch.nn.functional.linear(x, weight, bias)
         y = x.new_empty(x.shape[0], out)
         self._linear(
             x.data_ptr(), x.shape[1], packed.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), out,
-            x.shape[0], torch.get_num_threads(),
+            x.shape[0], packed.dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
         return y
 

@@ -299,22 +299,38 @@ def test_greedy(kernels, randn, width):
     assert all(not (logits[row, : got[row]] == best[row]).any() for row in finite.tolist())
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 19])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 7, 8, 19])
 @pytest.mark.parametrize(("width", "out"), [(2, 1), (6, 15), (50, 64), (576, 100)])
-def test_linear(tokens, width, out):
-    kernels = load_kernels(torch.bfloat16)
+@pytest.mark.parametrize("whole", [True, False])  # whether bfloat16 holds the weights as they are
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear(tokens, width, out, dtype, whole):
+    kernels = load_kernels(dtype)
     if not kernels.takes_linear(width):
-        pytest.skip("this machine's bfloat16 products are PyTorch's")
+        pytest.skip("this machine's products are PyTorch's")
     draw = torch.Generator().manual_seed(out)
     x, weight, bias = (
-        torch.randn(*shape, generator=draw).bfloat16() for shape in [(tokens, width), (out, width), (out,)]
+        torch.randn(*shape, generator=draw).to(dtype) for shape in [(tokens, width), (out, width), (out,)]
     )
+    if whole:
+        weight = weight.bfloat16().to(dtype)
     packed = kernels.pack_linear(weight)
+    assert (packed.dtype == torch.bfloat16) == (whole or dtype == torch.bfloat16)
+    tolerance = {"atol": width**0.5 / 128, "rtol": 1 / 128} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
     for more in (None, bias):
         expected = F.linear(x.float(), weight.float(), None if more is None else more.float())
         got = kernels.linear(x, packed, more, out)
-        torch.testing.assert_close(got.float(), expected, atol=width**0.5 / 128, rtol=1 / 128)
-    assert not kernels.takes_linear(7)
+        torch.testing.assert_close(got.float(), expected, **tolerance)
+        assert torch.equal(kernels.linear(x[-1:].clone(), packed, more, out), got[-1:]), "the same in whatever company"
+    assert dtype == torch.float32 or not kernels.takes_linear(7)
+
+
+def test_linear_of_a_long_prompt():
+    kernels = load_kernels(torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in [(200, 50), (100, 50), (100,)])
+    for given in (weight, weight.bfloat16().float()):
+        got = kernels.linear(x, kernels.pack_linear(given), bias, 100)
+        torch.testing.assert_close(got, F.linear(x, given, bias), atol=1e-4, rtol=1e-5)
 
 
 # --- building them
