@@ -10,15 +10,16 @@ the other: a CUDA graph for each shape that comes, padded to few of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
+from lorauter.bert_parts import BertParts
 from lorauter.cuda_graphs import GraphRecorder, Recorded, landed, uploaded
 from lorauter.precision import product
 
@@ -30,61 +31,62 @@ Attend = Callable[[Tensor], Tensor]
 """Queries, keys and values (tokens, 3 d) to what each token attends to (tokens, d)."""
 
 
+Apply = Callable[[Tensor], Tensor]
+
+
 class _Layer(NamedTuple):
-    qkv: Callable[[Tensor], Tensor]
-    attended: Callable[[Tensor], Tensor]
-    attended_norm: nn.Module
-    up: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
-    norm: nn.Module
+    qkv: Apply
+    attended: Apply
+    attended_norm: Apply
+    up: Apply
+    down: Apply
+    norm: Apply
 
 
 class MeanBert:
-    """The parts of a sentence-transformers model.
+    """A forward pass.
 
     Args:
-        model: for which `fits` holds.
-        dtype: of the products; all else is in the model's own.
+        parts: of the encoder.
+        dtype: of the products; all else is in the encoder's own.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
-        bert = model[0].model
+    def __init__(self, parts: BertParts, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self._embeddings = bert.embeddings
-        self._heads: int = bert.config.num_attention_heads
-        self._layers = [self._layer(layer) for layer in bert.encoder.layer]
-        self._tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(model.max_seq_length)
+        self._parts = parts
+        self._heads: int = parts.config["num_attention_heads"]
+        self._layers = [self._layer(f"encoder.layer.{i}") for i in range(parts.config["num_hidden_layers"])]
+        self._words, self._kinds, self._places = (
+            parts.tensors[f"embeddings.{name}_embeddings.weight"] for name in ("word", "token_type", "position")
+        )
+        self._norm = self._norm_of("embeddings.LayerNorm")
+        self._tokenizer = parts.tokenizer
+        self._tokenizer.enable_truncation(parts.longest)
 
-    @staticmethod
-    def fits(model: Any) -> bool:
-        """Whether a sentence-transformers model is of the usual make."""
-        if [type(module).__name__ for module in model] != ["Transformer", "Pooling", "Normalize"]:
-            return False
-        bert: Any = getattr(model[0], "model", None)
-        plain = model.default_prompt_name is None and model.truncate_dim is None
-        if not plain or type(bert).__name__ != "BertModel" or model[1].pooling_mode != "mean":
-            return False
-        config = bert.config
-        absolute = getattr(config, "position_embedding_type", "absolute") == "absolute"
-        as_it_is = hasattr(model.tokenizer, "backend_tokenizer") and not getattr(model[0], "do_lower_case", False)
-        return absolute and as_it_is and config.hidden_act == "gelu" and not config.is_decoder
+    def _layer(self, name: str) -> _Layer:
+        tensors, own, out = self._parts.tensors, f"{name}.attention.self", f"{name}.attention.output"
 
-    def _layer(self, layer: Any) -> _Layer:
-        own, out = layer.attention.self, layer.attention.output
-
-        def linear(*linears: nn.Linear) -> Callable[[Tensor], Tensor]:
-            weight = torch.cat([one.weight.data for one in linears]).to(self.dtype)
-            return product(weight, torch.cat([one.bias.data for one in linears]).to(self.dtype))
+        def linear(*names: str) -> Apply:
+            weight = torch.cat([tensors[f"{one}.weight"] for one in names]).to(self.dtype)
+            return product(weight, torch.cat([tensors[f"{one}.bias"] for one in names]).to(self.dtype))
 
         return _Layer(
-            linear(own.query, own.key, own.value),
-            linear(out.dense),
-            out.LayerNorm,
-            linear(layer.intermediate.dense),
-            linear(layer.output.dense),
-            layer.output.LayerNorm,
+            linear(f"{own}.query", f"{own}.key", f"{own}.value"),
+            linear(f"{out}.dense"),
+            self._norm_of(f"{out}.LayerNorm"),
+            linear(f"{name}.intermediate.dense"),
+            linear(f"{name}.output.dense"),
+            self._norm_of(f"{name}.output.LayerNorm"),
+        )
+
+    def _norm_of(self, name: str) -> Apply:
+        weight, bias = (self._parts.tensors[f"{name}.{one}"] for one in ("weight", "bias"))
+        return partial(
+            F.layer_norm,
+            normalized_shape=weight.shape,
+            weight=weight,
+            bias=bias,
+            eps=self._parts.config["layer_norm_eps"],
         )
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -109,7 +111,7 @@ class MeanBert:
         """(n, d) unit rows for n texts of token ids, at least one each, all in one row."""
         ends = np.cumsum([len(text) for text in texts]).tolist()
         ids = torch.zeros(-(-ends[-1] // _GRAIN) * _GRAIN, dtype=torch.long)
-        positions = torch.zeros(len(ids), self._embeddings.position_embeddings.weight.shape[1])
+        positions = torch.zeros(len(ids), self._places.shape[1])
         spans = [slice(end - len(text), end) for text, end in zip(texts, ends, strict=True)]
         for text, span in zip(texts, spans, strict=True):
             ids[span] = torch.tensor(text)
@@ -128,14 +130,12 @@ class MeanBert:
         return F.normalize(torch.stack([states[span].mean(0) for span in spans]), dim=1)
 
     def _positions(self, length: int) -> Tensor:
-        positions: Tensor = self._embeddings.position_embeddings.weight[:length]
-        return positions
+        return self._places[:length]
 
     def _states(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(tokens, d): what comes out of the last layer."""
-        embeddings, dtype = self._embeddings, self.dtype
-        x: Tensor = embeddings.word_embeddings(ids) + embeddings.token_type_embeddings.weight[0]
-        x = embeddings.LayerNorm(x + positions)
+        dtype = self.dtype
+        x = self._norm(F.embedding(ids, self._words) + self._kinds[0] + positions)
         for layer in self._layers:
             x = layer.attended_norm(layer.attended(attend(layer.qkv(x.to(dtype)))) + x)
             x = layer.norm(layer.down(F.gelu(layer.up(x.to(dtype)))) + x)
@@ -146,16 +146,19 @@ class PackedBert:
     """An encoder on a CPU. With AMX a text has the same vector to the last bit whatever is encoded beside it.
 
     Args:
-        model: a sentence-transformers model for which `MeanBert.fits` holds.
+        parts: of the encoder.
         dtype: of the products.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._bert = MeanBert(model.eval(), dtype)
+    def __init__(self, parts: BertParts, dtype: torch.dtype) -> None:
+        self._bert = MeanBert(parts, dtype)
+        self._width: int = parts.config["hidden_size"]
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(n, d) unit rows."""
+        if not texts:
+            return np.empty((0, self._width), np.float32)
         return torch.cat([self._bert.row(some) for some in _passes(self._bert.tokens(texts))]).numpy()
 
 
@@ -175,13 +178,13 @@ class GraphedBert:
     """An encoder on a GPU.
 
     Args:
-        model: a sentence-transformers model on a GPU for which `MeanBert.fits` holds.
+        parts: of the encoder, on a GPU.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._bert = MeanBert(model.eval())
-        self._longest: int = model.max_seq_length
-        self._device = model.device
+    def __init__(self, parts: BertParts) -> None:
+        self._bert = MeanBert(parts)
+        self._longest = parts.longest
+        self._device = parts.tensors["embeddings.word_embeddings.weight"].device
         self._graphs: dict[tuple[int, int], tuple[Recorded, Tensor]] = {}
         self._recorder = GraphRecorder(self._device)
 

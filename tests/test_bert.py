@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 from graph_stand_in import stand_in_for_graphs
 
 from lorauter.bert import GraphedBert, MeanBert, PackedBert, filled, padded_shape
+from lorauter.bert_parts import BertParts
 from lorauter.encoder import SentenceEncoder
 
 TEXTS = ["Is this review good?", "a", "Which of these is it, " * 30, "Translate this sentence to French.", "b c"]
@@ -21,39 +26,48 @@ def encoder() -> SentenceEncoder:
     return SentenceEncoder(_default(), device="cpu")
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """The encoder as sentence-transformers has it."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(_default(), device="cpu").eval()
+
+
 def _default() -> str:
     from lorauter.defaults import resolve_encoder
 
     return resolve_encoder("default")
 
 
-def test_the_forward_pass_is_the_models_whatever_it_is_padded_to(encoder: SentenceEncoder) -> None:
-    model = encoder._model.eval()
-    assert MeanBert.fits(model)
+def test_the_forward_pass_is_the_models_whatever_it_is_padded_to(model: Any) -> None:
     expected = model.encode(TEXTS, normalize_embeddings=True)
     features = model.preprocess(TEXTS)
     ids, mask = features["input_ids"], features["attention_mask"]
     for wider in (0, 3):
         pad = torch.nn.functional.pad
         with torch.inference_mode():
-            found = MeanBert(model).grid(pad(ids, (0, wider)), pad(mask, (0, wider)))
+            found = MeanBert(BertParts.of(model)).grid(pad(ids, (0, wider)), pad(mask, (0, wider)))
         assert np.abs(found.numpy() - expected).max() < 5e-3  # linear layers may be of half precision
 
 
-def test_texts_are_taken_apart_as_the_model_does(encoder: SentenceEncoder) -> None:
-    model = encoder._model
+def test_texts_are_taken_apart_as_the_model_does(model: Any) -> None:
     odd = ["", " ", "  a\tb\n", "東京 É e\u0301 🙂", "[SEP] [CLS] ##a", "a" * 5000, "don't \x00 “quote”", "of " * 900]
     texts = [*TEXTS, *odd]
     features = model.preprocess(texts)
     rows = zip(features["input_ids"], features["attention_mask"].bool(), strict=True)
-    assert MeanBert(model).tokens(texts) == [ids[mask].tolist() for ids, mask in rows]
+    expected = [ids[mask].tolist() for ids, mask in rows]
+    read = BertParts.read(Path(_default()))
+    assert read is not None
+    assert MeanBert(BertParts.of(model)).tokens(texts) == MeanBert(read).tokens(texts) == expected
 
 
-def test_a_pass_on_a_cpu_says_what_the_model_says_in_whatever_company(encoder: SentenceEncoder) -> None:
+def test_a_pass_on_a_cpu_says_what_the_model_says_in_whatever_company(encoder: SentenceEncoder, model: Any) -> None:
     assert isinstance(encoder._fast, PackedBert)
+    assert encoder._model is None, "it came without sentence-transformers"
     texts = [TEXTS[i % len(TEXTS)] + " word" * (7 * i % 61) for i in range(9)] + ["", "long " * 400]
     together = encoder.encode(texts)
-    expected = encoder._model.encode(texts, normalize_embeddings=True)
+    expected = model.encode(texts, normalize_embeddings=True)
     assert (together * expected).sum(axis=1).min() > 0.9999
     alone = np.concatenate([encoder.encode([text]) for text in texts])
     np.testing.assert_allclose(alone, together, atol=2e-3)
@@ -77,13 +91,38 @@ def test_other_makes_are_left_to_sentence_transformers() -> None:
 
         return Model(type(name, (SimpleNamespace,), {})(**parts[name]) for name in modules)
 
-    assert MeanBert.fits(made())
-    assert not MeanBert.fits(made(pooling="cls"))
-    assert not MeanBert.fits(made(modules=("Transformer", "Pooling")))
-    assert not MeanBert.fits(made(hidden_act="relu"))
+    assert BertParts.fit(made())
+    assert not BertParts.fit(made(pooling="cls"))
+    assert not BertParts.fit(made(modules=("Transformer", "Pooling")))
+    assert not BertParts.fit(made(hidden_act="relu"))
     prompted = made()
     prompted.default_prompt_name = "query"
-    assert not MeanBert.fits(prompted)
+    assert not BertParts.fit(prompted)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}),
+        ("config.json", {"hidden_act": "relu"}),
+        ("config.json", {"model_type": "mpnet"}),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}),
+        ("sentence_bert_config.json", {"do_lower_case": True}),
+        ("tokenizer_config.json", {"do_lower_case": False}),
+        ("model.safetensors", None),
+    ],
+)
+def test_folders_of_other_makes_are_left_to_sentence_transformers(
+    file: str, changes: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(_default(), folder, copy_function=os.symlink)
+    assert BertParts.read(folder)
+    there = (folder / file).resolve()
+    (folder / file).unlink()
+    if changes is not None:
+        (folder / file).write_text(json.dumps({**json.loads(there.read_text()), **changes}))
+    assert BertParts.read(folder) is None
 
 
 def test_shapes_are_few() -> None:
@@ -104,9 +143,9 @@ def test_a_batch_is_filled_up() -> None:
     assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0]], "a row of no text has a token too"
 
 
-def test_a_graph_for_each_shape_is_recorded_once(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_for_each_shape_is_recorded_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_for_graphs(monkeypatch)
-    graphed = GraphedBert(encoder._model)
+    graphed = GraphedBert(BertParts.of(model))
     for count in (3, 4, 70):
         vectors = graphed.encode(TEXTS[:1] * count)
         assert vectors.shape == (count, 384)
