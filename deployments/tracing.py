@@ -108,12 +108,13 @@ def carried() -> dict[str, str]:
     return carrier
 
 
-@contextmanager
-def continued(carrier: Mapping[str, str]) -> Iterator[None]:
+def continued(carrier: Mapping[str, str]) -> AbstractContextManager[None]:
     """Spans that begin within this are below the one that was carried here."""
-    if _tracer is None:
-        yield
-        return
+    return nullcontext() if _tracer is None else _continued(carrier)
+
+
+@contextmanager
+def _continued(carrier: Mapping[str, str]) -> Iterator[None]:
     from opentelemetry import context, propagate
 
     token = context.attach(propagate.extract(carrier))

@@ -119,6 +119,8 @@ class RoutingDecision:
     def without(self, left_out: Iterable[LeftOut]) -> RoutingDecision:
         """The same with some adapters left out, for good."""
         left_out = tuple(left_out)
+        if not left_out:
+            return self
         kept = without(self.adapters, {adapter.key for adapter in left_out})
         return replace(self, adapters=kept, left_out=(*self.left_out, *left_out))
 
