@@ -109,7 +109,8 @@ def _load(path: str) -> Any:
 def _watch() -> None:
     """Time the phases of the core's thread, and of finding what may come; tell whenever it becomes idle."""
     from lorauter.engine import core, grammars, scheduler
-    from lorauter.engine.cuda_runner import CudaFlight, CudaRunner
+    from lorauter.engine.cuda_flights import CudaFlight
+    from lorauter.engine.cuda_runner import CudaRunner
     from lorauter.engine.runner import Runner
 
     spent: dict[str, list[float]] = defaultdict(list)
@@ -146,7 +147,7 @@ def _watch() -> None:
 
     def checking(self: Any, tokens: list[int]) -> Any:
         for sequence in self.scheduler.decided:
-            if (held := self._held.get(sequence.id)) is not None and not sequence.void:
+            if (held := self._held.get(sequence.id)) is not None and not self.scheduler.is_void(sequence):
                 counts["masks that are there once the token is" if held.known else "that are not"] += 1
         return check(self, tokens)
 

@@ -6,6 +6,7 @@ Knows ids of blocks and tokens; knows nothing of tensors or requests.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from itertools import count
@@ -35,8 +36,8 @@ class BlockPool:
         self.size = size
         self._holders = [0] * (size + 1)
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, size + 1))
-        self._known: dict[tuple[Parent, tuple[int, ...]], int] = {}
-        self._keys: dict[int, tuple[Parent, tuple[int, ...]]] = {}
+        self._known: dict[tuple[Parent, bytes], int] = {}
+        self._keys: dict[int, tuple[Parent, bytes]] = {}
         self._numbers: dict[int, int] = {}  # of known blocks; never given twice, so that no child outlives its parent
         self._next = count()
 
@@ -66,7 +67,7 @@ class BlockPool:
                 if block not in self._keys:
                     self._free.move_to_end(block, last=False)
 
-    def find(self, root: Hashable, tokens: Sequence[int], most: int) -> tuple[list[int], Parent]:
+    def find(self, root: Hashable, tokens: array[int], most: int) -> tuple[list[int], Parent]:
         """Known blocks with the first tokens of a sequence, now held by the caller too, and the parent of what follows.
 
         Args:
@@ -76,24 +77,25 @@ class BlockPool:
         """
         blocks: list[int] = []
         parent: Parent = root
-        for start in range(0, most * BLOCK, BLOCK):
-            block = self._known.get((parent, tuple(tokens[start : start + BLOCK])))
+        size, content = BLOCK * tokens.itemsize, tokens.tobytes()
+        known, numbers, holders = self._known, self._numbers, self._holders
+        for start in range(0, most * size, size):
+            block = known.get((parent, content[start : start + size]))
             if block is None:
                 break
             blocks.append(block)
-            parent = self._numbers[block]
-        for block in blocks:
-            if not self._holders[block]:
+            parent = numbers[block]
+            if not holders[block]:
                 del self._free[block]
-            self._holders[block] += 1
+            holders[block] += 1
         return blocks, parent
 
-    def publish(self, parent: Parent, tokens: Sequence[int], block: int) -> Parent:
+    def publish(self, parent: Parent, tokens: array[int], block: int) -> Parent:
         """Let a full block that the caller holds be found, and return the parent of the block after it.
 
         Where another block has the same content, that one stays known.
         """
-        key = parent, tuple(tokens)
+        key = parent, tokens.tobytes()
         known = self._known.setdefault(key, block)
         if known == block and block not in self._keys:
             self._keys[block] = key

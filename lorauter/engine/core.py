@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +29,8 @@ from lorauter.engine.messages import Begin, Counters, Drop, Facts, Handled, Lock
 from lorauter.engine.model import Decoder
 from lorauter.engine.plan import NOT_FINITE, REFUSED, RowStart, StepPlan
 from lorauter.engine.runner import Flight, Runner
-from lorauter.engine.scheduler import ActiveSequence, Scheduler
+from lorauter.engine.scheduler import Scheduler
+from lorauter.engine.sequences import ActiveSequence
 from lorauter.engine.slots import AdapterSlots, PackedAdapter, default_budget
 from lorauter.engine.text import TextCodec
 from lorauter.errors import InvalidRequest, LorauterError
@@ -217,7 +219,7 @@ class EngineCore:
             self._held.pop(order.id, None)
             return
         sequence = ActiveSequence(
-            list(order.tokens),
+            array("i", order.tokens),
             order.prompt,
             limit=order.limit,
             mixture=tuple(sorted((adapter.key, weight) for adapter, weight in order.adapters)),
@@ -314,7 +316,7 @@ class EngineCore:
         tokens = flight.wait()
         checked = self._check(tokens) if self._held else []
         self._take_scores(flight)
-        events = self.scheduler.take(tokens)
+        came = self.scheduler.take(tokens)
         if goes_on := [(held, token) for sequence, held, token in checked if not sequence.ended]:
             self._grammars.advance(goes_on)
         now = time.perf_counter()
@@ -324,25 +326,26 @@ class EngineCore:
             report.step = len(done.decoding), prompt_tokens, now - max(launched, self._taken)
         self._taken = now
         ranked = flight.ranks.of_tokens() if flight.ranks is not None else {}
-        sound = [event for event in events if event.token != NOT_FINITE]
-        report.add([(event.sequence.id, event.token, event.reason) for event in sound])
-        for event in sound if self._waited or ranked else [event for event in sound if event.reason]:
-            sequence = event.sequence
-            if event.place in ranked:
-                report.ranked[sequence.id] = ranked[event.place]
-            if (waited := self._waited.pop(sequence.id, None)) is not None:  # it is its first
-                report.reused[sequence.id], report.waited[sequence.id] = sequence.reused, waited
-            if sequence.ended:
-                self._forget(sequence)
-        if len(sound) < len(events):
-            self._end([(event.sequence, _not_finite(event.sequence)) for event in events if event.token == NOT_FINITE])
+        if None in came.ended.values():
+            self._end([(one.sequence, _not_finite(one.sequence)) for one in came if one.token == NOT_FINITE])
+            came = came.sound()
+        report.add([sequence.id for sequence in came.sequences], came.tokens, came.ended)
+        if self._waited or ranked:  # else nothing is to be said of those that go on
+            for event in came:
+                sequence = event.sequence
+                if event.place in ranked:
+                    report.ranked[sequence.id] = ranked[event.place]
+                if (waited := self._waited.pop(sequence.id, None)) is not None:  # it is its first
+                    report.reused[sequence.id], report.waited[sequence.id] = sequence.reused, waited
+        for i in came.ended:
+            self._forget(came.sequences[i])
 
     def _check(self, tokens: list[int]) -> list[tuple[ActiveSequence, Held, int]]:
         """Refuse tokens that may not come, or of which it is not known whether they may; returns the others."""
         checked = []
         for place, sequence in enumerate(self.scheduler.decided):
             held = self._held.get(sequence.id)
-            if held is None or sequence.void or tokens[place] == NOT_FINITE:
+            if held is None or self.scheduler.is_void(sequence) or tokens[place] == NOT_FINITE:
                 continue
             try:
                 if held.takes(tokens[place]):

@@ -283,17 +283,23 @@ def write_pairs(flat: Tensor, where: Tensor, values: Tensor) -> None:
     _write_kernel[(triton.cdiv(n, 128),)](flat, where, values, n, 128, num_warps=1)
 
 
-def write_blocks(table: Tensor, taken: Sequence[tuple[int, int, int]]) -> None:
-    """`table[row, place] = block` for each (row, place, block), none of whose rows and places comes twice.
+def write_blocks(table: Tensor, taken: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+    """`table[row, place + i] = blocks[i]` for each (row, place, blocks), none of whose rows and places comes twice.
 
     Args:
         table: (rows, places) int32, contiguous, changed in place.
         taken: on the host.
     """
-    missing = [-1] * (-len(taken) % 4)  # both halves begin where `write_pairs` is compiled for
-    places = [row * table.shape[1] + place for row, place, _ in taken] + missing
-    numbers = [*places, *[block for _, _, block in taken], *missing]
-    written = to_device(host_ints(numbers).view(2, -1), table.device)
+    if not taken:
+        return
+    places: list[int] = []
+    numbers: list[int] = []
+    for row, place, blocks in taken:
+        first = row * table.shape[1] + place
+        places += range(first, first + len(blocks))
+        numbers += blocks
+    missing = [-1] * (-len(places) % 4)  # both halves begin where `write_pairs` is compiled for
+    written = to_device(host_ints([*places, *missing, *numbers, *missing]).view(2, -1), table.device)
     write_pairs(table.view(-1), written[0], written[1])
 
 

@@ -17,17 +17,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorauter.engine import cuda_kernels as kernels
+from lorauter.engine.cuda_flights import CudaFlight, Staging, StagingRing
 from lorauter.engine.cuda_mixtures import CudaMixtures
 from lorauter.engine.cuda_step import CudaStep, query_blocks
 from lorauter.engine.logprobs import StepRanks
 from lorauter.engine.model import Decoder
-from lorauter.engine.plan import Choice, StepPlan
+from lorauter.engine.plan import Choice, Decoding, StepPlan
 from lorauter.engine.runner import Flight, Runner
-from lorauter.engine.sampling import host_ints, to_device
+from lorauter.engine.sampling import to_device
 from lorauter.engine.slots import AdapterSlots, Part, Placed
 from lorauter.engine.step import Span, StepBatch
 
@@ -56,6 +58,9 @@ def kept_logits(rows: int, step_tokens: int) -> int:
     return _KINDS * sum([*decode_sizes(rows), *(min(size, rows) for size in mixed)])
 
 
+_NOTHING = StepPlan((), (), (), Decoding(), ())
+
+
 @dataclass(frozen=True)
 class _Size:
     """A graph's shape: T tokens, of which `decoding` at most decode, m tokens wanted, Q query blocks at most."""
@@ -68,7 +73,7 @@ class _Size:
     @property
     def numbers(self) -> int:
         """How many numbers such a step reads."""
-        return 3 * self.tokens + 3 * self.outputs + 2 + 4 * self.queries
+        return 3 * self.tokens + 5 * self.outputs + 2 + 4 * self.queries
 
 
 @dataclass(frozen=True)
@@ -84,29 +89,6 @@ class _Graph:
     graph: Any
     logits: Tensor
     chosen: Tensor
-
-
-class CudaFlight:
-    """A step or choice on its way: `tokens` is on the host once `done` has happened, those at `places` its result."""
-
-    def __init__(
-        self, tokens: Tensor, ranks: StepRanks | None, done: torch.cuda.Event, places: Sequence[int] | None = None
-    ) -> None:
-        self._tokens = tokens
-        self.ranks = ranks
-        self.done = done
-        self._places = places
-
-    @property
-    def computed(self) -> bool:
-        """See `Flight.computed`."""
-        return bool(self.done.query())  # type: ignore[no-untyped-call]
-
-    def wait(self) -> list[int]:
-        """See `Flight.wait`."""
-        self.done.synchronize()
-        result: list[int] = self._tokens.tolist()
-        return result if self._places is None else [result[place] for place in self._places]
 
 
 class CopyStream:
@@ -169,9 +151,12 @@ class CudaRunner(Runner):
         self._beside = self._most  # tokens of a step in which rows decode, at most
         sizes = [*self._decode, *self._mixed]
         device = decoder.device
-        self._numbers = torch.zeros(max(size.numbers for size in sizes), dtype=torch.int32, device=device)
-        self._last_tokens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        most = max(size.numbers for size in sizes)
+        self._numbers = torch.zeros(most, dtype=torch.int32, device=device)
         self._last = [-1] * (rows + 1)  # the device alone knows them
+        self._staging = StagingRing(most, rows, device)
+        self._places = np.arange(self._most, dtype=np.int32)
+        self._last_tokens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         firsts = frozenset(group.first for group in slots.groups)
         nothing, attention, any_layer = frozenset[str](), firsts & {"q_proj", "o_proj"}, _Kind(firsts)
         self._kinds = [_Kind(nothing), *dict.fromkeys((_Kind(attention), any_layer))]
@@ -182,7 +167,7 @@ class CudaRunner(Runner):
         self._capture_all(sizes)
         self._own_sizes, beside = self._measure()
         kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
-        self._take_blocks([(rows, 0, 0)])  # compiles, as the line before does
+        kernels.write_blocks(self.memory.table, [(rows, 0, [0])])  # compiles, as the line before does
         if measure:
             self._beside = beside
 
@@ -194,7 +179,7 @@ class CudaRunner(Runner):
                 self._graphs[size, kind] = self._capture(size, kind)
 
     def _capture(self, size: _Size, kind: _Kind) -> _Graph:
-        self._write(size, [], [], [], [], [], [])
+        self._write(self._staging.take(), size, _NOTHING)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compile and warm up what may not happen in a capture
@@ -208,9 +193,10 @@ class CudaRunner(Runner):
 
     @torch.inference_mode()
     def _forward(self, size: _Size, kind: _Kind) -> tuple[Tensor, Tensor]:
-        lengths = [size.tokens] * 3 + [size.outputs] * 3 + [2, 4 * size.queries]
+        lengths = [size.tokens] * 3 + [size.outputs] * 5 + [2, 4 * size.queries]
         parts = torch.split(self._numbers[: size.numbers], lengths)
-        tokens, rows, positions, outputs, output_rows, held, counts, queries = parts
+        tokens, rows, positions, outputs, output_rows, held, places, blocks, counts, queries = parts
+        kernels.write_pairs(self.memory.table.view(-1), places, blocks)
         batch = StepBatch(
             kernels.take_tokens(tokens, rows, self._last_tokens),
             rows,
@@ -260,8 +246,8 @@ class CudaRunner(Runner):
 
     def _seconds(self, size: _Size, kind: _Kind, rows: Sequence[int]) -> float:
         """What a step takes in which so many of these rows decode as may, its other tokens being nobody's."""
-        rows = rows[: size.decoding]
-        self._write(size, [0] * len(rows), rows, [0] * len(rows), [], [], [len(rows), 0])
+        decoding = np.array(rows[: size.decoding], np.int32)
+        self._write(self._staging.take(), size, StepPlan((), (), (), Decoding(decoding, np.zeros_like(decoding)), ()))
         graph = self._graphs[size, kind].graph
         times = []
         for _ in range(4):
@@ -281,30 +267,25 @@ class CudaRunner(Runner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Flight:
         """See `Runner.launch`."""
-        stream = torch.cuda.current_stream()
         for start in plan.starts:
             for placed, _ in self._slots.placed(start.mixture):
                 if placed.copied is not None:
-                    stream.wait_event(placed.copied)
+                    torch.cuda.current_stream().wait_event(placed.copied)
         self._begin(plan)
-        logits, chosen = self._compute(plan) if self._ranker.asked and plan.scored else self._replay(plan)
-        sampled = list(plan.sampled)
-        if held := [number for place, piece in enumerate(sampled) if piece.held for number in (place, piece.row)]:
-            pairs = to_device(torch.tensor(held, dtype=torch.int32), logits.device)
-            kernels.keep_rows(logits, self._kept, pairs.view(-1, 2))
-        rows = [piece.row for piece in sampled]
-        if special := [place for place in self._sampler.sampled(rows) if not sampled[place].held]:
+        staging = self._staging.take()
+        logits, chosen = self._compute(plan) if self._ranker.asked and plan.scored else self._replay(plan, staging)
+        ends, positions = plan.ends
+        rows = ends.tolist()
+        held = plan.held
+        if held:
+            pairs = to_device(torch.tensor([(place, rows[place]) for place in held], dtype=torch.int32), logits.device)
+            kernels.keep_rows(logits, self._kept, pairs)
+        if special := [place for place in self._sampler.sampled(rows) if place not in held]:
             where = to_device(torch.tensor(special), chosen.device)
             chosen = chosen.clone()
-            chosen[where] = self._sample(
-                logits[where],
-                [rows[place] for place in special],
-                [sampled[place].start + sampled[place].size for place in special],
-            )
-        places = [place for place, piece in enumerate(sampled) if not piece.held] if held else None
-        flight = self._flight(chosen, self._ranker.of_step(plan, logits, chosen), places)
-        self._copies.launched = flight.done
-        return flight
+            chosen[where] = self._sample(logits[where], [rows[place] for place in special], positions[special].tolist())
+        places = sorted({*range(len(rows))} - {*held}) if held else None
+        return self._flight(staging, chosen, self._ranker.of_step(plan, logits, chosen), places)
 
     @torch.inference_mode()
     def choose(self, choices: Sequence[Choice], masks: Sequence[Tensor]) -> Flight:
@@ -315,58 +296,44 @@ class CudaRunner(Runner):
         positions = [choice.position for choice in choices]
         tokens = self._sample(logits, rows, positions, to_device(torch.stack(list(masks)), device))
         ranks = self._ranker.of_choice(rows, logits, tokens) if self._ranker.asked else None
-        return self._flight(tokens, ranks)
+        return self._flight(self._staging.take(), tokens, ranks, None)
 
-    def _take_blocks(self, taken: Sequence[tuple[int, int, int]]) -> None:
-        kernels.write_blocks(self.memory.table, taken)
-
-    def _flight(self, chosen: Tensor, ranks: StepRanks | None, places: Sequence[int] | None = None) -> CudaFlight:
+    def _flight(
+        self, staging: Staging, chosen: Tensor, ranks: StepRanks | None, places: Sequence[int] | None
+    ) -> CudaFlight:
         """What has been launched so far, on its way to the host."""
         if ranks is not None:
             ranks = replace(ranks, table=_to_host(ranks.table))
-        host = _to_host(chosen)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        return CudaFlight(host, ranks, done, places)
+        flight = staging.launched(chosen, ranks, places)
+        self._copies.launched = flight.done
+        return flight
 
     def _compute(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """A step without a graph, which none has for the logits of whole prompts: logits and likeliest tokens."""
-        batch = self._batch([*plan.decoding, *plan.prompts], len(plan.decoding), None)
+        kernels.write_blocks(self.memory.table, plan.blocks)
+        batch = self._batch(list(plan.pieces), len(plan.decoding), None)
         batch = replace(batch, tokens=kernels.take_tokens(batch.tokens, batch.rows, self._last_tokens))
         logits = self.decoder.forward(self._step(self.memory, batch), batch)
-        rows = to_device(torch.tensor([piece.row for piece in plan.sampled], dtype=torch.int32), logits.device)
+        ends, _ = plan.ends
+        rows = to_device(torch.from_numpy(ends), logits.device)
         if not len(rows):
             return logits, rows
         assert batch.outputs is not None
-        held = to_device(torch.tensor(self._boards([piece.row for piece in plan.sampled])).int(), logits.device)
+        held = to_device(torch.tensor(self._boards(ends.tolist())).int(), logits.device)
         posted = kernels.Posted(self.board.numbers, held, batch.outputs, batch.positions)
         return logits, kernels.greedy(logits[: len(rows)], rows, self._last_tokens, posted)
 
-    def _replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+    def _replay(self, plan: StepPlan, staging: Staging) -> tuple[Tensor, Tensor]:
         """A step by its graph: logits of the pieces that sample, and their likeliest tokens."""
-        pieces = [*plan.decoding, *plan.prompts]
-        # Of those that decode there are many.
-        tokens = [piece.tokens[0] if piece.tokens else -1 for piece in plan.decoding]
-        positions = [piece.start for piece in plan.decoding]
-        rows = [piece.row for piece in plan.decoding]
-        outputs = [place for place, piece in enumerate(plan.decoding) if piece.samples]
-        output_rows = [rows[place] for place in outputs]
-        for piece in plan.prompts:
-            tokens += piece.tokens
-            positions += range(piece.start, piece.start + piece.size)
-            rows += [piece.row] * piece.size
-            if piece.samples:
-                outputs.append(len(tokens) - 1)
-                output_rows.append(piece.row)
-        sizes = self._mixed if plan.prompts or len(outputs) < len(pieces) else self._decode
-        size = next(size for size in sizes if size.tokens >= len(tokens))
-        spans = [Span(piece.row, piece.start, piece.size) for piece in plan.prompts]
-        queries = query_blocks(spans, len(plan.decoding), self._group)
-        flat = [number for block in queries for number in block]
-        self._write(size, tokens, rows, positions, outputs, output_rows, [len(plan.decoding), len(queries), *flat])
-        graph = self._graphs[size, self._kind_of(size, {piece.row for piece in pieces})]
+        pieces = [*plan.decoding.others, *plan.prompts]
+        rows = len(plan.decoding.rows)
+        tokens, outputs = (rows + sum(numbers) for numbers in ([p.size for p in pieces], [p.samples for p in pieces]))
+        only_decodes = not plan.prompts and outputs == tokens
+        size = next(size for size in (self._decode if only_decodes else self._mixed) if size.tokens >= tokens)
+        self._write(staging, size, plan)
+        graph = self._graphs[size, self._kind_of(size, plan.decoding.rows.tolist() + [piece.row for piece in pieces])]
         graph.graph.replay()
-        return graph.logits, graph.chosen[: len(outputs)]
+        return graph.logits, graph.chosen[:outputs]
 
     def _kind_of(self, size: _Size, rows: Collection[int]) -> _Kind:
         """Which graph a step over these rows takes."""
@@ -393,25 +360,37 @@ class CudaRunner(Runner):
         """Where on the board it may be what may come in these rows; -1 where it is not asked."""
         return [row if row in self._masked else -1 for row in rows] if self._masked else [-1] * len(rows)
 
-    def _write(
-        self,
-        size: _Size,
-        tokens: Sequence[int],
-        rows: Sequence[int],
-        positions: Sequence[int],
-        outputs: Sequence[int],
-        output_rows: Sequence[int],
-        counts: Sequence[int],
-    ) -> None:
+    def _write(self, staging: Staging, size: _Size, plan: StepPlan) -> None:
         """Put a step's numbers where its graph reads them, filled up with a row that is for padding."""
-        missing, unwanted = size.tokens - len(tokens), size.outputs - len(outputs)
-        padding = [self._rows]
-        numbers = [
-            *tokens, *[0] * missing, *rows, *padding * missing, *positions, *[0] * missing,
-            *outputs, *[0] * unwanted, *output_rows, *padding * unwanted,
-            *self._boards(output_rows), *[-1] * unwanted, *(counts or (0, 0)),
-        ]  # fmt: skip
-        self._numbers[: len(numbers)].copy_(host_ints(numbers).pin_memory(), non_blocking=True)
+        numbers, end = staging.numbers, 3 * size.tokens + 5 * size.outputs
+        tokens, rows, positions = numbers[: 3 * size.tokens].reshape(3, -1)
+        outputs, output_rows, held, places, blocks = numbers[3 * size.tokens : end].reshape(5, -1)
+        at = wanted = len(plan.decoding.rows)
+        tokens[:at], rows[:at], positions[:at] = -1, plan.decoding.rows, plan.decoding.starts
+        outputs[:at], output_rows[:at] = self._places[:at], plan.decoding.rows
+        for piece in (*plan.decoding.others, *plan.prompts):
+            first, at = at, at + piece.size
+            tokens[first:at], rows[first:at] = piece.tokens or -1, piece.row
+            positions[first:at] = self._places[: piece.size]
+            positions[first:at] += piece.start
+            if piece.samples:
+                outputs[wanted], output_rows[wanted] = at - 1, piece.row
+                wanted += 1
+        tokens[at:], rows[at:], positions[at:] = 0, self._rows, 0
+        outputs[wanted:], output_rows[wanted:], held[:], places[:] = 0, self._rows, -1, -1
+        if self._masked:
+            held[:wanted] = self._boards(output_rows[:wanted].tolist())
+        if not plan.starts and len(plan.blocks) <= size.outputs:  # one each, of rows that decode
+            width = self.memory.table.shape[1]
+            places[: len(plan.blocks)] = [row * width + place for row, place, _ in plan.blocks]
+            blocks[: len(plan.blocks)] = [block for _, _, (block,) in plan.blocks]
+        else:
+            kernels.write_blocks(self.memory.table, plan.blocks)
+        spans = [Span(piece.row, piece.start, piece.size) for piece in plan.prompts]
+        queries = query_blocks(spans, len(plan.decoding), self._group)
+        numbers[end : end + 2] = len(plan.decoding), len(queries)
+        numbers[end + 2 : end + 2 + queries.size] = queries.reshape(-1)
+        staging.send(self._numbers[: end + 2 + queries.size])
 
     def close(self) -> None:
         """See `Runner.close`."""

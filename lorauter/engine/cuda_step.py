@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorauter.engine import cuda_kernels as kernels
 from lorauter.engine.cuda_mixtures import CudaMixtures
+from lorauter.engine.plan import Ints
 from lorauter.engine.sampling import to_device
 from lorauter.engine.step import Memory, RmsNorm, Span, StepBatch
 
 _TOGETHER = 2048  # tokens whose shrunk inputs are held at once: 128 MiB in bf16
 _LISTED = 64  # tokens that have a list of tiles together
+_NO_QUERIES = np.zeros((0, 4), np.int32)
 
 
 class CudaStep:
@@ -29,7 +32,7 @@ class CudaStep:
         else:
             device = batch.tokens.device
             queries = query_blocks(batch.spans, batch.decoding, memory.heads // memory.kv_heads)
-            self._queries = to_device(torch.tensor(queries, dtype=torch.int32).view(-1, 4), device)
+            self._queries = to_device(torch.from_numpy(queries), device)
             self._counts = to_device(torch.tensor([batch.decoding, len(queries)], dtype=torch.int32), device)
         self._mixtures: CudaMixtures | None = batch.mixtures
         self._own = self._mixtures is not None and batch.own
@@ -163,21 +166,22 @@ class CudaStep:
         return out
 
 
-def query_blocks(spans: Sequence[Span], first: int, group: int) -> list[tuple[int, int, int, int]]:
+def query_blocks(spans: Sequence[Span], first: int, group: int) -> Ints:
     """The query blocks of prompt pieces whose tokens follow one another from `first` on.
 
     Returns:
-        Of each its first token, how many it has, its row, and its first position.
+        (n, 4): of each its first token, how many it has, its row, and its first position.
     """
+    if not spans:
+        return _NO_QUERIES
     size = kernels.query_tokens(group)
-    blocks: list[tuple[int, int, int, int]] = []
-    for span in spans:
-        blocks += [
-            (first + start, min(size, span.length - start), span.row, span.start + start)
-            for start in range(0, span.length, size)
-        ]
-        first += span.length
-    return blocks
+    rows, starts, lengths = np.array([(span.row, span.start, span.length) for span in spans], np.int32).T
+    counts = -(-lengths // size)
+    span = np.repeat(np.arange(len(spans)), counts)  # of each block
+    before = (np.arange(len(span)) - np.repeat(counts.cumsum() - counts, counts)) * size  # tokens of its span
+    firsts = first + lengths.cumsum() - lengths
+    blocks = firsts[span] + before, np.minimum(size, lengths[span] - before), rows[span], starts[span] + before
+    return np.stack(blocks, axis=1).astype(np.int32)
 
 
 @functools.cache

@@ -6,9 +6,10 @@ known by its number. Knows nothing of how they travel.
 
 from __future__ import annotations
 
+import struct
 import time
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,7 +50,7 @@ class Begin:
     """
 
     id: int
-    tokens: Sequence[int]
+    tokens: array[int]
     prompt: int
     limit: int
     adapters: tuple[tuple[Adapter, float], ...]
@@ -163,11 +164,14 @@ class Report:
     counters: Counters | None = None
     awaited: bool = False
 
-    def add(self, came: Sequence[tuple[int, int, FinishReason | None]]) -> None:
-        """Sequences have got tokens: who, which, and why it is the last."""
-        self.ids.extend([id for id, _, _ in came])
-        self.tokens.extend([token for _, token, _ in came])
-        self.reasons.extend([REASONS.index(reason) if reason else 0 for _, _, reason in came])
+    def add(self, ids: Sequence[int], tokens: Sequence[int], ended: Mapping[int, FinishReason | None]) -> None:
+        """Sequences have got tokens: who, which, and of whom it is the last, by their place, and why."""
+        before, count = len(self.ids), len(ids)
+        self.ids.frombytes(struct.pack(f"{count}q", *ids))  # `extend` takes five times as long
+        self.tokens.frombytes(struct.pack(f"{count}i", *tokens))
+        self.reasons.extend(bytes(count))
+        for place, reason in ended.items():
+            self.reasons[before + place] = REASONS.index(reason)
 
     @property
     def events(self) -> Iterator[tuple[int, int, FinishReason | None]]:

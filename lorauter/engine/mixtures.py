@@ -35,6 +35,7 @@ class Mixtures:
         self.layers = layers
         self.arena = arena
         self.rows: list[RowMixture] = [()] * rows
+        self._adapted: set[int] = set()  # rows that have adapters
         self._native: dict[str, RowMixtures] = {}  # made of the mixtures as they are
         self._known: list[dict[str, _Columns]] = [{} for _ in range(rows)]  # of each row, by target
 
@@ -43,12 +44,13 @@ class Mixtures:
         round the same wherever loading and evicting has put them."""
         if mixture or self.rows[row]:
             self.rows[row] = sorted(mixture, key=lambda item: item[0].key)
+            (self._adapted.add if mixture else self._adapted.discard)(row)
             self._native.clear()
             self._known[row] = {}
 
     def of_step(self, rows: Collection[int]) -> Mixtures | None:
         """What a step over these rows takes: None if none of them has adapters."""
-        return self if any(self.rows[row] for row in rows) else None
+        return None if self._adapted.isdisjoint(rows) else self
 
     def pair(self, part: Part, layer: int, inputs: int, width: int) -> tuple[Tensor, Tensor]:
         """Views of A (rank, inputs) and B (rank, width) of one layer."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lorauter.engine.types import SamplingParams
 
 AdapterKey = tuple[str, str]
 """Name and version."""
 Mixture = tuple[tuple[AdapterKey, float], ...]
+
+Ints = NDArray[np.int32]
 
 NOT_FINITE = -1
 """In place of a token, where the model's output is not finite."""
@@ -41,6 +47,38 @@ class Piece(NamedTuple):
     def size(self) -> int:
         """How many tokens."""
         return len(self.tokens) or 1
+
+
+_NOBODY = np.zeros(0, np.int32)
+
+
+class Decoding:
+    """A step's pieces of one token.
+
+    A row that merely goes on decoding costs no object: its token is the one that its last step has chosen, and the one
+    after it is wanted.
+
+    Args:
+        rows: of those that merely go on.
+        starts: their positions.
+        others: pieces of one token that are more than that; they come after those.
+    """
+
+    __slots__ = ("others", "rows", "starts")
+
+    def __init__(self, rows: Ints = _NOBODY, starts: Ints = _NOBODY, others: Sequence[Piece] = ()) -> None:
+        self.rows = rows
+        self.starts = starts
+        self.others = others
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.others)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """All as pieces."""
+        for row, start in zip(self.rows.tolist(), self.starts.tolist(), strict=True):
+            yield Piece(row, start, (), samples=True)
+        yield from self.others
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +113,7 @@ class RowStart:
     sampling: SamplingParams
     seed: int
     prompt: int
-    tokens: Sequence[int]
+    tokens: array[int]
     ends: Collection[int] = ()
 
 
@@ -86,24 +124,46 @@ class StepPlan:
     Attributes:
         left: rows that nobody has any more; after a step that failed, all of them.
         starts: rows whose mixture and sampling are new; before anything else but `left`.
-        blocks: (row, place, block): the block of a row's positions from `place * BLOCK` on.
+        blocks: (row, place, blocks): those of a row's positions from `place * BLOCK` on.
         decoding: pieces of one token.
         prompts: longer ones.
     """
 
     left: Sequence[int]
     starts: Sequence[RowStart]
-    blocks: Sequence[tuple[int, int, int]]
-    decoding: Sequence[Piece]
+    blocks: Sequence[tuple[int, int, Sequence[int]]]
+    decoding: Decoding
     prompts: Sequence[Piece]
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """All, those of one token first."""
+        yield from self.decoding
+        yield from self.prompts
 
     @property
     def sampled(self) -> Iterator[Piece]:
         """The pieces that a token is wanted of; a step's results are the tokens of those that are not `held`, in their
         order."""
-        return (piece for pieces in (self.decoding, self.prompts) for piece in pieces if piece.samples)
+        return (piece for piece in self.pieces if piece.samples)
+
+    @property
+    def ends(self) -> tuple[Ints, Ints]:
+        """Of those pieces the row of each, and the position of the token that is wanted."""
+        rows, starts = self.decoding.rows, self.decoding.starts
+        others = [piece for piece in (*self.decoding.others, *self.prompts) if piece.samples]
+        if not others:
+            return rows, starts + 1
+        numbers = np.array([(piece.row, piece.start + piece.size) for piece in others], np.int32)
+        return np.concatenate((rows, numbers[:, 0])), np.concatenate((starts + 1, numbers[:, 1]))
+
+    @property
+    def held(self) -> list[int]:
+        """Which of those pieces, by their place, are held."""
+        others = [piece for piece in (*self.decoding.others, *self.prompts) if piece.samples]
+        return [place for place, piece in enumerate(others, len(self.decoding.rows)) if piece.held]
 
     @property
     def scored(self) -> list[Piece]:
         """The pieces that have targets."""
-        return [piece for pieces in (self.decoding, self.prompts) for piece in pieces if piece.targets]
+        return [piece for pieces in (self.decoding.others, self.prompts) for piece in pieces if piece.targets]

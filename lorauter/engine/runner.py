@@ -161,7 +161,9 @@ class Runner:
         """Compute a step, and return (m, vocabulary) logits: of the pieces that sample and then of those that have
         targets, or of the tokens `outputs`."""
         self._begin(plan)
-        batch = self._batch([*plan.decoding, *plan.prompts], len(plan.decoding), outputs)
+        for row, place, blocks in plan.blocks:
+            self.memory.table[row, place : place + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        batch = self._batch(list(plan.pieces), len(plan.decoding), outputs)
         return self.decoder.forward(self._step(self.memory, batch), batch)
 
     def _begin(self, plan: StepPlan) -> None:
@@ -174,13 +176,6 @@ class Runner:
             self._ranker.start(start.row, start.sampling)
             masked = start.sampling.is_held and start.sampling.greedy
             (self._masked.add if masked else self._masked.discard)(start.row)
-        if plan.blocks:
-            self._take_blocks(plan.blocks)
-
-    def _take_blocks(self, taken: Sequence[tuple[int, int, int]]) -> None:
-        """Rows get blocks: (row, place, block)."""
-        rows, places, blocks = (to_device(torch.tensor(v), self.decoder.device) for v in zip(*taken, strict=True))
-        self.memory.table[rows, places] = blocks.int()
 
     def _batch(self, pieces: Sequence[Piece], decoding: int, outputs: Sequence[int] | None) -> StepBatch:
         """A step's tokens.
@@ -216,7 +211,7 @@ class Runner:
             decoding,
             spans,
             ids([*wanted, *scored] if outputs is None else outputs),
-            self.mixtures.of_step({piece.row for piece in pieces}),
+            self.mixtures.of_step([piece.row for piece in pieces]),
         )
 
     def budget(self, decoding: int) -> int:

@@ -1,87 +1,30 @@
-"""Which tokens the next step processes. Pure Python: no tensors, no threads, no clocks.
+"""Which tokens the next step processes. No tensors, no threads, no clocks.
 
 There are no phases: a running sequence has positions whose keys and values are computed, and tokens to come after
 them; each step gives every sequence that decodes its one token, and pieces of prompts what is left of the budget.
 Steps may be planned ahead: a step's tokens need not be known when the next is planned, and a sequence that turns out to
 have ended is dropped then. So is what was planned after a token that is refused: the sequence goes on from the token
-before. An answer that is held to a grammar and does not take the likeliest token is in no step between the one that
+before. Sequences that merely decode are in lanes, which advance together until one needs a block, or its last token is
+next. An answer that is held to a grammar and does not take the likeliest token is in no step between the one that
 computes its next token's chances and the choice of that token, which follows when it is known what may come. Knows
 nothing of text, models or devices.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from lorauter.engine.blocks import BLOCK, BlockPool, Parent, blocks_of
-from lorauter.engine.plan import NOT_FINITE, REFUSED, AdapterKey, Choice, Mixture, Piece, RowStart, StepPlan
-from lorauter.engine.types import FinishReason, SamplingParams
+from lorauter.engine.blocks import BLOCK, BlockPool, blocks_of
+from lorauter.engine.plan import REFUSED, AdapterKey, Choice, Decoding, Mixture, Piece, RowStart, StepPlan
+from lorauter.engine.sequences import ActiveSequence, Came, Lanes
+from lorauter.engine.types import FinishReason
 
 _MOST_TARGETS = 256  # of a step: each takes a row of logits
-
-
-@dataclass(eq=False)
-class ActiveSequence:
-    """A request that waits or runs.
-
-    Attributes:
-        tokens: prompt and answer, as far as they are known.
-        prompt: how many are the prompt's.
-        limit: length at which it is full.
-        mixture, sampling, seed: what computes it, how its tokens are chosen, and by which random numbers.
-        adapters: what `AdapterRoom` takes.
-        tenant: whose computed blocks alone it may use.
-        ends: tokens that end it.
-        reused: positions of the prompt that were found computed.
-        ended: whether its last token is known, or nobody waits for it any more.
-        id: what others know it by.
-        told: positions of the prompt whose next tokens' probabilities are known.
-        undecided: whether it waits until it is known what may come, for `choose` or `resume`.
-        chosen: whether its tokens are chosen by `choose`.
-    """
-
-    tokens: list[int]
-    prompt: int
-    limit: int
-    mixture: Mixture = ()
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-    adapters: Sequence[object] = ()
-    tenant: str | None = None
-    ends: Collection[int] = ()
-    reused: int = 0
-    ended: bool = False
-    id: int = 0
-    told: int = 0
-    undecided: bool = False
-    chosen: bool = field(init=False)
-    row: int | None = None
-    begun: bool = False
-    computed: int = 0
-    coming: int = 0  # tokens that steps and choices on their way bring
-    void: int = 0  # further ones that follow a refused one
-    blocks: list[int] = field(default_factory=list)
-    published: int = 0  # blocks that may be found by others
-    parent: Parent = None
-    passed_over: int = 0  # how many later requests were admitted before it
-
-    def __post_init__(self) -> None:
-        self.chosen = self.sampling.is_held and not self.sampling.greedy
-
-
-class Event(NamedTuple):
-    """A sequence has got a token, the one that ends it if there is a reason; NOT_FINITE has none, and ends it.
-
-    `place` is the token's among those of its step.
-    """
-
-    sequence: ActiveSequence
-    token: int
-    reason: FinishReason | None
-    place: int
+_NOTHING = array("i")
 
 
 class AdapterRoom(Protocol):
@@ -142,6 +85,11 @@ class Scheduler:
         self.waiting: deque[ActiveSequence] = deque()
         self.running: list[ActiveSequence] = []
         self._flights: deque[_Flight] = deque()
+        self._planned = 0  # steps
+        self._admitted = 0  # sequences
+        self._ends: set[int] = set()  # tokens that may end one that runs
+        self._lanes: Lanes | None = None  # None where they have changed, or those beside them
+        self._beside: list[ActiveSequence] = []
         self.preemptions = 0
         self.reused = 0
 
@@ -165,7 +113,7 @@ class Scheduler:
         for sequence in sequences:
             assert sequence.row is not None
             sequence.undecided = False
-            sequence.coming += 1
+            sequence.expected += 1
             choices.append(Choice(sequence.row, sequence.computed))
         self._flights.append(_Flight(list(sequences), []))
         return choices
@@ -179,25 +127,28 @@ class Scheduler:
         """Whose tokens the oldest step or choice on its way brings, in their order."""
         return self._flights[0].decided
 
+    def is_void(self, sequence: ActiveSequence) -> bool:
+        """Whether what these bring of a sequence is of no use: it has ended, or a token before was refused."""
+        return sequence in self._flights[0].gone
+
     def plan(self) -> StepPlan | None:
         """The next step, or None if there is nothing to process before a token that is on its way has come."""
         step = _Step()
         before = self.preemptions
+        lanes = self._make_room(step)
+        starts = lanes.starts(self._planned)
+        self._planned += 1
         prompts = []
-        for sequence in list(self.running):
-            left = 0 if sequence.undecided else _left(sequence)
+        for sequence in self._beside:
+            left = 0 if sequence.undecided else sequence.left
             if left > 1:
                 prompts.append(sequence)
-                continue
-            has_block = sequence.computed < len(sequence.blocks) * BLOCK  # most have
-            if left and sequence.row is not None and (has_block or self._grow(sequence, step)):
-                if sequence.sampling.prompt_logprobs is None:
-                    self._decode(sequence, sequence.row, step)
-                else:
-                    self._process(sequence, 1, step)
-        budget = self._budget(len(step.decoding)) - len(step.decoding)
+            elif left:
+                self._process(sequence, 1, step)
+        decoding = len(starts) + len(step.decoding)
+        budget = self._budget(decoding) - decoding
         for sequence in prompts:
-            if sequence.row is not None and budget > 0:
+            if budget > 0:
                 budget -= self._process(sequence, budget, step)
         # Who was preempted may not come back at once: tokens of its own may be on their way.
         while budget > 0 and self.preemptions == before and (admitted := self._admit()) is not None:
@@ -210,45 +161,69 @@ class Scheduler:
                     admitted.sampling,
                     admitted.seed,
                     admitted.prompt,
-                    tuple(admitted.tokens),
+                    admitted.tokens[:],
                     admitted.ends,
                 )
             )
-            step.blocks += [(row, place, block) for place, block in enumerate(admitted.blocks)]
+            step.blocks.append((row, 0, admitted.blocks[:]))
             budget -= self._process(admitted, budget, step)
-        if not step.decoding and not step.prompts:
+        decodes = Decoding(lanes.rows, starts, step.decoding)
+        if not decodes and not step.prompts:
             return None
-        self._flights.append(_Flight([*step.decided, *step.decided_prompts], [*step.scored, *step.scored_prompts]))
+        decided = [*lanes.sequences, *step.decided, *step.decided_prompts]
+        self._flights.append(_Flight(decided, [*step.scored, *step.scored_prompts], lanes.appends))
         rows, self._left_rows = self._left_rows, []
-        return StepPlan(rows, step.starts, step.blocks, step.decoding, step.prompts)
+        return StepPlan(rows, step.starts, step.blocks, decodes, step.prompts)
 
-    def _decode(self, sequence: ActiveSequence, row: int, step: _Step) -> None:
-        """What `_process` does with the last token of a sequence: most of what there is to do."""
-        start = sequence.computed
-        step.decoding.append(Piece(row, start, sequence.tokens[start:], True, (), sequence.chosen))
-        sequence.computed = start + 1
-        if sequence.chosen:
-            sequence.undecided = True
-        else:
-            step.decided.append(sequence)
-            sequence.coming += 1
-        if (start + 1) // BLOCK > sequence.published:
-            self._publish(sequence)
+    def _make_room(self, step: _Step) -> Lanes:
+        """Give blocks to all who decode and have none for their next position, the oldest first; and the lanes of those
+        who merely decode in this step."""
+        lanes = self._gathered()
+        due = lanes.due(self._planned)
+        needy = [lanes.sequences[place] for place in due]
+        if full := [one for one in needy if one.position(self._planned) >= one.limit - 2]:
+            for sequence in full:  # nobody's last token comes in a lane
+                self._leave_lane(sequence)
+            lanes = self._gathered()
+            due = lanes.due(self._planned)
+            needy = [lanes.sequences[place] for place in due]
+        needy += [one for one in self._beside if not one.undecided and one.left == 1]
+        for sequence in sorted(needy, key=lambda one: one.age):
+            # An older one may have taken what a younger one had, a row too.
+            if sequence.row is not None and sequence.position(self._planned) == len(sequence.blocks) * BLOCK:
+                self._grow(sequence, step)
+        if self._lanes is lanes and due:
+            lanes.renew(due)
+        return self._gathered()
+
+    def _gathered(self) -> Lanes:
+        """The lanes as they are; `_beside` are the other running sequences."""
+        if self._lanes is None:
+            self._lanes = Lanes([one for one in self.running if one.joined is not None], self._planned)
+            self._beside = [one for one in self.running if one.joined is None]
+        return self._lanes
+
+    def _leave_lane(self, sequence: ActiveSequence) -> None:
+        """A sequence is looked at one by one again, if it was not."""
+        if sequence.joined is not None:
+            sequence.computed = sequence.position(self._planned)
+            sequence.expected = sequence.computed + 1
+            sequence.joined = self._lanes = None
 
     def _process(self, sequence: ActiveSequence, most: int, step: _Step) -> int:
         """Let the step process the next tokens of a running sequence; returns how many."""
-        count = min(most, _left(sequence))
+        count = min(most, sequence.left)
         start, known = sequence.computed, len(sequence.tokens)
-        scores = _scores(sequence) and start + 1 < sequence.prompt
+        scores = sequence.scores and start + 1 < sequence.prompt
         if scores:
             count = min(count, step.targets)
             if not count:
                 return 0
         end = start + count
-        samples = end == known + sequence.coming
-        targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt)] if scores else ()
+        samples = end == sequence.expected
+        targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt)] if scores else _NOTHING
         assert sequence.row is not None
-        known_tokens = sequence.tokens[start:end] if start < known else ()
+        known_tokens = sequence.tokens[start:end] if start < known else _NOTHING
         held = samples and sequence.chosen
         piece = Piece(sequence.row, start, known_tokens, samples, targets, held)
         (step.decoding if count == 1 else step.prompts).append(piece)
@@ -260,23 +235,25 @@ class Scheduler:
             sequence.undecided = True
         elif samples:
             (step.decided if count == 1 else step.decided_prompts).append(sequence)
-            sequence.coming += 1
+            sequence.expected += 1
+            if sequence.expected < sequence.limit - 1:  # then it merely decodes from the next step on
+                sequence.joined, self._lanes = self._planned, None
+                sequence.set_stop()
         self._publish(sequence)
         return count
 
-    def _grow(self, sequence: ActiveSequence, step: _Step) -> bool:
-        """Give a sequence that has none the block of its next position, if need be the youngest's; False if it is the
-        youngest."""
-        place = sequence.computed // BLOCK
+    def _grow(self, sequence: ActiveSequence, step: _Step) -> None:
+        """Give a sequence the block of its next position, if need be the youngest's, which may be itself."""
+        self._publish(sequence)
         while (blocks := self._pool.take(1)) is None:
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
-                return False
-        sequence.blocks += blocks
+                return
         assert sequence.row is not None
-        step.blocks.append((sequence.row, place, blocks[0]))
-        return True
+        step.blocks.append((sequence.row, len(sequence.blocks), blocks))
+        sequence.blocks += blocks
+        sequence.set_stop()
 
     def _publish(self, sequence: ActiveSequence) -> None:
         """Let others find the full blocks whose tokens are known, once a step that fills them is planned.
@@ -285,7 +262,7 @@ class Scheduler:
         """
         if not self._reuse:
             return
-        full = min(sequence.computed, len(sequence.tokens)) // BLOCK
+        full = min(sequence.position(self._planned), len(sequence.tokens)) // BLOCK
         for place in range(sequence.published, full):
             tokens = sequence.tokens[place * BLOCK : (place + 1) * BLOCK]
             sequence.parent = self._pool.publish(sequence.parent, tokens, sequence.blocks[place])
@@ -325,8 +302,13 @@ class Scheduler:
             for other in blocked:
                 other.passed_over += 1
             self.waiting.remove(sequence)
+            if not self.running:
+                self._ends.clear()
+            self._ends.update(sequence.ends)
             self.running.append(sequence)
-            sequence.row = self._free_rows.pop()
+            self._lanes = None
+            self._admitted += 1
+            sequence.row, sequence.age = self._free_rows.pop(), self._admitted
             if not sequence.begun:
                 sequence.begun, sequence.reused = True, min(sequence.computed, sequence.prompt)
                 self.reused += sequence.reused
@@ -336,7 +318,7 @@ class Scheduler:
     def _take_blocks(self, sequence: ActiveSequence) -> bool:
         """Blocks for all tokens that are known: those found computed, but for the last token's, and free ones."""
         length, root = len(sequence.tokens), (sequence.tenant, sequence.mixture)
-        most = (length - 1) // BLOCK if self._reuse and not _scores(sequence) else 0
+        most = (length - 1) // BLOCK if self._reuse and not sequence.scores else 0
         found, parent = self._pool.find(root, sequence.tokens, most)
         fresh = self._pool.take(blocks_of(length) - len(found))
         if fresh is None:
@@ -357,44 +339,60 @@ class Scheduler:
         `StepPlan.scored`."""
         return self._flights[0].scored
 
-    def take(self, tokens: Sequence[int]) -> list[Event]:
+    def take(self, tokens: Sequence[int]) -> Came:
         """The tokens of the oldest step or choice on its way, in the order of its plan; what has ended is let go."""
-        events = []
-        decided = self._flights.popleft().decided
-        for place, (sequence, token) in enumerate(zip(decided, tokens, strict=True)):
-            if sequence.ended:  # by the step before
+        flight = self._flights.popleft()
+        sequences: Sequence[ActiveSequence] = flight.decided
+        places: list[int] | None = None
+        if flight.gone or REFUSED in tokens:
+            places = []
+            for place, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+                if sequence in flight.gone:
+                    continue
+                if token == REFUSED:
+                    self._refuse(sequence)
+                else:
+                    places.append(place)
+            sequences, tokens = [sequences[place] for place in places], [tokens[place] for place in places]
+        ended: dict[int, FinishReason | None] = {}
+        steady = 0
+        if places is None and min(tokens, default=0) >= 0 and self._ends.isdisjoint(tokens):
+            steady = len(flight.steady)  # nobody's last token comes in a lane
+            for append, token in zip(flight.steady, tokens, strict=False):
+                append(token)
+        for i in range(steady, len(sequences)):
+            sequence, token = sequences[i], tokens[i]
+            if token < 0:
+                ended[i] = None
                 continue
-            if sequence.void:
-                sequence.void -= 1
-                continue
-            sequence.coming -= 1
-            if token == REFUSED:
-                self._refuse(sequence)
-                continue
-            reason: FinishReason | None = None
-            if token == NOT_FINITE:
-                sequence.ended = True
+            sequence.tokens.append(token)
+            if token in sequence.ends:
+                ended[i] = "stop"
+            elif len(sequence.tokens) >= sequence.limit:
+                ended[i] = "length"
+        for i, reason in ended.items():
+            sequence = sequences[i]
+            if reason is None:
                 self._pool.forget(sequence.blocks)
             else:
-                sequence.tokens.append(token)
-                if token in sequence.ends:
-                    reason = "stop"
-                elif len(sequence.tokens) >= sequence.limit:
-                    reason = "length"
-                sequence.ended = reason is not None
-                if not len(sequence.tokens) % BLOCK:
-                    self._publish(sequence)
-            events.append(Event(sequence, token, reason, place))
-            if sequence.ended:
-                self._let_go(sequence)
-        return events
+                self._publish(sequence)
+            sequence.ended = True
+            self._let_go(sequence)
+        return Came(sequences, tokens, ended, places)
 
     def _refuse(self, sequence: ActiveSequence) -> None:
         """What was planned on a token is of no use, and neither is what that brings."""
-        sequence.void, sequence.coming = sequence.coming, 0
+        self._void(sequence)
+        self._leave_lane(sequence)
+        sequence.expected = len(sequence.tokens)
         if sequence.row is not None:
             sequence.computed = len(sequence.tokens) - 1
             sequence.undecided = True
+
+    def _void(self, sequence: ActiveSequence) -> None:
+        """Nobody takes what is on its way for a sequence."""
+        for flight in self._flights:
+            flight.gone.add(sequence)
 
     def abandon(self) -> list[ActiveSequence]:
         """After a step that failed: forget steps on their way and all that was computed; who ran has ended."""
@@ -404,7 +402,7 @@ class Scheduler:
         self._flights.clear()
         self._left_rows = list(range(self._max_rows))  # also of the plan that failed
         for sequence in self.waiting:
-            sequence.coming = sequence.void = 0
+            sequence.expected = len(sequence.tokens)
         self._pool.forget()
         return ended
 
@@ -425,6 +423,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _let_go(self, sequence: ActiveSequence) -> None:
+        self._void(sequence)
         if sequence.row is None:
             self.waiting.remove(sequence)
             self._room.release(sequence)
@@ -433,7 +432,9 @@ class Scheduler:
 
     def _leave_row(self, sequence: ActiveSequence) -> None:
         assert sequence.row is not None
-        self.running = [other for other in self.running if other is not sequence]
+        self._leave_lane(sequence)
+        self.running.remove(sequence)
+        self._lanes = None
         self._free_rows.append(sequence.row)
         self._left_rows.append(sequence.row)
         sequence.row, sequence.undecided = None, False
@@ -443,10 +444,10 @@ class Scheduler:
 
 @dataclass(slots=True)
 class _Step:
-    """A step in the making: what `StepPlan` has, and who gets the tokens and scores of its pieces."""
+    """A step in the making: what `StepPlan` has beside the lanes, and who gets the tokens and scores of its pieces."""
 
     starts: list[RowStart] = field(default_factory=list)
-    blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
     decoding: list[Piece] = field(default_factory=list)
     prompts: list[Piece] = field(default_factory=list)
     decided: list[ActiveSequence] = field(default_factory=list)
@@ -458,18 +459,10 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A step or choice that is on its way: who gets its tokens, and its scores."""
+    """A step or choice that is on its way: who gets its tokens, and its scores; what takes the tokens of the lanes,
+    which come first; and for whom it has no use any more."""
 
     decided: list[ActiveSequence]
     scored: list[tuple[ActiveSequence, int]]
-
-
-def _left(sequence: ActiveSequence) -> int:
-    """How many tokens are there to process, those on their way included; none of a sequence that will be full."""
-    length = len(sequence.tokens) + sequence.coming
-    return 0 if length >= sequence.limit else length - sequence.computed
-
-
-def _scores(sequence: ActiveSequence) -> bool:
-    """Whether probabilities of its prompt's tokens are wanted yet."""
-    return sequence.sampling.prompt_logprobs is not None and sequence.told + 1 < sequence.prompt
+    steady: list[Callable[[int], None]] = field(default_factory=list)
+    gone: set[ActiveSequence] = field(default_factory=set)

@@ -19,7 +19,7 @@ from lorauter.adapters.tensors import is_finite
 from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine.arena import Stretches, aligned
 from lorauter.engine.plan import AdapterKey, Mixture
-from lorauter.engine.scheduler import ActiveSequence
+from lorauter.engine.sequences import ActiveSequence
 from lorauter.errors import AdapterRejected, AdapterUnavailable
 
 SLOTS = 4096

@@ -22,9 +22,9 @@ from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine import EngineConfig, MultiLoraEngine, SamplingParams
 from lorauter.engine.blocks import BLOCK, blocks_of
 from lorauter.engine.model import Decoder
-from lorauter.engine.plan import Piece, RowStart, StepPlan
+from lorauter.engine.plan import Decoding, Piece, RowStart, StepPlan
 from lorauter.engine.runner import Runner
-from lorauter.engine.scheduler import ActiveSequence
+from lorauter.engine.sequences import ActiveSequence
 from lorauter.engine.slots import AdapterSlots
 from lorauter.engine.step import Step, StepBatch
 from lorauter.engine.text import TextCodec
@@ -268,10 +268,10 @@ def run_forced():
                     one = Piece(sequence.row, done, tokens, samples=False)
                     (decoding if count == 1 else prompts).append((sequence, one))
                     while len(sequence.blocks) * BLOCK < done + count:
-                        taken.append((sequence.row, len(sequence.blocks), free_blocks[0]))
+                        taken.append((sequence.row, len(sequence.blocks), free_blocks[:1]))
                         sequence.blocks.append(free_blocks.pop(0))
             pieces = [*decoding, *prompts]
-            plan = StepPlan((), starts, taken, [p for _, p in decoding], [p for _, p in prompts])
+            plan = StepPlan((), starts, taken, Decoding(others=[p for _, p in decoding]), [p for _, p in prompts])
             logits = iter(runner.logits(plan, range(sum(one.size for _, one in pieces))))
             for sequence, one in pieces:
                 sequence.logits += [next(logits) for _ in range(one.size)]

@@ -1,10 +1,11 @@
 import random
+from array import array
 
 import pytest
 
 from lorauter.engine.blocks import BLOCK, BlockPool, blocks_of
 
-TOKENS = list(range(3 * BLOCK + 5))
+TOKENS = array("i", range(3 * BLOCK + 5))
 MIX = ((("a", "1"), 1.0),)
 
 
@@ -22,10 +23,10 @@ def test_full_blocks_of_the_same_beginning_are_found():
     found, parent = pool.find(MIX, TOKENS, 9)
     assert found == blocks[:3]
     assert pool.find(MIX, TOKENS, 2)[0] == blocks[:2]
-    other = [*TOKENS[:20], 7, *TOKENS[21:]]
+    other = array("i", [*TOKENS[:20], 7, *TOKENS[21:]])
     assert pool.find(MIX, other, 9)[0] == blocks[:1]
-    assert pool.find(MIX, [9, *TOKENS[1:]], 9)[0] == []
-    assert pool.publish(parent, [5] * BLOCK, blocks[3]) is not None
+    assert pool.find(MIX, array("i", [9, *TOKENS[1:]]), 9)[0] == []
+    assert pool.publish(parent, array("i", [5] * BLOCK), blocks[3]) is not None
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_blocks_have_as_many_holders_as_hold_them(seed):
         if held and draw.random() < 0.5:
             pool.release(held.pop(draw.randrange(len(held))))
         else:
-            tokens = [draw.randrange(2)] * BLOCK + [draw.randrange(2)] * BLOCK + [1]
+            tokens = array("i", [draw.randrange(2)] * BLOCK + [draw.randrange(2)] * BLOCK + [1])
             found, parent = pool.find(MIX, tokens, 2)
             fresh = pool.take(3 - len(found))
             if fresh is None:

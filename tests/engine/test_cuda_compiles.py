@@ -76,7 +76,7 @@ def test_steps(compiled, monkeypatch, decoder, tokens, own):
     board = torch.zeros(ROWS + 1, 1 + -(-decoder.vocabulary // 32), dtype=torch.int32)
     kernels.greedy(logits, ids[:2], kernels.take_tokens(ids, ids, ids[:5]), kernels.Posted(board, ids[:2], ids, ids))
     kernels.keep_rows(logits, logits, torch.zeros(1, 2, dtype=torch.int32))
-    kernels.write_blocks(memory.table, [(0, 0, 1)])
+    kernels.write_blocks(memory.table, [(0, 0, [1])])
     kinds = {"_own_norm_kernel", "_own_add_kernel"} if own else {"_shrink_kernel", "_expand_kernel"}
     assert kinds | {"_rotate_store_kernel", "_silu_mul_kernel", "_peaks_kernel", "_decode_kernel"} <= set(compiled)
     assert ("_live_kernel" in compiled) == (tokens > kernels.FEW_TOKENS)

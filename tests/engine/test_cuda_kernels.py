@@ -141,9 +141,10 @@ class Cases(KernelCases):
     def test_write_blocks(self, kernels, draw, count):
         table = torch.randint(0, 9, (20, 11), generator=draw).int().to(DEVICE)
         expected = table.clone()
-        taken = [(i // 11, i % 11, 100 + i) for i in torch.randperm(220, generator=draw)[:count].tolist()]
-        for row, place, block in taken:
-            expected[row, place] = block
+        places = torch.randperm(220, generator=draw)[:count].tolist()
+        taken = [(i // 11, i % 11, [100 + i, 400 + i][: 1 + (i % 11 < 10 and i + 1 not in places)]) for i in places]
+        for row, place, blocks in taken:
+            expected[row, place : place + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         kernels.write_blocks(table, taken)
         assert torch.equal(table, expected)
 

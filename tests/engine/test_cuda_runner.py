@@ -1,9 +1,11 @@
 """What a GPU's runner captures and which of it a step takes, with stand-ins for graphs, streams and kernels."""
 
+from array import array
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from lorauter.engine import cuda_runner
 from lorauter.engine.cuda_mixtures import CudaMixtures
 from lorauter.engine.cuda_runner import CudaRunner
 from lorauter.engine.cuda_step import CudaStep
-from lorauter.engine.plan import Piece, RowStart, StepPlan
+from lorauter.engine.plan import Decoding, Piece, RowStart, StepPlan
 from lorauter.engine.slots import AdapterSlots
 from lorauter.engine.types import SamplingParams
 
@@ -74,7 +76,7 @@ def taken(runner, hold, mixtures, *, prompt=0):
     decoding = pieces[: len(pieces) - bool(prompt)]
     for graph in runner._graphs.values():
         graph.graph.replay.reset_mock()
-    runner.launch(StepPlan((), starts, [], decoding, pieces[len(decoding) :]))
+    runner.launch(StepPlan((), starts, [], Decoding(others=decoding), pieces[len(decoding) :]))
     [(size, kind)] = [key for key, graph in runner._graphs.items() if graph.graph.replay.called]
     return size.tokens, kind.adapted, kind.own
 
@@ -113,3 +115,27 @@ def test_what_takes_twice_as_long_as_all_rows_decoding_is_the_most_beside_them(r
     runner = runner_for(lambda size, kind: (1.0 if kind.own else 1.5) + (size.queries and size.tokens / 200))
     assert runner.budget(0) >= 400
     assert runner.budget(1) == runner.budget(ROWS) == 96
+
+
+def test_a_step_is_written_as_its_graph_reads_it(runner_for):
+    runner = runner_for()
+    others = [Piece(0, 5, array("i", [31]), samples=True), Piece(1, 7, array("i", [32]), samples=False)]
+    prompts = [Piece(2, 10, array("i", range(40, 60)), samples=True), Piece(3, 0, array("i", [50, 51]), samples=False)]
+    decoding = Decoding(np.array([6, 4], np.int32), np.array([17, 33], np.int32), others)
+    size = next(size for size in runner._mixed if size.tokens >= 26)
+    runner._masked.add(2)
+    runner._write(runner._staging.take(), size, StepPlan((), (), [(4, 2, [9])], decoding, prompts))
+    lengths = [size.tokens] * 3 + [size.outputs] * 5 + [2, 4 * size.queries]
+    found = [part.tolist() for part in torch.split(runner._numbers[: size.numbers], lengths)]
+    pad, missing = runner._rows, size.tokens - 26
+    assert found[0] == [-1, -1, 31, 32, *range(40, 60), 50, 51, *[0] * missing]
+    assert found[1] == [6, 4, 0, 1, *[2] * 20, 3, 3, *[pad] * missing]
+    assert found[2] == [17, 33, 5, 7, *range(10, 30), 0, 1, *[0] * missing]
+    assert found[3:6] == [[0, 1, 2, 23], [6, 4, 0, 2], [-1, -1, -1, 2]]  # outputs, their rows, and which are held
+    width = runner.memory.table.shape[1]
+    assert found[6:8] == [[4 * width + 2, -1, -1, -1], [9, *found[7][1:]]]
+    each = cuda_runner.kernels.query_tokens(runner._group)
+    blocks = [(4 + start, min(each, 20 - start), 2, 10 + start) for start in range(0, 20, each)]
+    queries = [*blocks, (24, 2, 3, 0)]
+    assert found[8] == [4, len(queries)]
+    assert found[9][: 4 * len(queries)] == [number for query in queries for number in query]

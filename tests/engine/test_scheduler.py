@@ -2,13 +2,15 @@
 
 import random
 import zlib
+from array import array
 from dataclasses import dataclass, field
 
 import pytest
 
 from lorauter.engine.blocks import BLOCK, BlockPool
 from lorauter.engine.plan import NOT_FINITE, REFUSED
-from lorauter.engine.scheduler import ActiveSequence, Scheduler
+from lorauter.engine.scheduler import Scheduler
+from lorauter.engine.sequences import ActiveSequence
 from lorauter.engine.types import Grammar, SamplingParams
 
 
@@ -62,9 +64,9 @@ class Device:
             assert start.row not in self.roots, "two sequences have one row"
             self.roots[start.row], self.tables[start.row] = start.mixture, {}
             (self.guessing.add if start.sampling is GUESSED else self.guessing.discard)(start.row)
-        for row, place, block in plan.blocks:
-            assert block, "block 0 is nobody's"
-            self.tables[row][place] = block
+        for row, place, blocks in plan.blocks:
+            assert all(blocks), "block 0 is nobody's"
+            self.tables[row] |= dict(enumerate(blocks, place))
         pieces = [*plan.decoding, *plan.prompts]
         assert len({piece.row for piece in pieces}) == len(pieces) <= self.rows
         assert all(piece.size == 1 for piece in plan.decoding)
@@ -123,7 +125,7 @@ def expected(sequence_tokens, root, limit):
 
 
 def make(scheduler, tokens, limit, mixture=(), sampling=None):
-    sequence = ActiveSequence(list(tokens), len(tokens), limit, mixture, sampling or SamplingParams(), ends=(0,))
+    sequence = ActiveSequence(array("i", tokens), len(tokens), limit, mixture, sampling or SamplingParams(), ends=(0,))
     scheduler.waiting.append(sequence)
     return sequence
 
@@ -212,9 +214,9 @@ def test_everybody_gets_the_tokens_that_are_theirs_whatever_comes_between(seed, 
         if "broken" in str(sequence.mixture):
             assert sequence in told | cancelled
         elif sequence not in cancelled | ruined:
-            assert sequence.tokens == [token for token in tokens if token != NOT_FINITE]
+            assert list(sequence.tokens) == [token for token in tokens if token != NOT_FINITE]
         else:
-            assert sequence.tokens == tokens[: len(sequence.tokens)]
+            assert list(sequence.tokens) == tokens[: len(sequence.tokens)]
 
 
 def test_who_waits_for_its_choice_is_in_no_step_and_keeps_nobody_out():
@@ -230,7 +232,7 @@ def test_who_waits_for_its_choice_is_in_no_step_and_keeps_nobody_out():
     plan = scheduler.plan()  # its token is not known yet
     assert {piece.row for piece in plan.decoding} == {free.row, held.row}
     (event,) = scheduler.take(device.choose(choices))
-    assert (event.sequence, held.tokens) == (held, [5, 6, event.token])
+    assert (event.sequence, list(held.tokens)) == (held, [5, 6, event.token])
 
 
 def test_a_token_that_is_refused_takes_what_was_planned_on_it_along():
@@ -239,18 +241,18 @@ def test_a_token_that_is_refused_takes_what_was_planned_on_it_along():
     first = device.run(scheduler.plan())
     ahead = device.run(scheduler.plan())
     (event,) = scheduler.take([REFUSED, first[1]])
-    assert (event.sequence, guessed.tokens, scheduler.undecided) == (free, [5, 6], [guessed])
+    assert (event.sequence, list(guessed.tokens), scheduler.undecided) == (free, [5, 6], [guessed])
     plan = scheduler.plan()
     assert [piece.row for piece in plan.decoding] == [free.row]
     (event,) = scheduler.take(ahead)  # the other one's was made of a token that may not come
-    assert (event.sequence, guessed.tokens) == (free, [5, 6])
+    assert (event.sequence, list(guessed.tokens)) == (free, [5, 6])
     scheduler.take(device.run(plan))
     scheduler.resume(guessed)
     plan = scheduler.plan()
-    assert [(piece.start, piece.tokens) for piece in plan.decoding if piece.row == guessed.row] == [(1, [6])]
+    assert [(piece.start, list(piece.tokens)) for piece in plan.decoding if piece.row == guessed.row] == [(1, [6])]
     events = scheduler.take([9, 9])
-    assert [event.sequence for event in events] == [guessed, free]
-    assert guessed.tokens == [5, 6, 9]
+    assert [event.sequence for event in events] == [free, guessed]
+    assert list(guessed.tokens) == [5, 6, 9]
 
 
 def test_decoding_rows_are_in_every_step_and_prompts_share_what_is_left():
@@ -288,7 +290,7 @@ def test_out_of_blocks_the_youngest_waits_again_and_loses_nothing():
     old, young = make(scheduler, [3] * 20, 70), make(scheduler, [4] * 20, 60)
     wanted = [expected(s.tokens, (), s.limit) for s in (old, young)]
     drive(scheduler, device, ahead=1)
-    assert [old.tokens, young.tokens] == wanted
+    assert [list(old.tokens), list(young.tokens)] == wanted
     if max(map(len, wanted)) > 48:
         assert scheduler.preemptions
 

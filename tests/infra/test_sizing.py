@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lorauter.adapters.weights import LoraWeights, ModelShape
 from lorauter.engine.blocks import BLOCK, blocks_of
 from lorauter.engine.paged_cache import PagedCache
-from lorauter.engine.scheduler import ActiveSequence
+from lorauter.engine.sequences import ActiveSequence
 from lorauter.engine.slots import SLOTS, AdapterSlots, PackedAdapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,7 @@ def tiny(sizing: Any) -> Any:
 
 
 def holder(packed: PackedAdapter) -> ActiveSequence:
-    return ActiveSequence([1], 1, 2, ((packed.key, 1.0),), adapters=[packed])
+    return ActiveSequence(array("i", [1]), 1, 2, ((packed.key, 1.0),), adapters=[packed])
 
 
 def adapter(model: Any, rank: int, targets: tuple[str, ...], layers: int) -> LoraWeights:
