@@ -86,6 +86,8 @@ class CudaMixtures(Mixtures):
 
     def assign(self, row: int, mixture: RowMixture) -> None:
         """See `Mixtures.assign`."""
+        if not mixture and not self.rows[row]:
+            return
         for placed, _ in self.rows[row]:
             self._writes[row * SLOTS + placed.slot] = 0.0
             self._in_use[placed.key].rows -= 1
