@@ -34,6 +34,7 @@ _COSINE_LOGIT = 20.0  # a logit is that many cosines where tasks are not reranke
 _KINDRED_LOGIT = 50.0  # a logit is that many cosines of words
 _KINDRED_STATES_LOGIT = 40.0  # or similarities of states, and then of words
 _KINDRED_STATES_WORDS_LOGIT = 15.0
+_OWN = 0.5  # how much more what was made for a task is worth where a query is of it: scores are few, and noisy
 _NEIGHBOUR_TEMPERATURE = 0.2  # of the cosines that make a task's examples a query's neighbours
 _SELECTED_TASKS = 8  # likeliest tasks whose single examples are looked at
 _MAX_ADAPTERS = 64
@@ -339,9 +340,9 @@ class Retriever:
             worth: Sequence[float] = look.worth
             if nearby and nth < _SELECTED_TASKS and self._scores(place) is not None:
                 worth = self._worths_nearby(embedding, place).tolist()
-            for name, value in zip(look.names, worth, strict=True):
+            for name, value, more in zip(look.names, worth, look.more, strict=True):
                 share = known if name in composed else chance
-                totals[name] = totals.get(name, 0.0) + share * value
+                totals[name] = totals.get(name, 0.0) + share * value + known * more
         useful = [AdapterUtility(name, total) for name, total in totals.items() if total > 0]
         allowed = useful if options.allows_all else [adapter for adapter in useful if options.allows(adapter.name)]
         one_of_each = set(self._distinct([adapter.name for adapter in allowed]))
@@ -396,12 +397,13 @@ class Retriever:
 
 
 class _Known(NamedTuple):
-    """A task's name, its adapters and their worths; its answers, if they are known; the adapters that were made for it,
-    and what its examples do, as a segment has them."""
+    """A task's name, its adapters, their worths and what they are worth more for a query that is of it; its answers, if
+    they are known; the adapters that were made for it, and what its examples do, as a segment has them."""
 
     task: str
     names: tuple[str, ...]
     worth: tuple[float, ...]
+    more: tuple[float, ...]
     answers: Answers | None
     declared: tuple[str, ...]
     shown: ShownExamples | None
@@ -416,8 +418,16 @@ def _known(segment: Segment, i: int, composed: Container[str]) -> _Known:
     best, first = found.max(initial=1.0), min(others, default=len(names))
     worth = np.where(np.arange(len(names)) < first, best + COMPOSED, best / 2)
     worth[others] = found
+    more = np.where(np.arange(len(names)) < first, _OWN, 0.0)
+    more[others] = [_OWN * declared[i] for i in others]
     return _Known(
-        segment.names[i], names, tuple(worth.tolist()), segment.answers(i), segment.declared(i), segment.shown(i)
+        segment.names[i],
+        names,
+        tuple(worth.tolist()),
+        tuple(more.tolist()),
+        segment.answers(i),
+        segment.declared(i),
+        segment.shown(i),
     )
 
 
