@@ -136,11 +136,10 @@ class CpuKernels:
         if -out % _PANEL:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, -out % _PANEL))
         if weight.dtype == torch.float32 and not weight.view(torch.int16)[:, ::2].any():  # the lower halves
-            weight = weight.view(torch.bfloat16)[:, 1::2]
+            weight = weight.view(torch.bfloat16)[:, 1::2]  # as it lies
         together = 1 if self._dtype == torch.float32 else 2
-        return (
-            weight.unflatten(1, (width // together, together)).unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
-        )
+        shape = (-1, _PANEL, width // together, together)
+        return weight.unfold(1, together, together).reshape(shape).transpose(1, 2).contiguous()
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, out: int) -> Tensor:
         """`x W^T + bias`, (tokens, out)."""
