@@ -10,9 +10,11 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from itertools import count
+from typing import NamedTuple
 
 BLOCK = 16
 """Positions in a block."""
+_LONG, _RUNS = 8, 64  # blocks of a beginning that is found in one look, and how many of these there are
 
 Parent = Hashable
 """What precedes a block: the number of a known block, or for a first block whatever computes it."""
@@ -21,6 +23,14 @@ Parent = Hashable
 def blocks_of(length: int) -> int:
     """How many blocks a sequence of so many positions takes."""
     return -(-length // BLOCK)
+
+
+class _Run(NamedTuple):
+    """A long beginning that was found: its tokens, its blocks, and their numbers as long as they are its."""
+
+    content: bytes
+    blocks: list[int]
+    numbers: list[int]
 
 
 class BlockPool:
@@ -40,6 +50,7 @@ class BlockPool:
         self._keys: dict[int, tuple[Parent, bytes]] = {}
         self._numbers: dict[int, int] = {}  # of known blocks; never given twice, so that no child outlives its parent
         self._next = count()
+        self._runs: OrderedDict[tuple[Hashable, bytes], _Run] = OrderedDict()
 
     @property
     def free(self) -> int:
@@ -75,20 +86,46 @@ class BlockPool:
             tokens: its tokens.
             most: blocks at most.
         """
-        blocks: list[int] = []
-        parent: Parent = root
         size, content = BLOCK * tokens.itemsize, tokens.tobytes()
         known, numbers, holders = self._known, self._numbers, self._holders
-        for start in range(0, most * size, size):
+        run = self._runs.get((root, content[: _LONG * size])) if most >= _LONG else None
+        blocks = [] if run is None else self._again(run, content, most)
+        again = len(blocks)
+        parent: Parent = numbers[blocks[-1]] if blocks else root
+        for start in range(len(blocks) * size, most * size, size):
             block = known.get((parent, content[start : start + size]))
             if block is None:
                 break
             blocks.append(block)
             parent = numbers[block]
+        for block in blocks:
             if not holders[block]:
                 del self._free[block]
             holders[block] += 1
+        if len(blocks) >= _LONG and (not again or run is None or len(blocks) > len(run.blocks)):
+            self._note(root, content[: len(blocks) * size], blocks)
         return blocks, parent
+
+    def _again(self, run: _Run, content: bytes, most: int) -> list[int]:
+        """What of a run is the beginning of this content, if it is still known."""
+        size = len(run.content) // len(run.blocks)
+        least, most = _LONG, min(len(run.blocks), most)
+        while least < most:
+            count = -(-(least + most) // 2) if most < len(run.blocks) else most  # mostly all of it
+            if run.content[: count * size] == content[: count * size]:
+                least = count
+            else:
+                most = count - 1
+        blocks = run.blocks[:least]
+        return blocks if list(map(self._numbers.get, blocks)) == run.numbers[:least] else []
+
+    def _note(self, root: Hashable, content: bytes, blocks: Sequence[int]) -> None:
+        """A long beginning was found: whoever has it too finds it in one look."""
+        beginning = root, content[: len(content) // len(blocks) * _LONG]
+        self._runs[beginning] = _Run(content, list(blocks), [self._numbers[block] for block in blocks])
+        self._runs.move_to_end(beginning)
+        if len(self._runs) > _RUNS:
+            self._runs.popitem(last=False)
 
     def publish(self, parent: Parent, tokens: array[int], block: int) -> Parent:
         """Let a full block that the caller holds be found, and return the parent of the block after it.

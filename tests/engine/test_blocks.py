@@ -3,6 +3,7 @@ from array import array
 
 import pytest
 
+from lorauter.engine import blocks as blocks_module
 from lorauter.engine.blocks import BLOCK, BlockPool, blocks_of
 
 TOKENS = array("i", range(3 * BLOCK + 5))
@@ -99,3 +100,39 @@ def test_blocks_have_as_many_holders_as_hold_them(seed):
             held.append(found + fresh)
         assert pool.free == 12 - len({block for blocks in held for block in blocks})
         assert 0 not in {block for blocks in held for block in blocks}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_long_beginning_is_found_in_one_look_as_it_is_block_by_block(seed, monkeypatch):
+    """Whatever has been taken from those that had it, and however much of it somebody has."""
+    draw = random.Random(seed)
+    beginning = [draw.randrange(9) for _ in range(30 * BLOCK)]
+    pools, held = [BlockPool(70), BlockPool(70)], []
+    for _ in range(120):
+        here = draw.choice([3, 9, 20, 30]) * BLOCK
+        tokens = array("i", [*beginning[:here], *(draw.randrange(9) for _ in range(draw.randrange(3 * BLOCK)))])
+        most, root = draw.choice([2, 40, 40, 40]), draw.choice([MIX, MIX, MIX, ()])
+        found = []
+        for pool, long in zip(pools, (blocks_module._LONG, 1000), strict=True):
+            monkeypatch.setattr(blocks_module, "_LONG", long)
+            blocks, parent = pool.find(root, tokens, min(most, len(tokens) // BLOCK))
+            fresh = pool.take(len(tokens) // BLOCK - len(blocks))
+            if fresh is None:
+                pool.release(blocks)
+                blocks = None
+            else:
+                for place, block in enumerate(fresh, len(blocks)):
+                    parent = pool.publish(parent, tokens[place * BLOCK : (place + 1) * BLOCK], block)
+                blocks += fresh
+            found.append(blocks)
+        monkeypatch.undo()
+        assert found[0] == found[1]
+        if found[0] is not None:
+            held.append(found[0])
+        if len(held) > 1 or found[0] is None:
+            gone, forgotten = held.pop(draw.randrange(len(held))), draw.choice([0, 0, 0, 2])
+            for pool in pools:
+                pool.forget(gone[len(gone) - forgotten :])
+                pool.release(gone)
+    assert pools[0]._runs
+    assert not pools[1]._runs

@@ -33,7 +33,7 @@ def test_the_models_own_limit_bounds_the_context(pool, start):
     assert start(pool.decoder("llama"), max_model_len=1000).max_model_len == 96
 
 
-@pytest.mark.parametrize("token", [-1, 259])
+@pytest.mark.parametrize("token", [-1, 259, 1 << 40])
 def test_a_token_that_the_model_does_not_know_is_the_callers_error(pool, start, token):
     engine = start(pool.decoder("llama"))
     with pytest.raises(InvalidRequest, match=str(token)) as caught:
