@@ -141,6 +141,7 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
                     "max_batch": 8,
                     "max_model_len": 1024,
                     "max_rank": 32,
+                    "threads": 1,  # another worker needs a core, and two threads that wait for each other take twice
                 },
                 "cache": {"directory": str(work / "disk")},
                 "api": {"max_body_bytes": 100_000},

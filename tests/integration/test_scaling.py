@@ -40,7 +40,8 @@ COUNTING = "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25"
 def url(service: Any) -> Iterator[str]:
     """A second app beside the session's, with caches of its own; its LoraModel has no replica yet."""
     cache = service.config.cache.model_copy(update={"directory": f"{service.config.cache.directory}-{APP}"})
-    config = service.config.model_copy(update={"cache": cache})
+    api = service.config.api.model_copy(update={"first_token_s": 400.0})  # a replica starts for it, on a slow machine
+    config = service.config.model_copy(update={"cache": cache, "api": api})
     overrides: dict[str, Any] = dict.fromkeys(DEPLOYMENTS, SMALL)
     overrides["LoraModel"] = {**SMALL, "autoscaling_config": SCALING}
     overrides["Router"] = {**SMALL, "num_replicas": 1}  # which knows where its calls are: two streams are with two
@@ -125,7 +126,7 @@ def test_replicas_follow_the_load_and_no_request_is_lost(url: str, alone: None) 
     """Alone: its clients would keep others from their cores for minutes, and those its replicas."""
 
     async def whole() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=180) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=400) as http:
             await scenario(Client(http))
 
     async def scenario(client: Client) -> None:
