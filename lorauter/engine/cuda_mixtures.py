@@ -6,6 +6,7 @@ What changes is written into its place; captured graphs read it there. Knows not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -81,8 +82,7 @@ class CudaMixtures(Mixtures):
         self._active: frozenset[str] = frozenset()
         self._writes: dict[int, float] = {}  # to weights
         self._own_writes: dict[int, int] = {}
-        self._listed: list[list[int]] = [[0] * len(groups) for _ in range(rows)]  # entries of each row, by group
-        self._wide: set[int] = set()  # rows that have more of them than a list takes
+        self._listed = np.zeros((rows, len(groups)), np.int32)  # entries of each row, by group
 
     def assign(self, row: int, mixture: RowMixture) -> None:
         """See `Mixtures.assign`."""
@@ -104,9 +104,11 @@ class CudaMixtures(Mixtures):
             self._in_use[placed.key].rows += 1
         self._list(row, weights)
 
-    def listed(self, rows: Collection[int]) -> bool:
-        """Whether all columns of these rows are in their lists."""
-        return self._wide.isdisjoint(rows)
+    def entries(self, rows: Collection[int]) -> float:
+        """How long a step over these rows has to go along their lists: of each group the entries of the row that has
+        most, summed; infinite where a list does not take them all."""
+        most = self._listed[list(rows)].max(axis=0, initial=0)
+        return float(most.sum()) if most.max(initial=0) <= OWN_MOST else math.inf
 
     def _list(self, row: int, weights: Mapping[AdapterKey, float]) -> None:
         """Let a row's lists say what its mixture is."""
@@ -120,13 +122,12 @@ class CudaMixtures(Mixtures):
                     for a, b, columns in own[g][target]:
                         numbers += (a, b, bits | columns)
                 ends.append(len(numbers) // 3)
-            before, self._listed[row][g] = self._listed[row][g], ends[-1]
+            before, self._listed[row, g] = self._listed[row, g], ends[-1]
             if ends[-1] or before:
                 start = (g * len(self.rows) + row) * OWN_WIDTH
                 self._own_writes.update(enumerate(ends if ends[-1] <= OWN_MOST else [0] * len(ends), start))
                 if ends[-1] <= OWN_MOST:
                     self._own_writes.update(enumerate(numbers, start + OWN_HEAD))
-        (self._wide.add if max(self._listed[row], default=0) > OWN_MOST else self._wide.discard)(row)
 
     @property
     def active(self) -> frozenset[str]:

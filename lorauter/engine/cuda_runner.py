@@ -1,8 +1,8 @@
 """Runs planned steps on a GPU, by captured graphs, without waiting for them.
 
 There is a graph for each size of batch, for steps that only decode and for those with pieces of prompts, and for what
-the adapters in it change: nothing, attention alone, or any layer; of few tokens nothing or any layer, and there each
-may multiply its row's own columns alone, where that is faster and rows do not have too many. All are captured before
+the adapters in it change: nothing, attention alone, or any layer. Of few tokens each may multiply its row's own columns
+alone, where rows have so few that it is faster, which is measured at the start. All are captured before
 the first request, and none is ever lost: what they read (tokens, tables, mixtures) lies in fixed places, where each
 step writes what has changed. A row's last token stays on the device, so that a step can be launched before the host has
 seen the tokens of the one before. Which tokens may come in rows that are held to grammars a step reads from the host's
@@ -35,9 +35,10 @@ from lorauter.engine.step import Span, StepBatch
 
 _LEAST_STEP_TOKENS = 64
 _SLOWER = 2.0  # times as long as a step in which all rows decode may one with prompts take
-_KINDS = 3  # of graphs of each size
 _OWN_TOKENS = 256  # of a step in which each may multiply its own columns alone
-_USUAL = 12, 16  # adapters of a step that is timed, and their rank
+_KINDS, _KINDS_OF_FEW = 3, 4  # of graphs of each size, at most; of so few tokens
+_USUAL_ADAPTERS, _USUAL_RANK = 12, 16  # of a step that is timed
+_RANKS = 8, 24, 64  # of adapters for which it is found out what is faster
 
 
 def decode_sizes(max_batch: int) -> list[int]:
@@ -55,7 +56,8 @@ def mixed_sizes(most: int) -> list[int]:
 def kept_logits(rows: int, step_tokens: int) -> int:
     """How many tokens' logits all graphs together keep."""
     mixed = mixed_sizes(max(step_tokens, rows + _LEAST_STEP_TOKENS))
-    return _KINDS * sum([*decode_sizes(rows), *(min(size, rows) for size in mixed)])
+    kept = [(size, size) for size in decode_sizes(rows)] + [(size, min(size, rows)) for size in mixed]
+    return sum((_KINDS_OF_FEW if size <= _OWN_TOKENS else _KINDS) * outputs for size, outputs in kept)
 
 
 _NOTHING = StepPlan((), (), (), Decoding(), ())
@@ -161,11 +163,11 @@ class CudaRunner(Runner):
         nothing, attention, any_layer = frozenset[str](), firsts & {"q_proj", "o_proj"}, _Kind(firsts)
         self._kinds = [_Kind(nothing), *dict.fromkeys((_Kind(attention), any_layer))]
         self._own = _Kind(firsts, own=True)
-        self._kinds_of_few = [_Kind(nothing), self._own, any_layer]
+        self._kinds_of_few = [self._kinds[0], self._own, *self._kinds[1:]]
         self._graphs: dict[tuple[_Size, _Kind], _Graph] = {}
         self._pool: Any = None
         self._capture_all(sizes)
-        self._own_sizes, beside = self._measure()
+        self._own_most, beside = self._measure()
         kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
         kernels.write_blocks(self.memory.table, [(rows, 0, [0])])  # compiles, as the line before does
         if measure:
@@ -214,35 +216,47 @@ class CudaRunner(Runner):
         posted = kernels.Posted(self.board.numbers, held, outputs, positions)
         return logits, kernels.greedy(logits, output_rows, self._last_tokens, posted)
 
-    def _measure(self) -> tuple[frozenset[_Size], int]:
-        """With rows under adapters of usual ranks and number: the sizes at which steps are faster if each token
-        multiplies its own columns, and how many tokens a step with prompts may have while rows decode."""
-        groups, layers, (adapters, rank) = self._slots.groups, self.decoder.shape.layers, _USUAL
-        attention = next(group for group in groups if "q_proj" in group.targets)
-        parts, end = {}, 0
-        for target, width in zip(attention.targets, attention.widths, strict=True):
-            parts[target] = Part(end, end + rank * layers * attention.inputs, rank)
-            end += rank * layers * (attention.inputs + width)
-        if end <= self._slots.arena.numel():
-            self._slots.arena[:end].zero_()
-        else:  # no adapter has such ranks here
-            parts = {}
-        placed = [Placed(("", str(i)), i, parts) for i in range(adapters)]
+    def _measure(self) -> tuple[dict[tuple[_Size, _Kind], float], int]:
+        """How long rows' lists may be (`CudaMixtures.entries`) for steps to be faster if each token multiplies its own
+        columns than by a kind's tiles; and how many tokens a step with prompts may have while rows decode."""
         rows = range(self._rows)
+        most: dict[tuple[_Size, _Kind], float] = {}
+        for tiles in self._kinds[1:]:
+            known = dict.fromkeys((size for size, kind in self._graphs if kind.own), (0.0, 0.0))
+            for rank in _RANKS:
+                if not self._put_on(rows, tiles.adapted, rank) or not isinstance(self.mixtures, CudaMixtures):
+                    break
+                for size, (before, gain) in list(known.items()):
+                    entries = self.mixtures.entries(rows[: size.decoding])
+                    gains = self._seconds(size, tiles, rows) - self._seconds(size, self._own, rows)
+                    if gains > 0:
+                        most[size, tiles], known[size] = entries, (entries, gains)
+                    else:  # between the two
+                        most[size, tiles] = before + (entries - before) * gain / (gain - gains) if gain else 0.0
+                        del known[size]
+        self._put_on(rows, self._kinds[1].adapted, _USUAL_RANK)
+        usual = min(self._seconds(self._decode[-1], kind, rows) for kind in self._kinds_at(self._decode[-1])[1:])
+        dense = self._kinds[-1]
+        fitting = [size.tokens for size in self._mixed if self._seconds(size, dense, rows) <= _SLOWER * usual]
+        self._put_on(rows, frozenset(), 0)
+        return most, max([_LEAST_STEP_TOKENS, *fitting])
+
+    def _put_on(self, rows: Sequence[int], firsts: Collection[str], rank: int) -> bool:
+        """Let rows have one of some adapters each, of this rank in these groups of targets, which compute nothing, or
+        without groups none; False if there is no room for such."""
+        layers, parts, end = self.decoder.shape.layers, {}, 0
+        for group in self._slots.groups:
+            for target, width in zip(group.targets, group.widths, strict=True):
+                if group.first in firsts:
+                    parts[target] = Part(end, end + rank * layers * group.inputs, rank)
+                    end += rank * layers * (group.inputs + width)
+        fits = end <= self._slots.arena.numel()
+        self._slots.arena[: end * fits].zero_()
+        placed = [Placed(("", str(i)), i, parts) for i in range(_USUAL_ADAPTERS)]
         for row in rows:
-            self.mixtures.assign(row, [(placed[row % adapters], 1.0)])
+            self.mixtures.assign(row, [(placed[row % len(placed)], 1.0)] if parts and fits else ())
         self.mixtures.of_step(rows)
-        dense = self._kinds_of_few[-1]
-        seconds = {key: self._seconds(*key, rows) for key in self._graphs if key[1] in (self._own, dense)}
-        for row in rows:
-            self.mixtures.assign(row, ())
-        self.mixtures.of_step(rows)
-        own = frozenset(
-            size for size, kind in seconds if parts and kind.own and seconds[size, kind] < seconds[size, dense]
-        )
-        usual = min(taken for (size, _), taken in seconds.items() if size == self._decode[-1])
-        fitting = [size.tokens for size in self._mixed if seconds[size, dense] <= _SLOWER * usual]
-        return own, max([_LEAST_STEP_TOKENS, *fitting])
+        return fits
 
     def _seconds(self, size: _Size, kind: _Kind, rows: Sequence[int]) -> float:
         """What a step takes in which so many of these rows decode as may, its other tokens being nobody's."""
@@ -340,9 +354,8 @@ class CudaRunner(Runner):
         mixtures = self.mixtures.of_step(rows)
         if not isinstance(mixtures, CudaMixtures):
             return self._kinds[0]
-        if size in self._own_sizes and mixtures.listed(rows):
-            return self._own
-        return next(kind for kind in self._kinds_at(size) if mixtures.active <= kind.adapted and not kind.own)
+        tiles = next(kind for kind in self._kinds[1:] if mixtures.active <= kind.adapted)
+        return self._own if mixtures.entries(rows) <= self._own_most.get((size, tiles), 0) else tiles
 
     def _kinds_at(self, size: _Size) -> list[_Kind]:
         """The kinds of graphs that a size has, those that change least first."""

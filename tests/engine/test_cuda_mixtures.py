@@ -103,6 +103,7 @@ def test_a_row_has_a_list_of_its_own_columns(table):
     assert lists(table, 2, "o_proj") == ([0, 1], [(3500, 3600, -0.5, 1)])
     assert lists(table, 1) == ([0, 0, 1], [(3000, 3100, 2.25, 8)])
     assert lists(table, 3) == ([0, 0, 0], [])
+    assert table.entries([1, 2]) == 5 + 1
     table.assign(2, ())
     table.of_step({1})
     assert lists(table, 2) == ([0, 0, 0], [])
@@ -113,10 +114,11 @@ def test_a_row_of_many_columns_is_in_no_list(table):
     table.assign(1, [(placed(A, 5, 0), 1.0)])
     table.assign(2, [(placed(A, 5, 0), 0.0), (placed(B, 3, 1024, rank=8 * 33), 1.0)])
     table.of_step({1, 2})
-    assert table.listed({1}) and table.listed({0, 3})
-    assert not table.listed({1, 2})
+    assert table.entries({1}) == table.entries({0, 1, 3}) == 3
+    assert table.entries({0, 3}) == 0
+    assert table.entries({1, 2}) == float("inf")
     assert lists(table, 2) == ([0, 0, 0], [])
     table.assign(2, [(placed(A, 5, 0), 1e300)])  # more than its dtype has
-    assert table.listed({1, 2})
+    assert table.entries({1, 2}) == 3
     table.of_step({2})
     assert lists(table, 2)[1][0][2] == float("inf")

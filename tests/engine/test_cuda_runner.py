@@ -21,6 +21,7 @@ from lorauter.engine.slots import AdapterSlots
 from lorauter.engine.types import SamplingParams
 
 ROWS = 4
+ATTENTION = {"q_proj", "o_proj"}
 FIRSTS = {"q_proj", "o_proj", "gate_proj", "down_proj"}
 
 
@@ -49,10 +50,10 @@ def runner_for(monkeypatch, pool):
     )
     decoder, measure = pool.decoder("llama"), CudaRunner._seconds
 
-    def make(seconds=lambda size, kind: 2.0 if kind.own else 3.0, budget=1 << 22):
+    def make(seconds=lambda size, kind, entries: 2.0 if kind.own else 3.0, budget=1 << 22):
         def timed(self, size, kind, rows):
             measure(self, size, kind, rows)
-            return seconds(size, kind)
+            return seconds(size, kind, self.mixtures.entries(rows))
 
         monkeypatch.setattr(CudaRunner, "_seconds", timed)
         slots = AdapterSlots(
@@ -96,11 +97,11 @@ def test_each_size_has_its_graphs_and_a_step_takes_the_one_that_changes_enough(r
 
 def test_rows_of_many_columns_and_sizes_at_which_it_is_slower_take_tiles(runner_for, pool, hold):
     slower_at = 4
-    runner = runner_for(lambda size, kind: 2.0 if kind.own != (size.tokens == slower_at) else 3.0)
+    runner = runner_for(lambda size, kind, entries: 2.0 if kind.own != (size.tokens == slower_at) else 3.0)
     attention = pool.mix((("attention", 1.0),))
     assert taken(runner, hold, [attention] * 2) == (2, FIRSTS, True)
-    assert taken(runner, hold, [attention] * 3) == (4, FIRSTS, False)
-    runner.mixtures._wide.add(0)  # as a row is that has more columns than its list takes (test_cuda_mixtures)
+    assert taken(runner, hold, [attention] * 3) == (4, ATTENTION, False)
+    runner.mixtures._listed[0, 0] = 33  # as a row has it that has more columns than its list takes (test_cuda_mixtures)
     assert not runner._kind_of(runner._decode[0], {0}).own
     assert runner._kind_of(runner._decode[0], {1}).own
 
@@ -108,11 +109,27 @@ def test_rows_of_many_columns_and_sizes_at_which_it_is_slower_take_tiles(runner_
 def test_an_arena_that_is_too_small_to_try_takes_tiles(runner_for, pool, hold):
     runner = runner_for(budget=1 << 14)
     assert taken(runner, hold, [()]) == (1, frozenset(), False)
-    assert not runner._own_sizes
+    assert not runner._own_most
+
+
+def test_where_lists_are_as_long_as_tiles_take_is_found_between_what_was_tried(runner_for):
+    """By lists a step takes a tenth for each entry; by tiles 1.5 where attention alone is adapted, and 3 elsewhere."""
+    by_tiles = {True: 3.0, False: 1.5}
+    runner = runner_for(lambda _, kind, entries: entries / 10 if kind.own else by_tiles["down_proj" in kind.adapted])
+    [size] = [size for size in runner._decode if size.tokens == 2]
+    attention, all_layers = runner._kinds[1:]
+    assert runner._own_most[size, attention] == pytest.approx(15)
+    assert runner._own_most[size, all_layers] == pytest.approx(30)
+    taken_by = {}
+    for entries in (14, 16):
+        runner.mixtures._listed[0, 0] = entries
+        runner.mixtures._active, runner.mixtures._adapted = ATTENTION, {0}
+        taken_by[entries] = runner._kind_of(size, [0])
+    assert taken_by == {14: runner._own, 16: attention}
 
 
 def test_what_takes_twice_as_long_as_all_rows_decoding_is_the_most_beside_them(runner_for):
-    runner = runner_for(lambda size, kind: (1.0 if kind.own else 1.5) + (size.queries and size.tokens / 200))
+    runner = runner_for(lambda size, kind, entries: (1.0 if kind.own else 1.5) + (size.queries and size.tokens / 200))
     assert runner.budget(0) >= 400
     assert runner.budget(1) == runner.budget(ROWS) == 96
 
