@@ -156,7 +156,7 @@ def test_free_answers_do_not_wait_until_it_is_known_what_may_come_in_others(star
     known, find = threading.Event(), Grammars._find
 
     def finding(self, executor, idle, answers):
-        if any(held.reached > 2 for held in answers):  # else it is the first of its answer
+        if any(held.reached + len(held.coming) > 2 for held in answers):  # else it is the first of its answer
             known.wait()
         return find(self, executor, idle, answers)
 
