@@ -24,6 +24,7 @@ _AUTOSCALER: Any = autoscaler_pb2
 _ACTOR, _DEAD_NODE = _GCS.ActorTableData, _AUTOSCALER.NodeStatus.Value("DEAD")
 _LOOK_S = 2.0  # between two looks at the cluster
 _TELL_S, _AGAIN_S = 10.0, 60.0
+_START_S = 50.0  # later, where they may have their place
 _NAMED = 6  # holders, the largest first
 _SLACK = 1e-3  # Ray counts in ten-thousandths
 _REPLICA = re.compile(r"SERVE_REPLICA::(?P<app>[^#]+)#(?P<deployment>[^#]+)#")
@@ -79,6 +80,19 @@ class Room:
         placed = {actor.label for actor in self.actors if mine(actor) and actor.placed}
         return any(actor.label not in placed for actor in self.waiting(mine))
 
+    def may_be_starting(self, mine: Mine) -> bool:
+        """Whether what nobody is known to hold would do for all that wait: it may be theirs. Ray's controller knows an
+        actor's place once its process runs, whose imports take many seconds on a slow machine."""
+        wanted: Counter[str] = Counter()
+        for actor in self.waiting(mine):
+            wanted.update(actor.resources)
+        return all(self._unknown(kind) + _SLACK >= amount for kind, amount in wanted.items())
+
+    def _unknown(self, kind: str) -> float:
+        """How much of something is used by nobody who is known."""
+        used = sum(node.get(kind, 0.0) for node in self.total) - sum(node.get(kind, 0.0) for node in self.free)
+        return used - sum(actor.resources.get(kind, 0.0) for actor in self.actors if actor.placed)
+
     def never(self, resources: Resources) -> bool:
         """Whether no node has so much, were it all free."""
         return not any(_fits(resources, node) for node in self.total)
@@ -111,13 +125,11 @@ class Room:
     def _holders(self, kinds: list[str]) -> str:
         held: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for kind in kinds:
-            used = sum(node.get(kind, 0.0) for node in self.total) - sum(node.get(kind, 0.0) for node in self.free)
             for actor in self.actors:
                 if actor.placed and (amount := actor.resources.get(kind, 0.0)):
                     held[actor.label][kind] += amount
-                    used -= amount
-            if used > _SLACK:
-                held["running tasks"][kind] += used
+            if (unknown := self._unknown(kind)) > _SLACK:
+                held["running tasks"][kind] += unknown
         largest = sorted(held.items(), key=lambda item: (-max(item[1].values()), item[0]))
         names = [f"{label} ({_amounts(amounts)})" for label, amounts in largest[:_NAMED]]
         return ", ".join(names + [f"{len(largest) - _NAMED} more"] * (len(largest) > _NAMED))
@@ -162,7 +174,8 @@ def _label(row: Any) -> str:
 
 
 class Watch:
-    """Says what an owner's actors wait for, once they have waited for ten seconds, and every minute from then on.
+    """Says what an owner's actors wait for, once they have waited for ten seconds, or a minute where they may only be
+    starting, and every minute from then on.
 
     Args:
         mine: which actors are the owner's.
@@ -191,7 +204,7 @@ class Watch:
             self.hopeless = any(found.never(actor.resources) for actor in found.waiting(self._mine))
             if self.line is None:
                 self._tell_at = now + _TELL_S
-            elif now >= self._tell_at:
+            elif now >= self._tell_at + (_START_S if found.may_be_starting(self._mine) else 0.0):
                 self._tell_at = now + _AGAIN_S
                 self._tell(self.line)
             if not found.is_stuck(self._mine):

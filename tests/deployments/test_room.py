@@ -84,6 +84,14 @@ def test_a_watch_tells_after_ten_seconds_and_then_every_minute(watch) -> None:
     assert not seen.hopeless
 
 
+def test_who_may_have_what_nobody_is_known_to_hold_may_only_be_starting(watch) -> None:
+    starting = Room((ANSWER, MODEL), ({"CPU": 0.5},), ({"CPU": 2.5},))
+    assert starting.shortage(mine) is not None
+    assert not FULL.may_be_starting(mine)
+    told, _, _ = watch([(float(second), starting) for second in range(100)])
+    assert [at for at, _ in told] == [60.0]
+
+
 def test_a_watch_counts_from_when_it_got_stuck(watch) -> None:
     free = Room((MODEL,), FULL.free, FULL.total)
     told, waited, seen = watch([(float(t), FULL if t < 8 or t > 50 else free) for t in range(60)])

@@ -258,7 +258,8 @@ def test_what_only_a_replica_finds_out_reaches_the_console_in_one_line(
     assert not alive
 
 
-def test_serve_run(start: Any, own_port: tuple[Path, str]) -> None:
+def test_serve_run(start: Any, own_port: tuple[Path, str], alone: None) -> None:
+    """Alone: Ray's own command gives a node 30 s to start."""
     config, url = own_port
     process, log = start(str(BIN / "serve"), "run", str(config))
     wait_for_answer(url, process, log)
