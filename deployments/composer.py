@@ -222,7 +222,7 @@ class ComposerActor:
         )
         result = {"kept": made.holds, "scores": _scores(made.provenance)}
         if not made.holds:
-            return {**result, "reason": _why_not(made.provenance, settings.margin)}
+            return {**result, "reason": _why_not(made)}
         return result | self._taken_in(job, made, began)
 
     def _taken_in(self, job: CompositionJob, made: Made, began: Catalog) -> dict[str, Any]:
@@ -340,10 +340,11 @@ def _scores(of: CompositionProvenance) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _why_not(of: CompositionProvenance, margin: float) -> str:
+def _why_not(made: Made) -> str:
+    gain, error = made.provenance.gain, made.provenance.error
     return (
-        f"the log-likelihood of left-out examples is better by {of.gain:.3f} than under the router's own mixtures, and "
-        f"would have to be by more than {margin * of.error:.3f} ({margin:g} of its standard errors): those stay"
+        f"the log-likelihood of left-out examples is better by {gain:.3f} than under the router's own mixtures, and "
+        f"would have to be by more than {made.margin * error:.3f} ({made.margin:g} of its standard errors): those stay"
     )
 
 

@@ -72,13 +72,18 @@ class Made:
 
     Attributes:
         folder: the PEFT adapter's.
-        holds: whether it beats the mixtures on examples that it has not seen.
+        margin: standard errors by which it has to beat the mixtures on examples that it has not seen.
     """
 
     name: str
     folder: Path
     provenance: CompositionProvenance
-    holds: bool
+    margin: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it does."""
+        return self.provenance.gain > self.margin * self.provenance.error
 
 
 class Composer:
@@ -228,8 +233,7 @@ class Composer:
         folder = self._folder(one)
         provenance = CompositionProvenance.from_json(json.loads((folder / _FILE).read_bytes()))
         margin = self.config.margin_own if one.own else self.config.margin
-        holds = provenance.gain > margin * provenance.error
-        return Made(one.name, folder / one.name, provenance, holds)
+        return Made(one.name, folder / one.name, provenance, margin)
 
 
 def _exact(task: Task) -> bool:

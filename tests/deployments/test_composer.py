@@ -111,7 +111,7 @@ class FakeComposing:
         )
         cut = Cut({(0, "q_proj"): (torch.full((2, 8), self.fill), torch.full((8, 2), self.fill))}, 0.99)
         write_adapter(work / f"{task}.composed", cut, provenance, base_model="org/tiny-base", dtype=torch.float32)
-        return [Made(f"{task}.composed", work / f"{task}.composed", provenance, self.gain > 0.1)]
+        return [Made(f"{task}.composed", work / f"{task}.composed", provenance, margin=1.0)]
 
 
 @pytest.fixture
