@@ -187,7 +187,7 @@ def test_where_nobody_is_held_nothing_is_done_for_it(start, counting, monkeypatc
         (core_module.EngineCore, "_check"), (core_module.EngineCore, "_choose"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, fail)
-    answers = engine.generate([ask("a", max_tokens=9), ask("m", max_tokens=5, temperature=1.0)] * 4)
+    answers = engine.generate([ask("a", max_tokens=9), ask("m", max_tokens=5, temperature=1.0, seed=1)] * 4)
     assert [len(answer.token_ids) for answer in answers] == [9, 5] * 4
     assert not engine._core._runner._masked
 

@@ -258,10 +258,17 @@ def test_what_only_a_replica_finds_out_reaches_the_console_in_one_line(
     assert not alive
 
 
-def test_serve_run(start: Any, own_port: tuple[Path, str], alone: None) -> None:
-    """Alone: Ray's own command gives a node 30 s to start."""
+def test_serve_run(start: Any, own_port: tuple[Path, str]) -> None:
+    """Ray's command gives its node 30 s to start, which on a busy machine may be too few: it is asked again then."""
     config, url = own_port
-    process, log = start(str(BIN / "serve"), "run", str(config))
-    wait_for_answer(url, process, log)
+    for tries_left in (1, 0):
+        process, log = start(str(BIN / "serve"), "run", str(config))
+        try:
+            wait_for_answer(url, process, log)
+            break
+        except AssertionError:
+            if not tries_left or "The current node timed out during startup" not in log.read_text():
+                raise
+            end(process)
     answer = httpx.post(f"{url}/v1/route", json={"input": "Translate to English: Ein Hund schläft."}, timeout=60).json()
     assert answer["data"][0]["adapters"][0]["name"] == "multi30k_deen"
