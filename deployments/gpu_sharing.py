@@ -6,7 +6,6 @@ is never idle waits for its turn, and then takes the engine's. Knows nothing of 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -16,15 +15,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from deployments.devices import gpu_bytes
+from lorauter.parent import end_with_parent
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES, _LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 _SOCKET = "control"  # in the folder of pipes, once the daemon listens
 _START_S, _END_S, _PROBE_S = 10.0, 10.0, 60.0
-_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _PROBE = """
 import ctypes, sys
 cuda, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
@@ -56,27 +56,20 @@ def gpus_are_shared(notify: Callable[[str], None]) -> Iterator[None]:
         environment = {**os.environ, **own}
         daemon = subprocess.Popen(  # noqa: S603 (found on the path)
             [control, "-f"], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
         )  # fmt: skip
         try:
             if problem := _problem(daemon, environment):
                 notify(f"the processes on a GPU take turns on it, since MPS does not work here: {problem}")
                 _end(control, daemon, environment)
-                yield
-                return
-            os.environ.update(own)
-            try:
-                yield
-            finally:
-                for name in own:
-                    del os.environ[name]
+            else:
+                os.environ.update(own)
+            yield
         finally:
+            for name in own:
+                os.environ.pop(name, None)
             _end(control, daemon, environment)
-
-
-def _end_with_parent() -> None:
-    """Have the system end this process with its parent."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _problem(daemon: subprocess.Popen[bytes], environment: dict[str, str]) -> str | None:

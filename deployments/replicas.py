@@ -95,8 +95,7 @@ def _within(part: str, method: str, context: Mapping[str, str]) -> Iterator[None
         except RayTaskError as error:  # an actor's, in a class that Ray makes on the spot: no pickle names it
             raise error.cause if isinstance(error.cause, Exception) else error from None
         finally:
-            if logger.isEnabledFor(logging.INFO):
-                as_it_goes(logger, f"call {method}", {"seconds": round(time.perf_counter() - started, 6)})
+            as_it_goes(logger, f"call {method}", {"seconds": round(time.perf_counter() - started, 6)})
 
 
 def _context() -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -99,11 +99,11 @@ class BertParts:
             return None
         if any(normalizer[name] != told[setting] for name, setting in _NORMALIZER.items()):
             return None
-        with safe_open(folder / _WEIGHTS, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "embeddings.position_ids"}  # noqa: SIM118
-        if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        tensors = load_file(folder / _WEIGHTS)
+        tensors.pop("embeddings.position_ids", None)
+        of_larger = "embeddings.word_embeddings.weight" not in tensors
+        if of_larger or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
             return None
-        tensors["embeddings.word_embeddings.weight"]  # KeyError: they are of a larger model
         return cls(tensors, config, _bare(Tokenizer.from_str(text)), int(bert["max_seq_length"]))
 
 

@@ -19,13 +19,19 @@ def uploaded(values: Tensor, to: Tensor) -> None:
     to.copy_(values.pin_memory() if to.is_cuda else values, non_blocking=True)
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory, which is there once what is launched so far is computed."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host
+
+
 def landed(found: Tensor) -> Tensor:
     """A tensor of a device on the CPU. Who waits for a GPU sleeps: `cpu()` looks all the time, and has a core for that
     which others in the machine need."""
     if not found.is_cuda:
         return found.cpu()
-    here = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-    here.copy_(found, non_blocking=True)
+    here = to_host(found)
     done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     done.record()
     done.synchronize()

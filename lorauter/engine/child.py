@@ -6,7 +6,6 @@ parent does. `lorauter.engine.process` is the other side.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -24,9 +23,9 @@ from lorauter.engine.process import Channel, Orders, Read, ReadDone, Ready, Star
 from lorauter.engine.slots import PackedAdapter
 from lorauter.errors import LorauterError
 from lorauter.garbage import settle
+from lorauter.parent import end_with_parent
 from lorauter.pickled import PickledError
 
-_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _READERS = 2
 # Whoever else runs here gives the interpreter back to the thread that feeds the device at once.
 _SWITCH_S = 0.00005
@@ -84,7 +83,7 @@ class Child:
 def main() -> None:
     """Run until the parent says so, or is gone."""
     channel = Channel(int(sys.argv[1]))
-    _end_with(int(sys.argv[2]))
+    end_with_parent(int(sys.argv[2]), signal.SIGKILL)  # elsewhere than on Linux it ends when the channel does
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to obey
     sys.setswitchinterval(_SWITCH_S)
     start: Start = channel.receive()
@@ -118,14 +117,6 @@ def main() -> None:
         os._exit(1)
     closing.set()
     core.close()
-
-
-def _end_with(parent: int) -> None:
-    """Have the system end this process with its parent, whatever it is busy with then."""
-    if sys.platform == "linux":  # elsewhere it ends when the channel does
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it was faster
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 2, *[_INT] * 2],
 }
 _PANEL = 16  # outputs whose weights lie together
-_MANY = (
-    192  # tokens for which PyTorch's products of single precision are faster, laying out the weights for it included
-)
+_MANY = 192  # tokens for which PyTorch's products of single precision are faster, with the weights' layout for it
 
 
 class _Target(ctypes.Structure):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorauter.cuda_graphs import to_host
 from lorauter.engine import cuda_kernels as kernels
 from lorauter.engine.cuda_flights import CudaFlight, Staging, StagingRing
 from lorauter.engine.cuda_mixtures import CudaMixtures
@@ -220,11 +221,12 @@ class CudaRunner(Runner):
         """How long rows' lists may be (`CudaMixtures.entries`) for steps to be faster if each token multiplies its own
         columns than by a kind's tiles; and how many tokens a step with prompts may have while rows decode."""
         rows = range(self._rows)
+        assert isinstance(self.mixtures, CudaMixtures)
         most: dict[tuple[_Size, _Kind], float] = {}
         for tiles in self._kinds[1:]:
             known = dict.fromkeys((size for size, kind in self._graphs if kind.own), (0.0, 0.0))
             for rank in _RANKS:
-                if not self._put_on(rows, tiles.adapted, rank) or not isinstance(self.mixtures, CudaMixtures):
+                if not self._put_on(rows, tiles.adapted, rank):
                     break
                 for size, (before, gain) in list(known.items()):
                     entries = self.mixtures.entries(rows[: size.decoding])
@@ -317,7 +319,7 @@ class CudaRunner(Runner):
     ) -> CudaFlight:
         """What has been launched so far, on its way to the host."""
         if ranks is not None:
-            ranks = replace(ranks, table=_to_host(ranks.table))
+            ranks = replace(ranks, table=to_host(ranks.table))
         flight = staging.launched(chosen, ranks, places)
         self._copies.launched = flight.done
         return flight
@@ -409,10 +411,3 @@ class CudaRunner(Runner):
         """See `Runner.close`."""
         torch.cuda.synchronize()
         self._graphs.clear()
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory, which is there once what is launched so far is computed."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return host

@@ -148,10 +148,15 @@ class StepPlan:
         return (piece for piece in self.pieces if piece.samples)
 
     @property
+    def _sampled_beside(self) -> list[Piece]:
+        """Those of the sampled pieces that are not of rows that merely go on."""
+        return [piece for piece in (*self.decoding.others, *self.prompts) if piece.samples]
+
+    @property
     def ends(self) -> tuple[Ints, Ints]:
         """Of those pieces the row of each, and the position of the token that is wanted."""
         rows, starts = self.decoding.rows, self.decoding.starts
-        others = [piece for piece in (*self.decoding.others, *self.prompts) if piece.samples]
+        others = self._sampled_beside
         if not others:
             return rows, starts + 1
         numbers = np.array([(piece.row, piece.start + piece.size) for piece in others], np.int32)
@@ -160,8 +165,7 @@ class StepPlan:
     @property
     def held(self) -> list[int]:
         """Which of those pieces, by their place, are held."""
-        others = [piece for piece in (*self.decoding.others, *self.prompts) if piece.samples]
-        return [place for place, piece in enumerate(others, len(self.decoding.rows)) if piece.held]
+        return [n for n, piece in enumerate(self._sampled_beside, len(self.decoding.rows)) if piece.held]
 
     @property
     def scored(self) -> list[Piece]:

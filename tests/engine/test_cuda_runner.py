@@ -39,7 +39,7 @@ def runner_for(monkeypatch, pool):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(cuda_runner, "_to_host", lambda tensor: tensor)
+    monkeypatch.setattr(cuda_runner, "to_host", lambda tensor: tensor)
     monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
     monkeypatch.setattr(cuda_runner.kernels, "take_tokens", lambda tokens, *_: torch.zeros_like(tokens))
     monkeypatch.setattr(CudaStep, "begin_lora", lambda *_: None)
