@@ -4,7 +4,7 @@ sentence-transformers': others are left to it.
 On a CPU the tokens of several texts go through the layers together, one text after the other, and are padded at the
 end of them all, to a multiple of 64: oneDNN works out anew how to compute a product of another number of rows, which
 takes longer than a query. On a GPU a batch is one launch, and not some hundreds, which a busy GPU lets wait one after
-the other: a CUDA graph for each shape that comes, padded to few of them.
+the other: a CUDA graph for each of the few shapes that batches are padded to.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lorauter.bert_parts import BertParts
 from lorauter.cuda_graphs import GraphRecorder, Recorded, landed, uploaded
 from lorauter.precision import product
 
-_MOST_ROWS = 64
-_LEAST_LENGTH = 16
+_ROWS = 4, 16, 32, 64  # of the shapes on a GPU: fewer texts take as long
+_LEAST_LENGTH = 32
 _PASS, _GRAIN = 256, 64  # tokens of a pass on a CPU, unless a text has more; what they are a multiple of
 
 Attend = Callable[[Tensor], Tensor]
@@ -175,43 +175,48 @@ def _passes(texts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
 
 
 class GraphedBert:
-    """An encoder on a GPU.
+    """An encoder on a GPU. All graphs are captured at once: in traffic each would cost others a tenth of a second.
 
     Args:
         parts: of the encoder, on a GPU.
+        dtype: of the products; all else is in the encoder's own.
     """
 
-    def __init__(self, parts: BertParts) -> None:
-        self._bert = MeanBert(parts)
-        self._longest = parts.longest
+    def __init__(self, parts: BertParts, dtype: torch.dtype) -> None:
+        self._bert = MeanBert(parts, dtype)
         self._device = parts.tensors["embeddings.word_embeddings.weight"].device
-        self._graphs: dict[tuple[int, int], tuple[Recorded, Tensor]] = {}
+        self._shapes = shapes(parts.longest)
         self._recorder = GraphRecorder(self._device)
+        with self._recorder.alone():  # the largest first: the others use its memory
+            self._graphs = {shape: self._record(shape) for shape in reversed(self._shapes)}
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, d) unit rows."""
+        """(n, d) unit rows. Who comes while others' are computed has its texts taken apart meanwhile."""
         tokens = self._bert.tokens(texts)
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-        lots = [order[start : start + _MOST_ROWS] for start in range(0, len(order), _MOST_ROWS)]
+        lots = [order[start : start + _ROWS[-1]] for start in range(0, len(order), _ROWS[-1])]
+        inputs = [self._filled([tokens[i] for i in lot]) for lot in lots]
         with self._recorder.alone():
-            vectors = [self._encode([tokens[i] for i in lot]) for lot in lots]
+            vectors = [self._encode(one, len(lot)) for one, lot in zip(inputs, lots, strict=True)]
         result = np.empty((len(texts), vectors[0].shape[1]), np.float32)
         result[order] = np.concatenate(vectors)
         return result
 
-    def _encode(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        shape = padded_shape(len(texts), len(texts[-1]), self._longest)
-        recorded, inputs = self._graphs.get(shape) or self._record(shape)
-        uploaded(torch.from_numpy(filled(texts, shape)), inputs)
+    def _filled(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        return torch.from_numpy(filled(texts, fitting(self._shapes, len(texts), len(texts[-1]))))
+
+    def _encode(self, texts: Tensor, count: int) -> NDArray[np.float32]:
+        recorded, inputs = self._graphs[texts.shape[1], texts.shape[2]]
+        uploaded(texts, inputs)
         recorded.graph.replay()
-        found: NDArray[np.float32] = landed(recorded.found[: len(texts)]).numpy()
+        found: NDArray[np.float32] = landed(recorded.found[:count]).numpy()
         return found
 
+    @torch.inference_mode()
     def _record(self, shape: tuple[int, int]) -> tuple[Recorded, Tensor]:
         inputs = torch.ones((2, *shape), dtype=torch.long, device=self._device)
-        self._graphs[shape] = self._recorder.record(lambda: self._bert.grid(*inputs)), inputs
-        return self._graphs[shape]
+        return self._recorder.record(lambda: self._bert.grid(*inputs)), inputs
 
 
 def filled(texts: Sequence[Sequence[int]], shape: tuple[int, int]) -> NDArray[np.int64]:
@@ -224,7 +229,14 @@ def filled(texts: Sequence[Sequence[int]], shape: tuple[int, int]) -> NDArray[np
     return inputs
 
 
-def padded_shape(rows: int, length: int, longest: int) -> tuple[int, int]:
-    """The shape that a batch is padded to: powers of two, no longer than the model takes."""
-    wide = max(_LEAST_LENGTH, 1 << (length - 1).bit_length())
-    return 1 << (rows - 1).bit_length(), max(length, min(wide, longest))
+def shapes(longest: int) -> list[tuple[int, int]]:
+    """Numbers of texts and of their tokens that have graphs of their own, ascending, for texts of so many at most."""
+    lengths = [_LEAST_LENGTH]
+    while lengths[-1] < longest:
+        lengths.append(2 * lengths[-1])
+    return [(rows, min(length, longest)) for rows in _ROWS for length in lengths]
+
+
+def fitting(some: Sequence[tuple[int, int]], rows: int, length: int) -> tuple[int, int]:
+    """The first shape that has room for so many texts of so many tokens at most."""
+    return next(shape for shape in some if shape[0] >= rows and shape[1] >= length)

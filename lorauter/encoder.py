@@ -43,7 +43,8 @@ class SentenceEncoder:
     """A sentence-transformers model, by folder or Hugging Face id; on a CPU one of the usual make without that library.
 
     On a CPU that computes in bfloat16 its linear layers do, and all else stays in float32: vectors keep a cosine of
-    0.9999 with those of float32, in less than half the time.
+    0.9999 with those of float32, in less than half the time. On a GPU they compute in float16, as long as vectors keep
+    three decimals.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -113,16 +114,20 @@ def _fast(model: Any) -> GraphedBert | PackedBert | None:
         return PackedBert(parts, native_dtype(model.device))
     if model.device.type != "cuda":
         return None
+    import torch
+
+    probe = ["a text", "another one, which is longer", *(f"{n} " * n for n in range(40))]
+    expected = model.encode(probe, normalize_embeddings=True)
     try:
-        graphed = GraphedBert(parts)
-        probe = ["a text", "another one, which is longer"]
-        same = np.abs(graphed.encode(probe) - model.encode(probe, normalize_embeddings=True)).max() < _SAME
+        for dtype in (torch.float16, torch.float32):
+            graphed = GraphedBert(parts, dtype)
+            if np.abs(graphed.encode(probe) - expected).max() < _SAME:
+                return graphed
     except RuntimeError as error:
         logger.warning("the encoder runs without CUDA graphs: %s", error)
         return None
-    if not same:
-        logger.warning("the encoder runs without CUDA graphs, whose vectors differ")
-    return graphed if same else None
+    logger.warning("the encoder runs without CUDA graphs, whose vectors differ")
+    return None
 
 
 class HashingEncoder:

@@ -8,14 +8,16 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from graph_stand_in import stand_in_for_graphs
 
-from lorauter.bert import GraphedBert, MeanBert, PackedBert, filled, padded_shape
+from lorauter.bert import GraphedBert, MeanBert, PackedBert, filled, fitting, shapes
 from lorauter.bert_parts import BertParts
+from lorauter.cuda_graphs import GraphRecorder
 from lorauter.encoder import SentenceEncoder
 
 TEXTS = ["Is this review good?", "a", "Which of these is it, " * 30, "Translate this sentence to French.", "b c"]
@@ -32,6 +34,13 @@ def model() -> Any:
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(_default(), device="cpu").eval()
+
+
+@pytest.fixture(scope="module")
+def parts() -> BertParts:
+    read = BertParts.read(Path(_default()))
+    assert read is not None
+    return read
 
 
 def _default() -> str:
@@ -126,14 +135,14 @@ def test_folders_of_other_makes_are_left_to_sentence_transformers(
 
 
 def test_shapes_are_few() -> None:
-    assert [
-        padded_shape(*each) for each in ((1, 3, 256), (5, 17, 256), (64, 200, 256), (2, 130, 200), (3, 600, 512))
-    ] == [
-        (1, 16),
-        (8, 32),
-        (64, 256),
-        (2, 200),
-        (4, 600),
+    assert shapes(32) == [(4, 32), (16, 32), (32, 32), (64, 32)]
+    assert len(shapes(512)) == 20
+    assert [fitting(shapes(200), *each) for each in ((1, 3), (5, 33), (64, 200), (2, 130), (17, 32))] == [
+        (4, 32),
+        (16, 64),
+        (64, 200),
+        (4, 200),
+        (32, 32),
     ]
 
 
@@ -143,15 +152,26 @@ def test_a_batch_is_filled_up() -> None:
     assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0]], "a row of no text has a token too"
 
 
-def test_a_graph_for_each_shape_is_recorded_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_for_graphs(monkeypatch)
-    graphed = GraphedBert(BertParts.of(model))
+def test_all_graphs_are_recorded_before_the_first_text(parts: BertParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_graphs(monkeypatch, compute=True)
+    monkeypatch.setattr("lorauter.bert.shapes", lambda _: [(4, 32), (16, 32), (64, 32)])
+    graphed = GraphedBert(parts, torch.float32)
+    record = MagicMock()
+    monkeypatch.setattr(GraphRecorder, "record", record)
     for count in (3, 4, 70):
-        vectors = graphed.encode(TEXTS[:1] * count)
-        assert vectors.shape == (count, 384)
-        assert vectors.dtype == np.float32
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
-    assert sorted(graphed._graphs) == [(4, 16), (8, 16), (64, 16)]
+        texts = [f"{'text ' * (7 * i % 23)} {i}" for i in range(count)]
+        expected = np.concatenate([MeanBert(parts).row([ids]).numpy() for ids in MeanBert(parts).tokens(texts)])
+        np.testing.assert_allclose(graphed.encode(texts), expected, atol=1e-4)
+    record.assert_not_called()
+
+
+def test_products_of_half_precision_keep_three_decimals(parts: BertParts) -> None:
+    half, full = MeanBert(parts, torch.float16), MeanBert(parts)
+    with torch.inference_mode():
+        for ids in full.tokens(TEXTS):
+            given = torch.tensor([ids])
+            there = torch.ones_like(given)
+            assert (half.grid(given, there) - full.grid(given, there)).abs().max() < 5e-4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

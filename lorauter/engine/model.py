@@ -192,8 +192,12 @@ class Decoder:
                 setting="engine.cache_bytes",
             )
 
-    def memory(self, *, blocks: int, rows: int, length: int) -> Memory:
-        """A cache of so many blocks, for so many rows of at most `length` positions and one for padding."""
+    def memory(self, *, blocks: int, rows: int, length: int, shared: bool = False) -> Memory:
+        """A cache of so many blocks, for so many rows of at most `length` positions and one for padding.
+
+        Args:
+            shared: see `PagedCache`.
+        """
         cache = PagedCache(
             layers=self.shape.layers,
             blocks=blocks,
@@ -201,6 +205,7 @@ class Decoder:
             head_dim=self.head_dim,
             dtype=self.dtype,
             device=self.device,
+            shared=shared,
         )
         table = torch.zeros(rows + 1, blocks_of(length), dtype=torch.int32, device=self.device)
         return Memory(cache, table, *self.rotary_table(length), self.heads, self.kv_heads, self.head_dim)

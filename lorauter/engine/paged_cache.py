@@ -10,16 +10,27 @@ from lorauter.engine.blocks import BLOCK
 class PagedCache:
     """Room for `blocks` blocks beside block 0, which is for padding.
 
+    Args:
+        shared: all layers have the same room, in place of each its own: for what no later step reads.
+
     Attributes:
         keys, values: (layers, blocks + 1, kv_heads, BLOCK, head_dim). On a CPU memory is touched only as it is written.
     """
 
     def __init__(
-        self, *, layers: int, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        layers: int,
+        blocks: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        shared: bool = False,
     ) -> None:
-        shape = (layers, blocks + 1, kv_heads, BLOCK, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (1 if shared else layers, blocks + 1, kv_heads, BLOCK, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device).expand(layers, *shape[1:])
+        self.values = torch.zeros(shape, dtype=dtype, device=device).expand(layers, *shape[1:])
 
     @property
     def blocks(self) -> int:

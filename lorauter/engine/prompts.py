@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from lorauter.cuda_graphs import landed
 from lorauter.engine.blocks import blocks_of
 from lorauter.engine.model import Decoder
-from lorauter.engine.prompt_graphs import PromptGraphs, alike
+from lorauter.engine.plan import Ints
 from lorauter.engine.runner import step_class
-from lorauter.engine.step import Memory, RmsNorm, Span, StepBatch
+from lorauter.engine.step import Memory, Span, StepBatch
 from lorauter.engine.torch_step import TorchStep
+
+if TYPE_CHECKING:
+    from lorauter.engine.cuda_prompts import PromptGraphs
 
 logger = logging.getLogger("lorauter.engine")
 
@@ -29,40 +33,71 @@ class Limits(NamedTuple):
 
 
 ON_CPU = Limits(16, 256)  # of so few a prompt has the same states, with AMX to the last bit, whatever is read beside it
+ON_GPU = Limits(64, 4096)
 _GRAIN = 64  # on a CPU, what tokens of a pass are a multiple of: other products than before take long to work out
-ON_GPU = Limits(64, 16384)  # a pass is some hundreds of launches, whatever it reads
+_ALIKE = 0.99
+
+
+class Packed(NamedTuple):
+    """Prompts one after the other, each in a row of its own, and behind them tokens of nobody's row.
+
+    Attributes:
+        tokens, rows, positions: (T,), of each token.
+        ends: (n,), of each prompt its last token, as an index into the T.
+        spans: the prompts.
+    """
+
+    tokens: Ints
+    rows: Ints
+    positions: Ints
+    ends: Ints
+    spans: list[Span]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], size: int, nobody: int) -> Packed:
+        """So many tokens in all."""
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        ends = lengths.cumsum(dtype=np.int32)
+        total = int(ends[-1])
+        tokens, rows, positions = np.zeros((3, size), np.int32)
+        tokens[:total] = np.fromiter(chain.from_iterable(prompts), np.int32, total)
+        rows[:total] = np.repeat(np.arange(len(prompts)), lengths)
+        rows[total:] = nobody
+        positions[:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
+        return cls(tokens, rows, positions, ends - 1, [Span(row, 0, n) for row, n in enumerate(lengths.tolist())])
 
 
 class PromptReader:
-    """Reads prompts with a model, one pass at a time.
+    """Reads prompts with a model, one pass at a time; on a GPU by graphs, which are all captured at once.
 
     Args:
         decoder: the model.
         layers: after which of them states are wanted, from 1 on.
         length: tokens of a prompt at most.
-        whole: whether prompts are read as `WholePrompts` does; None: on a GPU, whose own steps are of captured shapes.
     """
 
-    def __init__(self, decoder: Decoder, layers: Sequence[int], *, length: int, whole: bool | None = None) -> None:
-        whole = decoder.device.type == "cuda" if whole is None else whole
+    def __init__(self, decoder: Decoder, layers: Sequence[int], *, length: int) -> None:
+        on_gpu = decoder.device.type == "cuda"
         self._decoder = decoder
         self._layers = list(layers)
-        self._limits = ON_GPU if whole else ON_CPU
-        self._step = WholePrompts if whole else step_class(decoder)
-        rows, tokens = self._limits
-        blocks = 1 if whole else blocks_of(max(length, tokens)) + rows
-        self._memory = decoder.memory(blocks=blocks, rows=rows, length=min(length, decoder.max_positions))
-        self._graphs: PromptGraphs | None = None
-        if decoder.device.type == "cuda" and whole:
-            self._graphs = self._by_graphs()
+        self._limits = ON_GPU if on_gpu else ON_CPU
+        # On a GPU what is held against the graphs, and goes on without them: slow, and none of their kernels is in it.
+        self._step = TorchStep if on_gpu else step_class(decoder)
+        self._memory = prompt_memory(decoder, self._limits.rows, length)
+        self._graphs = self._by_graphs() if on_gpu else None
 
     def _by_graphs(self) -> PromptGraphs | None:
-        """What reads by graphs, if it says what steps say."""
-        probe = [(1, 2, 3), tuple(range(1, 41))]
+        """What reads by graphs, if it says what PyTorch's own operations say."""
+        from lorauter.engine.cuda_prompts import PromptGraphs, graph_sizes  # with Triton, as CUDA builds alone have it
+
+        rows, tokens = self._limits
+        some = [tuple(range(1, n + 1)) for n in (3, 40, 1, 90) if n <= self._memory.length]
         try:
-            graphs = PromptGraphs(self._decoder, self._memory, WholePrompts, self._layers)
-            shape = graphs.shape(probe)
-            same = shape is not None and alike(graphs.states(probe, shape), landed(self._launched(probe)))
+            sizes = graph_sizes(max(tokens, self._memory.length))
+            graphs = PromptGraphs(self._decoder, self._memory, self._layers, sizes)
+            same = all(
+                alike(graphs.states(probe), self._launched(probe)) for probe in (some, some * (rows // len(some)))
+            )
         except RuntimeError as error:
             logger.warning("prompts are read without CUDA graphs: %s", error)
             return None
@@ -86,67 +121,33 @@ class PromptReader:
             yield batch
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        if self._graphs is not None and (shape := self._graphs.shape(prompts)) is not None:
+        if self._graphs is not None:
             try:
-                return self._graphs.states(prompts, shape)
+                return self._graphs.states(prompts)
             except RuntimeError as error:
                 logger.warning("prompts are read without CUDA graphs from now on: %s", error)
                 self._graphs = None
-        return landed(self._launched(prompts))
+        return self._launched(prompts)
 
     @torch.inference_mode()
     def _launched(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        tokens: list[int] = []
-        rows: list[int] = []
-        positions: list[int] = []
-        ends: list[int] = []
-        spans: list[Span] = []
-        taken = 1  # block 0 is for padding
-        for row, prompt in enumerate(prompts):
-            blocks = blocks_of(len(prompt))
-            self._memory.table[row, :blocks] = torch.arange(taken, taken + blocks, dtype=torch.int32)
-            taken += blocks
-            tokens += prompt
-            rows += [row] * len(prompt)
-            positions += range(len(prompt))
-            ends.append(len(tokens) - 1)
-            spans.append(Span(row, 0, len(prompt)))
-        if self._step is not WholePrompts:
-            padding = -len(tokens) % _GRAIN
-            tokens += [0] * padding
-            rows += [self._limits.rows] * padding  # of no prompt
-            positions += [0] * padding
-
-        def ids(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self._decoder.device)
-
-        batch = StepBatch(ids(tokens), ids(rows), ids(positions), 0, spans, ids(ends))
-        return self._decoder.states(self._step(self._memory, batch), batch, self._layers)
+        total = sum(map(len, prompts))
+        packed = Packed.of(prompts, total + -total % _GRAIN, self._limits.rows)
+        tokens, rows, positions, ends = (torch.from_numpy(of).to(self._decoder.device) for of in packed[:4])
+        batch = StepBatch(tokens, rows, positions, 0, packed.spans, ends)
+        return landed(self._decoder.states(self._step(self._memory, batch), batch, self._layers))
 
 
-class WholePrompts(TorchStep):
-    """Prompts from their first token to their last, side by side and padded: all are attended to at once, and nothing
-    is kept of them."""
+def prompt_memory(decoder: Decoder, rows: int, length: int) -> Memory:
+    """For steps that read whole prompts, of which nothing is kept: every row has its own blocks, and all layers have
+    the same."""
+    length = min(length, decoder.max_positions)
+    each = blocks_of(length)
+    memory = decoder.memory(blocks=rows * each, rows=rows, length=length, shared=True)
+    memory.table[:rows] = torch.arange(1, rows * each + 1, dtype=torch.int32).view(rows, each)
+    return memory
 
-    def __init__(self, memory: Memory, batch: StepBatch) -> None:
-        super().__init__(memory, batch)
-        self._shape = len(batch.spans), max(span.length for span in batch.spans)
-        self._places = batch.rows.long() * self._shape[1] + batch.positions
 
-    def attention(
-        self, layer: int, qkv: Tensor, q_norm: RmsNorm | None, k_norm: RmsNorm | None, window: int | None
-    ) -> Tensor:
-        """See `Step.attention`."""
-        rows, length = self._shape
-        q, k, v = map(self._padded, self._heads(qkv, q_norm, k_norm))
-        near = None
-        if window is not None and window < length:
-            near = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=near, is_causal=near is None, enable_gqa=True)
-        return out.transpose(1, 2).reshape(rows * length, -1)[self._places]
-
-    def _padded(self, x: Tensor) -> Tensor:
-        """(tokens, heads, head_dim) as (prompts, heads, length, head_dim)."""
-        padded = x.new_zeros(self._shape[0] * self._shape[1], *x.shape[1:])
-        padded[self._places] = x
-        return padded.view(*self._shape, *x.shape[1:]).transpose(1, 2)
+def alike(states: Tensor, others: Tensor) -> bool:
+    """Whether states are the same but for the last bits of other kernels."""
+    return bool((torch.cosine_similarity(states.float(), others.float(), dim=-1) > _ALIKE).all())

@@ -1,24 +1,19 @@
 """What prompts leave behind is what transformers computes, however many are read together."""
 
-import weakref
-from types import SimpleNamespace
-
 import pytest
 import torch
-from graph_stand_in import stand_in_for_graphs
 
-from lorauter.engine.prompt_graphs import PromptGraphs, filled, grid
-from lorauter.engine.prompts import PromptReader, WholePrompts
+from lorauter.engine.prompts import Packed, PromptReader
+from lorauter.engine.step import Span
 
 LENGTHS = (1, 40, 17, 16, 2, 33, *range(1, 20))
 
 
-@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("layers", [[1, 3], [2]])
 @pytest.mark.parametrize("kind", ["llama", "qwen2-window", "qwen3"])
-def test_states_are_transformers(pool, forced, kind, layers, whole):
+def test_states_are_transformers(pool, forced, kind, layers):
     prompts = [sequence.tokens for sequence in forced([(length, length + 1) for length in LENGTHS])]
-    reader = PromptReader(pool.decoder(kind), layers, length=41, whole=whole)
+    reader = PromptReader(pool.decoder(kind), layers, length=41)
     states = reader.states(prompts)
     assert states.shape == (len(prompts), len(layers), 64)
     seen = {}
@@ -42,37 +37,13 @@ def test_states_are_transformers(pool, forced, kind, layers, whole):
     assert reader.states([]).shape == (0, len(layers), 64)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2-window"])
-def test_a_grid_that_is_filled_anew_says_the_same(pool, forced, kind):
-    """What a graph repeats on a GPU: the step is made before it is known what is read."""
-    decoder = pool.decoder(kind)
-    reader = PromptReader(decoder, [1, 3], length=64, whole=True)
-    batch = grid((4, 64), decoder.device)
-    step = WholePrompts(reader._memory, batch)
-    for lengths in ((40, 3, 64), (1, 17, 33, 2)):
-        prompts = [s.tokens[:length] for s, length in zip(forced([(n, n + 1) for n in lengths]), lengths, strict=True)]
-        for part, values in zip((batch.tokens, batch.outputs), filled(prompts, (4, 64)), strict=True):
-            part.copy_(values)
-        with torch.inference_mode():
-            found = decoder.states(step, batch, [1, 3])[: len(prompts)]
-        torch.testing.assert_close(found, reader.states(prompts), atol=1e-5, rtol=1e-5)
-
-
-def test_all_that_a_graph_reads_stays_where_it_is(pool, monkeypatch):
-    """A graph has addresses: what lay there would be another's, were it let go."""
-    stand_in_for_graphs(monkeypatch)
-    decoder, read = pool.decoder("llama"), []
-
-    def states(step, batch, layers):
-        read.extend(map(weakref.ref, (step._places, batch.tokens, batch.rows, batch.positions, batch.outputs)))
-        return torch.zeros(len(batch.spans), len(layers), decoder.hidden)
-
-    reading = SimpleNamespace(device=decoder.device, states=states, hidden=decoder.hidden)
-    memory = decoder.memory(blocks=1, rows=4, length=64)
-    graphs = PromptGraphs(reading, memory, WholePrompts, [1])
-    assert graphs.states([(1, 2, 3)], (1, 32)).shape == (1, 1, decoder.hidden)
-    assert len(read) == 10
-    assert all(tensor() is not None for tensor in read[5:])
+def test_prompts_lie_one_after_the_other_and_padding_in_nobodys_row():
+    packed = Packed.of([(5, 6, 7), [8], (9, 9)], 8, 64)
+    assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 9, 0, 0]
+    assert packed.rows.tolist() == [0, 0, 0, 1, 2, 2, 64, 64]
+    assert packed.positions.tolist() == [0, 1, 2, 0, 0, 1, 0, 0]
+    assert packed.ends.tolist() == [2, 3, 5]
+    assert packed.spans == [Span(0, 0, 3), Span(1, 0, 1), Span(2, 0, 2)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -81,8 +52,8 @@ def test_graphs_say_what_steps_say():
 
     reader = load_states("default", device="cuda")._reader
     assert reader._graphs is not None
-    prompts = [tuple(range(1, 2 + 7 * i)) for i in range(9)]
-    expected = reader._launched(prompts).cpu().float()
-    for _ in range(2):
+    for prompts in ([tuple(range(1, 2 + 7 * i)) for i in range(9)], [tuple(range(1, 400))] * 30, [(1,)]):
         found = reader.states(prompts).float()
+        expected = torch.cat([reader._launched([prompt]) for prompt in prompts]).float()
         assert (torch.cosine_similarity(found, expected, dim=-1) > 0.99).all()
+        torch.testing.assert_close(reader.states(prompts).float(), found)
