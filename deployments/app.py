@@ -34,8 +34,8 @@ _REPORT_PERIOD_S, _REPORT_TIMEOUT_S = 1.0, 10.0  # of `LoraModel.record_routing_
 _CORES_EACH = {"Router": 2, "QueryEmbedder": 4, "TaskRetriever": 4}
 _MOST_AT_FIRST = {"Router": 8, "QueryEmbedder": 4, "TaskRetriever": 4}
 _GROWS_TO = 4  # replicas, where one is enough at first
-# Calls in progress for which a replica is added. QueryEmbedder's are of many queries, one of each TaskRetriever.
-_ONGOING = {"Router": 100, "QueryEmbedder": 2, "TaskRetriever": 16}
+# Calls in progress for which a replica is added. QueryEmbedder's are of many queries, four of each TaskRetriever.
+_ONGOING = {"Router": 100, "QueryEmbedder": 8, "TaskRetriever": 16}
 
 Options = Mapping[str, Mapping[str, Any]]
 

@@ -47,6 +47,7 @@ logger = logging.getLogger("lorauter.catalog")
 _PROBE_S = 600.0  # an encoder may have to be downloaded first
 _STATES_S = 5.0  # for which a query waits for its states
 _TOGETHER = 64  # texts that are embedded in a call
+_CALLS = 4  # to have some embedded, at once: they wait for those before them at QueryEmbedder, who takes them together
 _TELL_S = 60.0  # between two warnings that there are none
 
 
@@ -69,7 +70,7 @@ class TaskRetriever:
         assert config.catalog is not None  # else AdapterListing is in this one's place
         self._embedder = Replicas(embedder)
         self._embed_s = config.api.first_token_s
-        self._embedding = Together(self._embed, size=lambda query: len(query.texts), most=_TOGETHER)
+        self._embedding = Together(self._embed, size=lambda query: len(query.texts), most=_TOGETHER, at_once=_CALLS)
         self._deciding = Deciding(self._metrics, None if config.state_model is None else self._states)
         self._told = -_TELL_S
         self._history = History(open_store(config.catalog))

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,14 @@ class _Waiting(Generic[Asked, Told]):
 
 
 class Together(Generic[Asked, Told]):
-    """Has questions answered, one lot at a time, in the order in which they came.
+    """Has questions answered, lot by lot, in the order in which they came.
 
     Args:
         answer: n questions to n answers; what it raises is told to all n.
         size: how much a question is.
         most: what a lot's sizes sum to at most; a question that is more by itself is a lot by itself.
+        at_once: lots that are being answered at most. Where questions wait again at whoever answers, more of them take
+            the first wait from it.
     """
 
     def __init__(
@@ -43,12 +45,15 @@ class Together(Generic[Asked, Told]):
         *,
         size: Callable[[Asked], int] = lambda _: 1,
         most: int = 1 << 30,
+        at_once: int = 1,
     ) -> None:
         self._answer = answer
         self._size = size
         self._most = most
+        self._at_once = at_once
         self._waiting: list[_Waiting[Asked, Told]] = []
-        self._running: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[Any] | None] = set()
+        self._beginning = False  # whether one of these has not taken its first lot
 
     async def ask(self, question: Asked) -> Told:
         """The answer."""
@@ -62,12 +67,19 @@ class Together(Generic[Asked, Told]):
 
     def _put(self, question: Asked, told: asyncio.Future[Told] | None) -> None:
         self._waiting.append(_Waiting(question, told, copy_context()))
-        if self._running is None:
-            self._running = asyncio.get_running_loop().create_task(self._run())
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have what waits taken up, with all that comes in this turn of the loop, unless it has to wait."""
+        if self._waiting and len(self._running) < self._at_once and not self._beginning:
+            self._beginning = True
+            self._running.add(asyncio.get_running_loop().create_task(self._run()))
 
     async def _run(self) -> None:
+        self._beginning = False
         try:
             while lot := self._next():
+                self._begin()
                 answering = self._told([one.question for one in lot])
                 try:
                     answers = await asyncio.create_task(answering, context=lot[0].context)
@@ -80,7 +92,7 @@ class Together(Generic[Asked, Told]):
                     if one.told is not None and not one.told.done():
                         one.told.set_result(answer)
         finally:
-            self._running = None
+            self._running.discard(asyncio.current_task())
 
     async def _told(self, questions: list[Asked]) -> Sequence[Told]:
         return await self._answer(questions)

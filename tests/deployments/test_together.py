@@ -68,3 +68,80 @@ def test_a_lot_holds_so_much_and_no_more(questions: list[int], lots: list[list[i
         return doubling.lots
 
     assert asyncio.run(ask()) == lots
+
+
+class Waiting:
+    """Answers each lot when it is told to, with twice its questions."""
+
+    def __init__(self) -> None:
+        self.lots: list[list[int]] = []
+        self.told: list[asyncio.Future[None]] = []
+
+    async def __call__(self, questions: list[int]) -> Sequence[int]:
+        self.lots.append(questions)
+        self.told.append(asyncio.get_running_loop().create_future())
+        await self.told[-1]
+        return [2 * question for question in questions]
+
+
+async def _turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_so_many_lots_are_answered_at_once_and_the_others_wait_together() -> None:
+    async def ask() -> None:
+        waiting = Waiting()
+        together = Together(waiting, at_once=2)
+        asked = [asyncio.create_task(together.ask(n)) for n in (1, 2)]
+        await _turns()
+        assert waiting.lots == [[1, 2]], "those that come in one turn of the loop are one lot"
+        for n in (3, 4, 5, 6):
+            asked.append(asyncio.create_task(together.ask(n)))
+            await _turns()
+        assert waiting.lots == [[1, 2], [3]]
+        asked[4].cancel()
+        waiting.told[1].set_result(None)  # the second is there before the first
+        await _turns()
+        assert waiting.lots == [[1, 2], [3], [4, 6]]
+        assert [task.done() for task in asked] == [False, False, True, False, True, False]
+        waiting.told[0].set_exception(ZeroDivisionError())
+        waiting.told[2].set_result(None)
+        *failed, three, four, gone, six = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(error) for error in failed] == [ZeroDivisionError] * 2
+        assert (three, four, six) == (6, 8, 12) and isinstance(gone, asyncio.CancelledError)
+        again = asyncio.create_task(together.ask(7))
+        await _turns()
+        waiting.told[3].set_result(None)
+        assert await again == 14
+
+    asyncio.run(ask())
+
+
+def test_a_lot_that_is_full_goes_and_the_rest_with_the_next() -> None:
+    async def ask() -> None:
+        waiting = Waiting()
+        together = Together(waiting, most=2, at_once=2)
+        asked = [asyncio.create_task(together.ask(n)) for n in range(7)]
+        await _turns()
+        assert waiting.lots == [[0, 1], [2, 3]]
+        for done in (1, 0, 2, 3):
+            await _turns()
+            waiting.told[done].set_result(None)
+        assert await asyncio.gather(*asked) == [2 * n for n in range(7)]
+        assert waiting.lots == [[0, 1], [2, 3], [4, 5], [6]]
+
+    asyncio.run(ask())
+
+
+def test_a_question_that_comes_as_the_last_lot_ends_is_answered() -> None:
+    async def ask() -> list[int]:
+        together = Together(Doubling())
+
+        async def one_by_one() -> list[int]:
+            return [await together.ask(n) for n in range(1, 50)]
+
+        answers = await asyncio.wait_for(asyncio.gather(one_by_one(), one_by_one()), 5)
+        return [answer for each in answers for answer in each]
+
+    assert asyncio.run(ask()) == [2 * n for n in range(1, 50)] * 2
