@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,7 +27,7 @@ from deployments.fits import check_adapters, check_base_model
 from deployments.live_catalog import LiveCatalog, kept_folder
 from deployments.logs import join_serve_logs
 from deployments.metrics import RayRecorder
-from deployments.replicas import Replicas, ReplicaServer, by_name
+from deployments.replicas import Replica, Replicas, ReplicaServer, by_name
 from deployments.retries import answered
 from deployments.routing_metrics import RoutingMetrics
 from deployments.scope import Permitted, visible_places
@@ -106,6 +107,9 @@ class TaskRetriever:
         with ThreadPoolExecutor(1) as other_thread:  # in this one, a loop runs, and handles cannot be waited for
             self._live = other_thread.submit(load).result()
         self._live.start()
+        self._met: set[str] = set()
+        if config.state_model is not None:
+            self._embedder.listen(self._meet)
         asked = (self.decide, self.versions, self.check_probe, self.describe, self.examples, self.layout, self.history)
         self._server = ReplicaServer("TaskRetriever", by_name(*asked))
 
@@ -136,6 +140,14 @@ class TaskRetriever:
                 self._told = time.monotonic()
                 logger.warning("queries are routed without their states, which do not come: %r", error)
             return None
+
+    def _meet(self, replicas: Sequence[Replica]) -> None:
+        """Whoever is to read queries loads the model for it before the first one comes."""
+        new = {replica.name for replica in replicas} - self._met
+        if self._live.retriever.catalog.states is not None:
+            self._met |= new
+            for name in new:
+                self._embedder.call_of(name, "states", [])  # nobody waits for it
 
     async def versions(self, names: list[str]) -> dict[str, str]:
         """Which versions of adapters are served; without those that the catalog does not know."""

@@ -235,8 +235,9 @@ def _softmax(scores: list[tuple[str, float]], temperature: float) -> dict[str, f
     if scores:
         best = max(score for _, score in scores)
         shares = [math.exp((score - best) / temperature) for _, score in scores]
+        total = sum(shares)
         for (name, _), share in zip(scores, shares, strict=True):
-            weights[name] = weights.get(name, 0.0) + share / sum(shares)
+            weights[name] = weights.get(name, 0.0) + share / total
     return weights
 
 

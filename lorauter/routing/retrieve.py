@@ -113,6 +113,7 @@ class Retriever:
         self._norms = catalog.norms
         self._all = range(len(catalog))
         self._known: dict[int, _Known] = {}
+        self._free: dict[int, tuple[str, ...]] = {}  # what may be used of a task where any adapter may
         self._matrices: dict[int, Any] = {}
         self._lenders: dict[Hashable, TaskSubset] = {}
         self._whitenings: dict[Hashable, Whitening] = {}
@@ -374,8 +375,9 @@ class Retriever:
 
     def _usable(self, place: int, options: RoutingOptions) -> tuple[str, ...]:
         """A task's adapters that may be used."""
-        names = self._look(place).names
-        return self._distinct(names if options.allows_all else tuple(filter(options.allows, names)))
+        if options.allows_all:
+            return _remembered(self._free, _KNOWN, place, lambda: self._distinct(self._look(place).names))
+        return self._distinct(tuple(filter(options.allows, self._look(place).names)))
 
     def _distinct(self, names: Sequence[str]) -> tuple[str, ...]:
         """Of those that compute the same one: that which was tried, if it is among them."""

@@ -14,6 +14,7 @@ from fake_states import HashingStates
 
 from deployments.deciding import Deciding
 from deployments.metrics import ROUTING_SECONDS, Metric
+from deployments.replicas import Replica
 from deployments.retriever import TaskRetriever
 from deployments.routing_metrics import RoutingMetrics
 from deployments.together import Together
@@ -148,3 +149,17 @@ def test_a_replica_has_read_what_it_is_not_sure_of_and_goes_on_where_nobody_read
     ]
     replica._deciding = Deciding(RoutingMetrics(Recorder()), None)  # a service that has no model of states
     assert asyncio.run(replica.decide(texts, options)) == plain
+
+
+def test_whoever_reads_is_told_to_load_the_model_as_soon_as_it_is_there(make_task: Callable[..., Any]) -> None:
+    encoder, told = HashingEncoder(), list[tuple[Any, ...]]()
+    replicas = [Replica(name, "node", {}) for name in ("one", "two", "three")]
+    for states, expected in ((HashingStates(), ["one", "two", "three"]), (None, [])):
+        catalog = build_catalog([make_task("films", "a", "b", "c")], encoder, states=states)
+        replica = replica_of(Retriever(catalog, RoutingConfig()), Embedder(encoder), Recorder(), reads=True)
+        replica._met, replica._embedder = set(), SimpleNamespace(call_of=lambda *call: told.append(call))
+        told.clear()
+        replica._meet(replicas[:1])
+        replica._meet(replicas[:2])
+        replica._meet(replicas)
+        assert told == [(name, "states", []) for name in expected]
