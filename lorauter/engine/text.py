@@ -226,7 +226,7 @@ class TokenBytes:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._special = {id for id, token in backend.get_added_tokens_decoder().items()}
-        self._by_character = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+        self._by_character = {character: byte for byte, character in bytes_to_unicode().items()}
         kinds = _kinds(json.loads(backend.to_str())["decoder"])
         self._is_byte_level = "ByteLevel" in kinds
         self.is_all = kinds == {"ByteLevel"}
