@@ -19,6 +19,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import lorauter
 from deployments import observe
@@ -108,10 +109,11 @@ def build_api(
             except Exception:
                 await visit.count()
                 raise
-            response.headers.update(visit.headers)
+            if limits := visit.headers:
+                response.headers.update(limits)
             return response
 
-        return Route(path, guarded, methods=[method], middleware=_GZIP if compressed else [])
+        return Route(path, _Answered(guarded), methods=[method], middleware=_GZIP if compressed else [])
 
     def change(method: str, path: str, read: ReadChange) -> Route:
         """The same for an endpoint that changes something, which takes the right to just that."""
@@ -128,8 +130,7 @@ def build_api(
         await service.check_ready()
         yield
 
-    handlers: Any = {LorauterError: _known, HTTPException: _http, ClientDisconnect: _left, Exception: _known}
-    return Starlette(
+    return _App(
         routes=[
             route("POST", "/v1/chat/completions", api.chat, reserves=True, compressed=False),
             route("POST", "/v1/completions", api.completion, reserves=True, compressed=False),
@@ -159,7 +160,6 @@ def build_api(
             route("GET", "/page/{digest}/{file}", asset),
             *[change(method, path, read) for method, path, read in admin],
         ],
-        exception_handlers=handlers,
         middleware=_cors(access),
         lifespan=lifespan,
     )
@@ -178,6 +178,46 @@ def _cors(access: Access) -> list[Middleware]:
             expose_headers=["*"],
         )
     ]
+
+
+class _App(Starlette):
+    """Endpoints answer their own errors: Starlette's layers for these, of which each looks at every piece of an answer,
+    are left out. Only the router's are left, that there is no such path or method."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await self.router(scope, receive, send)
+            except HTTPException as error:
+                await _http(Request(scope), error)(scope, receive, send)
+
+        app: ASGIApp = routed
+        for layer, args, kwargs in reversed(self.user_middleware):
+            app = layer(app, *args, **kwargs)
+        return app
+
+
+class _Answered:
+    """An endpoint, whose errors are answers too, as long as it has not begun to answer."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        unknown: Exception | None = None
+        try:
+            response = await self._endpoint(request)
+        except ClientDisconnect:  # nobody reads it; what is raised beyond this, Serve logs as a failure
+            response = Response(status_code=observe.LEFT)
+        except HTTPException as error:
+            response = _http(request, error)
+        except Exception as error:  # noqa: BLE001 (it is told to nobody, and raised once that is said)
+            response = _known(request, error)
+            unknown = None if isinstance(error, LorauterError) else error
+        await response(scope, receive, send)
+        if unknown is not None:
+            raise unknown
 
 
 class _Api:
@@ -224,7 +264,7 @@ class _Api:
         return parse_body(kind, await read_json(request, self._settings.max_body_bytes))
 
 
-async def _known(request: Request, error: Exception) -> Response:
+def _known(request: Request, error: Exception) -> Response:
     caller: Caller = getattr(request.state, "caller", Caller())
     status, body = error_answer(error, caller.audience)
     visit: Visit | None = getattr(request.state, "visit", None)
@@ -236,16 +276,10 @@ async def _known(request: Request, error: Exception) -> Response:
     return _error(request, status, body, headers)
 
 
-async def _http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _http(request: Request, error: HTTPException) -> Response:
     return _error(request, error.status_code, error_object(error.detail), error.headers)
 
 
 def _error(request: Request, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> Response:
     """An error in the shape of the API that the request is of."""
     return Json(error_body(status, body) if speaks_anthropic(request.url.path) else body, status, headers)
-
-
-async def _left(_: Request, __: Exception) -> Response:
-    """Nobody reads it; what is raised beyond this, Serve logs as a failure."""
-    return Response(status_code=observe.LEFT)

@@ -37,8 +37,8 @@ def content_type(request: Request) -> str:
 
 async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body's parts, decompressed. Raises HTTPException beyond the limit, as it comes or as it is then."""
-    size = 0
-    async for part in _decoded(request, limit):
+    coding, size = request.headers.get("content-encoding", "identity").strip().lower(), 0
+    async for part in request.stream() if coding == "identity" else _decompressed(request, limit, coding):
         size = _within(limit, size + len(part))
         yield part
 
@@ -49,12 +49,7 @@ def _within(limit: int, size: int) -> int:
     return size
 
 
-async def _decoded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    coding = request.headers.get("content-encoding", "identity").strip().lower()
-    if coding == "identity":
-        async for part in request.stream():
-            yield part
-        return
+async def _decompressed(request: Request, limit: int, coding: str) -> AsyncGenerator[bytes, None]:
     if coding not in _CODINGS:
         raise HTTPException(
             415,

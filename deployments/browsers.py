@@ -28,7 +28,7 @@ def check_no_other_site(request: Request, trusted: Container[str], origins: Cont
     named = request.headers.get("host")
     host = _hostname(f"//{named}")
     server = request.scope.get("server")
-    if named is not None and server and is_local(server[0]) and not _is_safe(host) and host not in trusted:
+    if named is not None and server and not _is_safe(host) and host not in trusted and is_local(server[0]):
         raise PermissionDenied(
             f"got the host {named[:100]!r} for a service of this machine that asks for no keys; ask for localhost, "
             "configure keys, or add the name to access.trusted_hosts"

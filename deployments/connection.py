@@ -27,7 +27,10 @@ _PIECES = 32  # of what is said in one turn of the loop, after which it is writt
 _OTHER_PROTOCOL = (b"upgrade", b"connection", b"http2-settings")
 
 LEAVING = "lorauter.leaving"
-"""In a request's scope: what is called, of all who have put something there, once its client has left."""
+"""In a request's scope: what is called, of all who have put something there, once its client has left before the end of
+its answer."""
+HEADERS = "lorauter.headers"
+"""In a request's scope: headers that its answer has beside its own, as names and values."""
 
 
 class Connection(HttpToolsProtocol):
@@ -115,6 +118,8 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
+        scope: Scope = cycle.scope  # type: ignore[assignment]  # as above
+        scope[HEADERS] = cycle.default_headers = [*cycle.default_headers]
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -131,11 +136,13 @@ class Connection(HttpToolsProtocol):
 
     def _end_answer(self) -> None:
         """Nobody listens to the answer that is being made; it may not be the last request's."""
-        if self._answering is not None:
-            self._answering.disconnected = True
-            self._answering.message_event.set()
-        for leave in list(self._leaving):
-            leave()
+        if self._answering is None:
+            return
+        self._answering.disconnected = True
+        self._answering.message_event.set()
+        if not self._answering.response_complete:
+            for leave in list(self._leaving):
+                leave()
 
     def _refuse(self, status: int, message: str) -> None:
         """The last that is said here, in OpenAI's shape, unless an answer has begun."""

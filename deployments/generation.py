@@ -10,10 +10,9 @@ import asyncio
 import hashlib
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -142,7 +141,7 @@ class Generation:
             lambda: self._decide(body, texts, len(prompts), caller),
             at_least=sum(sizes),
         )
-        meter = _Meter(reservation, len(prompts))
+        meter = _Meter(reservation, len(prompts), self)
         tenant = caller.name if body.cache_salt is None else f"{caller.name}\n{body.cache_salt}"
 
         room = asyncio.Semaphore(_AT_ONCE)
@@ -162,7 +161,7 @@ class Generation:
                     examples=decision.examples,
                     unshown=decision.unshown,
                 )
-                return meter.metered(self._counted(call), sizes[place])
+                return meter.metered(self._service.generate(call), sizes[place])
 
             async with room:
                 suits = partial(suited, prompt=prompts[place], sampling=sampling)
@@ -174,16 +173,6 @@ class Generation:
             await meter.drop(error)
             raise
         return await self._told(body, shape, prompts, begun, caller)
-
-    async def _counted(self, call: GenerateCall) -> Answer:
-        self.running += 1
-        stream = self._service.generate(call)
-        try:
-            async for item in stream:
-                yield item
-        finally:
-            self.running -= 1
-            await stream.aclose()
 
     async def _told(
         self,
@@ -354,10 +343,17 @@ async def _whole(begun: _Begun) -> list[Chunk]:
 
 
 class _Meter:
-    """What the streams of a request took, counted in place of what was reserved, once all of them have ended."""
+    """What the streams of a request took, counted in place of what was reserved, once all of them have ended.
 
-    def __init__(self, reservation: Reservation, streams: int) -> None:
+    Args:
+        reservation: what was reserved.
+        streams: how many there are.
+        generation: whose answers they are.
+    """
+
+    def __init__(self, reservation: Reservation, streams: int, generation: Generation) -> None:
         self._reservation = reservation
+        self._generation = generation
         self._left = streams
         self._used = 0
 
@@ -369,6 +365,7 @@ class _Meter:
         """
         used: int | None = None
         refused = False
+        self._generation.running += 1
         try:
             async for item in stream:
                 used = (used or 0) + (item.prompt_tokens if isinstance(item, Admitted) else len(item.token_ids))
@@ -377,6 +374,7 @@ class _Meter:
             refused = used is None
             raise
         finally:
+            self._generation.running -= 1
             await stream.aclose()
             if not refused:
                 self._used += at_least if used is None else used
@@ -453,12 +451,8 @@ def _size(prompt: Prompt) -> int:
 
 
 def _headers(decision: RoutingDecision) -> dict[str, str]:
-    return {
-        "x-lorauter-tasks": _header((task.name, task.score) for task in decision.tasks),
-        "x-lorauter-adapters": _header((adapter.name, adapter.weight) for adapter in decision.adapters),
-    }
-
-
-def _header(pairs: Iterable[tuple[str, float]]) -> str:
     """`name=0.1234,...`, no longer than proxies take; the body has them all."""
-    return ",".join(f"{name}={value:.4f}" for name, value in islice(pairs, _HEADER_ITEMS))
+    return {
+        "x-lorauter-tasks": ",".join([f"{task.name}={task.score:.4f}" for task in decision.tasks[:_HEADER_ITEMS]]),
+        "x-lorauter-adapters": ",".join([f"{one.name}={one.weight:.4f}" for one in decision.adapters[:_HEADER_ITEMS]]),
+    }

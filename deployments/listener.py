@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 
 import uvicorn
 from ray.serve.context import _set_request_context
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments import tracing
 from deployments.bodies import Json
-from deployments.connection import LEAVING, Connection
+from deployments.connection import HEADERS, LEAVING, Connection
 from deployments.encoded import new_id
 from deployments.observe import REQUEST_ID
 from deployments.openai_answers import error_answer
@@ -101,29 +101,20 @@ class Front:
         headers = dict(scope["headers"])
         request_id = headers.get(_ID) or new_id().encode()
         _set_request_context(request_id=request_id.decode("latin-1"))
-        answered = left = False
-
-        async def send_noted(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (_ID, request_id)]
-            else:
-                answered = answered or not message.get("more_body")
-            await send(message)
-
+        scope[HEADERS].append((_ID, request_id))
         if self._ongoing >= _MOST:
             refusal = Overloaded(f"{_MOST} requests are in progress; try again later", retry_after_s=_RETRY_AFTER_S)
             status, body = error_answer(refusal, "unlimited")
-            await Json(body, status, {"Retry-After": str(_RETRY_AFTER_S)})(scope, receive, send_noted)
+            await Json(body, status, {"Retry-After": str(_RETRY_AFTER_S)})(scope, receive, send)
             return
         task = asyncio.current_task()
         assert task is not None
+        left = False
 
         def leave() -> None:
             nonlocal left
-            if not answered:
-                left = True
-                task.cancel()
+            left = True
+            task.cancel()
 
         leaving: set[Callable[[], None]] = scope[LEAVING]
         leaving.add(leave)
@@ -132,7 +123,7 @@ class Front:
         try:
             carrier = {key.decode(): headers[key].decode("latin-1") for key in _TRACE if key in headers}
             with tracing.continued(carrier), tracing.span("request"):
-                await self._app(scope, receive, send_noted)
+                await self._app(scope, receive, send)
         except asyncio.CancelledError:
             if not left:
                 raise

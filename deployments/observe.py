@@ -24,7 +24,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,6 +36,7 @@ from lorauter.names import is_valid_name
 logger = logging.getLogger("lorauter.requests")
 
 REQUEST_ID = "x-request-id"
+_ID = REQUEST_ID.encode()
 _QUIET = ("/healthz", "/health", "/ping", "/metrics")  # asked all the time
 LEFT = 499
 Outcome = Literal["answered", "invalid", "refused", "failed", "broken", "left"]
@@ -161,8 +161,8 @@ class Observed:
             await send(message)
 
         try:
-            if given := Headers(scope=scope).get(REQUEST_ID):
-                self._take_id(_UNFIT.sub("_", given[:_ID_CHARS]))
+            if given := [value for name, value in scope["headers"] if name == _ID and value]:
+                self._take_id(_UNFIT.sub("_", given[0][:_ID_CHARS].decode("latin-1")))
             await self._app(scope, receive, send_noted)
         except (ClientDisconnect, asyncio.CancelledError):
             raise

@@ -52,7 +52,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[bool, Option("events are never padded", "nowhere")] = False
 
 
-_SAME_NAMES = (
+_SAME_NAMES = {
     "temperature",
     "top_p",
     "min_p",
@@ -64,7 +64,7 @@ _SAME_NAMES = (
     "min_tokens",
     "include_stop_str_in_output",
     "skip_special_tokens",
-)
+}
 
 
 class TokenOptions(Body):
@@ -164,7 +164,7 @@ class SamplingOptions(TokenOptions):
         """What is asked for of the sampling. Raises InvalidRequest."""
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise InvalidRequest("seed: needed a whole number of 64 bits", param="seed")
-        asked: dict[str, Any] = {name: getattr(self, name) for name in _SAME_NAMES}
+        asked: dict[str, Any] = {name: getattr(self, name) for name in self.model_fields_set & _SAME_NAMES}
         asked |= {
             "max_tokens": self.token_limit,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
@@ -323,6 +323,7 @@ def chat_prompt(
     add_generation_prompt: bool | None,
     continue_final_message: bool,
     template_kwargs: dict[str, Any] | None,
+    tools: tuple[Mapping[str, Any], ...],
 ) -> Prompt:
     """A conversation as a prompt."""
     return Prompt(
@@ -330,6 +331,7 @@ def chat_prompt(
         add_generation_prompt=not continue_final_message and add_generation_prompt is not False,
         continue_final_message=continue_final_message,
         template_kwargs=template_kwargs or {},
+        tools=tools,
     )
 
 
@@ -394,8 +396,7 @@ class ChatBody(ToolOptions, GenerationBody):
     def prompts(self) -> list[Prompt]:
         """The conversation as a prompt."""
         end = self.add_generation_prompt, self.continue_final_message
-        prompt = chat_prompt(self.messages, *end, self.chat_template_kwargs)
-        return [replace(prompt, tools=self.shown_tools())]
+        return [chat_prompt(self.messages, *end, self.chat_template_kwargs, self.shown_tools())]
 
     def _asked(self) -> dict[str, Any]:
         return {**super()._asked(), "calls": self.tool_use}

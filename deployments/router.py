@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -194,8 +193,8 @@ class Router:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
         """Answer a call, on another replica if one dies; closing the stream cancels it. Raises what replicas raise."""
         record = observe.current()
-        timeout_s = self._config.api.first_token_s
-        stream = self._tokenizing.answered(call, partial(generated, self._dispatch, timeout_s=timeout_s))
+        asked, words = await self._tokenizing.asked(call)
+        stream = generated(self._dispatch, asked, timeout_s=self._config.api.first_token_s)
         try:
             async for item in stream:
                 if isinstance(item, Admitted):
@@ -205,7 +204,7 @@ class Router:
                     self._metrics.left_out(adapter.cause for adapter in item.left_out)
                 else:
                     record.token_arrived(len(item.token_ids), item.finish_reason)
-                yield item
+                yield words.of(item)
         except AdapterError as error:
             if call.routed:
                 self._metrics.left_out([cause_of(error)] * len(call.adapters))

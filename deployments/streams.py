@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from deployments.merged import Merged
 
@@ -48,35 +48,36 @@ class EventStream(StreamingResponse):
             await self._source.aclose()
 
     async def stream_response(self, send: Send) -> None:
-        if (ping_s := self._ping_s) is None:
-            await super().stream_response(send)
-            return
-        loop = asyncio.get_running_loop()
+        loop, ping_s = asyncio.get_running_loop(), self._ping_s
         last = loop.time()
-        looking: asyncio.TimerHandle
+        looking: asyncio.TimerHandle | None = None
         pinging: asyncio.Task[None] | None = None
 
-        async def send_noted(message: Message) -> None:
+        async def ping() -> None:
             nonlocal last
             last = loop.time()
-            await send(message)
+            await send({"type": "http.response.body", "body": self._ping, "more_body": True})
 
-        async def ping() -> None:
-            await send_noted({"type": "http.response.body", "body": self._ping, "more_body": True})
-
-        def look() -> None:
+        def look(ping_s: float) -> None:
             nonlocal pinging, looking
             silent = loop.time() - last
             if silent >= ping_s and (pinging is None or pinging.done()):
                 pinging = loop.create_task(ping())
                 pinging.add_done_callback(lambda done: done.cancelled() or done.exception())
-            looking = loop.call_later(ping_s - silent if silent < ping_s else ping_s, look)
+            looking = loop.call_later(ping_s - silent if silent < ping_s else ping_s, look, ping_s)
 
-        looking = loop.call_later(ping_s, look)
+        if ping_s is not None:
+            looking = loop.call_later(ping_s, look, ping_s)
         try:
-            await super().stream_response(send_noted)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in self.body_iterator:
+                last = loop.time()
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            last = loop.time()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            looking.cancel()
+            if looking is not None:
+                looking.cancel()
             if pinging is not None:
                 pinging.cancel()
                 await asyncio.wait([pinging])

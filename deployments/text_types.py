@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -103,10 +102,8 @@ class TokenizeBody(Body):
             return Prompt(
                 text=self.prompt, add_special_tokens=self.add_special_tokens, parse_special=self.parse_special
             )
-        prompt = chat_prompt(
-            self.messages, self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs
-        )
-        return replace(prompt, tools=shown(self.tools or []))
+        end = self.add_generation_prompt, self.continue_final_message
+        return chat_prompt(self.messages, *end, self.chat_template_kwargs, shown(self.tools or []))
 
 
 class DetokenizeBody(Body):

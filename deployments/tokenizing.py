@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,11 +21,9 @@ from lorauter.errors import InvalidRequest
 from lorauter.turns import ExampleTurns, encoded
 
 if TYPE_CHECKING:
-    from lorauter.engine.text import TextCodec
+    from lorauter.engine.text import TextCodec, TextStream
 
 _SHORT = 4000  # characters, or tokens: to convert them takes no longer than to have a thread do it
-
-Answer = AsyncGenerator[Admitted | Chunk]
 
 
 class _Known(NamedTuple):
@@ -93,11 +90,11 @@ class Tokenizing:
         decode = partial((await self._fetched()).codec.decode, token_ids, skip_special_tokens=skip_special_tokens)
         return decode() if len(token_ids) < _SHORT else await asyncio.to_thread(decode)
 
-    async def answered(self, call: GenerateCall, ask: Callable[[GenerateCall], Answer]) -> Answer:
-        """The answer to a call, in words.
+    async def asked(self, call: GenerateCall) -> tuple[GenerateCall, Words]:
+        """A call whose prompt is tokens, examples among them, and what puts its answer in words.
 
-        Args:
-            ask: answers a call whose prompt is tokens, examples among them, with tokens alone where the call says so.
+        Raises:
+            InvalidRequest: it has none.
         """
         adapters, sampling = call.adapters, call.sampling
         tokens, shown = await self._encoded(call.prompt, call.examples, sampling.max_tokens)
@@ -109,17 +106,29 @@ class Tokenizing:
         if not sampling.needs_text:
             codec, _ = await self._fetched()
             texts = {choice.place: codec.stream(sampling) for choice in call.choices}
-            sampling = replace(sampling, detokenize=False)
+            sampling = sampling.but(detokenize=False)
         prompt = Prompt(token_ids=tokens, tools=call.prompt.tools)
-        stream = ask(replace(call, prompt=prompt, adapters=adapters, sampling=sampling, examples=(), unshown=()))
-        try:
-            async for item in stream:
-                if isinstance(item, Admitted):
-                    yield replace(item, examples=shown) if shown else item
-                elif texts:
-                    text = texts[item.index].extended(item.token_ids, item.finish_reason)
-                    yield Chunk(text, item.token_ids, item.finish_reason, item.cached_tokens, item.waited_s, item.index)
-                else:
-                    yield item
-        finally:
-            await stream.aclose()
+        asked = call.but(prompt=prompt, adapters=adapters, sampling=sampling, examples=(), unshown=())
+        return asked, Words(texts, shown)
+
+
+class Words:
+    """Puts an answer in words.
+
+    Args:
+        texts: what makes text of each choice's tokens; nothing where the replica does.
+        shown: examples that went before the prompt.
+    """
+
+    def __init__(self, texts: Mapping[int, TextStream], shown: int) -> None:
+        self._texts = texts
+        self._shown = shown
+
+    def of(self, item: Admitted | Chunk) -> Admitted | Chunk:
+        """What a replica says of the answer, in words; each in its turn."""
+        if isinstance(item, Admitted):
+            return item.but(examples=self._shown) if self._shown else item
+        if not self._texts:
+            return item
+        text = self._texts[item.index].extended(item.token_ids, item.finish_reason)
+        return Chunk(text, item.token_ids, item.finish_reason, item.cached_tokens, item.waited_s, item.index)

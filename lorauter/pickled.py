@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 _UNKNOWN = object()
 
@@ -17,6 +17,13 @@ class Sparse:
     def __getstate__(self) -> dict[str, Any]:
         own = type(self)
         return {name: value for name, value in vars(self).items() if value is not getattr(own, name, _UNKNOWN)}
+
+    def but(self, **changes: Any) -> Self:
+        """The same with some fields changed to what needs no check: `dataclasses.replace` takes a value of dozens of
+        fields apart, and makes it anew. Not for one whose properties are kept."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), **changes)
+        return made
 
 
 @dataclass(frozen=True)

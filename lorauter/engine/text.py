@@ -189,7 +189,7 @@ class TextCodec:
         """Whether a text in it looks like a token that was added to the vocabulary, as control tokens are."""
         if isinstance(value, str):
             return self._added.search(value) is not None
-        if isinstance(value, Mapping):
+        if isinstance(value, dict | Mapping):  # the first is told at once
             return any(map(self._looks_controlled, value)) or any(map(self._looks_controlled, value.values()))
         return isinstance(value, list | tuple) and any(map(self._looks_controlled, value))
 

@@ -82,11 +82,11 @@ class Prompt(Sparse):
 
 
 def _characters(value: Any) -> int:
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict | Mapping):  # the first is told at once
         return sum(map(_characters, [*value, *value.values()]))
-    if isinstance(value, list):
-        return sum(map(_characters, value))
-    return len(value) if isinstance(value, str) else 0
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 @dataclass(frozen=True)

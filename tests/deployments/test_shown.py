@@ -152,8 +152,9 @@ def ask(replica: Any, said: str, *, max_tokens: int = 4, **call: Any) -> Admitte
             yield begun.admitted
 
     async def run() -> Any:
-        async with aclosing(Tokenizing(replica.tokenizer).answered(asked, generated)) as stream:
-            return await anext(stream)
+        call, words = await Tokenizing(replica.tokenizer).asked(asked)
+        async with aclosing(generated(call)) as stream:
+            return words.of(await anext(stream))
 
     admitted = asyncio.run(run())
     assert isinstance(admitted, Admitted)

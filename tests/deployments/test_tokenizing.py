@@ -46,7 +46,8 @@ class Replica:
 
 def answered(replica: Replica, call: GenerateCall) -> list[Any]:
     async def run() -> list[Any]:
-        return [item async for item in Tokenizing(replica.fetch).answered(call, replica.ask)]
+        asked, words = await Tokenizing(replica.fetch).asked(call)
+        return [words.of(item) async for item in replica.ask(asked)]
 
     return asyncio.run(run())
 
