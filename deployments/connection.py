@@ -40,7 +40,7 @@ class Connection(HttpToolsProtocol):
         gathered: Any = _Gathered(transport, self.loop, self._parts)
         self._refused_at: float | None = None
         super().connection_made(gathered)
-        self._leaving: set[Callable[[], None]] = set()
+        self._leaving: set[Callable[[], None]] = set()  # of the answer that is being made
         self._in_request, self._head = False, 0
         self._asks_for_other = False
         self._answering: RequestResponseCycle | None = None
@@ -90,8 +90,6 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        scope: Scope = self.scope  # type: ignore[assignment]  # which ASGI lets servers add to
-        scope[LEAVING] = self._leaving
         self._in_request, self._head = True, 0
 
     def on_headers_complete(self) -> None:
@@ -118,7 +116,8 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
-        scope: Scope = cycle.scope  # type: ignore[assignment]  # as above
+        scope: Scope = cycle.scope  # type: ignore[assignment]  # which ASGI lets servers add to
+        scope[LEAVING] = self._leaving = set()
         scope[HEADERS] = cycle.default_headers = [*cycle.default_headers]
         super()._start_asgi_task(cycle, app)
 

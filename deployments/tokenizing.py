@@ -130,5 +130,4 @@ class Words:
             return item.but(examples=self._shown) if self._shown else item
         if not self._texts:
             return item
-        text = self._texts[item.index].extended(item.token_ids, item.finish_reason)
-        return Chunk(text, item.token_ids, item.finish_reason, item.cached_tokens, item.waited_s, item.index)
+        return item.but(text=self._texts[item.index].extended(item.token_ids, item.finish_reason))
