@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorauter.engine.config import DType, EngineConfig
 from lorauter.engine.engine import Engine, MultiLoraEngine
@@ -18,6 +17,7 @@ from lorauter.engine.model import Decoder
 from lorauter.engine.process import Load, start_process
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import GenerationRequest, SamplingParams
+from lorauter.engine.weights import read_model
 from lorauter.errors import ConfigError
 from lorauter.precision import native_dtype
 from lorauter.tools.formats import FormatSetting
@@ -113,14 +113,20 @@ def load_decoder(
     Raises:
         ConfigError: the model cannot be loaded or is not served.
     """
+    from transformers import AutoTokenizer  # seconds to import, for those who have their engine's process load one, too
+
     place = _place(device)
     if place.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
-        source.to(place).eval()
+        source = read_model(model, kind, place)
+        if source is None:
+            from transformers import AutoModelForCausalLM
+
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
+            source = loaded.to(place).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"base model {model!r} cannot be loaded: {error}", setting="base_model") from error
     decoder = Decoder(source, names=(model, *aliases), plain=plain)

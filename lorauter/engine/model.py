@@ -1,9 +1,9 @@
 """A Llama-like decoder that runs a packed batch with a mixture of adapters for every token.
 
-Takes the weights of a transformers model (Llama, Mistral, Qwen2, Qwen3) and computes the same function; the
-loading, the configuration and the rotary frequencies stay transformers'. Tokens of all sequences are packed
-into one (tokens, hidden) matrix, so that every weight is read once a step. What is more than a matrix product is the
-device's step, which is passed in. Knows nothing of requests, text or sampling.
+Takes the weights of a transformers model (Llama, Mistral, Qwen2, Qwen3), or of what `weights` reads in its place, and
+computes the same function; the configuration stays transformers', and the rotary frequencies the model's. Tokens of all
+sequences are packed into one (tokens, hidden) matrix, so that every weight is read once a step. What is more than a
+matrix product is the device's step, which is passed in. Knows nothing of requests, text or sampling.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class Decoder:
     """The base model's weights and its forward pass.
 
     Args:
-        model: a transformers causal model of one of ARCHITECTURES, on its device and in its dtype. Its linear
-            weights are copied; let it go afterwards.
+        model: a transformers causal model of one of ARCHITECTURES, or its parts by the same names, on its device and
+            in its dtype. Its linear weights are copied; let it go afterwards.
         names: what adapters may call this base model.
         plain: keep the weights in PyTorch's own layout, so that gradients pass through `run`.
 
