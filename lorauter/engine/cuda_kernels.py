@@ -23,9 +23,10 @@ from lorauter.engine.cuda_lora import (
     FEW_TOKENS,
     MIN_DOT,
     Expand,
+    ExpandShape,
     alignment,
     expand_arguments,
-    expand_blocks,
+    expand_shape,
     expansion,
     lora_expand,
     lora_live,
@@ -89,8 +90,8 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tup
 @triton.jit(do_not_specialize=["tokens", "capacity", "layer", "layers"])
 def _silu_mul_kernel(
     gate_up, out, rows, own, u, tiles, starts, arena, live, capacity, layer, layers, width, tokens,
-    M: tl.constexpr, N: tl.constexpr, LORA: tl.constexpr, OWN: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr,
-    EXACT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr, LORA: tl.constexpr, OWN: tl.constexpr,
+    LISTED: tl.constexpr, ALIGN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * M + tl.arange(0, M)
     columns = tl.program_id(1) * N + tl.arange(0, N)
@@ -103,11 +104,11 @@ def _silu_mul_kernel(
     if LORA:
         gate += expansion(
             u, tiles, starts, arena, live, 0, at, columns, inside, width, tokens, capacity, layer, layers,
-            M, N, LISTED, ALIGN, EXACT,
+            M, N, TILES, LISTED, ALIGN, EXACT,
         )  # fmt: skip
         up += expansion(
             u, tiles, starts, arena, live, 1, at, columns, inside, width, tokens, capacity, layer, layers,
-            M, N, LISTED, ALIGN, EXACT,
+            M, N, TILES, LISTED, ALIGN, EXACT,
         )  # fmt: skip
     if OWN:
         gate += own_expansion(u, own, arena, rows, 0, at, columns, inside, width, tokens, layer, layers, M, N, ALIGN)
@@ -123,12 +124,13 @@ def silu_mul(gate_up: Tensor, lora: Expand | OwnExpand | None = None) -> Tensor:
     n, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(n, width)
     tiles = lora if isinstance(lora, Expand) else None
-    block, columns = expand_blocks(n) if tiles else (1, min(1024, triton.next_power_of_2(width)))
+    shape = expand_shape(n) if tiles else ExpandShape(1, min(1024, triton.next_power_of_2(width)), 1, 1)
+    warps = 2 if tiles and n <= FEW_TOKENS else 4
     listed = tiles is not None and tiles.live is not None
-    _silu_mul_kernel[(triton.cdiv(n, block), triton.cdiv(width, columns))](
-        gate_up, out, *_own_arguments(lora), width, n,
-        block, columns, tiles is not None, isinstance(lora, OwnExpand), listed, alignment([width]), precision(gate_up),
-        num_warps=4, num_stages=5,
+    _silu_mul_kernel[(triton.cdiv(n, shape.tokens), triton.cdiv(width, shape.columns))](
+        gate_up, out, *_own_arguments(lora), width, n, shape.tokens, shape.columns, shape.tiles,
+        tiles is not None, isinstance(lora, OwnExpand), listed, alignment([width]), precision(gate_up),
+        num_warps=warps, num_stages=shape.stages,
     )  # fmt: skip
     return out
 
@@ -143,9 +145,9 @@ def _own_arguments(lora: Expand | OwnExpand | None) -> tuple[object, ...]:
 
 @triton.jit(do_not_specialize=["tokens", "capacity", "layer", "layers", "max_blocks"])
 def _rotate_store_kernel(
-    qkv, cos, sin, rows, positions, table, q_out, keys, values, own, u, tiles, starts, arena, live, capacity, layer,
+    qkv, cos, sin, rows, positions, table, q_out, keys, values, u, tiles, starts, arena, live, capacity, layer,
     layers, tokens, heads, kv_heads, max_blocks,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LORA: tl.constexpr, OWN: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, LORA: tl.constexpr,
     LISTED: tl.constexpr, ALIGN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     # Each program has N columns of both halves of one head, for M tokens.
@@ -173,12 +175,7 @@ def _rotate_store_kernel(
     if LORA:
         value += expansion(
             u, tiles, starts, arena, live, part, at, (head - before) * D + columns, inside, width, tokens, capacity,
-            layer, layers, M, 2 * N, LISTED, ALIGN, EXACT,
-        )  # fmt: skip
-    if OWN:
-        value += own_expansion(
-            u, own, arena, rows, part, at, (head - before) * D + columns, inside, width, tokens, layer, layers,
-            M, 2 * N, ALIGN,
+            layer, layers, M, 2 * N, TILES, LISTED, ALIGN, EXACT,
         )  # fmt: skip
     position = tl.load(positions + at, mask=known, other=0)
     if part < 2:
@@ -204,7 +201,7 @@ def _rotate_store_kernel(
 
 def rotate_and_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, positions: Tensor, table: Tensor, keys: Tensor, values: Tensor,
-    heads: int, lora: Expand | OwnExpand | None = None,
+    heads: int, lora: Expand | None = None,
 ) -> Tensor:  # fmt: skip
     """Rotary embedding (arXiv 2104.09864) of queries and keys, and the cache write, in one pass.
 
@@ -223,16 +220,15 @@ def rotate_and_store(
     kv_heads = (total - heads) // 2
     q = qkv.new_empty(n, heads, d)
     half = triton.next_power_of_2(d // 2)
-    tiles = lora if isinstance(lora, Expand) else None
-    if tiles:
-        block, columns, warps = expand_blocks(n)[0], max(MIN_DOT // 2, min(32, half)), 4
+    if lora:
+        shape, warps = expand_shape(n)._replace(columns=max(MIN_DOT // 2, min(32, half))), 4
     else:
-        block, columns, warps = (2, half, 1) if n <= FEW_TOKENS else (16, half, 4)
-    listed = tiles is not None and tiles.live is not None
-    _rotate_store_kernel[(triton.cdiv(n, block), total, triton.cdiv(d // 2, columns))](
-        qkv, cos, sin, rows, positions, table, q, keys, values, *_own_arguments(lora)[1:], n, heads, kv_heads,
-        table.shape[1], d, block, columns, keys.shape[2], tiles is not None, isinstance(lora, OwnExpand), listed,
-        alignment([d]), precision(qkv), num_warps=warps, num_stages=5,
+        shape, warps = (ExpandShape(2, half, 1, 1), 1) if n <= FEW_TOKENS else (ExpandShape(16, half, 1, 1), 4)
+    _rotate_store_kernel[(triton.cdiv(n, shape.tokens), total, triton.cdiv(d // 2, shape.columns))](
+        qkv, cos, sin, rows, positions, table, q, keys, values, *expand_arguments(lora), n, heads, kv_heads,
+        table.shape[1], d, shape.tokens, shape.columns, shape.tiles, keys.shape[2], lora is not None,
+        lora is not None and lora.live is not None, alignment([d]), precision(qkv), num_warps=warps,
+        num_stages=shape.stages,
     )  # fmt: skip
     return q
 

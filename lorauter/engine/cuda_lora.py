@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,7 +32,6 @@ MIN_DOT = 16  # the smallest matrix side that tl.dot takes
 FEW_TOKENS = 256  # up to here there are no lists
 
 _TILE = tl.constexpr(16)  # columns of a tile
-_GATHERED = tl.constexpr(4)  # tiles that are expanded together
 _BLOCK = tl.constexpr(64)  # tokens that have a list together
 _HEAD = tl.constexpr(8)  # a list's first numbers: how many of its tiles come before each target's, and in all
 _MOST_SPLITS = tl.constexpr(16)
@@ -313,12 +313,12 @@ def lora_shrink(
 
 
 @triton.jit
-def _four_tiles(
+def _some_tiles(
     u, tiles, arena, live, start, last, at, outputs, inside, width, tokens, capacity, layer, layers,
-    LISTED: tl.constexpr, ALIGN: tl.constexpr,
+    TILES: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """(M, 64) of u and (64, N) of B for the tiles from `start` on."""
-    ranks = tl.arange(0, _TILE * _GATHERED)
+    """(M, 16 TILES) of u and (16 TILES, N) of B for the tiles from `start` on."""
+    ranks = tl.arange(0, _TILE * TILES)
     tile = start + ranks // _TILE
     known = tile < last
     narrow = tl.load(
@@ -338,7 +338,8 @@ def _four_tiles(
 @triton.jit
 def expansion(
     u, tiles, starts, arena, live, part, at, outputs, inside, width, tokens, capacity, layer, layers,
-    M: tl.constexpr, N: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr, EXACT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """What target `part`, which is `width` wide, adds to the program's M tokens `at` in its columns `outputs`.
 
@@ -352,19 +353,19 @@ def expansion(
     first = tl.load(bounds + part)
     last = tl.load(bounds + part + 1)
     total = tl.zeros((M, N), tl.float32)
-    for start in range(first, last, _GATHERED):
-        narrow, wide = _four_tiles(
+    for start in range(first, last, TILES):
+        narrow, wide = _some_tiles(
             u, tiles, arena, live, start, last, at, outputs, inside, width, tokens, capacity, layer, layers,
-            LISTED, ALIGN,
+            TILES, LISTED, ALIGN,
         )  # fmt: skip
         total = dot(narrow, wide, total, EXACT)
     if tl.min((tl.abs(total) < float("inf")).to(tl.int32)) == 0:
         # Rare. 0 times what is not finite in B must be nothing, and all else of it is NaN.
         total = tl.zeros((M, N), tl.float32)
-        for start in range(first, last, _GATHERED):
-            narrow, wide = _four_tiles(
+        for start in range(first, last, TILES):
+            narrow, wide = _some_tiles(
                 u, tiles, arena, live, start, last, at, outputs, inside, width, tokens, capacity, layer, layers,
-                LISTED, ALIGN,
+                TILES, LISTED, ALIGN,
             )  # fmt: skip
             finite = tl.abs(wide.to(tl.float32)) < float("inf")
             total = dot(narrow, tl.where(finite, wide, 0.0).to(wide.dtype), total, EXACT)
@@ -376,7 +377,8 @@ def expansion(
 @triton.jit(do_not_specialize=["tokens", "layer", "layers"])
 def _expand_kernel(
     y, u, tiles, starts, arena, live, capacity, layer, layers, n0, n1, n2, tokens,
-    M: tl.constexpr, N: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr, EXACT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     # n0, n1, n2 are the widths of the targets, side by side in y; each program has a block of columns of one of them.
     block = tl.program_id(1)
@@ -401,7 +403,7 @@ def _expand_kernel(
     before = tl.load(place, mask=live_y, other=0.0).to(tl.float32)
     total = expansion(
         u, tiles, starts, arena, live, part, at, outputs, inside, width, tokens, capacity, layer, layers,
-        M, N, LISTED, ALIGN, EXACT,
+        M, N, TILES, LISTED, ALIGN, EXACT,
     )  # fmt: skip
     tl.store(place, before + total, mask=live_y)
 
@@ -423,18 +425,28 @@ def lora_expand(
         live: as `lora_shrink` had it.
     """
     n = y.shape[0]
-    block, columns = expand_blocks(n)
-    blocks = sum(triton.cdiv(width, columns) for width in widths)
+    shape = expand_shape(n)
+    blocks = sum(triton.cdiv(width, shape.columns) for width in widths)
     arguments = expand_arguments(Expand(u, tiles, starts, arena, layer, layers, live))
-    _expand_kernel[(triton.cdiv(n, block), blocks)](
-        y, *arguments, *[*widths, 0, 0][:3], n, block, columns, live is not None, alignment(widths), precision(y),
-        num_warps=4, num_stages=5,
+    _expand_kernel[(triton.cdiv(n, shape.tokens), blocks)](
+        y, *arguments, *[*widths, 0, 0][:3], n, shape.tokens, shape.columns, shape.tiles, live is not None,
+        alignment(widths), precision(y), num_warps=4, num_stages=shape.stages,
     )  # fmt: skip
 
 
-def expand_blocks(n: int) -> tuple[int, int]:
-    """How many of n tokens, and of the outputs, a program expands."""
-    return (16 if n <= 64 else 64), (32 if n <= FEW_TOKENS else 64)
+class ExpandShape(NamedTuple):
+    """How a program expands: how many tokens and outputs it has, how many tiles it takes at once, in which stages."""
+
+    tokens: int
+    columns: int
+    tiles: int
+    stages: int
+
+
+def expand_shape(n: int) -> ExpandShape:
+    """Of n tokens. Few tokens' programs take as long as what they read comes one after the other, so they read all at
+    once."""
+    return ExpandShape(16, 32, 16, 1) if n <= FEW_TOKENS else ExpandShape(64, 64, 4, 5)
 
 
 def expand_arguments(lora: Expand | None) -> tuple[object, ...]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorauter.engine import cuda_kernels as kernels
-from lorauter.engine.cuda_own import OWN_COLUMNS, OWN_HEAD, OWN_MOST, OWN_WIDTH
+from lorauter.engine.cuda_own import OWN_COLUMNS, OWN_GROUPS, OWN_HEAD, OWN_MOST, OWN_WIDTH
 from lorauter.engine.mixtures import Mixtures, RowMixture
 from lorauter.engine.plan import AdapterKey
 from lorauter.engine.sampling import host_ints, to_device
@@ -34,7 +34,7 @@ class GroupTiles:
         group: the targets.
         tiles: (4, MOST_TILES) int64: of every tile the places of A and B, how many columns, and the adapter's slot.
         starts: (targets + 1,) int32, where each target's tiles begin.
-        own: (rows, OWN_WIDTH) int64, of each row its columns; see `lorauter.engine.cuda_own`.
+        own: (rows, OWN_WIDTH) int64, of each row its columns, in the groups that `lorauter.engine.cuda_own` is for.
     """
 
     group: Group
@@ -115,6 +115,8 @@ class CudaMixtures(Mixtures):
         all_bits = torch.tensor(list(weights.values()), dtype=torch.float32).view(torch.int32).tolist()
         parts = [(self._in_use[key].own, bits << 32) for key, bits in zip(weights, all_bits, strict=True) if bits]
         for g, group in enumerate(self.groups):
+            if group.first not in OWN_GROUPS:
+                continue
             numbers: list[int] = []
             ends = [0]
             for target in range(len(group.targets)):

@@ -1,8 +1,9 @@
 """LoRA token by token: each multiplies its row's own columns alone, inside the kernels before and after the product.
 
-Where tokens are few, a launch costs more than what it computes. So nothing is launched for adapters here: the norm that
+A launch costs more than what it computes for a few columns. So nothing is launched for adapters here: the norm that
 makes a product's input shrinks it too, and what reads the product expands; where the input comes from elsewhere, the
-norm that reads the product does both.
+norm that reads the product does both. What nearly all adapters change (queries, keys and values) is not for this: it is
+shrunk beside the product.
 
 A group of targets has a list of each row's columns, `own` (rows, OWN_WIDTH) int64. Its first `OWN_HEAD` numbers are
 where each target's entries begin, and after the last one how many there are; then come the entries: where A and B of an
@@ -18,7 +19,6 @@ Needs a GPU (or TRITON_INTERPRET=1). Knows nothing of models or requests beyond 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lorauter.engine.cuda_lora import alignment
 
+OWN_GROUPS = frozenset({"o_proj", "gate_proj", "down_proj"})  # those that can be so multiplied, by their first target
 OWN_COLUMNS = 8
 OWN_MOST = 32  # entries of a row in a group
 OWN_HEAD = 4
@@ -87,12 +88,12 @@ def _weighted(products, arena, entry):
 
 @triton.jit
 def _change(
-    total, x, mine, first, last, arena, columns, inside, layer, layers, inputs, outputs,
+    total, x, mine, count, arena, columns, inside, layer, layers, inputs, outputs,
     CHUNK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """`total` and what entries `first` to `last` of a list add to it in `columns`, of the token's inputs at x."""
+    """`total` and what the first `count` entries of a list add to it in `columns`, of the token's inputs at x."""
     member = tl.arange(0, _COLUMNS)
-    for i in range(first, last):
+    for i in range(count):
         entry = mine + _HEAD + 3 * i
         products = tl.zeros((_COLUMNS,), tl.float32)
         for start in range(0, inputs, CHUNK):
@@ -128,7 +129,7 @@ def _own_norm_kernel(
         change = tl.load(delta + token * hidden + columns, mask=inside, other=0.0).to(tl.float32)
         if LATE and late_count > 0:
             change = _change(
-                change, late_x + token * late_inputs, late_own + mine, 0, late_count, arena, columns, inside,
+                change, late_x + token * late_inputs, late_own + mine, late_count, arena, columns, inside,
                 late_layer, layers, late_inputs, hidden, CHUNK, ALIGN,
             )  # fmt: skip
         value += change
@@ -211,47 +212,35 @@ def own_expansion(
 
 @triton.jit(do_not_specialize=["layer", "layers"])
 def _own_add_kernel(
-    y, x, rows, own, arena, layer, layers, inputs, n0, n1, n2,
-    TARGETS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr,
+    y, x, rows, own, arena, layer, layers, inputs, width, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     mine = own + tl.load(rows + token).to(tl.int64) * _WIDTH
     columns = tl.arange(0, BLOCK)
-    place = y + token * (n0 + n1 + n2) + columns
-    width = n0
-    for part in tl.static_range(TARGETS):
-        if part == 1:
-            place += n0
-            width = n1
-        elif part == 2:
-            place += n1
-            width = n2
-        first = tl.load(mine + part).to(tl.int32)
-        last = tl.load(mine + part + 1).to(tl.int32)
-        if last > first:
-            inside = columns < width
-            total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            total = _change(
-                total, x + token * inputs, mine, first, last, arena, columns, inside, layer, layers, inputs, width,
-                CHUNK, ALIGN,
-            )  # fmt: skip
-            tl.store(place, total, mask=inside)
+    inside = columns < width
+    count = tl.load(mine + 1).to(tl.int32)
+    if count > 0:
+        total = tl.load(y + token * width + columns, mask=inside, other=0.0).to(tl.float32)
+        total = _change(
+            total, x + token * inputs, mine, count, arena, columns, inside, layer, layers, inputs, width, CHUNK, ALIGN
+        )
+        tl.store(y + token * width + columns, total, mask=inside)
 
 
-def own_add(y: Tensor, x: Tensor, own: Own, widths: Sequence[int]) -> None:
-    """Add to products what their tokens' columns make of the inputs.
+def own_add(y: Tensor, x: Tensor, own: Own) -> None:
+    """Add to products what their tokens' columns make of the inputs, where no norm reads them.
 
     Args:
-        y: (n, sum of widths), contiguous, changed in place.
+        y: (n, out), contiguous, changed in place.
         x: (n, in), contiguous.
-        widths: of the targets, as they lie in y from left to right.
+        own: of one target.
     """
     n, inputs = x.shape
-    block = triton.next_power_of_2(max(widths))
+    width = y.shape[1]
+    block = triton.next_power_of_2(width)
     _own_add_kernel[(n,)](
-        y, x, own.rows, own.own, own.arena, own.layer, own.layers, inputs, *[*widths, 0, 0][:3],
-        own.targets, block, _chunk(inputs, block), alignment([inputs, *widths]), num_warps=_warps(block),
+        y, x, own.rows, own.own, own.arena, own.layer, own.layers, inputs, width, block, _chunk(inputs, block),
+        alignment([inputs, width]), num_warps=_warps(block),
     )  # fmt: skip
 
 

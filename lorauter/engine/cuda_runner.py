@@ -1,13 +1,13 @@
 """Runs planned steps on a GPU, by captured graphs, without waiting for them.
 
 There is a graph for each size of batch, for steps that only decode and for those with pieces of prompts, and for what
-the adapters in it change: nothing, attention alone, or any layer. Of few tokens each may multiply its row's own columns
-alone, where rows have so few that it is faster, which is measured at the start. All are captured before
-the first request, and none is ever lost: what they read (tokens, tables, mixtures) lies in fixed places, where each
-step writes what has changed. A row's last token stays on the device, so that a step can be launched before the host has
-seen the tokens of the one before. Which tokens may come in rows that are held to grammars a step reads from the host's
-memory as it chooses, so that there is time until then to find it out; where tokens are sampled they are chosen between
-two steps, by logits that the first of them has left. Knows nothing of requests.
+the adapters in it change: nothing, attention alone, or any layer. Each token may multiply its row's own columns alone
+(`lorauter.engine.cuda_own`), where rows have so few that it is faster, which is measured at the start. All are captured
+before the first request, and none is ever lost: what they read (tokens, tables, mixtures) lies in fixed places, where
+each step writes what has changed. A row's last token stays on the device, so that a step can be launched before the
+host has seen the tokens of the one before. Which tokens may come in rows that are held to grammars a step reads from
+the host's memory as it chooses, so that there is time until then to find it out; where tokens are sampled they are
+chosen between two steps, by logits that the first of them has left. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorauter.engine.cuda_mixtures import CudaMixtures
 from lorauter.engine.cuda_step import CudaStep, query_blocks
 from lorauter.engine.logprobs import StepRanks
 from lorauter.engine.model import Decoder
-from lorauter.engine.plan import Choice, Decoding, StepPlan
+from lorauter.engine.plan import Choice, Decoding, Piece, StepPlan
 from lorauter.engine.runner import Flight, Runner
 from lorauter.engine.sampling import to_device
 from lorauter.engine.slots import AdapterSlots, Part, Placed
@@ -36,9 +36,9 @@ from lorauter.engine.step import Span, StepBatch
 
 _LEAST_STEP_TOKENS = 64
 _SLOWER = 2.0  # times as long as a step in which all rows decode may one with prompts take
-_OWN_TOKENS = 256  # of a step in which each may multiply its own columns alone
-_KINDS, _KINDS_OF_FEW = 3, 4  # of graphs of each size, at most; of so few tokens
+_KINDS = 4  # of graphs of each size
 _USUAL_ADAPTERS, _USUAL_RANK = 12, 16  # of a step that is timed
+_TIMES, _LONG_S = 4, 0.03  # how often that is, if it does not take so long
 _RANKS = 8, 24, 64  # of adapters for which it is found out what is faster
 
 
@@ -57,8 +57,7 @@ def mixed_sizes(most: int) -> list[int]:
 def kept_logits(rows: int, step_tokens: int) -> int:
     """How many tokens' logits all graphs together keep."""
     mixed = mixed_sizes(max(step_tokens, rows + _LEAST_STEP_TOKENS))
-    kept = [(size, size) for size in decode_sizes(rows)] + [(size, min(size, rows)) for size in mixed]
-    return sum((_KINDS_OF_FEW if size <= _OWN_TOKENS else _KINDS) * outputs for size, outputs in kept)
+    return _KINDS * (sum(decode_sizes(rows)) + sum(min(size, rows) for size in mixed))
 
 
 _NOTHING = StepPlan((), (), (), Decoding(), ())
@@ -162,9 +161,9 @@ class CudaRunner(Runner):
         self._last_tokens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         firsts = frozenset(group.first for group in slots.groups)
         nothing, attention, any_layer = frozenset[str](), firsts & {"q_proj", "o_proj"}, _Kind(firsts)
-        self._kinds = [_Kind(nothing), *dict.fromkeys((_Kind(attention), any_layer))]
+        self._tiles = [*dict.fromkeys((_Kind(attention), any_layer))]
         self._own = _Kind(firsts, own=True)
-        self._kinds_of_few = [self._kinds[0], self._own, *self._kinds[1:]]
+        self._kinds = [_Kind(nothing), *self._tiles, self._own]
         self._graphs: dict[tuple[_Size, _Kind], _Graph] = {}
         self._pool: Any = None
         self._capture_all(sizes)
@@ -178,7 +177,7 @@ class CudaRunner(Runner):
 
     def _capture_all(self, sizes: Sequence[_Size]) -> None:
         for size in sorted(sizes, key=lambda size: -size.tokens):  # the largest first: the others use its memory
-            for kind in self._kinds_at(size):
+            for kind in self._kinds:
                 self._graphs[size, kind] = self._capture(size, kind)
 
     def _capture(self, size: _Size, kind: _Kind) -> _Graph:
@@ -223,8 +222,8 @@ class CudaRunner(Runner):
         rows = range(self._rows)
         assert isinstance(self.mixtures, CudaMixtures)
         most: dict[tuple[_Size, _Kind], float] = {}
-        for tiles in self._kinds[1:]:
-            known = dict.fromkeys((size for size, kind in self._graphs if kind.own), (0.0, 0.0))
+        for tiles in self._tiles:
+            known = dict.fromkeys((*self._decode, *self._mixed), (0.0, 0.0))
             for rank in _RANKS:
                 if not self._put_on(rows, tiles.adapted, rank):
                     break
@@ -236,10 +235,13 @@ class CudaRunner(Runner):
                     else:  # between the two
                         most[size, tiles] = before + (entries - before) * gain / (gain - gains) if gain else 0.0
                         del known[size]
-        self._put_on(rows, self._kinds[1].adapted, _USUAL_RANK)
-        usual = min(self._seconds(self._decode[-1], kind, rows) for kind in self._kinds_at(self._decode[-1])[1:])
-        dense = self._kinds[-1]
-        fitting = [size.tokens for size in self._mixed if self._seconds(size, dense, rows) <= _SLOWER * usual]
+        self._put_on(rows, self._tiles[0].adapted, _USUAL_RANK)
+
+        def usual(size: _Size) -> float:
+            return min(self._seconds(size, kind, rows) for kind in self._kinds[1:])
+
+        longest = _SLOWER * usual(self._decode[-1])
+        fitting = [size.tokens for size in self._mixed if usual(size) <= longest]
         self._put_on(rows, frozenset(), 0)
         return most, max([_LEAST_STEP_TOKENS, *fitting])
 
@@ -261,12 +263,19 @@ class CudaRunner(Runner):
         return fits
 
     def _seconds(self, size: _Size, kind: _Kind, rows: Sequence[int]) -> float:
-        """What a step takes in which so many of these rows decode as may, its other tokens being nobody's."""
-        decoding = np.array(rows[: size.decoding], np.int32)
-        self._write(self._staging.take(), size, StepPlan((), (), (), Decoding(decoding, np.zeros_like(decoding)), ()))
+        """What a step takes in which as many of these rows decode as may, or half of those beside prompts of others."""
+        decoding, others = rows[: size.decoding], rows[:0]
+        if size.queries:
+            half = min(size.decoding, size.tokens // 2) // 2
+            decoding, others = rows[:half], rows[half : max(1, 2 * half)]
+        length = min(self.memory.length, (size.tokens - len(decoding)) // max(1, len(others)))
+        prompts = [Piece(row, 0, [0] * length, samples=True) for row in others]
+        numbers = np.array(decoding, np.int32)
+        plan = StepPlan((), (), (), Decoding(numbers, np.zeros_like(numbers)), prompts)
+        self._write(self._staging.take(), size, plan)
         graph = self._graphs[size, kind].graph
-        times = []
-        for _ in range(4):
+        times: list[float] = []
+        while len(times) < _TIMES and sum(times) < _LONG_S:
             torch.cuda.synchronize()
             began = time.perf_counter()
             graph.replay()
@@ -356,12 +365,8 @@ class CudaRunner(Runner):
         mixtures = self.mixtures.of_step(rows)
         if not isinstance(mixtures, CudaMixtures):
             return self._kinds[0]
-        tiles = next(kind for kind in self._kinds[1:] if mixtures.active <= kind.adapted)
-        return self._own if mixtures.entries(rows) <= self._own_most.get((size, tiles), 0) else tiles
-
-    def _kinds_at(self, size: _Size) -> list[_Kind]:
-        """The kinds of graphs that a size has, those that change least first."""
-        return self._kinds if size.tokens > _OWN_TOKENS else self._kinds_of_few
+        tiles = next(kind for kind in self._tiles if mixtures.active <= kind.adapted)
+        return self._own if mixtures.entries(rows) <= self._own_most.get((size, tiles), -1) else tiles
 
     def _sample(
         self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], masks: Tensor | None = None

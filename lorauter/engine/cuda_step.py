@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorauter.engine import cuda_kernels as kernels
 from lorauter.engine.cuda_mixtures import CudaMixtures
+from lorauter.engine.cuda_own import OWN_GROUPS
 from lorauter.engine.plan import Ints
 from lorauter.engine.sampling import to_device
 from lorauter.engine.step import Memory, RmsNorm, Span, StepBatch
@@ -35,13 +36,13 @@ class CudaStep:
             self._queries = to_device(torch.from_numpy(queries), device)
             self._counts = to_device(torch.tensor([batch.decoding, len(queries)], dtype=torch.int32), device)
         self._mixtures: CudaMixtures | None = batch.mixtures
-        self._own = self._mixtures is not None and batch.own
+        self._own = OWN_GROUPS if self._mixtures is not None and batch.own else frozenset()
         self._live: dict[str, Tensor | None] = {}  # by group, which tiles concern which tokens
-        if self._mixtures is not None and not self._own:
+        if self._mixtures is not None:
             groups = {
                 first: group
                 for first, group in self._mixtures.of_group.items()
-                if batch.adapted is None or first in batch.adapted
+                if first not in self._own and (batch.adapted is None or first in batch.adapted)
             }
             lists = kernels.lora_live(
                 batch.rows, self._mixtures.weights, [(group.tiles, group.starts) for group in groups.values()]
@@ -50,14 +51,13 @@ class CudaStep:
         self._shrunk: kernels.Expand | None = None
         self._late: kernels.Expand | kernels.OwnExpand | None = None  # what `attention` or `silu_mul` adds
         self._narrow: Tensor | None = None  # what the last norm was shrunk to
-        self._input: Tensor | None = None  # of the product that `attention` reads
         self._behind: tuple[Tensor, kernels.Own] | None = None  # what `add_norm` adds
 
     def add_norm(
         self, x: Tensor, delta: Tensor | None, norm: RmsNorm, reads: tuple[int, str] | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Step.add_norm`."""
-        own = self._own_of(*reads) if self._own and reads is not None else None
+        own = self._own_of(*reads) if reads is not None and reads[1] in self._own else None
         behind, self._behind = self._behind, None
         if own is None and behind is None:
             return kernels.add_norm(x, delta, norm.weight, norm.eps)
@@ -80,7 +80,7 @@ class CudaStep:
         """See `Step.add_lora`."""
         if self._mixtures is None:
             return
-        if self._own:
+        if first in self._own:
             self._add_own(self._mixtures, layer, first, x, y)
             return
         if first not in self._live:
@@ -100,12 +100,13 @@ class CudaStep:
     def _add_own(self, mixtures: CudaMixtures, layer: int, first: str, x: Tensor, y: Tensor) -> None:
         """Leave it to whoever reads the product, if that is a kernel that can."""
         group, own = mixtures.of_group[first], self._own_of(layer, first)
-        if group.fused and self._narrow is not None:
-            self._late, self._input = kernels.OwnExpand(self._narrow, own), x
-        elif first in ("o_proj", "down_proj") and (layer < mixtures.layers - 1 or first == "o_proj"):
+        if group.fused:
+            assert self._narrow is not None
+            self._late = kernels.OwnExpand(self._narrow, own)
+        elif first == "o_proj" or layer < mixtures.layers - 1:
             self._behind = x, own
         else:
-            kernels.own_add(y, x, own, self._widths(first))
+            kernels.own_add(y, x, own)
 
     def _own_of(self, layer: int, first: str) -> kernels.Own:
         assert self._mixtures is not None
@@ -141,12 +142,10 @@ class CudaStep:
         memory, batch = self._memory, self._batch
         heads = qkv.view(self._tokens, -1, memory.head_dim)
         late = self._take_late()
+        assert not isinstance(late, kernels.OwnExpand)
         if q_norm is not None and k_norm is not None:
-            if isinstance(late, kernels.Expand):
+            if late is not None:
                 self._expand(qkv, late, "q_proj")
-            elif late is not None:
-                assert self._input is not None
-                kernels.own_add(qkv, self._input, late.of, self._widths("q_proj"))
             late = None
             heads = heads.clone()
             heads[:, : memory.heads] = q_norm(heads[:, : memory.heads])

@@ -35,7 +35,7 @@ class StepBatch:
         outputs: (m,) which tokens' logits are wanted, as indices into the T; None is all of them.
         mixtures: of all rows, as the device's step takes them; None where no token has adapters.
         adapted: the groups of targets, by their first, that these change at most; None is any.
-        own: on a GPU, whether each token multiplies its own columns alone; see `lorauter.engine.cuda_own`.
+        own: on a GPU, whether each token multiplies its own columns alone, as `lorauter.engine.cuda_own` does.
         counts, queries: on a GPU, see `lorauter.engine.cuda_kernels.prefill_attention`.
     """
 

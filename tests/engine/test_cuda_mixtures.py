@@ -8,7 +8,11 @@ from lorauter.engine.slots import Group, Part, Placed
 pytest.importorskip("triton")
 from lorauter.engine import cuda_mixtures
 
-GROUPS = [Group(("q_proj", "v_proj"), 8, (8, 4)), Group(("o_proj",), 8, (8,))]
+GROUPS = [
+    Group(("q_proj", "v_proj"), 8, (8, 4)),
+    Group(("o_proj",), 8, (8,)),
+    Group(("gate_proj", "up_proj"), 8, (8, 4)),
+]
 A, B = ("a", "1"), ("b", "1")
 
 
@@ -79,7 +83,7 @@ def test_an_adapter_that_comes_back_elsewhere_is_read_there(table):
     assert table.weights[0].abs().sum() == 0
 
 
-def lists(table, row, first="q_proj"):
+def lists(table, row, first="gate_proj"):
     """A row's list: where each target's entries begin, and the entries: places of A and B, weight, columns."""
     group = table.of_group[first]
     numbers = group.own[row].tolist()
@@ -89,18 +93,19 @@ def lists(table, row, first="q_proj"):
     return ends, [(a, b, weight, meta & 0xFF) for (a, b, meta), weight in zip(entries, weights, strict=True)]
 
 
-def test_a_row_has_a_list_of_its_own_columns(table):
-    both = Placed(A, 0, {"q_proj": Part(0, 640, 20), "v_proj": Part(2000, 2100, 3)})
-    other = Placed(B, 1, {"v_proj": Part(3000, 3100, 8), "o_proj": Part(3500, 3600, 1)})
+def test_a_row_has_a_list_of_its_own_columns_but_for_queries_keys_and_values(table):
+    both = Placed(A, 0, {"q_proj": Part(0, 0, 8), "gate_proj": Part(0, 640, 20), "up_proj": Part(2000, 2100, 3)})
+    other = Placed(B, 1, {"up_proj": Part(3000, 3100, 8), "o_proj": Part(3500, 3600, 1)})
     table.assign(2, [(other, -0.5), (both, 1.5)])
     table.assign(1, [(other, 2.0), (other, 0.25)])
     table.of_step({1, 2})
-    of_v = [(2000, 2100, 1.5, 3), (3000, 3100, -0.5, 8)]
+    of_up = [(2000, 2100, 1.5, 3), (3000, 3100, -0.5, 8)]
     assert lists(table, 2) == (
         [0, 3, 5],
-        [(0, 640, 1.5, 8), (8 * 16, 640 + 8 * 16, 1.5, 8), (16 * 16, 640 + 16 * 16, 1.5, 4), *of_v],
+        [(0, 640, 1.5, 8), (8 * 16, 640 + 8 * 16, 1.5, 8), (16 * 16, 640 + 16 * 16, 1.5, 4), *of_up],
     )
     assert lists(table, 2, "o_proj") == ([0, 1], [(3500, 3600, -0.5, 1)])
+    assert lists(table, 2, "q_proj") == ([0, 0, 0], [])
     assert lists(table, 1) == ([0, 0, 1], [(3000, 3100, 2.25, 8)])
     assert lists(table, 3) == ([0, 0, 0], [])
     assert table.entries([1, 2]) == 5 + 1
@@ -111,14 +116,18 @@ def test_a_row_has_a_list_of_its_own_columns(table):
 
 def test_a_row_of_many_columns_is_in_no_list(table):
     """Steps in which it is multiply all tiles with all tokens."""
-    table.assign(1, [(placed(A, 5, 0), 1.0)])
-    table.assign(2, [(placed(A, 5, 0), 0.0), (placed(B, 3, 1024, rank=8 * 33), 1.0)])
+
+    def of_gate(key, slot, rank=20):
+        return Placed(key, slot, {"gate_proj": Part(0, 0, rank)})
+
+    table.assign(1, [(of_gate(A, 5), 1.0)])
+    table.assign(2, [(of_gate(A, 5), 0.0), (of_gate(B, 3, rank=8 * 33), 1.0)])
     table.of_step({1, 2})
     assert table.entries({1}) == table.entries({0, 1, 3}) == 3
     assert table.entries({0, 3}) == 0
     assert table.entries({1, 2}) == float("inf")
     assert lists(table, 2) == ([0, 0, 0], [])
-    table.assign(2, [(placed(A, 5, 0), 1e300)])  # more than its dtype has
+    table.assign(2, [(of_gate(A, 5), 1e300)])  # more than its dtype has
     assert table.entries({1, 2}) == 3
     table.of_step({2})
     assert lists(table, 2)[1][0][2] == float("inf")

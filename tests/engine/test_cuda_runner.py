@@ -84,24 +84,25 @@ def taken(runner, hold, mixtures, *, prompt=0):
 
 def test_each_size_has_its_graphs_and_a_step_takes_the_one_that_changes_enough(runner_for, pool, hold):
     runner = runner_for()
-    assert {(size.tokens, kind.own) for size, kind in runner._graphs} >= {(1, True), (256, True), (384, False)}
-    assert not any(kind.own for size, kind in runner._graphs if size.tokens > 256)
+    assert {(size.tokens, kind.own) for size, kind in runner._graphs} >= {(1, True), (256, False), (384, True)}
     attention, mlp = pool.mix((("attention", 1.0),)), pool.mix((("mlp-rslora", 1.0),))
     assert taken(runner, hold, [(), ()]) == (2, frozenset(), False)
     assert taken(runner, hold, [attention, ()]) == (2, FIRSTS, True)
     assert taken(runner, hold, [attention, attention], prompt=200) == (256, FIRSTS, True)
-    assert taken(runner, hold, [attention, attention], prompt=260) == (384, {"q_proj", "o_proj"}, False)
-    assert taken(runner, hold, [attention, mlp], prompt=260) == (384, FIRSTS, False)
+    assert taken(runner, hold, [attention, mlp], prompt=260) == (384, FIRSTS, True)
     assert taken(runner, hold, [(), ()], prompt=260) == (384, frozenset(), False)
 
 
 def test_rows_of_many_columns_and_sizes_at_which_it_is_slower_take_tiles(runner_for, pool, hold):
-    slower_at = 4
-    runner = runner_for(lambda size, kind, entries: 2.0 if kind.own != (size.tokens == slower_at) else 3.0)
+    slower_at = 4, 384
+    runner = runner_for(lambda size, kind, entries: 2.0 if kind.own != (size.tokens in slower_at) else 3.0)
     attention = pool.mix((("attention", 1.0),))
     assert taken(runner, hold, [attention] * 2) == (2, FIRSTS, True)
     assert taken(runner, hold, [attention] * 3) == (4, ATTENTION, False)
-    runner.mixtures._listed[0, 0] = 33  # as a row has it that has more columns than its list takes (test_cuda_mixtures)
+    assert taken(runner, hold, [attention] * 2, prompt=260) == (384, ATTENTION, False)
+    mlp = pool.mix((("mlp-rslora", 1.0),))
+    assert taken(runner, hold, [attention, mlp], prompt=260) == (384, FIRSTS, False)
+    runner.mixtures._listed[0, 1] = 33  # as a row has it that has more columns than its list takes (test_cuda_mixtures)
     assert not runner._kind_of(runner._decode[0], {0}).own
     assert runner._kind_of(runner._decode[0], {1}).own
 
@@ -113,25 +114,25 @@ def test_an_arena_that_is_too_small_to_try_takes_tiles(runner_for, pool, hold):
 
 
 def test_where_lists_are_as_long_as_tiles_take_is_found_between_what_was_tried(runner_for):
-    """By lists a step takes a tenth for each entry; by tiles 1.5 where attention alone is adapted, and 3 elsewhere."""
-    by_tiles = {True: 3.0, False: 1.5}
+    """By lists a step takes a tenth for each entry; by tiles 0.5 where attention alone is adapted, and 3 elsewhere."""
+    by_tiles = {True: 3.0, False: 0.5}
     runner = runner_for(lambda _, kind, entries: entries / 10 if kind.own else by_tiles["down_proj" in kind.adapted])
     [size] = [size for size in runner._decode if size.tokens == 2]
-    attention, all_layers = runner._kinds[1:]
-    assert runner._own_most[size, attention] == pytest.approx(15)
+    attention, all_layers = runner._tiles
+    assert runner._own_most[size, attention] == pytest.approx(5)
     assert runner._own_most[size, all_layers] == pytest.approx(30)
     taken_by = {}
-    for entries in (14, 16):
-        runner.mixtures._listed[0, 0] = entries
+    for entries in (4, 6):
+        runner.mixtures._listed[0, 1] = entries
         runner.mixtures._active, runner.mixtures._adapted = ATTENTION, {0}
         taken_by[entries] = runner._kind_of(size, [0])
-    assert taken_by == {14: runner._own, 16: attention}
+    assert taken_by == {4: runner._own, 6: attention}
 
 
 def test_what_takes_twice_as_long_as_all_rows_decoding_is_the_most_beside_them(runner_for):
     runner = runner_for(lambda size, kind, entries: (1.0 if kind.own else 1.5) + (size.queries and size.tokens / 200))
     assert runner.budget(0) >= 400
-    assert runner.budget(1) == runner.budget(ROWS) == 96
+    assert runner.budget(1) == runner.budget(ROWS) == 192
 
 
 def test_a_step_is_written_as_its_graph_reads_it(runner_for):

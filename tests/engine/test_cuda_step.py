@@ -1,6 +1,8 @@
 """A step of the GPU's kernels computes what transformers does, in Triton's interpreter: it has a process of its own."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +23,14 @@ MIXTURES = [
 class Cases:
     @pytest.mark.parametrize("kind", ["llama", "qwen3"])
     def test_tokens_multiply_their_own_columns(self, monkeypatch, pool, forced, run_forced, kind):
+        from lorauter.engine import cuda_step
         from lorauter.engine.cuda_mixtures import CudaMixtures
         from lorauter.engine.cuda_step import CudaStep
 
+        stream = SimpleNamespace(wait_stream=lambda _: None)
+        monkeypatch.setattr(cuda_step, "_second_stream", lambda _: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(runner, "step_class", lambda _: lambda memory, b: CudaStep(memory, replace(b, own=True)))
         monkeypatch.setattr(
             runner.Runner,
