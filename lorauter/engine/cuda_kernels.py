@@ -10,7 +10,6 @@ GPU (or TRITON_INTERPRET=1). Knows nothing of models or requests beyond tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,6 @@ from lorauter.engine.cuda_lora import (
     precision,
 )
 from lorauter.engine.cuda_own import Own, OwnExpand, own_add, own_expansion, own_norm
-from lorauter.engine.sampling import host_ints, to_device
 
 __all__ = [
     "Expand",
@@ -54,8 +52,7 @@ __all__ = [
     "rotate_and_store",
     "silu_mul",
     "take_tokens",
-    "write_blocks",
-    "write_pairs",
+    "write_changes",
 ]
 
 
@@ -259,44 +256,32 @@ def take_tokens(tokens: Tensor, rows: Tensor, last: Tensor) -> Tensor:
     return ids
 
 
-@triton.jit(do_not_specialize=["n"])
-def _write_kernel(flat, where, values, n, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "n0", "n1"])
+def _write_kernel(first, second, third, n0, n1, where, values, count, n, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(where + at, mask=at < n, other=-1)
-    value = tl.load(values + at, mask=place >= 0, other=0)
-    tl.store(flat + place, value, mask=place >= 0)
+    if COUNTED:
+        n = tl.load(count)
+    known = at < n
+    place = tl.load(where + at, mask=known, other=0)
+    value = tl.load(values + at, mask=known, other=0)
+    tl.store(first + place, value, mask=known & (place < n0))
+    tl.store(second + (place - n0), value, mask=known & (place >= n0) & (place < n0 + n1))
+    tl.store(third + (place - n0 - n1), value, mask=known & (place >= n0 + n1))
 
 
-def write_pairs(flat: Tensor, where: Tensor, values: Tensor) -> None:
-    """`flat[where] = values`, but for negative `where`.
+def write_changes(flats: tuple[Tensor, Tensor, Tensor], where: Tensor, values: Tensor, count: Tensor | None) -> None:
+    """Write values to places of three tensors, which are counted as if one followed the other.
 
     Args:
-        flat: any number of elements, contiguous, changed in place.
-        where: (n,) int32, no place twice.
-        values: (n,) in flat's dtype.
+        flats: (any,) int32 each, contiguous, changed in place.
+        where, values: (n,) int32, no place twice.
+        count: (1,) int32 on the device, how many of them to write; None is all.
     """
     n = where.shape[0]
-    _write_kernel[(triton.cdiv(n, 128),)](flat, where, values, n, 128, num_warps=1)
-
-
-def write_blocks(table: Tensor, taken: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-    """`table[row, place + i] = blocks[i]` for each (row, place, blocks), none of whose rows and places comes twice.
-
-    Args:
-        table: (rows, places) int32, contiguous, changed in place.
-        taken: on the host.
-    """
-    if not taken:
-        return
-    places: list[int] = []
-    numbers: list[int] = []
-    for row, place, blocks in taken:
-        first = row * table.shape[1] + place
-        places += range(first, first + len(blocks))
-        numbers += blocks
-    missing = [-1] * (-len(places) % 4)  # both halves begin where `write_pairs` is compiled for
-    written = to_device(host_ints([*places, *missing, *numbers, *missing]).view(2, -1), table.device)
-    write_pairs(table.view(-1), written[0], written[1])
+    first, second, third = flats
+    _write_kernel[(triton.cdiv(n, 128),)](
+        first, second, third, len(first), len(second), where, values, count, n, count is not None, 128, num_warps=1
+    )
 
 
 @triton.jit(do_not_specialize=["words"])

@@ -1,13 +1,15 @@
 """The mixtures of all rows as GPU kernels read them: a weight for each row and adapter, and the tiles in use; and of
 each row that has few columns a list of them.
 
-What changes is written into its place; captured graphs read it there. Knows nothing of requests.
+What changes is to be written into its place (`changes`); captured graphs read it there. Knows nothing of requests.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import struct
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,11 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorauter.engine import cuda_kernels as kernels
 from lorauter.engine.cuda_own import OWN_COLUMNS, OWN_GROUPS, OWN_HEAD, OWN_MOST, OWN_WIDTH
 from lorauter.engine.mixtures import Mixtures, RowMixture
 from lorauter.engine.plan import AdapterKey
-from lorauter.engine.sampling import host_ints, to_device
+from lorauter.engine.sampling import to_device
 from lorauter.engine.slots import MOST_TILES, SLOTS, TILE, Group, Part, Placed
 
 _NO_TILES, _NO_TARGETS = np.zeros((4, 0), np.int64), np.zeros(0, np.int64)
@@ -53,7 +54,7 @@ class _InUse:
     placed: Placed
     tiles: NDArray[np.int64]  # (4, tiles) of all groups and targets
     targets: NDArray[np.int64]  # (tiles,) which group and target each is of, in their order
-    own: list[list[list[tuple[int, int, int]]]]  # by group and target, entries: where A and B begin, how many columns
+    own: dict[int, list[list[tuple[int, int, int]]]]  # by group, of each target entries: where A and B begin, columns
     rows: int
 
 
@@ -63,6 +64,8 @@ class CudaMixtures(Mixtures):
     Attributes:
         weights: (rows, SLOTS) float32.
         of_group: by the first target.
+        flats: weights and lists of columns as numbers (any,) int32 each.
+        changes: what is to be written there before the next step, by place, counted as if one followed the other.
     """
 
     def __init__(self, groups: Sequence[Group], layers: int, arena: Tensor, rows: int) -> None:
@@ -72,6 +75,8 @@ class CudaMixtures(Mixtures):
         self._tiles = torch.zeros(len(groups), 4, MOST_TILES, dtype=torch.long, device=device)
         self._starts = torch.zeros(len(groups), 4, dtype=torch.int32, device=device)
         self._own = torch.zeros(len(groups), rows, OWN_WIDTH, dtype=torch.long, device=device)
+        self.flats = self.weights.view(-1).view(torch.int32), self._own.view(-1).view(torch.int32)
+        self.changes: dict[int, int] = {}
         self.of_group = {
             group.first: GroupTiles(group, self._tiles[i], self._starts[i, : len(group.targets) + 1], self._own[i])
             for i, group in enumerate(groups)
@@ -80,29 +85,30 @@ class CudaMixtures(Mixtures):
         self._in_use: dict[AdapterKey, _InUse] = {}
         self._changed = False
         self._active: frozenset[str] = frozenset()
-        self._writes: dict[int, float] = {}  # to weights
-        self._own_writes: dict[int, int] = {}
         self._listed = np.zeros((rows, len(groups)), np.int32)  # entries of each row, by group
+        self._in_lists: list[set[int]] = [set() for _ in range(rows)]  # in which groups a row has some
 
     def assign(self, row: int, mixture: RowMixture) -> None:
         """See `Mixtures.assign`."""
         if not mixture and not self.rows[row]:
             return
         for placed, _ in self.rows[row]:
-            self._writes[row * SLOTS + placed.slot] = 0.0
+            self.changes[row * SLOTS + placed.slot] = 0
             self._in_use[placed.key].rows -= 1
         super().assign(row, mixture)
         weights: dict[AdapterKey, float] = {}
         for placed, weight in self.rows[row]:
             weights[placed.key] = weights.get(placed.key, 0.0) + weight
-        self._writes |= {row * SLOTS + placed.slot: weights[placed.key] for placed, _ in mixture}
+        bits = dict(zip(weights, _bits(weights.values()), strict=True))
+        for placed, _ in mixture:
+            self.changes[row * SLOTS + placed.slot] = bits[placed.key]
         for placed, _ in mixture:
             known = self._in_use.get(placed.key)
             if known is None or (not known.rows and known.placed is not placed):  # it may lie elsewhere than before
                 self._in_use[placed.key] = _InUse(placed, *self._of(placed), self._own_of(placed), 0)
                 self._changed = True
             self._in_use[placed.key].rows += 1
-        self._list(row, weights)
+        self._list(row, bits)
 
     def entries(self, rows: Collection[int]) -> float:
         """How long a step over these rows has to go along their lists: of each group the entries of the row that has
@@ -110,26 +116,23 @@ class CudaMixtures(Mixtures):
         most = self._listed[list(rows)].max(axis=0, initial=0)
         return float(most.sum()) if most.max(initial=0) <= OWN_MOST else math.inf
 
-    def _list(self, row: int, weights: Mapping[AdapterKey, float]) -> None:
-        """Let a row's lists say what its mixture is."""
-        all_bits = torch.tensor(list(weights.values()), dtype=torch.float32).view(torch.int32).tolist()
-        parts = [(self._in_use[key].own, bits << 32) for key, bits in zip(weights, all_bits, strict=True) if bits]
-        for g, group in enumerate(self.groups):
-            if group.first not in OWN_GROUPS:
-                continue
+    def _list(self, row: int, weights: Mapping[AdapterKey, int]) -> None:
+        """Let a row's lists say what its mixture is, given the bits of its weights."""
+        parts = [(self._in_use[key].own, bits << 32) for key, bits in weights.items() if bits]
+        for g in {g for own, _ in parts for g in own} | self._in_lists[row]:
             numbers: list[int] = []
             ends = [0]
-            for target in range(len(group.targets)):
+            for target in range(len(self.groups[g].targets)):
                 for own, bits in parts:
-                    for a, b, columns in own[g][target]:
+                    for a, b, columns in own[g][target] if g in own else ():
                         numbers += (a, b, bits | columns)
                 ends.append(len(numbers) // 3)
-            before, self._listed[row, g] = self._listed[row, g], ends[-1]
-            if ends[-1] or before:
-                start = (g * len(self.rows) + row) * OWN_WIDTH
-                self._own_writes.update(enumerate(ends if ends[-1] <= OWN_MOST else [0] * len(ends), start))
-                if ends[-1] <= OWN_MOST:
-                    self._own_writes.update(enumerate(numbers, start + OWN_HEAD))
+            self._listed[row, g] = ends[-1]
+            listed = ends + [0] * (OWN_HEAD - len(ends)) + numbers if ends[-1] <= OWN_MOST else [0] * OWN_HEAD
+            start = len(self.flats[0]) + 2 * (g * len(self.rows) + row) * OWN_WIDTH
+            halves = struct.unpack(f"={2 * len(listed)}i", struct.pack(f"={len(listed)}q", *listed))
+            self.changes.update(enumerate(halves, start))
+        self._in_lists[row] = {g for own, _ in parts for g in own}
 
     @property
     def active(self) -> frozenset[str]:
@@ -137,28 +140,14 @@ class CudaMixtures(Mixtures):
         return self._active
 
     def of_step(self, rows: Collection[int]) -> Mixtures | None:
-        """See `Mixtures.of_step`; what has changed is on its way to the device then."""
-        self._flush()
-        return super().of_step(rows)
-
-    def _flush(self) -> None:
-        device = self.weights.device
-        if self._writes:
-            places = to_device(host_ints(self._writes), device)
-            values = to_device(torch.tensor(list(self._writes.values()), dtype=torch.float32), device)
-            kernels.write_pairs(self.weights.view(-1), places, values)
-            self._writes.clear()
-        if self._own_writes:
-            places = to_device(host_ints(self._own_writes), device)
-            numbers = to_device(host_ints(self._own_writes.values(), "q"), device)
-            kernels.write_pairs(self._own.view(-1), places, numbers)
-            self._own_writes.clear()
+        """See `Mixtures.of_step`; which tiles are in use is on its way to the device then, all else in `changes`."""
         gone = [key for key, in_use in self._in_use.items() if not in_use.rows]
         for key in gone:
             del self._in_use[key]
         if self._changed or gone:
             self._write_tiles()
             self._changed = False
+        return super().of_step(rows)
 
     def _write_tiles(self) -> None:
         """The tiles in use, in the order of their adapters' keys: sums round the same wherever the adapters are."""
@@ -181,8 +170,8 @@ class CudaMixtures(Mixtures):
         self._tiles[:, :, : packed.shape[2]].copy_(to_device(torch.from_numpy(packed), device))
         self._starts.copy_(to_device(torch.from_numpy(starts), device))
 
-    def _own_of(self, placed: Placed) -> list[list[list[tuple[int, int, int]]]]:
-        """An adapter's entries, by group and target."""
+    def _own_of(self, placed: Placed) -> dict[int, list[list[tuple[int, int, int]]]]:
+        """An adapter's entries, by group, of each target, where it has some."""
 
         def entries(part: Part | None, inputs: int, width: int) -> list[tuple[int, int, int]]:
             if part is None:
@@ -192,13 +181,14 @@ class CudaMixtures(Mixtures):
                 for i in range(0, part.rank, OWN_COLUMNS)
             ]
 
-        return [
-            [
+        return {
+            g: [
                 entries(placed.parts.get(t), group.inputs, width)
                 for t, width in zip(group.targets, group.widths, strict=True)
             ]
-            for group in self.groups
-        ]
+            for g, group in enumerate(self.groups)
+            if group.first in OWN_GROUPS and not placed.parts.keys().isdisjoint(group.targets)
+        }
 
     def _of(self, placed: Placed) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """An adapter's tiles, and the target of each."""
@@ -217,3 +207,8 @@ class CudaMixtures(Mixtures):
                     targets.append(np.full_like(first, number))
                 number += 1
         return np.concatenate(tiles, axis=1), np.concatenate(targets)
+
+
+def _bits(numbers: Iterable[float]) -> array[int]:
+    """Numbers as float32 has them, infinite where they are too large."""
+    return array("i", array("f", numbers).tobytes())

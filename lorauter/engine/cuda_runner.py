@@ -15,6 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from lorauter.cuda_graphs import to_host
 from lorauter.engine import cuda_kernels as kernels
+from lorauter.engine.cuda_changes import Changes
 from lorauter.engine.cuda_flights import CudaFlight, Staging, StagingRing
 from lorauter.engine.cuda_mixtures import CudaMixtures
 from lorauter.engine.cuda_step import CudaStep, query_blocks
@@ -37,6 +40,7 @@ from lorauter.engine.step import Span, StepBatch
 _LEAST_STEP_TOKENS = 64
 _SLOWER = 2.0  # times as long as a step in which all rows decode may one with prompts take
 _KINDS = 4  # of graphs of each size
+_CHANGES, _LEAST_OUTPUTS = 8, 16  # that come with a step for each of its outputs, which count as so many at least
 _USUAL_ADAPTERS, _USUAL_RANK = 12, 16  # of a step that is timed
 _TIMES, _LONG_S = 4, 0.03  # how often that is, if it does not take so long
 _RANKS = 8, 24, 64  # of adapters for which it is found out what is faster
@@ -72,10 +76,12 @@ class _Size:
     outputs: int
     queries: int
 
-    @property
-    def numbers(self) -> int:
-        """How many numbers such a step reads."""
-        return 3 * self.tokens + 5 * self.outputs + 2 + 4 * self.queries
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where the numbers end that such a step reads: tokens, rows, positions; outputs, their rows, which are held;
+        how many decode, query blocks, changes; places and values of changes; query blocks."""
+        changes = _CHANGES * max(self.outputs, _LEAST_OUTPUTS)
+        return [*accumulate([*[self.tokens] * 3, *[self.outputs] * 3, 3, changes, changes, 4 * self.queries])]
 
 
 @dataclass(frozen=True)
@@ -153,13 +159,16 @@ class CudaRunner(Runner):
         self._beside = self._most  # tokens of a step in which rows decode, at most
         sizes = [*self._decode, *self._mixed]
         device = decoder.device
-        most = max(size.numbers for size in sizes)
+        most = max(size.ends[-1] for size in sizes)
         self._numbers = torch.zeros(most, dtype=torch.int32, device=device)
         self._last = [-1] * (rows + 1)  # the device alone knows them
         self._staging = StagingRing(most, rows, device)
         self._places = np.arange(self._most, dtype=np.int32)
         self._last_tokens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         firsts = frozenset(group.first for group in slots.groups)
+        assert isinstance(self.mixtures, CudaMixtures)
+        flats = *self.mixtures.flats, self.memory.table.view(-1)
+        self._changes = Changes(flats, self.mixtures.changes)
         nothing, attention, any_layer = frozenset[str](), firsts & {"q_proj", "o_proj"}, _Kind(firsts)
         self._tiles = [*dict.fromkeys((_Kind(attention), any_layer))]
         self._own = _Kind(firsts, own=True)
@@ -169,7 +178,8 @@ class CudaRunner(Runner):
         self._capture_all(sizes)
         self._own_most, beside = self._measure()
         kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
-        kernels.write_blocks(self.memory.table, [(rows, 0, [0])])  # compiles, as the line before does
+        self._changes.pending[self._changes.third + rows * self.memory.table.shape[1]] = 0
+        self._changes.write()  # compiles, as the line before does
         if measure:
             self._beside = beside
 
@@ -195,10 +205,9 @@ class CudaRunner(Runner):
 
     @torch.inference_mode()
     def _forward(self, size: _Size, kind: _Kind) -> tuple[Tensor, Tensor]:
-        lengths = [size.tokens] * 3 + [size.outputs] * 5 + [2, 4 * size.queries]
-        parts = torch.split(self._numbers[: size.numbers], lengths)
-        tokens, rows, positions, outputs, output_rows, held, places, blocks, counts, queries = parts
-        kernels.write_pairs(self.memory.table.view(-1), places, blocks)
+        parts = (self._numbers[start:end] for start, end in pairwise((0, *size.ends)))
+        tokens, rows, positions, outputs, output_rows, held, counts, places, values, queries = parts
+        self._changes.written(places, values, counts[2:])
         batch = StepBatch(
             kernels.take_tokens(tokens, rows, self._last_tokens),
             rows,
@@ -294,9 +303,12 @@ class CudaRunner(Runner):
         """See `Runner.launch`."""
         for start in plan.starts:
             for placed, _ in self._slots.placed(start.mixture):
-                if placed.copied is not None:
+                if placed.copied is not None and not placed.copied.query():
                     torch.cuda.current_stream().wait_event(placed.copied)
         self._begin(plan)
+        width, first, new = self.memory.table.shape[1], self._changes.third, self._changes.pending
+        for row, place, blocks in plan.blocks:
+            new.update(enumerate(blocks, first + row * width + place))
         staging = self._staging.take()
         logits, chosen = self._compute(plan) if self._ranker.asked and plan.scored else self._replay(plan, staging)
         ends, positions = plan.ends
@@ -335,7 +347,7 @@ class CudaRunner(Runner):
 
     def _compute(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """A step without a graph, which none has for the logits of whole prompts: logits and likeliest tokens."""
-        kernels.write_blocks(self.memory.table, plan.blocks)
+        self._changes.write()
         batch = self._batch(list(plan.pieces), len(plan.decoding), None)
         batch = replace(batch, tokens=kernels.take_tokens(batch.tokens, batch.rows, self._last_tokens))
         logits = self.decoder.forward(self._step(self.memory, batch), batch)
@@ -382,9 +394,8 @@ class CudaRunner(Runner):
 
     def _write(self, staging: Staging, size: _Size, plan: StepPlan) -> None:
         """Put a step's numbers where its graph reads them, filled up with a row that is for padding."""
-        numbers, end = staging.numbers, 3 * size.tokens + 5 * size.outputs
-        tokens, rows, positions = numbers[: 3 * size.tokens].reshape(3, -1)
-        outputs, output_rows, held, places, blocks = numbers[3 * size.tokens : end].reshape(5, -1)
+        parts = (staging.numbers[start:end] for start, end in pairwise((0, *size.ends)))
+        tokens, rows, positions, outputs, output_rows, held, counts, places, values, blocks = parts
         at = wanted = len(plan.decoding.rows)
         tokens[:at], rows[:at], positions[:at] = -1, plan.decoding.rows, plan.decoding.starts
         outputs[:at], output_rows[:at] = self._places[:at], plan.decoding.rows
@@ -397,20 +408,14 @@ class CudaRunner(Runner):
                 outputs[wanted], output_rows[wanted] = at - 1, piece.row
                 wanted += 1
         tokens[at:], rows[at:], positions[at:] = 0, self._rows, 0
-        outputs[wanted:], output_rows[wanted:], held[:], places[:] = 0, self._rows, -1, -1
+        outputs[wanted:], output_rows[wanted:], held[:] = 0, self._rows, -1
         if self._masked:
             held[:wanted] = self._boards(output_rows[:wanted].tolist())
-        if not plan.starts and len(plan.blocks) <= size.outputs:  # one each, of rows that decode
-            width = self.memory.table.shape[1]
-            places[: len(plan.blocks)] = [row * width + place for row, place, _ in plan.blocks]
-            blocks[: len(plan.blocks)] = [block for _, _, (block,) in plan.blocks]
-        else:
-            kernels.write_blocks(self.memory.table, plan.blocks)
         spans = [Span(piece.row, piece.start, piece.size) for piece in plan.prompts]
         queries = query_blocks(spans, len(plan.decoding), self._group)
-        numbers[end : end + 2] = len(plan.decoding), len(queries)
-        numbers[end + 2 : end + 2 + queries.size] = queries.reshape(-1)
-        staging.send(self._numbers[: end + 2 + queries.size])
+        counts[:] = len(plan.decoding), len(queries), self._changes.put(places, values)
+        blocks[: queries.size] = queries.reshape(-1)
+        staging.send(self._numbers[: size.ends[-2] + queries.size])
 
     def close(self) -> None:
         """See `Runner.close`."""

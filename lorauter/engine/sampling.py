@@ -5,8 +5,7 @@ Knows nothing of where the logits came from. Nothing here waits for the device.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -255,12 +254,6 @@ def _choose_ranked(chances: Tensor, sampling: Sequence[SamplingParams], uniforms
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return to_device(torch.tensor(values).float()[:, None], like.device)
-
-
-def host_ints(values: Collection[int], code: str = "i") -> Tensor:
-    """Some numbers, at least one, as int32, or with the code "q" as int64: `torch.tensor` takes ten times as long."""
-    packed = bytearray(struct.pack(f"{len(values)}{code}", *values))
-    return torch.frombuffer(packed, dtype=torch.int32 if code == "i" else torch.int64)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

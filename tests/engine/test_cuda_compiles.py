@@ -16,6 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lorauter.engine import cuda_kernels as kernels
+from lorauter.engine.cuda_changes import Changes
 from lorauter.engine.cuda_mixtures import CudaMixtures
 from lorauter.engine.cuda_step import CudaStep
 
@@ -76,7 +77,9 @@ def test_steps(compiled, monkeypatch, decoder, tokens, own):
     board = torch.zeros(ROWS + 1, 1 + -(-decoder.vocabulary // 32), dtype=torch.int32)
     kernels.greedy(logits, ids[:2], kernels.take_tokens(ids, ids, ids[:5]), kernels.Posted(board, ids[:2], ids, ids))
     kernels.keep_rows(logits, logits, torch.zeros(1, 2, dtype=torch.int32))
-    kernels.write_blocks(memory.table, [(0, 0, [1])])
+    changes = Changes((*mixtures.flats, memory.table.view(-1)), mixtures.changes)
+    changes.write()
+    changes.written(ids[:2], ids[2:4], ids[:1])
     kinds = {"_shrink_kernel", *(("_own_norm_kernel", "_own_add_kernel") if own else ("_expand_kernel",))}
     assert kinds | {"_rotate_store_kernel", "_silu_mul_kernel", "_peaks_kernel", "_decode_kernel"} <= set(compiled)
     assert ("_live_kernel" in compiled) == (tokens > kernels.FEW_TOKENS)

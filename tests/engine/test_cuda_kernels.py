@@ -126,27 +126,15 @@ class Cases(KernelCases):
         expected = torch.where(tokens < 0, last[rows.long()], tokens)
         assert torch.equal(kernels.take_tokens(tokens, rows, last), expected)
 
-    @pytest.mark.parametrize("kind", [torch.int32, torch.float32])
-    def test_write_pairs(self, kernels, draw, kind):
-        flat = torch.arange(400, device=DEVICE).to(kind)
+    @pytest.mark.parametrize(("count", "counted"), [(150, False), (150, True), (0, True), (7, True)])
+    def test_write_changes(self, kernels, draw, count, counted):
+        flats = tuple(torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (200, 50, 150))
         where = torch.randperm(400, generator=draw)[:150].int().to(DEVICE)
-        values = torch.randint(-9, 0, (150,), generator=draw).to(DEVICE, kind)
-        where[::3] = -1
-        expected = flat.clone()
-        expected[where[where >= 0].long()] = values[where >= 0]
-        kernels.write_pairs(flat, where, values)
-        assert torch.equal(flat, expected)
-
-    @pytest.mark.parametrize("count", [1, 4, 150])
-    def test_write_blocks(self, kernels, draw, count):
-        table = torch.randint(0, 9, (20, 11), generator=draw).int().to(DEVICE)
-        expected = table.clone()
-        places = torch.randperm(220, generator=draw)[:count].tolist()
-        taken = [(i // 11, i % 11, [100 + i, 400 + i][: 1 + (i % 11 < 10 and i + 1 not in places)]) for i in places]
-        for row, place, blocks in taken:
-            expected[row, place : place + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        kernels.write_blocks(table, taken)
-        assert torch.equal(table, expected)
+        values = torch.randint(-9, 0, (150,), generator=draw).int().to(DEVICE)
+        expected = torch.cat(flats)
+        expected[where[:count].long()] = values[:count]
+        kernels.write_changes(flats, where, values, ints(count) if counted else None)
+        assert torch.equal(torch.cat(flats), expected)
 
     @pytest.mark.parametrize(("dtype", "vocabulary"), [(FULL, 7), (HALF, 4096), (FULL, 9000)])
     def test_greedy(self, kernels, randn, vocabulary):

@@ -2,6 +2,7 @@
 
 from array import array
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -135,6 +136,17 @@ def test_what_takes_twice_as_long_as_all_rows_decoding_is_the_most_beside_them(r
     assert runner.budget(1) == runner.budget(ROWS) == 192
 
 
+def test_what_blocks_rows_have_is_written_by_the_step(runner_for, monkeypatch):
+    runner = runner_for()
+    width, first = runner.memory.table.shape[1], runner._changes.third
+    put = MagicMock(return_value=0)
+    monkeypatch.setattr(runner._changes, "put", put)
+    pieces = [Piece(2, 0, array("i", [1]), samples=True)]
+    runner.launch(StepPlan((), (), [(2, 1, [7, 8]), (3, 0, [9])], Decoding(others=pieces), ()))
+    assert put.called
+    assert runner._changes.pending == {first + 2 * width + 1: 7, first + 2 * width + 2: 8, first + 3 * width: 9}
+
+
 def test_a_step_is_written_as_its_graph_reads_it(runner_for):
     runner = runner_for()
     others = [Piece(0, 5, array("i", [31]), samples=True), Piece(1, 7, array("i", [32]), samples=False)]
@@ -142,18 +154,18 @@ def test_a_step_is_written_as_its_graph_reads_it(runner_for):
     decoding = Decoding(np.array([6, 4], np.int32), np.array([17, 33], np.int32), others)
     size = next(size for size in runner._mixed if size.tokens >= 26)
     runner._masked.add(2)
-    runner._write(runner._staging.take(), size, StepPlan((), (), [(4, 2, [9])], decoding, prompts))
-    lengths = [size.tokens] * 3 + [size.outputs] * 5 + [2, 4 * size.queries]
-    found = [part.tolist() for part in torch.split(runner._numbers[: size.numbers], lengths)]
+    runner._changes.pending |= {7: 70, runner._changes.third + 2: 9}
+    runner._write(runner._staging.take(), size, StepPlan((), (), (), decoding, prompts))
+    found = [runner._numbers[start:end].tolist() for start, end in pairwise((0, *size.ends))]
     pad, missing = runner._rows, size.tokens - 26
     assert found[0] == [-1, -1, 31, 32, *range(40, 60), 50, 51, *[0] * missing]
     assert found[1] == [6, 4, 0, 1, *[2] * 20, 3, 3, *[pad] * missing]
     assert found[2] == [17, 33, 5, 7, *range(10, 30), 0, 1, *[0] * missing]
     assert found[3:6] == [[0, 1, 2, 23], [6, 4, 0, 2], [-1, -1, -1, 2]]  # outputs, their rows, and which are held
-    width = runner.memory.table.shape[1]
-    assert found[6:8] == [[4 * width + 2, -1, -1, -1], [9, *found[7][1:]]]
+    assert [found[7][:2], found[8][:2]] == [[7, runner._changes.third + 2], [70, 9]]
+    assert not runner._changes.pending
     each = cuda_runner.kernels.query_tokens(runner._group)
     blocks = [(4 + start, min(each, 20 - start), 2, 10 + start) for start in range(0, 20, each)]
     queries = [*blocks, (24, 2, 3, 0)]
-    assert found[8] == [4, len(queries)]
+    assert found[6] == [4, len(queries), 2]
     assert found[9][: 4 * len(queries)] == [number for query in queries for number in query]

@@ -24,8 +24,14 @@ class Cases:
     @pytest.mark.parametrize("kind", ["llama", "qwen3"])
     def test_tokens_multiply_their_own_columns(self, monkeypatch, pool, forced, run_forced, kind):
         from lorauter.engine import cuda_step
+        from lorauter.engine.cuda_changes import Changes
         from lorauter.engine.cuda_mixtures import CudaMixtures
         from lorauter.engine.cuda_step import CudaStep
+
+        class Written(CudaMixtures):
+            def of_step(self, rows):
+                Changes((*self.flats, self.flats[0][:0]), self.changes).write()
+                return super().of_step(rows)
 
         stream = SimpleNamespace(wait_stream=lambda _: None)
         monkeypatch.setattr(cuda_step, "_second_stream", lambda _: stream)
@@ -35,7 +41,7 @@ class Cases:
         monkeypatch.setattr(
             runner.Runner,
             "_new_mixtures",
-            lambda self, rows: CudaMixtures(self._slots.groups, self.decoder.shape.layers, self._slots.arena, rows + 1),
+            lambda self, rows: Written(self._slots.groups, self.decoder.shape.layers, self._slots.arena, rows + 1),
         )
         decoder = pool.decoder(kind)
         slots = AdapterSlots(
