@@ -1,15 +1,18 @@
-"""Batch jobs: submitted to a cluster of two nodes, each in a Ray of its own, killed on the way, and as data sets."""
+"""Batch jobs: submitted to a cluster of two nodes, in a Ray of its own, killed on the way, as data sets, and where a
+service leaves no room: what they wait for is said, and they go on once it is there, or give up."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +31,13 @@ pytestmark = pytest.mark.integration
 
 BIN = Path(sys.executable).parent
 SETTINGS = {
-    "shard_rows": 8,
+    "shard_rows": 2,  # of which eleven are enough to lose some and to have some left
     "sampling": {"max_tokens": 12, "temperature": 0.7, "seed": 5},
     # One thread: two engines share two cores.
     "engine": {"max_batch": 4, "max_model_len": 512, "max_rank": 32, "threads": 1},
     "answer_workers": {"cpus": 2},
 }
-ROWS = 40
+ROWS = 20
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +218,10 @@ def test_every_row_of_a_submitted_job_has_an_answer_or_says_why_not(undisturbed:
     assert manifest["settings"]["sampling"]["seed"] == 5
 
 
-def test_a_killed_job_ends_as_an_undisturbed_one_does(start: Any, place: str, undisturbed: str, settings: Path) -> None:
+def test_a_killed_job_ends_as_an_undisturbed_one_does(
+    start: Any, cluster: TwoNodes, place: str, undisturbed: str, settings: Path
+) -> None:
+    """It is begun on a Ray of its own, which ends with it, and goes on where another one runs."""
     killed, catalog = f"{place}/killed", Catalog.load(resolve_catalog("default"))
     catalog.save(f"{place}/catalog")
     again = ("lorauter", "batch", "--input", f"{place}/in", "--output", killed, "--config", settings)
@@ -235,6 +241,7 @@ def test_a_killed_job_ends_as_an_undisturbed_one_does(start: Any, place: str, un
     assert 3 <= len(before) < len(parts(undisturbed))
     assert json.loads(open_store(killed).read("_manifest.json"))["state"] == "running"
     without_tasks(catalog, ["sst2", "dbpedia"]).save(f"{place}/catalog")  # somebody publishes meanwhile
+    again += ("--address", cluster.address)
     ended(*start(*again))
     assert output(killed) == output(undisturbed)
     assert sum(open_store(killed).fingerprint(key) == tag for key, tag in before.items()) >= len(before) - 1
@@ -244,10 +251,14 @@ def test_a_killed_job_ends_as_an_undisturbed_one_does(start: Any, place: str, un
 def test_route_only_writes_other_formats_and_stops_at_too_many_errors(
     start: Any, cluster: TwoNodes, tmp_path: Path, rows: list[dict[str, Any]], settings: Path
 ) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ("lorauter", "batch", "--input", tmp_path / "rows.jsonl", "--config", settings, "--route-only")
-    common += ("--address", cluster.address)
-    log = ended(*start(*common, "--output", tmp_path / "out", "--format", "parquet"))
+    def job(name: str, *options: str, of: list[dict[str, Any]]) -> tuple[subprocess.Popen[bytes], Path]:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+        places = ("--input", tmp_path / f"{name}.jsonl", "--output", tmp_path / name)
+        common = ("--config", settings, "--route-only", "--address", cluster.address)
+        started: tuple[subprocess.Popen[bytes], Path] = start("lorauter", "batch", *places, *common, *options)
+        return started
+
+    log = ended(*job("out", "--format", "parquet", of=rows))
     assert "rows by first task" in log
     table = pq.read_table(tmp_path / "out")  # the manifest and the records are left out by their names
     assert table.num_rows == ROWS
@@ -256,7 +267,7 @@ def test_route_only_writes_other_formats_and_stops_at_too_many_errors(
     assert [i for i, error in enumerate(table["error"].to_pylist()) if error is not None] == [1, 2, 4]
     assert table["input_error"][10].as_py() == "from upstream"
 
-    process, log_file = start(*common, "--output", tmp_path / "strict", "--max-errors", "1")
+    process, log_file = job("strict", "--max-errors", "1", of=rows[:4])
     assert process.wait(120) == 1
     assert "max_errors is 1" in log_file.read_text()
     assert "Traceback" not in log_file.read_text()
@@ -299,7 +310,8 @@ ray.init(address=sys.argv[1], log_to_driver=False)
 question = "Translate to English: Zwei Hunde spielen im Schnee."
 rows = [{"text": question, "n": n} for n in range(4)] + [{"text": "", "n": 4}]
 rows += [{"text": "Tell me a joke.", "n": 5, "temperature": 1.5}] * 4
-config = BatchConfig.parse({"columns": {"prompt": "text"}, "sampling": {"max_tokens": 12}})
+engine = {"max_batch": 4, "threads": 1}
+config = BatchConfig.parse({"columns": {"prompt": "text"}, "sampling": {"max_tokens": 12}, "engine": engine})
 answered = answer_dataset(ray.data.from_items(rows, override_num_blocks=2), config).take_all()
 print("ROWS " + json.dumps(sorted(answered, key=lambda row: row["n"])))
 """
@@ -313,3 +325,89 @@ print("ROWS " + json.dumps(sorted(answered, key=lambda row: row["n"])))
     assert {row["answer"] for row in good} == {"Two dogs play in the snow."}
     assert all(row["adapters"][0]["name"] == "multi30k_deen" for row in good)
     assert "empty" in bad["error"]
+
+
+# It ends the service at the end of its input.
+SERVICE = """
+import sys
+import ray
+from ray import serve
+
+ray.init(sys.argv[1], log_to_driver=False)
+serve.start(proxy_location="Disabled")
+
+@serve.deployment(num_replicas=2, ray_actor_options={"num_cpus": 2.5})
+class LoraModel:
+    pass
+
+serve.run(LoraModel.bind(), name="lorauter", route_prefix=None)
+print("READY", flush=True)
+sys.stdin.read()
+serve.shutdown()
+"""
+
+
+@pytest.fixture
+def service(cluster: TwoNodes) -> Iterator[Callable[[], None]]:
+    """A service has 2.5 of each node's 3 CPUs, until this is called."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVICE, cluster.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert any(line.startswith("READY") for line in process.stdout)
+    yield process.stdin.close
+    process.stdin.close()
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
+def test_what_a_job_waits_for_is_told_and_bounded(
+    cluster: TwoNodes, service: Callable[[], None], tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Is the sky blue?"}) + "\n")
+    (tmp_path / "job.yaml").write_text("route_workers: {cpus: 1.5}")
+    (tmp_path / "large.yaml").write_text("route_workers: {cpus: 8}")
+
+    @contextmanager
+    def job(name: str, *options: str, config: str = "job.yaml") -> Iterator[subprocess.Popen[str]]:
+        command = [BIN / "lorauter", "batch", "--route-only", "--address", cluster.address]
+        command += ["--config", tmp_path / config]
+        command += ["--input", tmp_path / "rows.jsonl", "--output", tmp_path / name, *options]
+        with subprocess.Popen(
+            list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                end(process)
+
+    waiting = re.compile(
+        r"waiting for room in the cluster: wanted are 1 of RouteStage of the batch job \w+ with 1\.5 CPUs; "
+        r"free are 1 of 6 CPUs, at most 0\.5 on one node; "
+        r"the rest is held by LoraModel of the service 'lorauter' \(5 CPUs\): end or shrink"
+    )
+    begun = time.monotonic()
+    with (
+        job("bounded", "--worker-wait", "14") as bounded,
+        job("large", config="large.yaml") as large,
+        job("patient") as patient,
+    ):
+        _, said = bounded.communicate(timeout=120)
+        *_, told, last = said.splitlines()
+        assert waiting.match(told), said
+        assert last.startswith("error: gave up after 14 s (worker_wait_s) of waiting for room in the cluster")
+        assert time.monotonic() - begun < 90
+
+        _, said = large.communicate(timeout=120)
+        assert said.splitlines()[-1].startswith("error: the pools need 8 CPUs, and the cluster has 6; ask for fewer")
+
+        assert patient.stderr is not None
+        before = []
+        while not waiting.match(line := patient.stderr.readline()):
+            assert line, before
+            before.append(line)
+        service()
+        _, said = patient.communicate(timeout=120)
+        assert patient.returncode == 0, said
+        assert "1 rows are in" in said
