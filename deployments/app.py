@@ -30,7 +30,8 @@ _ENCODER_GPUS = 0.1  # of the engine's, for all encoders: a query takes a millis
 _ENCODER_BYTES = 5 << 28  # of each of them on a GPU, its model of states included
 _CORES_AN_ENCODER, _ENCODERS_A_GPU = 8, 2  # where the GPU is large
 _LARGE_GPU = 64 << 30
-_REPORT_PERIOD_S, _REPORT_TIMEOUT_S = 1.0, 10.0  # of `LoraModel.record_routing_stats`
+REPORTS = {"request_routing_stats_period_s": 1.0, "request_routing_stats_timeout_s": 10.0}
+"""How LoraModel's replicas are asked how busy they are (`LoraModel.record_routing_stats`)."""
 _CORES_EACH = {"Router": 2, "QueryEmbedder": 4, "TaskRetriever": 4}
 _MOST_AT_FIRST = {"Router": 8, "QueryEmbedder": 4, "TaskRetriever": 4}
 _GROWS_TO = 4  # replicas, where one is enough at first
@@ -94,13 +95,7 @@ def assemble(config: AppConfig, overrides: Options) -> Application:
         retriever = deployment(AdapterListing).bind(config.adapters, config.catalog_refresh_s)
     else:
         retriever = deployment(TaskRetriever, **_scaling(overrides, "TaskRetriever")).bind(config, embedder)
-    model = deployment(
-        LoraModel,
-        request_router_config={
-            "request_routing_stats_period_s": _REPORT_PERIOD_S,
-            "request_routing_stats_timeout_s": _REPORT_TIMEOUT_S,
-        },
-    ).bind(config)
+    model = deployment(LoraModel, request_router_config=REPORTS).bind(config)
     editor = deployment(CatalogEditor).bind(config, embedder, model) if own else None
     actors = {"deployment_actors": [limits_actor()]} if config.access.closed else {}
     scaling = _scaling(overrides, "Router")

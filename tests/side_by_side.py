@@ -1,7 +1,8 @@
 """The suite on several workers of pytest-xdist: what runs together, in which order, and what has the machine alone.
 
-What shares a service is one worker's, so that each is started once; these begin first, and the unit tests fill in. It
-knows nothing of what tests do. Without workers (`pytest` as it is) tests only change their order.
+What shares a service is one worker's, so that each is started once; these begin first, and the unit tests fill in. Who
+is alone keeps all others waiting, and waits for what they are at: such tests run while others have short ones. It knows
+nothing of what tests do. Without workers (`pytest` as it is) tests only change their order.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# What starts services, by what the path of its tests begins with (the longest counts), and in the order of running.
+# What starts services, by what the path of its tests begins with (the longest counts), and in the order of running; and
+# among it the files of short tests that another worker has while the first service starts and its tests are alone.
+BESIDE = ("tests/adapters/", "tests/catalog/", "tests/deployments/")
 SERVICES = (
     "tests/integration/",
+    *BESIDE,
     "tests/integration/faults/",
     "tests/integration/commands/test_batch.py",
     "tests/integration/commands/",
@@ -29,7 +33,12 @@ SERVICES = (
 def scope_of(nodeid: str) -> str:
     """What one worker runs in one go, of a test: what shares its services, or else its file."""
     file = nodeid.partition("::")[0]
-    return max((service for service in SERVICES if file.startswith(service)), key=len, default=file)
+    service = _service_of(file)
+    return file if service is None or service in BESIDE else service
+
+
+def _service_of(file: str) -> str | None:
+    return max((service for service in SERVICES if file.startswith(service)), key=len, default=None)
 
 
 class Scopes(LoadScopeScheduling):
@@ -46,12 +55,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scopes:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Services first, and last the files with tests that are alone: all others' tests are short by then."""
-    alone = {scope_of(item.nodeid) for item in items if "alone" in getattr(item, "fixturenames", ())}
+    """Services first, each with its tests that are alone before the others; last the other files with such tests."""
 
-    def rank(item: pytest.Item) -> int:
+    def is_alone(item: pytest.Item) -> bool:
+        return "alone" in getattr(item, "fixturenames", ())
+
+    alone = {scope_of(item.nodeid) for item in items if is_alone(item)}
+
+    def rank(item: pytest.Item) -> tuple[int, bool]:
         scope = scope_of(item.nodeid)
-        return SERVICES.index(scope) if scope in SERVICES else len(SERVICES) + (scope in alone)
+        if scope in SERVICES:
+            return SERVICES.index(scope), not is_alone(item)
+        if scope in alone:
+            return len(SERVICES) + 1, True
+        service = _service_of(scope)
+        return len(SERVICES) if service is None else SERVICES.index(service), True
 
     items.sort(key=rank)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +23,11 @@ from local_s3 import free_port
 from ray import serve
 
 from deployments.adapter_cache import CacheSpec, running_caches
-from deployments.app import assemble
+from deployments.app import REPORTS, assemble
 from deployments.cluster import LOCAL, connect
 from deployments.config import AccessSettings, AppConfig
 from deployments.limits import limits_actor
+from deployments.model import LoraModel
 from deployments.router import Router
 from lorauter.adapters import AdapterRepository, adapter_folders, open_store
 from lorauter.catalog import Catalog, current_version, with_adapter, with_shown
@@ -39,6 +40,8 @@ from lorauter.tasks import read_task
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "lorauter-test"
 LOGS = {"encoding": "JSON", "log_level": "INFO"}
+APP = "lorauter"
+REPLICAS: dict[str, Any] = {"Router": 2, "QueryEmbedder": 1, "TaskRetriever": 2, "LoraModel": 1}
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,17 @@ class Service:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         time.sleep(2 * self.config.catalog_refresh_s + 0.5)
+
+    def part(self, name: str) -> Any:
+        """The handle of one of its deployments."""
+        return serve.get_deployment_handle(name, APP)
+
+    def beside(self, config: AppConfig, *, model: Mapping[str, Any], router: Mapping[str, Any]) -> Any:
+        """An app of a LoraModel and an ingress of its own, with these options of Serve, whose other parts are this
+        one's."""
+        answering = LoraModel.options(request_router_config=REPORTS, **model).bind(config)
+        others = [self.part(name) for name in ("QueryEmbedder", "TaskRetriever")]
+        return Router.options(**router).bind(config, *others, answering, self.part("CatalogEditor"))
 
     def ask(self, model: str, text: str = "Is the sky blue?", **options: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **options}
@@ -150,7 +164,8 @@ def service(s3_server: Any, published: str, tmp_path_factory: pytest.TempPathFac
         port = free_port()
         connect(LOCAL, num_cpus=4)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGS)
-        serve.run(assemble(config, {"TaskRetriever": {"num_replicas": 2}}), name="lorauter", logging_config=LOGS)
+        replicas = {name: {"num_replicas": number} for name, number in REPLICAS.items()}
+        serve.run(assemble(config, replicas), name=APP, logging_config=LOGS)
         with closing(
             Service(f"http://127.0.0.1:{port}", config, s3_server.root / BUCKET / "adapters", work / "disk" / "cache-0")
         ) as running:
@@ -210,7 +225,7 @@ def secured(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Itera
     names = ("QueryEmbedder", "TaskRetriever", "LoraModel", "CatalogEditor")
     router = Router.options(
         num_replicas=2, ray_actor_options={"num_cpus": 0.1}, deployment_actors=[limits_actor()]
-    ).bind(config, *[serve.get_deployment_handle(name, "lorauter") for name in names])
+    ).bind(config, *map(service.part, names))
     serve.run(router, name="secured", route_prefix="/secured", logging_config={"encoding": "JSON"})
     yield secured
     serve.delete("secured")

@@ -66,12 +66,13 @@ def copy(service: Any, root: Path) -> Iterator[Any]:
         store.delete(f"{name}/adapter_model.safetensors")
 
 
-def test_twenty_first_requests_make_one_download(service: Any) -> None:
+def test_twenty_first_requests_make_one_download(service: Any, copy: Any) -> None:
+    name = copy("never-asked-for")
     before = stats(service)
-    assert not any(name == "mrpc" for name, _ in before["resident"])
-    body = {"model": "mrpc", "messages": MESSAGE, "max_tokens": 2}
+    assert not any(resident == name for resident, _ in before["resident"])
+    body = {"model": name, "messages": MESSAGE, "max_tokens": 2}
     answers = service.ask_together([body] * 20)
-    direct = ray.get([service.cache.fetch.remote(service.key("mrpc")) for _ in range(20)])
+    direct = ray.get([service.cache.fetch.remote(service.key(name)) for _ in range(20)])
     assert [answer.status_code for answer in answers] == [200] * 20
     assert len({local.path for local in direct}) == 1
     assert stats(service)["downloads"] == before["downloads"] + 1

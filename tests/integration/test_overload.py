@@ -12,7 +12,6 @@ import pytest
 from overload import Outcome, ask, percentile, questions
 from ray import serve
 
-from deployments.app import DEPLOYMENTS, assemble
 from lorauter.engine import EngineConfig
 
 pytestmark = pytest.mark.integration
@@ -22,11 +21,12 @@ ROOM, FEW, MANY = 16, 12, 48  # requests that run or wait; clients
 
 @pytest.fixture
 def url(service: Any) -> Iterator[str]:
-    """A second app of the running cluster, as it is shipped but for a small queue."""
+    """A second engine beside the service's, as it is shipped but for a small queue, with a cache of its own."""
     engine = EngineConfig(max_batch=ROOM // 2, max_queue=ROOM // 2, max_model_len=512)
-    config = service.config.model_copy(update={"engine": engine})
-    few = {name: {"ray_actor_options": {"num_cpus": 0.05}, "num_replicas": 1} for name in DEPLOYMENTS}
-    serve.run(assemble(config, few), name="overload", route_prefix="/overload")
+    cache = service.config.cache.model_copy(update={"directory": f"{service.config.cache.directory}-overload"})
+    config = service.config.model_copy(update={"engine": engine, "cache": cache})
+    few = {"ray_actor_options": {"num_cpus": 0.05}, "num_replicas": 1}
+    serve.run(service.beside(config, model=few, router=few), name="overload", route_prefix="/overload")
     yield f"{service.url}/overload"
     serve.delete("overload")
 

@@ -13,15 +13,12 @@ import httpx
 import pytest
 from ray import serve
 
-from deployments.app import DEPLOYMENTS, assemble
-
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),  # else it is 10 s
 ]
 
 APP = "scaling"
-OTHERS = ("Router", "QueryEmbedder", "TaskRetriever")
 SMALL = {"ray_actor_options": {"num_cpus": 0.01}}
 SCALING = {
     "min_replicas": 0,
@@ -38,20 +35,30 @@ COUNTING = "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25"
 
 @pytest.fixture
 def url(service: Any) -> Iterator[str]:
-    """A second app beside the session's, with caches of its own; its LoraModel has no replica yet."""
+    """A second model beside the session's, with caches of its own, which has no replica yet."""
     cache = service.config.cache.model_copy(update={"directory": f"{service.config.cache.directory}-{APP}"})
     api = service.config.api.model_copy(update={"first_token_s": 400.0})  # a replica starts for it, on a slow machine
     config = service.config.model_copy(update={"cache": cache, "api": api})
-    overrides: dict[str, Any] = dict.fromkeys(DEPLOYMENTS, SMALL)
-    overrides["LoraModel"] = {**SMALL, "autoscaling_config": SCALING}
-    overrides["Router"] = {**SMALL, "num_replicas": 1}  # which knows where its calls are: two streams are with two
-    serve.run(assemble(config, overrides), name=APP, route_prefix=f"/{APP}")
+    model = {**SMALL, "autoscaling_config": SCALING}
+    router = {**SMALL, "num_replicas": 1}  # which knows where its calls are: two streams are with two
+    serve.run(service.beside(config, model=model, router=router), name=APP, route_prefix=f"/{APP}")
     yield f"{service.url}/{APP}"
     serve.delete(APP)
 
 
-def running(deployment: str = "LoraModel") -> int:
-    return serve.status().applications[APP].deployments[deployment].replica_states.get("RUNNING", 0)
+def running() -> int:
+    return serve.status().applications[APP].deployments["LoraModel"].replica_states.get("RUNNING", 0)
+
+
+def others() -> dict[str, dict[str, int]]:
+    """The replicas of all that is not to follow that load, by their states."""
+    found = {
+        f"{app} {name}": dict(part.replica_states)
+        for app, running in serve.status().applications.items()
+        for name, part in running.deployments.items()
+    }
+    del found[f"{APP} LoraModel"]
+    return found
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 400) -> None:
@@ -131,7 +138,8 @@ def test_replicas_follow_the_load_and_no_request_is_lost(url: str, alone: None) 
 
     async def scenario(client: Client) -> None:
         assert running() == 0
-        others = [running(name) for name in OTHERS]
+        before = others()
+        assert before[f"{APP} Router"] == {"RUNNING": 1}
         await client.ask("sst2")  # waits for the first replica
         assert running() == 1
         for name in ("rte", "tomqa"):
@@ -157,6 +165,6 @@ def test_replicas_follow_the_load_and_no_request_is_lost(url: str, alone: None) 
             await until_running(1)
         assert client.answers >= asked + 2
         await until_running(0)
-        assert [running(name) for name in OTHERS] == others
+        assert others() == before
 
     asyncio.run(whole())

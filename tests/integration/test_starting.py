@@ -25,7 +25,7 @@ def test_serves_status_ends_with_the_cause(service: Any, tmp_path: Path) -> None
     tiny.mkdir()
     (tiny / "config.json").write_text('{"model_type": "gpt2"}')
     few = {"ray_actor_options": {"num_cpus": 0}}
-    embedder = serve.get_deployment_handle("QueryEmbedder", "lorauter")
+    embedder = service.part("QueryEmbedder")
     retriever, model = TaskRetriever.options(**few), LoraModel.options(**few)
     anew = {"num_cpus": 0, "runtime_env": {"env_vars": {"LORAUTER_HOME": str(tmp_path / "home")}}}
     first = TaskRetriever.options(ray_actor_options=anew)  # of a machine on which nothing was served before
