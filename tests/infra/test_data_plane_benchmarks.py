@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import cluster
@@ -56,13 +55,10 @@ def test_latencys_engine_says_as_many_words_as_it_is_asked_for() -> None:
         server = RpcServer({"generate": talker.generate, "tokenizer": talker.tokenizer})
         client = RpcClient(await server.start("127.0.0.1"))
         tokenizing = Tokenizing(lambda: client.call("tokenizer"))
-
-        def ask(call: GenerateCall) -> AsyncGenerator[Admitted | Chunk]:
-            return generated(ToOne(client), call, timeout_s=20)
-
         call = GenerateCall(Prompt(text=latency.TEXT), (), SamplingParams(max_tokens=3))
         try:
-            return [item async for item in tokenizing.answered(call, ask)]
+            asked, words = await tokenizing.asked(call)
+            return [words.of(item) async for item in generated(ToOne(client), asked, timeout_s=20)]
         finally:
             client.close()
             server.close()

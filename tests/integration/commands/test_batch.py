@@ -1,18 +1,15 @@
-"""Batch jobs: submitted to a cluster of two nodes, in a Ray of its own, killed on the way, as data sets, and where a
-service leaves no room: what they wait for is said, and they go on once it is there, or give up."""
+"""Batch jobs: submitted to a cluster of two nodes, in a Ray of its own, killed on the way, and as data sets."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,89 +322,3 @@ print("ROWS " + json.dumps(sorted(answered, key=lambda row: row["n"])))
     assert {row["answer"] for row in good} == {"Two dogs play in the snow."}
     assert all(row["adapters"][0]["name"] == "multi30k_deen" for row in good)
     assert "empty" in bad["error"]
-
-
-# It ends the service at the end of its input.
-SERVICE = """
-import sys
-import ray
-from ray import serve
-
-ray.init(sys.argv[1], log_to_driver=False)
-serve.start(proxy_location="Disabled")
-
-@serve.deployment(num_replicas=2, ray_actor_options={"num_cpus": 2.5})
-class LoraModel:
-    pass
-
-serve.run(LoraModel.bind(), name="lorauter", route_prefix=None)
-print("READY", flush=True)
-sys.stdin.read()
-serve.shutdown()
-"""
-
-
-@pytest.fixture
-def service(cluster: TwoNodes) -> Iterator[Callable[[], None]]:
-    """A service has 2.5 of each node's 3 CPUs, until this is called."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVICE, cluster.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert any(line.startswith("READY") for line in process.stdout)
-    yield process.stdin.close
-    process.stdin.close()
-    assert process.wait(60) == 0
-    process.stdout.close()
-
-
-def test_what_a_job_waits_for_is_told_and_bounded(
-    cluster: TwoNodes, service: Callable[[], None], tmp_path: Path
-) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Is the sky blue?"}) + "\n")
-    (tmp_path / "job.yaml").write_text("route_workers: {cpus: 1.5}")
-    (tmp_path / "large.yaml").write_text("route_workers: {cpus: 8}")
-
-    @contextmanager
-    def job(name: str, *options: str, config: str = "job.yaml") -> Iterator[subprocess.Popen[str]]:
-        command = [BIN / "lorauter", "batch", "--route-only", "--address", cluster.address]
-        command += ["--config", tmp_path / config]
-        command += ["--input", tmp_path / "rows.jsonl", "--output", tmp_path / name, *options]
-        with subprocess.Popen(
-            list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        ) as process:
-            try:
-                yield process
-            finally:
-                end(process)
-
-    waiting = re.compile(
-        r"waiting for room in the cluster: wanted are 1 of RouteStage of the batch job \w+ with 1\.5 CPUs; "
-        r"free are 1 of 6 CPUs, at most 0\.5 on one node; "
-        r"the rest is held by LoraModel of the service 'lorauter' \(5 CPUs\): end or shrink"
-    )
-    begun = time.monotonic()
-    with (
-        job("bounded", "--worker-wait", "14") as bounded,
-        job("large", config="large.yaml") as large,
-        job("patient") as patient,
-    ):
-        _, said = bounded.communicate(timeout=120)
-        *_, told, last = said.splitlines()
-        assert waiting.match(told), said
-        assert last.startswith("error: gave up after 14 s (worker_wait_s) of waiting for room in the cluster")
-        assert time.monotonic() - begun < 90
-
-        _, said = large.communicate(timeout=120)
-        assert said.splitlines()[-1].startswith("error: the pools need 8 CPUs, and the cluster has 6; ask for fewer")
-
-        assert patient.stderr is not None
-        before = []
-        while not waiting.match(line := patient.stderr.readline()):
-            assert line, before
-            before.append(line)
-        service()
-        _, said = patient.communicate(timeout=120)
-        assert patient.returncode == 0, said
-        assert "1 rows are in" in said
