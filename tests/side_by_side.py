@@ -1,8 +1,8 @@
 """The suite on several workers of pytest-xdist: what runs together, in which order, and what has the machine alone.
 
 What shares a service is one worker's, so that each is started once; these begin first, and the unit tests fill in. Who
-is alone keeps all others waiting, and waits for what they are at: such tests run while others have short ones. It knows
-nothing of what tests do. Without workers (`pytest` as it is) tests only change their order.
+is alone keeps all others waiting, and waits for what they are at: while the first service has such tests others have
+short ones. It knows nothing of what tests do. Without workers (`pytest` as it is) tests only change their order.
 """
 
 from __future__ import annotations
@@ -55,21 +55,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scopes:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Services first, each with its tests that are alone before the others; last the other files with such tests."""
+    """Services first, each with its tests in their own order; last the other files with tests that are alone."""
+    alone = {scope_of(item.nodeid) for item in items if "alone" in getattr(item, "fixturenames", ())}
 
-    def is_alone(item: pytest.Item) -> bool:
-        return "alone" in getattr(item, "fixturenames", ())
-
-    alone = {scope_of(item.nodeid) for item in items if is_alone(item)}
-
-    def rank(item: pytest.Item) -> tuple[int, bool]:
+    def rank(item: pytest.Item) -> int:
         scope = scope_of(item.nodeid)
-        if scope in SERVICES:
-            return SERVICES.index(scope), not is_alone(item)
-        if scope in alone:
-            return len(SERVICES) + 1, True
         service = _service_of(scope)
-        return len(SERVICES) if service is None else SERVICES.index(service), True
+        if service is not None and (scope in SERVICES or scope not in alone):
+            return SERVICES.index(service)
+        return len(SERVICES) + (scope in alone)
 
     items.sort(key=rank)
 

@@ -31,14 +31,10 @@ class Changes:
     def put(self, places: Ints, values: Ints) -> int:
         """Put all that is new where a graph reads it, and return how many that is; if it is more than there is room
         for, write it at once, and return 0."""
-        count = len(self.pending)
-        if count > len(places):
+        if len(self.pending) > len(places):
             self.write()
             return 0
-        places[:count] = np.fromiter(self.pending, np.int32, count)
-        values[:count] = np.fromiter(self.pending.values(), np.int32, count)
-        self.pending.clear()
-        return count
+        return self._take(places, values)
 
     def write(self) -> None:
         """Write all that is new at once."""
@@ -46,11 +42,17 @@ class Changes:
         if not count:
             return
         pairs = np.empty((2, -(-count // 4) * 4), np.int32)  # both halves begin where the kernel is compiled for
-        pairs[0, :count] = np.fromiter(self.pending, np.int32, count)
-        pairs[1, :count] = np.fromiter(self.pending.values(), np.int32, count)
-        self.pending.clear()
+        self._take(*pairs)
         where, values = to_device(torch.from_numpy(pairs), self._flats[0].device)
         kernels.write_changes(self._flats, where[:count], values[:count], None)
+
+    def _take(self, places: Ints, values: Ints) -> int:
+        """Move all that is new there, and return how many that is."""
+        count = len(self.pending)
+        places[:count] = np.fromiter(self.pending, np.int32, count)
+        values[:count] = np.fromiter(self.pending.values(), np.int32, count)
+        self.pending.clear()
+        return count
 
     def written(self, where: Tensor, values: Tensor, count: Tensor) -> None:
         """Write the first `count` (1,) of what was put; both (n,) int32 on the device."""

@@ -86,7 +86,6 @@ class CudaMixtures(Mixtures):
         self._changed = False
         self._active: frozenset[str] = frozenset()
         self._listed = np.zeros((rows, len(groups)), np.int32)  # entries of each row, by group
-        self._in_lists: list[set[int]] = [set() for _ in range(rows)]  # in which groups a row has some
 
     def assign(self, row: int, mixture: RowMixture) -> None:
         """See `Mixtures.assign`."""
@@ -119,7 +118,7 @@ class CudaMixtures(Mixtures):
     def _list(self, row: int, weights: Mapping[AdapterKey, int]) -> None:
         """Let a row's lists say what its mixture is, given the bits of its weights."""
         parts = [(self._in_use[key].own, bits << 32) for key, bits in weights.items() if bits]
-        for g in {g for own, _ in parts for g in own} | self._in_lists[row]:
+        for g in {g for own, _ in parts for g in own}.union(np.flatnonzero(self._listed[row]).tolist()):
             numbers: list[int] = []
             ends = [0]
             for target in range(len(self.groups[g].targets)):
@@ -132,7 +131,6 @@ class CudaMixtures(Mixtures):
             start = len(self.flats[0]) + 2 * (g * len(self.rows) + row) * OWN_WIDTH
             halves = struct.unpack(f"={2 * len(listed)}i", struct.pack(f"={len(listed)}q", *listed))
             self.changes.update(enumerate(halves, start))
-        self._in_lists[row] = {g for own, _ in parts for g in own}
 
     @property
     def active(self) -> frozenset[str]:

@@ -229,8 +229,8 @@ def test_a_plain_folder_is_lent_too(caches: list[Any], nodes: Nodes, push: Any, 
     assert total(caches, "downloads") == before
 
 
-def test_a_peer_that_hangs_costs_a_moment_and_no_answer(caches: list[Any], push: Any) -> None:
-    lonely, *others = (push(f"lonely-{i}") for i in range(4))
+def test_a_peer_that_hangs_costs_a_moment_and_no_answer(caches: list[Any], push: Any, alone: None) -> None:
+    lonely, lonelier = push("lonely"), push("lonelier")
     fetch(caches[0], lonely)
     hung = ray.get(caches[0].pid.remote())
     os.kill(hung, signal.SIGSTOP)
@@ -238,15 +238,13 @@ def test_a_peer_that_hangs_costs_a_moment_and_no_answer(caches: list[Any], push:
         started = time.monotonic()
         fetch(caches[1], lonely)
         first = time.monotonic() - started
-        later = []
-        for key in others:
-            started = time.monotonic()
-            fetch(caches[1], key)
-            later.append(time.monotonic() - started)
+        started = time.monotonic()
+        fetch(caches[1], lonelier)
+        second = time.monotonic() - started
     finally:
         os.kill(hung, signal.SIGCONT)
     assert first < 5
-    assert min(later) < 1, "it is left alone for a while"  # any that asked it would wait longer; a busy machine, too
+    assert second < 1, "it is left alone for a while"
 
 
 def test_killed_while_downloading_a_cache_keeps_no_half_and_goes_on(
