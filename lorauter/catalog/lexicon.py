@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,11 +40,40 @@ class Words(NamedTuple):
         return cls(buckets.astype(np.uint16), np.bincount(places, shares).astype(np.float32))
 
 
+class Texts(NamedTuple):
+    """The words of n texts, text after text: their `grams`, and whose each is, `of` [0, n)."""
+
+    grams: Grams
+    of: NDArray[np.int64]
+    n: int
+
+    @classmethod
+    def taken_apart(cls, texts: Sequence[str]) -> Texts:
+        """All at once: to sort few numbers takes hardly longer than to begin."""
+        hashes: list[int] = []
+        counts = []
+        for text in texts:
+            words = list(map(str.encode, _WORDS.findall(text.lower(), 0, 64 * _MAX_WORDS)[:_MAX_WORDS]))
+            of_words = list(map(zlib.crc32, words))
+            hashes += of_words
+            hashes += map(zlib.crc32, map(b" ".__add__, words[1:]), of_words)  # a pair's goes on from its first word's
+            counts.append(max(0, 2 * len(words) - 1))
+        keys = np.array(hashes, np.int64) % _BUCKETS + (_BUCKETS * np.arange(len(texts))).repeat(counts)
+        keys.sort()
+        first = np.ones(len(keys), np.bool_)
+        np.not_equal(keys[1:], keys[:-1], out=first[1:])
+        of, grams = np.divmod(keys[first], _BUCKETS)
+        return cls(grams, of, len(texts))
+
+    @classmethod
+    def one(cls, grams: Grams) -> Texts:
+        """A text that was taken apart."""
+        return cls(grams, np.zeros(len(grams), np.int64), 1)
+
+
 def grams_of(text: str) -> Grams:
     """Take a text apart."""
-    words = list(map(str.encode, _WORDS.findall(text.lower(), 0, 64 * _MAX_WORDS)[:_MAX_WORDS]))
-    grams = {*words, *map(b" ".join, pairwise(words))}
-    return np.unique(np.fromiter(map(zlib.crc32, grams), np.int64, len(grams)) % _BUCKETS)
+    return Texts.taken_apart([text]).grams
 
 
 def idf_of(grams: Iterable[Grams]) -> NDArray[np.float32]:
@@ -58,7 +86,7 @@ def idf_of(grams: Iterable[Grams]) -> NDArray[np.float32]:
 
 
 class WordTable:
-    """The words of tasks that many texts are compared to: says what `similarities` does, in less time.
+    """The words of tasks that many texts are compared to: says what `similarities` does of each, in less time.
 
     Args:
         tasks, idf: as `similarities` takes them.
@@ -67,20 +95,20 @@ class WordTable:
     def __init__(self, tasks: Sequence[Words], idf: NDArray[np.float32]) -> None:
         buckets, values, owners = _joined(tasks, idf)
         order = np.argsort(buckets, kind="stable")
-        self._idf = idf
-        self._values, self._owners = values[order], owners[order]
-        self._starts = np.searchsorted(buckets[order], np.arange(_BUCKETS + 1))
-        self._lengths = _lengths(values, owners, len(tasks))
+        self._owners, self._products = owners[order], idf[buckets[order]] * values[order]
+        starts = np.searchsorted(buckets[order], np.arange(_BUCKETS + 1))
+        self._starts, self._counts = starts[:-1], np.diff(starts)
+        self._lengths, self._squares = _lengths(values, owners, len(tasks)), np.square(idf)
 
-    def similarities(self, grams: Grams) -> NDArray[np.float32]:
-        """The cosines of a text to the tasks: (len(tasks),)."""
-        starts, idf = self._starts[grams], self._idf[grams]
-        counts = self._starts[grams + 1] - starts
-        ends = np.cumsum(counts)
-        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
-        products = np.repeat(idf, counts) * self._values[places]
-        dots = np.bincount(self._owners[places], products, len(self._lengths))
-        return _cosines(dots, self._lengths, idf)
+    def similarities(self, texts: Texts) -> NDArray[np.float32]:
+        """The cosines of n texts to the tasks: (n, len(tasks)); each text's are the same whatever the others are."""
+        (grams, of, n), tasks = texts, len(self._lengths)
+        starts, counts = self._starts[grams], self._counts[grams]
+        ends = counts.cumsum()
+        places = np.arange(ends[-1] if len(ends) else 0) + (starts - (ends - counts)).repeat(counts)
+        cells = (of * tasks).repeat(counts) + self._owners[places]
+        dots = np.bincount(cells, self._products[places], n * tasks).reshape(n, tasks)
+        return _cosines(dots, self._lengths, np.sqrt(np.bincount(of, self._squares[grams], n))[:, None])
 
 
 def similarities(grams: Grams, tasks: Sequence[Words], idf: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -91,7 +119,7 @@ def similarities(grams: Grams, tasks: Sequence[Words], idf: NDArray[np.float32])
     query[grams] = idf[grams]
     buckets, values, owners = _joined(tasks, idf)
     dots = np.bincount(owners, query[buckets] * values, len(tasks))
-    return _cosines(dots, _lengths(values, owners, len(tasks)), query)
+    return _cosines(dots, _lengths(values, owners, len(tasks)), np.linalg.norm(query))
 
 
 def _joined(
@@ -107,5 +135,5 @@ def _lengths(values: NDArray[np.float32], owners: NDArray[np.int64], count: int)
     return np.sqrt(np.bincount(owners, values * values, count))
 
 
-def _cosines(dots: NDArray[Any], lengths: NDArray[np.float64], query: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.asarray(dots / np.maximum(lengths * np.linalg.norm(query), 1e-12), np.float32)
+def _cosines(dots: NDArray[Any], lengths: NDArray[np.float64], of_texts: Any) -> NDArray[np.float32]:
+    return np.asarray(dots / np.maximum(lengths * of_texts, 1e-12), np.float32)

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lorauter.catalog.lexicon import Grams, Words, WordTable, grams_of, idf_of, similarities
+from lorauter.catalog.lexicon import Grams, Texts, Words, WordTable, idf_of, similarities
 from lorauter.catalog.sample import Sample
 from lorauter.catalog.whitening import Centred, States, Whitening, mean_state
 from lorauter.encoder import Embeddings
@@ -51,10 +51,10 @@ _STRANGEST = 0.02  # share of the held-out examples, their task taken out, that 
 
 
 class Known(NamedTuple):
-    """What a reranker makes of c tasks by themselves: their centroids under its precision (c, d), what `norms_of` says
-    of them (c,), their words, and their states, if there are any."""
+    """What a reranker makes of c tasks by themselves: their centroids, and these under its precision (2 c, d), what
+    `norms_of` says of them (c,), their words, and their states, if there are any."""
 
-    inside: Embeddings
+    directions: Embeddings
     norms: Embeddings
     words: WordTable
     states: Centred | None
@@ -118,20 +118,20 @@ class Tasks(Protocol):
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the reranker says of one query.
+    """What the reranker says of n queries; of each the same to the last bit, whatever the others are.
 
     Attributes:
-        logits: (c,) of the candidates, in their order.
-        familiarity: the probability that the query belongs to one of them.
-        stranger: whether it is stranger than nearly every query of a task that the catalog lacks.
-        words: (c,) cosines to the candidates' words.
-        cosines: (c,) to their centroids.
-        states: (c,) similarities to their states, if the query's is known.
+        logits: (n, c) of the candidates, in their order; minus infinity of those that a query may not be of.
+        familiarity: (n,) the probability that the query belongs to one of those that it may be of.
+        stranger: (n,) whether it is stranger than nearly every query of a task that the catalog lacks.
+        words: (n, c) cosines to the candidates' words.
+        cosines: (n, c) to their centroids.
+        states: (n, c) similarities to their states, if the queries' are known.
     """
 
     logits: Floats
-    familiarity: float
-    stranger: bool
+    familiarity: Floats
+    stranger: NDArray[np.bool_]
     words: Floats
     cosines: Floats
     states: Floats | None = None
@@ -216,34 +216,39 @@ class Reranker:
 
     def rank(
         self,
-        embedding: Embeddings,
-        text: str,
+        embeddings: Embeddings,
+        texts: Sequence[str],
         candidates: Candidates,
         norms: Embeddings | None = None,
-        state: NDArray[Any] | None = None,
+        states: NDArray[Any] | None = None,
         whitening: Whitening | None = None,
+        among: NDArray[np.bool_] | None = None,
     ) -> Ranking:
-        """Judge candidates, at least one, for a query: its (d,) embedding and its text.
+        """Judge candidates for n queries: their (n, d) embeddings and their texts.
 
         Args:
             norms: (c,) what `norms_of` says of the candidates, if that is known.
-            state: (layers, width) of the query, if that is known and the candidates have states.
-            whitening: of their states, without tasks that the query must not know of.
+            states: (n, layers, width) of the queries, if they are known and the candidates have states.
+            whitening: of their states, without tasks that the queries must not know of.
+            among: (n, c) which of the candidates each query may be of, at least one; None are all.
         """
         known = candidates.known
         if norms is None:
             norms = known.norms if known else norms_of(candidates.centroids, candidates.lengths, self.precision)
-        parts = _parts(embedding, grams_of(text), candidates, norms, self.precision, self.idf)
+        parts = _parts(embeddings, Texts.taken_apart(texts), candidates, norms, self.precision, self.idf)
         similar = None
         fitted: Reranker | ByStates = self
-        if state is not None and self.by_states is not None and candidates.states is not None:
+        if states is not None and self.by_states is not None and candidates.states is not None:
             fitted, whitening = self.by_states, whitening or self.by_states.whitening
             tasks = known.states if known and known.states else whitening.centred(candidates.states)
-            similar = whitening.similarities(state[None], tasks)[0]
-            parts = np.column_stack([parts, similar])
-        logits = parts @ fitted.coefficients
-        chance = float(_sigmoid(_features(parts[None], logits[None]) @ fitted.familiar)[0])
-        return Ranking(logits, chance, chance < fitted.stranger, parts[:, 1], parts[:, 2], similar)
+            similar = whitening.similarities(states, tasks, apart=True)
+            parts = np.concatenate([parts, similar[:, :, None]], axis=2)
+        logits, cosines, words = parts @ fitted.coefficients, parts[:, :, 2], parts[:, :, 1]
+        if among is not None:
+            logits = np.where(among, logits, -np.inf)
+            parts = np.where(among[:, :, None], parts, -np.inf)
+        chances = _sigmoid((_features(parts, logits) * fitted.familiar).sum(axis=1))
+        return Ranking(logits, chances, chances < fitted.stranger, words, cosines, similar)
 
     def knowing(self, candidates: Candidates) -> Candidates:
         """The same candidates, for many queries."""
@@ -251,8 +256,8 @@ class Reranker:
         if self.by_states is not None and candidates.states is not None:
             states = self.by_states.whitening.centred(candidates.states)
         norms = norms_of(candidates.centroids, candidates.lengths, self.precision)
-        inside, words = candidates.centroids @ self.precision, WordTable(candidates.words, self.idf)
-        return candidates._replace(known=Known(inside, norms, words, states))
+        directions = np.concatenate([candidates.centroids, candidates.centroids @ self.precision])
+        return candidates._replace(known=Known(directions, norms, WordTable(candidates.words, self.idf), states))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What `from_arrays` takes."""
@@ -282,23 +287,30 @@ def norms_of(centroids: Embeddings, lengths: NDArray[np.float32], precision: Emb
 
 
 def _parts(
-    embedding: Embeddings,
-    grams: Grams,
+    embeddings: Embeddings,
+    texts: Texts,
     candidates: Candidates,
     norms: Embeddings,
     precision: Embeddings,
     idf: NDArray[np.float32],
 ) -> Floats:
-    """(c, 3): of each candidate discriminant, words and cosine.
+    """(n, c, 3): of n queries and each candidate discriminant, words and cosine.
 
-    The discriminant of a task with mean m under the precision P is q P m - m P m / 2.
+    The discriminant of a task with mean m under the precision P is q P m - m P m / 2. Products are made query by query:
+    the last bits of a product of many hang on how many they are.
     """
-    known = candidates.known
-    inside = known.inside @ embedding if known else candidates.centroids @ (precision @ embedding)
-    parts = np.empty((len(norms), 3))
-    parts[:, 0] = candidates.lengths * inside - 0.5 * norms
-    parts[:, 1] = known.words.similarities(grams) if known else similarities(grams, candidates.words, idf)
-    parts[:, 2] = candidates.centroids @ embedding
+    known, columns = candidates.known, embeddings[:, :, None]
+    if known:
+        both, words = (known.directions @ columns)[:, :, 0], known.words.similarities(texts)
+        cosines, inside = both[:, : len(norms)], both[:, len(norms) :]
+    else:
+        cosines, inside = ((candidates.centroids @ of)[:, :, 0] for of in (columns, precision @ columns))
+        apart = [texts.grams[texts.of == n] for n in range(texts.n)]
+        words = np.stack([similarities(grams, candidates.words, idf) for grams in apart])
+    parts = np.empty((len(embeddings), len(norms), 3))
+    parts[:, :, 0] = candidates.lengths * inside - 0.5 * norms
+    parts[:, :, 1] = words
+    parts[:, :, 2] = cosines
     return parts
 
 
@@ -367,7 +379,14 @@ def _held_out(sample: Sample, tasks: Tasks) -> tuple[Floats, Floats]:
             norms = norms_of(centroids, lengths, precision).reshape(len(told), -1)
             of_fold = np.array(
                 [
-                    _parts(sample.examples[task][i], sample.grams[task][i], candidates, norm, precision, idf)
+                    _parts(
+                        sample.examples[task][i][None],
+                        Texts.one(sample.grams[task][i]),
+                        candidates,
+                        norm,
+                        precision,
+                        idf,
+                    )[0]
                     for (task, i, candidates), norm in zip(told, norms, strict=True)
                 ]
             )
@@ -440,12 +459,17 @@ def _fit_coefficients(parts: Floats) -> Floats:
 
 
 def _features(parts: Floats, logits: Floats) -> Floats:
-    """(n, 4) of n queries, for the logistic regression; (n, 5) where there are states."""
-    first = np.sort(logits, axis=1)[:, ::-1]
-    gap = first[:, 0] - first[:, 1] if logits.shape[1] > 1 else np.zeros(len(logits))
-    largest = parts.max(axis=1)
-    gaps = np.minimum(gap, _MAX_GAP)
-    return np.column_stack([np.ones(len(parts)), largest[:, 1:3], gaps, largest[:, 3:]])
+    """(n, 4) of n queries, for the logistic regression; (n, 5) where there are states. What a query may not be of is
+    minus infinity."""
+    features, largest = np.zeros((len(parts), parts.shape[2] + 1)), parts.max(axis=1)
+    features[:, 0] = 1.0
+    features[:, 1:3] = largest[:, 1:3]
+    features[:, 4:] = largest[:, 3:]
+    if logits.shape[1] > 1:
+        order = np.sort(logits, axis=1)
+        first, second = order[:, -1], order[:, -2]
+        np.minimum(first - second, _MAX_GAP, out=features[:, 3], where=second > -np.inf)
+    return features
 
 
 def _fit_familiar(parts: Floats, without: Floats, coefficients: Floats) -> tuple[Floats, float]:

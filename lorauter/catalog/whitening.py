@@ -115,18 +115,23 @@ class Whitening:
         rows = means.transpose(1, 0, 2).astype(np.float32) - self.mean[:, None]
         return Centred(rows, np.asarray(rows @ self.inverse, np.float32))
 
-    def similarities(self, states: NDArray[Any], tasks: Centred) -> NDArray[np.float64]:
-        """(n, c): of queries' states, (n, layers, d), to tasks."""
-        (a, a_inside), (b, b_inside) = self.centred(states), tasks
+    def similarities(self, states: NDArray[Any], tasks: Centred, *, apart: bool = False) -> NDArray[np.float64]:
+        """(n, c): of queries' states, (n, layers, d), to tasks; `apart`, each query's are the same to the last bit
+        whatever the others are."""
+        product = _row_by_row if apart else np.matmul
+        (b, b_inside), a = tasks, states.transpose(1, 0, 2).astype(np.float32) - self.mean[:, None]
+        a_inside = product(a, self.inverse)
         if self.added.shape[2]:  # something was taken out
             moved = self.moved[:, None]
             moved_inside = moved @ self.inverse
             a, a_inside, b, b_inside = a - moved, a_inside - moved_inside, b - moved, b_inside - moved_inside
-        a_added, b_added = a @ self.added, b @ self.added
-        products = a_inside @ b.transpose(0, 2, 1) + a_added @ b_added.transpose(0, 2, 1)
-        least = _NOTHING * len(self.mean[0]) / self.count
-        a_length = np.sqrt(np.maximum((a * a_inside).sum(axis=2) + (a_added * a_added).sum(axis=2), least))
-        b_length = np.sqrt(np.maximum((b * b_inside).sum(axis=2) + (b_added * b_added).sum(axis=2), least))
+        products, least = product(a_inside, b.transpose(0, 2, 1)), _NOTHING * len(self.mean[0]) / self.count
+        a_square, b_square = (a * a_inside).sum(axis=2), (b * b_inside).sum(axis=2)
+        if self.added.shape[2]:
+            a_added, b_added = product(a, self.added), b @ self.added
+            products += product(a_added, b_added.transpose(0, 2, 1))
+            a_square, b_square = a_square + (a_added * a_added).sum(axis=2), b_square + (b_added * b_added).sum(axis=2)
+        a_length, b_length = np.sqrt(np.maximum(a_square, least)), np.sqrt(np.maximum(b_square, least))
         return np.asarray((products / (a_length[:, :, None] * b_length[:, None])).mean(axis=0), np.float64)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -137,6 +142,12 @@ class Whitening:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Whitening:
         """The inverse of `arrays`. Raises KeyError."""
         return cls._untouched(arrays["mean"], arrays["inverse"], int(arrays["count"]))
+
+
+def _row_by_row(rows: NDArray[np.float32], by: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(layers, n, e): rows (layers, n, d) by (layers, d, e): the last bits of a product of many hang on how many they
+    are."""
+    return np.asarray((rows[:, :, None] @ by[:, None])[:, :, 0])
 
 
 def mean_state(states: States) -> NDArray[np.float16]:

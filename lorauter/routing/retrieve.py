@@ -6,25 +6,25 @@ adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorauter.catalog.catalog import Catalog, CatalogTask
+from lorauter.catalog.catalog import Catalog
 from lorauter.catalog.index import TaskSubset
 from lorauter.catalog.rerank import Candidates, Ranking, softmax
-from lorauter.catalog.segments import Segment
-from lorauter.catalog.shown import ShownExamples
-from lorauter.catalog.utility import COMPOSED, PRIOR_EXAMPLES, best_score, worths
 from lorauter.catalog.whitening import States, Whitening
 from lorauter.encoder import Embeddings
 from lorauter.errors import InvalidRequest
+from lorauter.routing.asked import Asked
 from lorauter.routing.examples import Shelf, Shown
 from lorauter.routing.options import RoutingConfig, RoutingOptions
+from lorauter.routing.worth import Floats, KnownTask, Scored, Worths
 from lorauter.states import StateModel
 from lorauter.tasks import Answers
 
@@ -34,11 +34,11 @@ _COSINE_LOGIT = 20.0  # a logit is that many cosines where tasks are not reranke
 _KINDRED_LOGIT = 50.0  # a logit is that many cosines of words
 _KINDRED_STATES_LOGIT = 40.0  # or similarities of states, and then of words
 _KINDRED_STATES_WORDS_LOGIT = 15.0
-_OWN = 0.5  # how much more what was made for a task is worth where a query is of it: scores are few, and noisy
-_NEIGHBOUR_TEMPERATURE = 0.2  # of the cosines that make a task's examples a query's neighbours
 _SELECTED_TASKS = 8  # likeliest tasks whose single examples are looked at
 _MAX_ADAPTERS = 64
 _KNOWN = 10_000  # tasks that are remembered as they were looked up
+_KNOWN_OPTIONS = 256  # options of which it is remembered what they come to
+_KNOWN_USABLE = 1000  # tasks of which it is remembered what some options may use
 _KNOWN_LENDERS = 256  # sets of adapters, of which it is remembered whom they serve
 _KNOWN_WHITENINGS = 64  # sets of tasks that were taken out of the whitening
 _KNOWN_SHELVES = 1000  # tasks whose examples are at hand
@@ -111,18 +111,19 @@ class Retriever:
         self._index = catalog.index
         self._reranker = catalog.reranker
         self._norms = catalog.norms
-        self._all = range(len(catalog))
-        self._known: dict[int, _Known] = {}
+        self._asked: dict[RoutingOptions, Asked] = {}
+        self._known: dict[int, KnownTask] = {}
         self._free: dict[int, tuple[str, ...]] = {}  # what may be used of a task where any adapter may
-        self._matrices: dict[int, Any] = {}
+        self._scored: dict[int, Scored | None] = {}
         self._lenders: dict[Hashable, TaskSubset] = {}
         self._whitenings: dict[Hashable, Whitening] = {}
         self._shelves: dict[int, Shelf] = {}
 
     @cached_property
-    def _whole(self) -> Candidates:
+    def _whole(self) -> tuple[Candidates, Worths]:
         """All tasks: of a catalog that has no more than a query is judged by."""
-        return self._reranker.knowing(self.catalog.candidates(np.arange(len(self.catalog))))
+        places = range(len(self.catalog))
+        return self._reranker.knowing(self.catalog.candidates(np.arange(len(places)))), self._worths(places)
 
     def retrieve_with(
         self,
@@ -144,7 +145,7 @@ class Retriever:
         """Which of the queries should be retrieved for once more, with their states."""
         if self.catalog.states is None:
             return []
-        configs = [self.config.asked(option) for option in options]
+        configs = (self._of(option).config for option in options)
         return [
             i
             for i, (one, config) in enumerate(zip(found, configs, strict=True))
@@ -158,7 +159,7 @@ class Retriever:
         options: Sequence[RoutingOptions],
         states: States | None = None,
     ) -> list[Retrieved]:
-        """What there is for n queries.
+        """What there is for n queries; for each the same to the last bit, whatever the others are.
 
         At least `num_tasks` tasks each, as far as there are; where they have not `top_k` adapters that may be used,
         the nearest tasks too that lend one.
@@ -181,44 +182,70 @@ class Retriever:
             raise InvalidRequest("the embeddings hold NaN or infinity")
         if states is not None and (self.catalog.states is None or states.shape[1:] != self.catalog.states.probe.shape):
             raise InvalidRequest(f"states of shape {states.shape} do not fit the catalog's")
-        own = [None if states is None or not np.isfinite(states[i]).all() else states[i] for i in range(len(options))]
         results = [Retrieved()] * len(options)
-        subsets = [option.among(self.catalog) for option in options]
-        wanted = [self._wanted(option) for option in options]
-        excluded = [{place for n in o.exclude_tasks if (place := self.catalog.place(n)) is not None} for o in options]
-        alike: dict[int, list[int]] = {}
-        for i, subset in enumerate(subsets):
-            if subset is None and not excluded[i] and wanted[i] >= len(self.catalog):  # all there are, and no others
-                results[i] = self._judge(embeddings[i], texts[i], self._all, options[i], own[i])
-            else:
-                alike.setdefault(id(subset), []).append(i)
-        for together in alike.values():
-            depth = max(wanted[i] + len(excluded[i]) for i in together)
-            found = self._index.search(embeddings[together], depth, subsets[together[0]])
-            for i, row in zip(together, found, strict=True):
+        asked = [self._of(option) for option in options]
+        stateful: list[bool] = [False] * len(options)
+        if states is not None:
+            stateful = [bool(np.isfinite(state).all()) for state in states]
+        lots: dict[int | None, tuple[list[int], Whitening | None]] = {}  # by what their states are compared under
+        searched: dict[int, list[int]] = {}  # by the tasks that are searched
+        for i, (one, has_state) in enumerate(zip(asked, stateful, strict=True)):
+            if not one.whole:
+                searched.setdefault(id(one.subset), []).append(i)
+            elif one.any:
+                whitening = self._whitening(one) if has_state else None
+                lots.setdefault(id(whitening) if has_state else None, ([], whitening))[0].append(i)
+        for lot, whitening in lots.values():
+            own = states[lot] if states is not None and stateful[lot[0]] else None
+            judged = self._judged_whole(
+                embeddings[lot], [texts[i] for i in lot], [asked[i] for i in lot], own, whitening
+            )
+            for i, found in zip(lot, judged, strict=True):
+                results[i] = found
+        for together in searched.values():
+            depth = max(asked[i].wanted + len(asked[i].excluded) for i in together)
+            rows = self._index.search(embeddings[together], depth, asked[together[0]].subset)
+            for i, row in zip(together, rows.tolist(), strict=True):
                 # As many whatever is excluded and whoever shares the batch.
-                places = [place for place in row.tolist() if place >= 0 and place not in excluded[i]][: wanted[i]]
-                results[i] = self._judge(embeddings[i], texts[i], places, options[i], own[i])
-                if not self._filled(results[i], options[i]):
-                    lenders = self._nearest_lenders(embeddings[i], subsets[i], options[i])
-                    more = self._as_many_as_needed(places, (p for p in lenders if p not in excluded[i]), options[i])
+                one, query = asked[i], (embeddings[i : i + 1], [texts[i]])
+                places = [place for place in row if place >= 0 and place not in one.excluded][: one.wanted]
+                own = states[i : i + 1] if states is not None and stateful[i] else None
+                results[i] = self._judged_some(*query, places, one, own)
+                if not self._filled(results[i], one):
+                    lenders = self._nearest_lenders(query[0], one)
+                    more = self._as_many_as_needed(places, (p for p in lenders if p not in one.excluded), one)
                     if more:
-                        results[i] = self._judge(embeddings[i], texts[i], [*places, *more], options[i], own[i])
+                        results[i] = self._judged_some(*query, [*places, *more], one, own)
         return results
 
-    def _nearest_lenders(self, embedding: Embeddings, subset: TaskSubset | None, options: RoutingOptions) -> list[int]:
+    def _of(self, options: RoutingOptions) -> Asked:
+        """What options come to here."""
+
+        def make() -> Asked:
+            asked = Asked.of(options, self.catalog, self.config)
+            if options.allows_all:
+                asked.usable = self._free
+            return asked
+
+        known = self._asked.get(options)
+        return known if known is not None else _remembered(self._asked, _KNOWN_OPTIONS, options, make)
+
+    def _nearest_lenders(self, embedding: Embeddings, asked: Asked) -> list[int]:
         """The nearest tasks that have an adapter which may be used."""
-        lenders = _remembered(
-            self._lenders, _KNOWN_LENDERS, options.adapters_key, lambda: self._serving(options, subset)
-        )
-        depth = self._wanted(options) + self._top_k(options) + len(options.exclude_tasks)
-        row: list[int] = self._index.search(embedding[None], depth, lenders)[0].tolist()
+        options = asked.options
+        lenders = _remembered(self._lenders, _KNOWN_LENDERS, options.adapters_key, lambda: self._serving(asked))
+        depth = asked.wanted + asked.top_k + len(options.exclude_tasks)
+        row: list[int] = self._index.search(embedding, depth, lenders)[0].tolist()
         return [place for place in row if place >= 0]
 
-    def _as_many_as_needed(self, places: list[int], lenders: Iterable[int], options: RoutingOptions) -> list[int]:
+    def _serving(self, asked: Asked) -> TaskSubset:
+        mask = self.catalog.served_by(asked.options.allows)
+        return TaskSubset(mask if asked.subset is None else mask & asked.subset.mask)
+
+    def _as_many_as_needed(self, places: list[int], lenders: Iterable[int], asked: Asked) -> list[int]:
         """Of tasks that lend an adapter the first that are not among `places`, until there are adapters enough."""
-        utility, needed = self.config.asked(options).composition == "utility", self._top_k(options)
-        usable = [set(self._usable(place, options)) for place in places]
+        utility, needed = asked.config.composition == "utility", asked.top_k
+        usable = [set(self._usable(place, asked)) for place in places]
         lent, adapters, more = sum(map(bool, usable)), set().union(*usable), list[int]()
         for place in lenders:
             if lent >= needed or (utility and len(adapters) >= needed):
@@ -226,27 +253,20 @@ class Retriever:
             if place not in places:
                 more.append(place)
                 lent += 1
-                adapters.update(self._usable(place, options))
+                adapters.update(self._usable(place, asked))
         return more
 
-    def _wanted(self, options: RoutingOptions) -> int:
-        config = self.config.asked(options)
-        return max(config.num_tasks, config.candidates * config.rerank, self._top_k(options))
-
-    def _top_k(self, options: RoutingOptions) -> int:
-        return options.top_k or self.config.asked(options).top_k
-
-    def _filled(self, result: Retrieved, options: RoutingOptions) -> bool:
+    def _filled(self, result: Retrieved, asked: Asked) -> bool:
         """Whether there are adapters enough."""
-        lending = sum(bool(task.adapters) for task in result.tasks) if self.catalog.adapters else self._top_k(options)
-        if self.config.asked(options).composition == "utility":
+        lending = sum(bool(task.adapters) for task in result.tasks) if self.catalog.adapters else asked.top_k
+        if asked.config.composition == "utility":
             lending = max(lending, len(result.adapters))
-        return lending >= self._top_k(options)
+        return lending >= asked.top_k
 
-    def _whitening(self, excluded: Collection[str]) -> Whitening | None:
+    def _whitening(self, asked: Asked) -> Whitening | None:
         """The states' without tasks that are not to be known; None where that is the catalog's own."""
         whitening = self._reranker.by_states.whitening if self._reranker.by_states is not None else None
-        seen = frozenset(self.catalog.sampled.intersection(excluded))
+        seen = self.catalog.sampled.intersection(asked.options.exclude_tasks)
         if whitening is None or not seen:
             return None
 
@@ -256,52 +276,96 @@ class Retriever:
 
         return _remembered(self._whitenings, _KNOWN_WHITENINGS, seen, make)
 
-    def _judge(
-        self, embedding: Embeddings, text: str, found: Sequence[int], options: RoutingOptions, state: States | None
-    ) -> Retrieved:
-        if not found:
-            return Retrieved()
-        places = np.array(found, np.int64)
-        whitening = None if state is None else self._whitening(options.exclude_tasks)
-        if found is self._all:
-            ranking = self._reranker.rank(embedding, text, self._whole, None, state, whitening)
-        else:
-            candidates, norms = self.catalog.candidates(places), self._norms[places]
-            ranking = self._reranker.rank(embedding, text, candidates, norms, state, whitening)
-        config, top_k = self.config.asked(options), self._top_k(options)
-        logits = ranking.logits if config.rerank else _COSINE_LOGIT * ranking.cosines
-        order = np.argsort(-logits, kind="stable")
-        chances = softmax(logits)
-        own, kindred = (of[order] for of in _chances(ranking, logits, chances, config))
-        places = places[order]
-        tasks: list[RetrievedTask] = []
-        lent = 0
-        ranked = zip(places.tolist(), ranking.cosines[order].tolist(), chances[order].tolist(), strict=True)
-        for place, score, probability in ranked:
-            if len(tasks) >= config.num_tasks and lent >= top_k:
-                break
-            adapters = self._usable(place, options)
-            if len(tasks) < config.num_tasks or adapters:
-                known = self._look(place)
-                tasks.append(RetrievedTask(known.task, score, adapters, probability, known.answers))
-                lent += bool(adapters)
-        return Retrieved(
-            tuple(tasks),
-            self._utilities(embedding, places, own, kindred, options),
-            ranking.familiarity,
-            ranking.stranger,
-            ranking.states is not None,
-            self._shown(embedding, int(places[0]), ranking.familiarity * float(chances.max()), options),
-        )
+    def _judged_whole(
+        self,
+        embeddings: Embeddings,
+        texts: Sequence[str],
+        asked: Sequence[Asked],
+        states: States | None,
+        whitening: Whitening | None,
+    ) -> list[Retrieved]:
+        """What all tasks are to queries, but for those that a query may not be of."""
+        (candidates, worths), among = self._whole, None
+        if any(one.among is not None for one in asked):
+            every = np.ones(len(self.catalog), np.bool_)
+            among = np.stack([every if one.among is None else one.among for one in asked])
+        ranking = self._reranker.rank(embeddings, texts, candidates, None, states, whitening, among)
+        return self._judged(embeddings, ranking, worths, asked, among)
 
-    def _shown(self, embedding: Embeddings, place: int, confidence: float, options: RoutingOptions) -> Shown | None:
+    def _judged_some(
+        self, embedding: Embeddings, text: Sequence[str], places: Sequence[int], asked: Asked, state: States | None
+    ) -> Retrieved:
+        """What some tasks are to a query."""
+        if not places:
+            return Retrieved()
+        at = np.array(places, np.int64)
+        whitening = None if state is None else self._whitening(asked)
+        ranking = self._reranker.rank(embedding, text, self.catalog.candidates(at), self._norms[at], state, whitening)
+        return self._judged(embedding, ranking, self._worths(places), [asked])[0]
+
+    def _judged(
+        self,
+        embeddings: Embeddings,
+        ranking: Ranking,
+        worths: Worths,
+        asked: Sequence[Asked],
+        among: NDArray[np.bool_] | None = None,
+    ) -> list[Retrieved]:
+        """What tasks are to n queries, by how they rank; `among` (n, c) is which of them a query may be of."""
+        logits, every = ranking.logits, np.arange(len(asked))[:, None]
+        if plain := [i for i, one in enumerate(asked) if not one.config.rerank]:
+            by_cosines = _COSINE_LOGIT * ranking.cosines[plain]
+            logits = logits.copy()
+            logits[plain] = by_cosines if among is None else np.where(among[plain], by_cosines, -np.inf)
+        chances, order = softmax(logits), np.argsort(-logits, axis=1, kind="stable")
+        own, kindred = _chances(ranking, chances, plain, among)
+        utilities = self._utilities(embeddings, worths, order, own, kindred, asked)
+        counts = [logits.shape[1]] * len(asked) if among is None else among.sum(axis=1).tolist()
+        columns = (of.tolist() for of in (order, ranking.cosines[every, order], chances[every, order]))
+        about = zip(ranking.familiarity.tolist(), ranking.stranger.tolist(), strict=True)
+        by_states = ranking.states is not None
+        return [
+            Retrieved(
+                self._tasks(worths, one, nths[:count], scores, probabilities),
+                useful,
+                familiarity,
+                stranger,
+                by_states,
+                self._shown(embedding, worths, nths[0], familiarity * probabilities[0], one),
+            )
+            for one, embedding, useful, count, nths, scores, probabilities, (familiarity, stranger) in zip(
+                asked, embeddings, utilities, counts, *columns, about, strict=True
+            )
+        ]
+
+    def _tasks(
+        self, worths: Worths, asked: Asked, order: Sequence[int], scores: Sequence[float], chances: Sequence[float]
+    ) -> tuple[RetrievedTask, ...]:
+        """As many of a query's tasks as it asks for, and that lend an adapter."""
+        tasks: list[RetrievedTask] = []
+        lent, num_tasks, top_k, usable = 0, asked.config.num_tasks, asked.top_k, asked.usable
+        for nth, score, chance in zip(order, scores, chances, strict=False):
+            few = len(tasks) < num_tasks
+            if not few and lent >= top_k:
+                break
+            place = worths.places[nth]
+            adapters = usable[place] if place in usable else self._usable(place, asked)
+            if few or adapters:
+                known = worths.tasks[nth]
+                tasks.append(RetrievedTask(known.task, score, adapters, chance, known.answers))
+                lent += bool(adapters)
+        return tuple(tasks)
+
+    def _shown(
+        self, embedding: Embeddings, worths: Worths, first: int, confidence: float, asked: Asked
+    ) -> Shown | None:
         """The first task's examples that go before a query; None where there is nothing to say of them.
 
         Raises:
             CatalogError, StoreError: they cannot be read.
         """
-        config = self.config.asked(options)
-        look = self._look(place)
+        config, options = asked.config, asked.options
+        look, place = worths.tasks[first], worths.places[first]
         known = look.shown
         count = config.examples if options.examples is None else options.examples
         if count is None:
@@ -323,114 +387,73 @@ class Retriever:
 
     def _utilities(
         self,
-        embedding: Embeddings,
-        places: NDArray[np.int64],
-        own: NDArray[np.float64],
-        kindred: NDArray[np.float64],
-        options: RoutingOptions,
-    ) -> tuple[AdapterUtility, ...]:
-        """Each adapter's worth for a task, times the chance of the task, summed.
+        embeddings: Embeddings,
+        worths: Worths,
+        order: NDArray[np.int64],
+        own: Floats,
+        kindred: Floats,
+        asked: Sequence[Asked],
+    ) -> list[tuple[AdapterUtility, ...]]:
+        """What the adapters are worth that each query may use."""
+        totals = worths.expected(own, kindred)
+        if self.config.selection == "similar":
+            for n, tasks in enumerate(order[:, :_SELECTED_TASKS].tolist()):
+                for task in tasks:
+                    if (scored := self._scores(place := worths.places[task])) is not None:
+                        by = scored.nearby(self.catalog.examples(place).embeddings, embeddings[n])
+                        worths.correct(totals[n], task, own[n, task], kindred[n, task], by)
+        for total, one in zip(totals, asked, strict=True):
+            if not one.options.allows_all:
+                total[~self._allowed(worths, one)] = 0.0
+        columns = np.argsort(-totals, axis=1, kind="stable")  # equals in the order of their names
+        values, counts = totals[np.arange(len(totals))[:, None], columns], (totals > 0).sum(axis=1)
+        found = []
+        for nths, value, count in zip(columns.tolist(), values.tolist(), counts.tolist(), strict=True):
+            useful = dict(zip([worths.names[nth] for nth in nths[:count]], value, strict=False))
+            one_of_each = islice(self._distinct(tuple(useful)), _MAX_ADAPTERS)
+            found.append(tuple(AdapterUtility(name, useful[name]) for name in one_of_each))
+        return found
 
-        What was composed for a task is of use to that task alone: on unseen ones it does worse than what it is of.
-        """
-        totals: dict[str, float] = {}
-        composed, nearby = self.catalog.composed, self.config.selection == "similar"
-        chances = zip(places.tolist(), own.tolist(), (own + kindred).tolist(), strict=True)
-        for nth, (place, known, chance) in enumerate(chances):
-            look = self._look(place)
-            worth: Sequence[float] = look.worth
-            if nearby and nth < _SELECTED_TASKS and self._scores(place) is not None:
-                worth = self._worths_nearby(embedding, place).tolist()
-            for name, value, more in zip(look.names, worth, look.more, strict=True):
-                share = known if name in composed else chance
-                totals[name] = totals.get(name, 0.0) + share * value + known * more
-        useful = [AdapterUtility(name, total) for name, total in totals.items() if total > 0]
-        allowed = useful if options.allows_all else [adapter for adapter in useful if options.allows(adapter.name)]
-        one_of_each = set(self._distinct([adapter.name for adapter in allowed]))
-        allowed = [adapter for adapter in allowed if adapter.name in one_of_each]
-        allowed.sort(key=lambda item: (-item.utility, item.name))
-        return tuple(allowed[:_MAX_ADAPTERS])
+    def _allowed(self, worths: Worths, asked: Asked) -> NDArray[np.bool_]:
+        if not asked.whole:
+            return asked.allows(worths.names)
+        if asked.allowed is None:
+            asked.allowed = asked.allows(worths.names)
+        return asked.allowed
 
-    def _worths_nearby(self, embedding: Embeddings, place: int) -> NDArray[np.float64]:
-        """The worths of a task's adapters with more weight on examples that resemble the query.
+    def _scores(self, place: int) -> Scored | None:
+        return _remembered(self._scored, _KNOWN, place, lambda: Scored.of(self.catalog.tasks[place]))
 
-        Of n examples that an adapter met, each counts by softmax(cosine / temperature) among them, in place of 1 / n.
-        """
-        values, tried, counts = self._scores(place)
-        worth = self._look(place).worth
-        examples = self.catalog.examples(place).embeddings
-        nearness = np.exp((examples @ embedding - 1).astype(np.float64) / _NEIGHBOUR_TEMPERATURE)
-        mass = tried @ nearness
-        nearby = np.divide(values @ nearness, mass, out=np.zeros_like(mass), where=mass > 0)
-        share = counts / (counts + PRIOR_EXAMPLES)
-        means = np.divide(values.sum(axis=1), counts, out=np.zeros_like(mass), where=counts > 0)
-        return np.asarray(worth + share * (nearby - means))
+    def _worths(self, places: Sequence[int]) -> Worths:
+        return Worths(places, [self._look(place) for place in places], self.catalog.composed)
 
-    def _look(self, place: int) -> _Known:
+    def _look(self, place: int) -> KnownTask:
         known = self._known.get(place)
         return known if known is not None else _remembered(self._known, _KNOWN, place, lambda: self._looked(place))
 
-    def _looked(self, place: int) -> _Known:
-        return _known(*self.catalog.at(place), self.catalog.composed)
+    def _looked(self, place: int) -> KnownTask:
+        return KnownTask.of(*self.catalog.at(place), self.catalog.composed)
 
-    def _usable(self, place: int, options: RoutingOptions) -> tuple[str, ...]:
+    def _usable(self, place: int, asked: Asked) -> tuple[str, ...]:
         """A task's adapters that may be used."""
-        if options.allows_all:
-            return _remembered(self._free, _KNOWN, place, lambda: self._distinct(self._look(place).names))
-        return self._distinct(tuple(filter(options.allows, self._look(place).names)))
 
-    def _distinct(self, names: Sequence[str]) -> tuple[str, ...]:
+        def make() -> tuple[str, ...]:
+            names = self._look(place).names
+            return self._distinct(names if asked.options.allows_all else tuple(filter(asked.options.allows, names)))
+
+        most = _KNOWN if asked.options.allows_all else _KNOWN_USABLE
+        return _remembered(asked.usable, most, place, make)
+
+    def _distinct(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Of those that compute the same one: that which was tried, if it is among them."""
         copies, chosen = self.catalog.copies, dict[str, str]()
         if not copies:
-            return tuple(names)
+            return names
         for name in names:
             of = copies.get(name)
             if of is not None and (of not in chosen or name == of):
                 chosen[of] = name
         return tuple(name for name in names if name not in copies or chosen[copies[name]] == name)
-
-    def _scores(self, place: int) -> Any:
-        return _remembered(self._matrices, _KNOWN, place, lambda: _matrix(self.catalog.tasks[place]))
-
-    def _serving(self, options: RoutingOptions, subset: TaskSubset | None) -> TaskSubset:
-        mask = self.catalog.served_by(options.allows)
-        return TaskSubset(mask if subset is None else mask & subset.mask)
-
-
-class _Known(NamedTuple):
-    """A task's name, its adapters, their worths and what they are worth more for a query that is of it; its answers, if
-    they are known; the adapters that were made for it, and what its examples do, as a segment has them."""
-
-    task: str
-    names: tuple[str, ...]
-    worth: tuple[float, ...]
-    more: tuple[float, ...]
-    answers: Answers | None
-    declared: tuple[str, ...]
-    shown: ShownExamples | None
-
-
-def _known(segment: Segment, i: int, composed: Container[str]) -> _Known:
-    """What was composed for a task has beaten the others that it ranks before, and takes nothing from them."""
-    adapters, declared = segment.ranked(i)
-    names = tuple(adapter.name for adapter in adapters)
-    others = [i for i, name in enumerate(names) if name not in composed]
-    found = worths([adapters[i].score for i in others], [declared[i] for i in others])
-    best, first = found.max(initial=1.0), min(others, default=len(names))
-    worth = np.where(np.arange(len(names)) < first, best + COMPOSED, best / 2)
-    worth[others] = found
-    more = np.where(np.arange(len(names)) < first, _OWN, 0.0)
-    more[others] = [_OWN * declared[i] for i in others]
-    return _Known(
-        segment.names[i],
-        names,
-        tuple(worth.tolist()),
-        tuple(more.tolist()),
-        segment.answers(i),
-        segment.declared(i),
-        segment.shown(i),
-    )
 
 
 def _remembered(known: dict[Key, Value], most: int, key: Key, make: Callable[[], Value]) -> Value:
@@ -442,28 +465,20 @@ def _remembered(known: dict[Key, Value], most: int, key: Key, make: Callable[[],
     return known[key]
 
 
-def _matrix(entry: CatalogTask) -> Any:
-    """Of a task's ranked adapters the scores by example relative to the best score, which were made, and how many;
-    None without any."""
-    if not entry.scores:
-        return None
-    values = np.zeros((len(entry.adapters), len(entry.task.validation)))
-    tried = np.zeros(values.shape)
-    for row, adapter in enumerate(entry.adapters):
-        for example, score in entry.scores.get(adapter.name, {}).items():
-            values[row, example], tried[row, example] = score, 1
-    return values / best_score(adapter.score for adapter in entry.adapters), tried, tried.sum(axis=1)
-
-
 def _chances(
-    ranking: Ranking, logits: NDArray[np.float64], own: NDArray[np.float64], config: RoutingConfig
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of each candidate, the probability that its adapters are those to use: as the query is one of it (`own`, if it is
-    one of any), and as it is one of a task that the catalog lacks and that is most like it."""
-    if not config.rerank:
-        return own, np.zeros_like(own)
+    ranking: Ranking, own: Floats, plain: Sequence[int], among: NDArray[np.bool_] | None
+) -> tuple[Floats, Floats]:
+    """Of each query and candidate, the probability that its adapters are those to use: as the query is one of it
+    (`own`, if it is one of any), and as it is one of a task that the catalog lacks and that is most like it, which
+    `plain` ones are not; `among` (n, c) is which of them a query may be of."""
     if ranking.states is None:
         kindred = _KINDRED_LOGIT * ranking.words
     else:
         kindred = _KINDRED_STATES_LOGIT * ranking.states + _KINDRED_STATES_WORDS_LOGIT * ranking.words
-    return ranking.familiarity * own, (1 - ranking.familiarity) * softmax(kindred)
+    if among is not None:
+        kindred = np.where(among, kindred, -np.inf)
+    familiarity = ranking.familiarity[:, None]
+    if plain:
+        familiarity = familiarity.copy()
+        familiarity[plain] = 1.0
+    return familiarity * own, (1 - familiarity) * softmax(kindred)

@@ -144,7 +144,9 @@ def test_the_reranker_is_kept_and_not_fitted_again(memory, catalog, monkeypatch)
     for name, array in catalog.reranker.arrays().items():
         np.testing.assert_array_equal(again.reranker.arrays()[name], array, err_msg=name)
     (query,) = ENCODER.encode(["another wic question"])
-    ranked = [c.reranker.rank(query, "another wic question", c.candidates(np.arange(3))) for c in (catalog, again)]
+    ranked = [
+        c.reranker.rank(query[None], ["another wic question"], c.candidates(np.arange(3))) for c in (catalog, again)
+    ]
     np.testing.assert_array_equal(ranked[0].logits, ranked[1].logits)
     assert ranked[0].familiarity == ranked[1].familiarity
     assert again.tasks[int(ranked[1].logits.argmax())].name == "wic"
@@ -312,7 +314,8 @@ def test_states_are_stored_with_whose_they_are(make_task, store) -> None:
     [state] = HashingStates().states(["one question"])
     [query] = ENCODER.encode(["one question"])
     one, two = (
-        of.reranker.rank(query, "one question", of.candidates(np.arange(3)), None, state) for of in (catalog, again)
+        of.reranker.rank(query[None], ["one question"], of.candidates(np.arange(3)), None, state[None])
+        for of in (catalog, again)
     )
     np.testing.assert_array_equal(one.logits, two.logits)
     assert (one.familiarity, one.states.tolist()) == (two.familiarity, two.states.tolist())

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lorauter.catalog.lexicon import Words, WordTable, grams_of, idf_of, similarities
+from lorauter.catalog.lexicon import Texts, Words, WordTable, grams_of, idf_of, similarities
 
 TASKS = [
     ["Is this film good? It was great.", "Is this film bad? It was slow, so slow."],
@@ -33,7 +33,7 @@ class Lexicon:
         words, grams = [self.words[task] for task in tasks], grams_of(text)
         found = similarities(grams, words, self.idf)
         if words:
-            table = WordTable(words, self.idf).similarities(grams)
+            [table] = WordTable(words, self.idf).similarities(Texts.one(grams))
             np.testing.assert_allclose(table, found, rtol=1e-6)
             assert table.dtype == found.dtype
         return found
@@ -116,6 +116,17 @@ def test_a_huge_text_takes_no_longer_than_its_head(unit) -> None:
     assert np.isfinite(lexicon.similarity(text)).all()
     assert np.isfinite(Lexicon([[text], ["b"]]).words[0].weights).all()
     assert time.process_time() - started < 1
+
+
+def test_what_is_said_of_a_text_is_the_same_in_any_company() -> None:
+    texts = ["", "Is this film good", "?", "quite unheard of", "Is this film good", "film " * 2000, ""]
+    lexicon = Lexicon(TASKS)
+    table, apart = WordTable(lexicon.words, lexicon.idf), Texts.taken_apart(texts)
+    found = table.similarities(apart)
+    for n, text in enumerate(texts):
+        np.testing.assert_array_equal(apart.grams[apart.of == n], grams_of(text))
+        np.testing.assert_array_equal(table.similarities(Texts.taken_apart([text])), found[n : n + 1])
+    assert table.similarities(Texts.taken_apart([])).shape == (0, 3)
 
 
 def test_what_is_kept_of_a_task_is_its_own_and_the_same_bytes() -> None:

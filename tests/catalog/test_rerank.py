@@ -9,6 +9,7 @@ from threadpoolctl import threadpool_limits
 from lorauter.catalog.lexicon import grams_of, idf_of
 from lorauter.catalog.rerank import Candidates, Ranking, Reranker, softmax
 from lorauter.catalog.sample import Sample
+from lorauter.catalog.whitening import Whitening
 from lorauter.encoder import normalised
 
 
@@ -80,7 +81,21 @@ class Fitted:
 
     def rank(self, embedding: np.ndarray, text: str, tasks: Sequence[int] | None = None) -> Ranking:
         places = np.arange(len(self.examples)) if tasks is None else np.asarray(tasks)
-        return self.reranker.rank(embedding, text, self.candidates(places))
+        return rank(self.reranker, embedding, text, self.candidates(places))
+
+
+def rank(
+    reranker: Reranker,
+    embedding: np.ndarray,
+    text: str,
+    candidates: Candidates,
+    state: np.ndarray | None = None,
+    whitening: Whitening | None = None,
+) -> Ranking:
+    """Of one query."""
+    states = None if state is None else state[None]
+    found = reranker.rank(embedding[None], [text], candidates, None, states, whitening)
+    return Ranking(*(None if of is None else of[0] for of in vars(found).values()))
 
 
 def assert_sound(ranking: Ranking, size: int) -> None:
@@ -121,7 +136,7 @@ def test_the_discriminant_is_fishers_with_a_shrunken_covariance() -> None:
     query = np.array([0.3, -0.2, 0.9, 0.1], np.float32)
     densities = np.array([-0.5 * (query - m) @ np.linalg.solve(covariance, query - m) for m in means])
     alone = replace(fitted.reranker, coefficients=np.array([1.0, 0.0, 0.0]))
-    scores = alone.rank(query, "", fitted.candidates(np.arange(3))).logits
+    scores = rank(alone, query, "", fitted.candidates(np.arange(3))).logits
     np.testing.assert_allclose(scores - scores[0], densities - densities[0], rtol=1e-3, atol=1e-3)
 
 
@@ -210,7 +225,7 @@ def test_it_is_the_same_after_it_was_taken_apart() -> None:
     assert again.stranger == fitted.reranker.stranger
     for task in range(9):
         query, text = world.embed(task), world.text(task)
-        one, two = fitted.rank(query, text), again.rank(query, text, fitted.candidates(np.arange(9)))
+        one, two = fitted.rank(query, text), rank(again, query, text, fitted.candidates(np.arange(9)))
         np.testing.assert_array_equal(one.logits, two.logits)
         assert one.familiarity == two.familiarity
     arrays = fitted.reranker.arrays()
@@ -239,7 +254,7 @@ def test_a_sample_of_many_tasks_gives_nearly_the_fit_of_all() -> None:
     tasks, agree, sure = whole.candidates(np.arange(300)), [], []
     for task in range(0, 300, 3):
         query, text = world.embed(task), world.text(task)
-        one, two = whole.reranker.rank(query, text, tasks), sampled.rank(query, text, tasks)
+        one, two = (rank(of, query, text, tasks) for of in (whole.reranker, sampled))
         agree.append(one.logits.argmax() == two.logits.argmax())
         sure.append((softmax(one.logits).max(), softmax(two.logits).max(), one.familiarity, two.familiarity))
     assert np.mean(agree) > 0.9
@@ -352,12 +367,12 @@ def test_states_tell_tasks_apart_and_strangers_from_all_of_them() -> None:
     by_states, all_tasks = fitted.reranker.by_states, np.arange(12)
     firsts, known, unknown, plain = [], [], [], []
     for task, embedding, text, state in asked:
-        ranking = fitted.reranker.rank(embedding, text, fitted.candidates(all_tasks), None, state)
+        ranking = rank(fitted.reranker, embedding, text, fitted.candidates(all_tasks), state)
         firsts.append(ranking.logits.argmax() == task)
         known.append(ranking.familiarity)
         others = fitted.candidates(all_tasks[all_tasks != task])
         whitening = by_states.whitening.without(states[task])
-        unknown.append(fitted.reranker.rank(embedding, text, others, None, state, whitening).familiarity)
+        unknown.append(rank(fitted.reranker, embedding, text, others, state, whitening).familiarity)
         plain.append(fitted.rank(embedding, text).logits.argmax() == task)
     assert np.mean(firsts) > np.mean(plain) + 0.1
     assert np.mean(np.array(known)[:, None] > np.array(unknown)) > 0.9
@@ -375,9 +390,39 @@ def test_what_is_known_of_candidates_says_what_they_say() -> None:
     without = reranker.by_states.whitening.without(states[1])
     embedding, text = world.embed(3), world.text(3)
     for state, whitening in ((None, None), (world.state(3), None), (world.state(3), without)):
-        one, two = (reranker.rank(embedding, text, of, None, state, whitening) for of in (plain, known))
+        one, two = (rank(reranker, embedding, text, of, state, whitening) for of in (plain, known))
         for name in ("logits", "familiarity", "words", "cosines", *(["states"] if state is not None else [])):
             np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize("remembered", [False, True])
+def test_what_is_said_of_a_query_is_the_same_in_any_company(with_states, remembered) -> None:
+    """And of some of the candidates what would be said if there were no others."""
+    world = StatesWorld(7, dimension=384, width=96)
+    embeddings, texts = world.examples(*[8] * 7)
+    fitted = Fitted(embeddings, texts, states=[np.stack([world.state(t) for _ in range(8)]) for t in range(7)])
+    every = fitted.candidates(np.arange(7))
+    candidates = fitted.reranker.knowing(every) if remembered else every
+    queries = np.stack([world.embed(n % 7) for n in range(11)])
+    asked = ["", *(world.text(n % 7) for n in range(10))]
+    states = np.stack([world.state(n % 7) for n in range(11)]) if with_states else None
+    among = np.ones((11, 7), np.bool_)
+    among[3, [0, 2]] = among[5, :6] = False
+    whole = fitted.reranker.rank(queries, asked, candidates, None, states, None, among)
+    for some in ([0], [3], [5, 3], [10, 2, 4, 5]):
+        own = None if states is None else states[some]
+        part = fitted.reranker.rank(queries[some], [asked[n] for n in some], candidates, None, own, None, among[some])
+        for name, value in vars(part).items():
+            np.testing.assert_array_equal(value, None if value is None else vars(whole)[name][some], err_msg=name)
+    for n in (3, 5):
+        left = np.flatnonzero(among[n])
+        alone = rank(
+            fitted.reranker, queries[n], asked[n], fitted.candidates(left), None if states is None else states[n]
+        )
+        np.testing.assert_allclose(whole.logits[n, left], alone.logits, rtol=1e-4, atol=1e-4)
+        assert np.isneginf(np.delete(whole.logits[n], left)).all()
+        assert whole.familiarity[n] == pytest.approx(alone.familiarity, rel=1e-4)
 
 
 def test_without_states_nothing_else_changes() -> None:
@@ -393,6 +438,6 @@ def test_one_example_a_task_takes_what_other_catalogs_gave() -> None:
     embeddings, texts = World(5).examples(*[1] * 5)
     states = [np.random.default_rng(task).standard_normal((1, 2, 16)).astype(np.float16) for task in range(5)]
     fitted = Fitted(embeddings, texts, states=states)
-    ranking = fitted.reranker.rank(embeddings[2][0], texts[2][0], fitted.candidates(np.arange(5)), None, states[2][0])
+    ranking = rank(fitted.reranker, embeddings[2][0], texts[2][0], fitted.candidates(np.arange(5)), states[2][0])
     assert ranking.logits.argmax() == 2
     assert np.isfinite([*ranking.logits, ranking.familiarity, *ranking.states]).all()

@@ -182,7 +182,8 @@ def test_the_adapters_of_kindred_tasks_serve_what_may_be_of_no_task(catalog, tex
     words = similarities(grams_of(text), catalog.candidates(np.arange(3)).words, catalog.reranker.idf).astype(float)
     kindred = dict(zip(TEXTS, softmax(50 * words), strict=True))
     rank = Reranker.rank
-    monkeypatch.setattr(Reranker, "rank", lambda *args: replace(rank(*args), familiarity=familiarity))
+    fixed = np.array([familiarity])
+    monkeypatch.setattr(Reranker, "rank", lambda *args: replace(rank(*args), familiarity=fixed))
     result = retrieve(catalog, text, selection="mean")
     chances = {t.name: familiarity * t.probability + (1 - familiarity) * kindred[t.name] for t in result.tasks}
     assert utilities(result) == pytest.approx(expected_worths(chances), rel=1e-5)
@@ -209,14 +210,15 @@ def test_tasks_come_in_the_order_of_the_reranker_with_their_cosines(catalog) -> 
     text = "does the contract make news"
     (query,) = ENCODER.encode([text])
     cosines = catalog.centroids @ query
-    ranking = catalog.reranker.rank(query, text, catalog.candidates(np.arange(3)))
+    ranking = catalog.reranker.rank(query[None], [text], catalog.candidates(np.arange(3)))
+    [logits] = ranking.logits
     result = retrieve(catalog, text, rerank=True)
-    order = np.argsort(-ranking.logits)
+    order = np.argsort(-logits)
     assert [task.name for task in result.tasks] == [catalog.tasks[i].name for i in order]
     assert [task.score for task in result.tasks] == pytest.approx(list(cosines[order]))
-    assert [task.probability for task in result.tasks] == pytest.approx(list(softmax(ranking.logits[order])))
-    assert result.familiarity == pytest.approx(ranking.familiarity)
-    assert retrieve(catalog, text, rerank=False).familiarity == pytest.approx(ranking.familiarity)
+    assert [task.probability for task in result.tasks] == pytest.approx(list(softmax(logits[order])))
+    assert result.familiarity == pytest.approx(ranking.familiarity[0])
+    assert retrieve(catalog, text, rerank=False).familiarity == pytest.approx(ranking.familiarity[0])
 
 
 def test_the_reranker_may_put_another_task_first_than_the_cosine(make_task) -> None:

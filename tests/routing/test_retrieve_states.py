@@ -90,7 +90,7 @@ def test_states_of_another_shape_are_refused(read, catalog, shape) -> None:
 def test_kindred_tasks_are_told_by_their_states(read, monkeypatch) -> None:
     """For an unknown task: softmax(40 s + 15 w) of the states' similarities and the words'."""
     rank = Reranker.rank
-    monkeypatch.setattr(Reranker, "rank", lambda *args: replace(rank(*args), familiarity=0.0))
+    monkeypatch.setattr(Reranker, "rank", lambda *args: replace(rank(*args), familiarity=np.zeros(1)))
     text = "which section would a film review be in"
     found, _ = look(read, text, sure=1.0, selection="mean")
     whitening = read.reranker.by_states.whitening
@@ -119,7 +119,8 @@ def test_the_whitening_has_never_seen_a_task_that_is_excluded(read, monkeypatch,
     expected = whitening.without(np.concatenate(gone)) if gone else whitening
     means = expected.centred(read.segments[0].states[left])
     similar = expected.similarities(HashingStates().states([text]), means)[0]
-    assert sorted(rankings[-1].states) == pytest.approx(sorted(similar), abs=1e-5)
+    assert rankings[-1].states[0, left] == pytest.approx(similar, abs=1e-5)
+    assert np.isneginf(np.delete(rankings[-1].logits[0], left)).all()
     if gone:
         assert abs(similar - whitening.similarities(HashingStates().states([text]), means)[0]).max() > 0.01
 
@@ -131,3 +132,38 @@ def test_what_is_taken_out_of_the_whitening_is_read_once(read, monkeypatch) -> N
     found = retriever.retrieve_with(HashingStates(), queries, texts, [options] * 2)
     monkeypatch.setattr(Catalog, "examples", lambda *_: pytest.fail("was read again"))
     assert retriever.retrieve_with(HashingStates(), queries, texts, [options] * 2) == found
+
+
+@pytest.mark.parametrize("config", [{}, {"selection": "similar"}, {"candidates": 2, "num_tasks": 1, "top_k": 2}])
+def test_what_is_found_is_the_same_in_any_company(read, config) -> None:
+    """Whatever the others ask for, and whether their states are known."""
+    retriever = Retriever(read, RoutingConfig(**config))
+    asked = [
+        ANY,
+        RoutingOptions(exclude_tasks=frozenset({"films"})),
+        RoutingOptions(preset="paper"),
+        RoutingOptions(exclude_tasks=frozenset(TEXTS)),
+        RoutingOptions(allow_adapters=frozenset({"critic", "lawyer"}), top_k=1),
+        RoutingOptions(exclude_adapters=frozenset({"critic"}), exclude_tasks=frozenset({"law", "nonsense"})),
+        RoutingOptions(preset="paper", exclude_tasks=frozenset({"news"})),
+    ]
+    texts = [
+        "was the film good news",
+        "the news of a contract",
+        "is a film law",
+        *(() if "candidates" in config else ["hello", ""]),
+    ]
+    queries = [(text, options, known) for text in texts for options in asked for known in (True, False)]
+    said, options, known = zip(*queries, strict=True)
+    embeddings, states = ENCODER.encode(said), HashingStates().states(said)
+    states[~np.array(known), 0, 0] = np.nan
+    together = retriever.retrieve(embeddings, said, options, states)
+    apart = [
+        retriever.retrieve(embeddings[i : i + 1], said[i : i + 1], options[i : i + 1], states[i : i + 1])[0]
+        for i in range(len(queries))
+    ]
+    assert together == apart
+    assert [one.by_states for one in together] == [
+        seen and len(of.exclude_tasks) < len(TEXTS) for seen, of in zip(known, options, strict=True)
+    ]
+    assert {one.stranger for one in together} == {True, False} or config
