@@ -61,12 +61,11 @@ class BlockPool:
         """Blocks to write to, or None if there are too few."""
         if wanted > len(self._free):
             return None
-        blocks = []
-        for _ in range(wanted):
-            block, _ = self._free.popitem(last=False)
-            self._forget(block)
+        blocks = [self._free.popitem(last=False)[0] for _ in range(wanted)]
+        for block in blocks:
+            if block in self._keys:
+                self._forget(block)
             self._holders[block] = 1
-            blocks.append(block)
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -127,17 +126,22 @@ class BlockPool:
         if len(self._runs) > _RUNS:
             self._runs.popitem(last=False)
 
-    def publish(self, parent: Parent, tokens: array[int], block: int) -> Parent:
-        """Let a full block that the caller holds be found, and return the parent of the block after it.
+    def publish(self, parent: Parent, tokens: array[int], blocks: Sequence[int]) -> Parent:
+        """Let full blocks with these tokens, one after the other, which the caller holds, be found, and return the
+        parent of the block after them.
 
         Where another block has the same content, that one stays known.
         """
-        key = parent, tokens.tobytes()
-        known = self._known.setdefault(key, block)
-        if known == block and block not in self._keys:
-            self._keys[block] = key
-            self._numbers[block] = next(self._next)
-        return self._numbers[known]
+        size, content = BLOCK * tokens.itemsize, tokens.tobytes()
+        known, keys, numbers = self._known, self._keys, self._numbers
+        for place, block in enumerate(blocks):
+            key = parent, content[place * size : (place + 1) * size]
+            of_content = known.setdefault(key, block)
+            if of_content == block and block not in keys:
+                keys[block] = key
+                numbers[block] = next(self._next)
+            parent = numbers[of_content]
+        return parent
 
     def forget(self, blocks: Sequence[int] | None = None) -> None:
         """Let the content of these blocks, or of all, be found no more."""

@@ -330,11 +330,10 @@ class EngineCore:
             self._end([(one.sequence, _not_finite(one.sequence)) for one in came if one.token == NOT_FINITE])
             came = came.sound()
         report.add([sequence.id for sequence in came.sequences], came.tokens, came.ended)
-        if self._waited or ranked:  # else nothing is to be said of those that go on
-            for event in came:
-                sequence = event.sequence
-                if event.place in ranked:
-                    report.ranked[sequence.id] = ranked[event.place]
+        if ranked:
+            report.ranked.update((e.sequence.id, ranked[e.place]) for e in came if e.place in ranked)
+        if self._waited:
+            for sequence in came.sequences:
                 if (waited := self._waited.pop(sequence.id, None)) is not None:  # it is its first
                     report.reused[sequence.id], report.waited[sequence.id] = sequence.reused, waited
         for i in came.ended:

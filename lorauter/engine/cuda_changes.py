@@ -6,6 +6,9 @@ Knows nothing of what the numbers mean.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,15 +18,43 @@ from lorauter.engine.plan import Ints
 from lorauter.engine.sampling import to_device
 
 
+class Pending:
+    """What is new of tensors, by place: no place twice before it is taken, for what is written at once has no order."""
+
+    def __init__(self) -> None:
+        self.places = array("i")
+        self.values = array("i")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def add(self, values: Mapping[int, int]) -> None:
+        """Values by place."""
+        self.places.extend(values)
+        self.values.extend(values.values())
+
+    def add_run(self, start: int, values: Sequence[int]) -> None:
+        """Values from a place on."""
+        self.places.extend(range(start, start + len(values)))
+        self.values.extend(values)
+
+    def take(self, places: Ints, values: Ints) -> int:
+        """Move all that is new there, and return how many that is."""
+        count = len(self)
+        places[:count], values[:count] = self.places, self.values
+        self.places, self.values = array("i"), array("i")
+        return count
+
+
 class Changes:
     """What is to be written.
 
     Args:
         flats: three tensors (any,) int32 on the device.
-        pending: by place, what is new there; places are counted as if one tensor followed the other.
+        pending: what is new there; places are counted as if one tensor followed the other.
     """
 
-    def __init__(self, flats: tuple[Tensor, Tensor, Tensor], pending: dict[int, int]) -> None:
+    def __init__(self, flats: tuple[Tensor, Tensor, Tensor], pending: Pending) -> None:
         self._flats = flats
         self.pending = pending
         self.third = len(flats[0]) + len(flats[1])
@@ -34,7 +65,7 @@ class Changes:
         if len(self.pending) > len(places):
             self.write()
             return 0
-        return self._take(places, values)
+        return self.pending.take(places, values)
 
     def write(self) -> None:
         """Write all that is new at once."""
@@ -42,17 +73,9 @@ class Changes:
         if not count:
             return
         pairs = np.empty((2, -(-count // 4) * 4), np.int32)  # both halves begin where the kernel is compiled for
-        self._take(*pairs)
+        self.pending.take(*pairs)
         where, values = to_device(torch.from_numpy(pairs), self._flats[0].device)
         kernels.write_changes(self._flats, where[:count], values[:count], None)
-
-    def _take(self, places: Ints, values: Ints) -> int:
-        """Move all that is new there, and return how many that is."""
-        count = len(self.pending)
-        places[:count] = np.fromiter(self.pending, np.int32, count)
-        values[:count] = np.fromiter(self.pending.values(), np.int32, count)
-        self.pending.clear()
-        return count
 
     def written(self, where: Tensor, values: Tensor, count: Tensor) -> None:
         """Write the first `count` (1,) of what was put; both (n,) int32 on the device."""

@@ -7,7 +7,6 @@ What changes is to be written into its place (`changes`); captured graphs read i
 from __future__ import annotations
 
 import math
-import struct
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorauter.engine.cuda_changes import Pending
 from lorauter.engine.cuda_own import OWN_COLUMNS, OWN_GROUPS, OWN_HEAD, OWN_MOST, OWN_WIDTH
 from lorauter.engine.mixtures import Mixtures, RowMixture
 from lorauter.engine.plan import AdapterKey
@@ -49,12 +49,16 @@ class GroupTiles:
         return self.group.targets in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+_Entries = dict[int, list[list[tuple[int, int, int]]]]
+"""By group, of each target entries: where A and B begin, and columns."""
+
+
 @dataclass
 class _InUse:
     placed: Placed
     tiles: NDArray[np.int64]  # (4, tiles) of all groups and targets
     targets: NDArray[np.int64]  # (tiles,) which group and target each is of, in their order
-    own: dict[int, list[list[tuple[int, int, int]]]]  # by group, of each target entries: where A and B begin, columns
+    own: _Entries
     rows: int
 
 
@@ -65,7 +69,7 @@ class CudaMixtures(Mixtures):
         weights: (rows, SLOTS) float32.
         of_group: by the first target.
         flats: weights and lists of columns as numbers (any,) int32 each.
-        changes: what is to be written there before the next step, by place, counted as if one followed the other.
+        changes: what is to be written there before the next step; places are counted as if one followed the other.
     """
 
     def __init__(self, groups: Sequence[Group], layers: int, arena: Tensor, rows: int) -> None:
@@ -76,7 +80,7 @@ class CudaMixtures(Mixtures):
         self._starts = torch.zeros(len(groups), 4, dtype=torch.int32, device=device)
         self._own = torch.zeros(len(groups), rows, OWN_WIDTH, dtype=torch.long, device=device)
         self.flats = self.weights.view(-1).view(torch.int32), self._own.view(-1).view(torch.int32)
-        self.changes: dict[int, int] = {}
+        self.changes = Pending()
         self.of_group = {
             group.first: GroupTiles(group, self._tiles[i], self._starts[i, : len(group.targets) + 1], self._own[i])
             for i, group in enumerate(groups)
@@ -85,29 +89,39 @@ class CudaMixtures(Mixtures):
         self._in_use: dict[AdapterKey, _InUse] = {}
         self._changed = False
         self._active: frozenset[str] = frozenset()
-        self._listed = np.zeros((rows, len(groups)), np.int32)  # entries of each row, by group
+        self._lists: list[set[int]] = [set() for _ in range(rows)]  # the groups in which each row has entries
+        self._listed = np.zeros((rows, len(groups)), np.int32)  # how many, by group
 
     def assign(self, row: int, mixture: RowMixture) -> None:
         """See `Mixtures.assign`."""
-        if not mixture and not self.rows[row]:
-            return
-        for placed, _ in self.rows[row]:
-            self.changes[row * SLOTS + placed.slot] = 0
-            self._in_use[placed.key].rows -= 1
+        self.change({row: mixture})
+
+    def change(self, rows: Mapping[int, RowMixture]) -> None:
+        """See `Mixtures.change`."""
+        for row in rows:
+            for placed, _ in self.rows[row]:
+                self._in_use[placed.key].rows -= 1
+        for row, mixture in rows.items():
+            if mixture or self.rows[row]:
+                self._set(row, mixture)
+
+    def _set(self, row: int, mixture: RowMixture) -> None:
+        first = row * SLOTS
+        numbers = dict.fromkeys([first + placed.slot for placed, _ in self.rows[row]], 0)
         super().assign(row, mixture)
         weights: dict[AdapterKey, float] = {}
         for placed, weight in self.rows[row]:
             weights[placed.key] = weights.get(placed.key, 0.0) + weight
-        bits = dict(zip(weights, _bits(weights.values()), strict=True))
-        for placed, _ in mixture:
-            self.changes[row * SLOTS + placed.slot] = bits[placed.key]
-        for placed, _ in mixture:
             known = self._in_use.get(placed.key)
             if known is None or (not known.rows and known.placed is not placed):  # it may lie elsewhere than before
-                self._in_use[placed.key] = _InUse(placed, *self._of(placed), self._own_of(placed), 0)
+                known = self._in_use[placed.key] = _InUse(placed, *self._of(placed), self._own_of(placed), 0)
                 self._changed = True
-            self._in_use[placed.key].rows += 1
-        self._list(row, bits)
+            known.rows += 1
+        bits = _bits(weights.values())
+        of_keys = [self._in_use[key] for key in weights]
+        numbers.update(zip([first + one.placed.slot for one in of_keys], bits, strict=True))
+        self.changes.add(numbers)
+        self._list(row, [(one.own, own << 32) for one, own in zip(of_keys, bits, strict=True) if own])
 
     def entries(self, rows: Collection[int]) -> float:
         """How long a step over these rows has to go along their lists: of each group the entries of the row that has
@@ -115,22 +129,26 @@ class CudaMixtures(Mixtures):
         most = self._listed[list(rows)].max(axis=0, initial=0)
         return float(most.sum()) if most.max(initial=0) <= OWN_MOST else math.inf
 
-    def _list(self, row: int, weights: Mapping[AdapterKey, int]) -> None:
-        """Let a row's lists say what its mixture is, given the bits of its weights."""
-        parts = [(self._in_use[key].own, bits << 32) for key, bits in weights.items() if bits]
-        for g in {g for own, _ in parts for g in own}.union(np.flatnonzero(self._listed[row]).tolist()):
-            numbers: list[int] = []
-            ends = [0]
+    def _list(self, row: int, parts: Sequence[tuple[_Entries, int]]) -> None:
+        """Let a row's lists say what its mixture is: the entries of adapters and the bits of their weights, shifted."""
+        groups = {g for entries, _ in parts for g in entries}
+        before = self._lists[row]
+        if not groups and not before:
+            return
+        self._lists[row] = groups
+        counts = [0] * len(self.groups)
+        for g in groups | before:
+            ends, numbers = [0] * OWN_HEAD, list[int]()
             for target in range(len(self.groups[g].targets)):
-                for own, bits in parts:
-                    for a, b, columns in own[g][target] if g in own else ():
+                for entries, bits in parts:
+                    for a, b, columns in entries[g][target] if g in entries else ():
                         numbers += (a, b, bits | columns)
-                ends.append(len(numbers) // 3)
-            self._listed[row, g] = ends[-1]
-            listed = ends + [0] * (OWN_HEAD - len(ends)) + numbers if ends[-1] <= OWN_MOST else [0] * OWN_HEAD
+                ends[target + 1] = len(numbers) // 3
+            counts[g] = len(numbers) // 3
+            listed = array("q", ends + numbers if counts[g] <= OWN_MOST else [0] * OWN_HEAD)
             start = len(self.flats[0]) + 2 * (g * len(self.rows) + row) * OWN_WIDTH
-            halves = struct.unpack(f"={2 * len(listed)}i", struct.pack(f"={len(listed)}q", *listed))
-            self.changes.update(enumerate(halves, start))
+            self.changes.add_run(start, array("i", listed.tobytes()))
+        self._listed[row] = counts
 
     @property
     def active(self) -> frozenset[str]:
@@ -168,7 +186,7 @@ class CudaMixtures(Mixtures):
         self._tiles[:, :, : packed.shape[2]].copy_(to_device(torch.from_numpy(packed), device))
         self._starts.copy_(to_device(torch.from_numpy(starts), device))
 
-    def _own_of(self, placed: Placed) -> dict[int, list[list[tuple[int, int, int]]]]:
+    def _own_of(self, placed: Placed) -> _Entries:
         """An adapter's entries, by group, of each target, where it has some."""
 
         def entries(part: Part | None, inputs: int, width: int) -> list[tuple[int, int, int]]:

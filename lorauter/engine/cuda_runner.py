@@ -13,6 +13,7 @@ chosen between two steps, by logits that the first of them has left. Knows nothi
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -178,8 +179,6 @@ class CudaRunner(Runner):
         self._capture_all(sizes)
         self._own_most, beside = self._measure()
         kernels.keep_rows(self._kept, self._kept, torch.zeros(1, 2, dtype=torch.int32, device=device))
-        self._changes.pending[self._changes.third + rows * self.memory.table.shape[1]] = 0
-        self._changes.write()  # compiles, as the line before does
         if measure:
             self._beside = beside
 
@@ -266,9 +265,10 @@ class CudaRunner(Runner):
         fits = end <= self._slots.arena.numel()
         self._slots.arena[: end * fits].zero_()
         placed = [Placed(("", str(i)), i, parts) for i in range(_USUAL_ADAPTERS)]
-        for row in rows:
-            self.mixtures.assign(row, [(placed[row % len(placed)], 1.0)] if parts and fits else ())
+        of_row = [[(one, 1.0)] if parts and fits else () for one in placed]
+        self.mixtures.change({row: of_row[row % len(of_row)] for row in rows})
         self.mixtures.of_step(rows)
+        self._changes.write()
         return fits
 
     def _seconds(self, size: _Size, kind: _Kind, rows: Sequence[int]) -> float:
@@ -301,14 +301,14 @@ class CudaRunner(Runner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Flight:
         """See `Runner.launch`."""
-        for start in plan.starts:
-            for placed, _ in self._slots.placed(start.mixture):
+        self._changes.write()  # what a launch that failed has left
+        for mixture in self._begin(plan):
+            for placed, _ in mixture:
                 if placed.copied is not None and not placed.copied.query():
                     torch.cuda.current_stream().wait_event(placed.copied)
-        self._begin(plan)
-        width, first, new = self.memory.table.shape[1], self._changes.third, self._changes.pending
+        width, first = self.memory.table.shape[1], self._changes.third
         for row, place, blocks in plan.blocks:
-            new.update(enumerate(blocks, first + row * width + place))
+            self._changes.pending.add_run(first + row * width + place, blocks)
         staging = self._staging.take()
         logits, chosen = self._compute(plan) if self._ranker.asked and plan.scored else self._replay(plan, staging)
         ends, positions = plan.ends
@@ -399,14 +399,19 @@ class CudaRunner(Runner):
         at = wanted = len(plan.decoding.rows)
         tokens[:at], rows[:at], positions[:at] = -1, plan.decoding.rows, plan.decoding.starts
         outputs[:at], output_rows[:at] = self._places[:at], plan.decoding.rows
-        for piece in (*plan.decoding.others, *plan.prompts):
-            first, at = at, at + piece.size
-            tokens[first:at], rows[first:at] = piece.tokens or -1, piece.row
-            positions[first:at] = self._places[: piece.size]
-            positions[first:at] += piece.start
-            if piece.samples:
-                outputs[wanted], output_rows[wanted] = at - 1, piece.row
-                wanted += 1
+        if pieces := (*plan.decoding.others, *plan.prompts):
+            known = array("i")
+            for piece in pieces:
+                known.extend(piece.tokens or (-1,))
+            first, at = at, at + len(known)
+            numbers = np.array([(piece.row, piece.start, piece.size, piece.samples) for piece in pieces], np.int32)
+            own, starts, lengths, samples = numbers.T
+            ends = first + lengths.cumsum()
+            tokens[first:at], rows[first:at] = known, own.repeat(lengths)
+            positions[first:at] = self._places[first:at] + (starts - ends + lengths).repeat(lengths)
+            asked = samples.astype(bool)
+            begun, wanted = wanted, wanted + int(samples.sum())
+            outputs[begun:wanted], output_rows[begun:wanted] = ends[asked] - 1, own[asked]
         tokens[at:], rows[at:], positions[at:] = 0, self._rows, 0
         outputs[wanted:], output_rows[wanted:], held[:] = 0, self._rows, -1
         if self._masked:

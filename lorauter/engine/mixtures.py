@@ -7,7 +7,7 @@ exact, and at no cost to tokens whose rows have none. Changing a row changes not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class Mixtures:
             (self._adapted.add if mixture else self._adapted.discard)(row)
             self._native.clear()
             self._known[row] = {}
+
+    def change(self, rows: Mapping[int, RowMixture]) -> None:
+        """The same for several rows, whose former mixtures are all gone before the new ones come."""
+        for row, mixture in rows.items():
+            self.assign(row, mixture)
 
     def of_step(self, rows: Collection[int]) -> Mixtures | None:
         """What a step over these rows takes: None if none of them has adapters."""

@@ -6,7 +6,7 @@ and is a step ahead of whoever takes the tokens. Knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from lorauter.engine.board import MaskBoard
 from lorauter.engine.cpu_kernels import load_kernels
 from lorauter.engine.cpu_step import CpuStep
 from lorauter.engine.logprobs import Ranker, StepRanks
-from lorauter.engine.mixtures import Mixtures
+from lorauter.engine.mixtures import Mixtures, RowMixture
 from lorauter.engine.model import Decoder
 from lorauter.engine.plan import NOT_FINITE, Choice, Piece, StepPlan
 from lorauter.engine.sampling import Sampler, to_device
@@ -166,16 +166,16 @@ class Runner:
         batch = self._batch(list(plan.pieces), len(plan.decoding), outputs)
         return self.decoder.forward(self._step(self.memory, batch), batch)
 
-    def _begin(self, plan: StepPlan) -> None:
-        """Rows as the step needs them."""
-        for row in plan.left:
-            self.mixtures.assign(row, ())
+    def _begin(self, plan: StepPlan) -> Collection[RowMixture]:
+        """Rows as the step needs them; returns the mixtures of those that are new."""
+        placed = {start.row: self._slots.placed(start.mixture) for start in plan.starts}
+        self.mixtures.change({**dict.fromkeys(plan.left, ()), **placed})
         for start in plan.starts:
-            self.mixtures.assign(start.row, self._slots.placed(start.mixture))
             self._sampler.start(start)
             self._ranker.start(start.row, start.sampling)
             masked = start.sampling.is_held and start.sampling.greedy
             (self._masked.add if masked else self._masked.discard)(start.row)
+        return placed.values()
 
     def _batch(self, pieces: Sequence[Piece], decoding: int, outputs: Sequence[int] | None) -> StepBatch:
         """A step's tokens.

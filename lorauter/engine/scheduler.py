@@ -262,11 +262,10 @@ class Scheduler:
         """
         if not self._reuse:
             return
-        full = min(sequence.position(self._planned), len(sequence.tokens)) // BLOCK
-        for place in range(sequence.published, full):
-            tokens = sequence.tokens[place * BLOCK : (place + 1) * BLOCK]
-            sequence.parent = self._pool.publish(sequence.parent, tokens, sequence.blocks[place])
-        sequence.published = max(full, sequence.published)
+        first, full = sequence.published, min(sequence.position(self._planned), len(sequence.tokens)) // BLOCK
+        if full > first:
+            tokens, blocks = sequence.tokens[first * BLOCK : full * BLOCK], sequence.blocks[first:full]
+            sequence.parent, sequence.published = self._pool.publish(sequence.parent, tokens, blocks), full
 
     # --- admission
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,10 +102,18 @@ class PackedAdapter:
 
     def tiles(self, groups: Sequence[Group]) -> list[int]:
         """How many tiles it has in each group."""
-        return [
-            sum(-(-self.parts[target].rank // TILE) for target in group.targets if target in self.parts)
-            for group in groups
-        ]
+        known = self._tiles
+        return [sum([known.get(target, 0) for target in group.targets]) for group in groups]
+
+    @cached_property
+    def all_tiles(self) -> int:
+        """How many it has in all groups."""
+        return sum(self._tiles.values())
+
+    @cached_property
+    def _tiles(self) -> dict[str, int]:
+        """How many it has of each target."""
+        return {target: -(-part.rank // TILE) for target, part in self.parts.items()}
 
 
 def pack(
@@ -254,6 +263,8 @@ class AdapterSlots:
                     f"the request's adapters need {total} bytes on the device; adapter_bytes is {self.budget_bytes}",
                     adapter=packed.name,
                 )
+        if sum([packed.all_tiles for packed in unique.values()]) <= MOST_TILES:  # so no group has more
+            return
         tiles = [packed.tiles(self.groups) for packed in unique.values()]
         for group, counts in zip(self.groups, zip(*tiles, strict=True), strict=False):
             if sum(counts) > MOST_TILES:

@@ -13,7 +13,7 @@ MIX = ((("a", "1"), 1.0),)
 def publish(pool, root, tokens, blocks):
     parent = root
     for place in range(len(tokens) // BLOCK):
-        parent = pool.publish(parent, tokens[place * BLOCK : (place + 1) * BLOCK], blocks[place])
+        parent = pool.publish(parent, tokens[place * BLOCK : (place + 1) * BLOCK], [blocks[place]])
     return parent
 
 
@@ -27,7 +27,7 @@ def test_full_blocks_of_the_same_beginning_are_found():
     other = array("i", [*TOKENS[:20], 7, *TOKENS[21:]])
     assert pool.find(MIX, other, 9)[0] == blocks[:1]
     assert pool.find(MIX, array("i", [9, *TOKENS[1:]]), 9)[0] == []
-    assert pool.publish(parent, array("i", [5] * BLOCK), blocks[3]) is not None
+    assert pool.publish(parent, array("i", [5] * BLOCK), [blocks[3]]) is not None
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_child_is_not_found_behind_another_parent():
     publish(pool, MIX, TOKENS[: 2 * BLOCK], blocks)
     pool.forget(blocks[:1])
     again = pool.take(1)
-    pool.publish(MIX, TOKENS[:BLOCK], again[0])
+    pool.publish(MIX, TOKENS[:BLOCK], [again[0]])
     assert pool.find(MIX, TOKENS, 9)[0] == again
 
 
@@ -96,7 +96,7 @@ def test_blocks_have_as_many_holders_as_hold_them(seed):
                 pool.release(found)
                 continue
             for place in range(len(found), 2):
-                parent = pool.publish(parent, tokens[place * BLOCK : (place + 1) * BLOCK], fresh[place - len(found)])
+                parent = pool.publish(parent, tokens[place * BLOCK : (place + 1) * BLOCK], [fresh[place - len(found)]])
             held.append(found + fresh)
         assert pool.free == 12 - len({block for blocks in held for block in blocks})
         assert 0 not in {block for blocks in held for block in blocks}
@@ -122,7 +122,7 @@ def test_a_long_beginning_is_found_in_one_look_as_it_is_block_by_block(seed, mon
                 blocks = None
             else:
                 for place, block in enumerate(fresh, len(blocks)):
-                    parent = pool.publish(parent, tokens[place * BLOCK : (place + 1) * BLOCK], block)
+                    parent = pool.publish(parent, tokens[place * BLOCK : (place + 1) * BLOCK], [block])
                 blocks += fresh
             found.append(blocks)
         monkeypatch.undo()

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 from lorauter.engine import cuda_changes
-from lorauter.engine.cuda_changes import Changes
+from lorauter.engine.cuda_changes import Changes, Pending
 
 
 @pytest.fixture
@@ -24,26 +24,33 @@ def flats(monkeypatch):
     return torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
 
 
+def pending(values):
+    result = Pending()
+    result.add(values)
+    return result
+
+
 def test_what_is_new_goes_with_a_step(flats):
-    changes = Changes(flats, {1: 10, 5: 50, 8: 80})
+    changes = Changes(flats, pending({1: 10, 8: 80}))
+    changes.pending.add_run(4, [40, 50])
     assert changes.third == 6
-    places, values = np.full(4, -1, np.int32), np.full(4, -1, np.int32)
-    assert changes.put(places, values) == 3
-    assert (places.tolist(), values.tolist()) == ([1, 5, 8, -1], [10, 50, 80, -1])
-    assert not changes.pending
-    changes.written(torch.from_numpy(places), torch.from_numpy(values), torch.tensor([3]))
-    assert [flat.tolist() for flat in flats] == [[0, 10, 0, 0], [0, 50], [0, 0, 80]]
+    places, values = np.full(5, -1, np.int32), np.full(5, -1, np.int32)
+    assert changes.put(places, values) == 4
+    assert (places.tolist(), values.tolist()) == ([1, 8, 4, 5, -1], [10, 80, 40, 50, -1])
+    assert not len(changes.pending)
+    changes.written(torch.from_numpy(places), torch.from_numpy(values), torch.tensor([4]))
+    assert [flat.tolist() for flat in flats] == [[0, 10, 0, 0], [40, 50], [0, 0, 80]]
     assert changes.put(places, values) == 0
 
 
 def test_what_it_has_no_room_for_is_written_at_once(flats):
-    changes = Changes(flats, {place: place + 1 for place in range(9)})
+    changes = Changes(flats, pending({place: place + 1 for place in range(9)}))
     places = np.full(8, -1, np.int32)
     assert changes.put(places, places.copy()) == 0
-    assert not changes.pending
+    assert not len(changes.pending)
     assert [flat.tolist() for flat in flats] == [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
 
 
 def test_where_nothing_is_new_nothing_is_written(flats, monkeypatch):
     monkeypatch.setattr(cuda_changes.kernels, "write_changes", None)
-    Changes(flats, {}).write()
+    Changes(flats, Pending()).write()

@@ -1,5 +1,6 @@
 """What GPU kernels read of rows' mixtures, on a CPU: tables that follow adapters wherever they are."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,12 +23,14 @@ class Table(cuda_mixtures.CudaMixtures):
     def of_step(self, rows):
         found = super().of_step(rows)
         weights, own = self.flats
-        for place, value in self.changes.items():
+        changes = np.empty((2, len(self.changes)), np.int32)
+        self.changes.take(*changes)
+        assert len({*changes[0]}) == len(changes[0])  # what is written at once has no order
+        for place, value in changes.T.tolist():
             if place < len(weights):
                 weights[place] = value
             else:
                 own[place - len(weights)] = value
-        self.changes.clear()
         return found
 
 
@@ -86,12 +89,20 @@ def test_an_adapter_that_comes_back_elsewhere_is_read_there(table):
     """Also where no step lies between its leaving and its coming back."""
     table.assign(0, [(placed(A, 5, 0), 1.0)])
     table.of_step({0})
-    table.assign(0, ())
-    table.assign(1, [(placed(A, 9, 2048), 1.0)])
+    table.change({1: [(placed(A, 9, 2048), 1.0)], 0: ()})
     table.of_step({1})
     assert tiles(table)[0] == (2048, 16, 9)
     assert table.weights[1, 9] == 1.0
     assert table.weights[0].abs().sum() == 0
+
+
+def test_a_row_goes_to_another_at_once(table):
+    table.change({0: [(placed(A, 5, 0), 1.0), (placed(B, 3, 1024), 2.0)]})
+    table.of_step({0})
+    table.change({0: [(placed(B, 3, 1024), 0.5)]})
+    table.of_step({0})
+    assert table.weights[0, [5, 3]].tolist() == [0.0, 0.5]
+    assert tiles(table) == [(1024, 16, 3), (1024 + 16 * 2 * 8, 4, 3)]
 
 
 def lists(table, row, first="gate_proj"):

@@ -144,7 +144,9 @@ def test_what_blocks_rows_have_is_written_by_the_step(runner_for, monkeypatch):
     pieces = [Piece(2, 0, array("i", [1]), samples=True)]
     runner.launch(StepPlan((), (), [(2, 1, [7, 8]), (3, 0, [9])], Decoding(others=pieces), ()))
     assert put.called
-    assert runner._changes.pending == {first + 2 * width + 1: 7, first + 2 * width + 2: 8, first + 3 * width: 9}
+    pending = runner._changes.pending
+    assert pending.places.tolist() == [first + 2 * width + 1, first + 2 * width + 2, first + 3 * width]
+    assert pending.values.tolist() == [7, 8, 9]
 
 
 def test_a_step_is_written_as_its_graph_reads_it(runner_for):
@@ -154,7 +156,7 @@ def test_a_step_is_written_as_its_graph_reads_it(runner_for):
     decoding = Decoding(np.array([6, 4], np.int32), np.array([17, 33], np.int32), others)
     size = next(size for size in runner._mixed if size.tokens >= 26)
     runner._masked.add(2)
-    runner._changes.pending |= {7: 70, runner._changes.third + 2: 9}
+    runner._changes.pending.add({7: 70, runner._changes.third + 2: 9})
     runner._write(runner._staging.take(), size, StepPlan((), (), (), decoding, prompts))
     found = [runner._numbers[start:end].tolist() for start, end in pairwise((0, *size.ends))]
     pad, missing = runner._rows, size.tokens - 26
@@ -163,7 +165,7 @@ def test_a_step_is_written_as_its_graph_reads_it(runner_for):
     assert found[2] == [17, 33, 5, 7, *range(10, 30), 0, 1, *[0] * missing]
     assert found[3:6] == [[0, 1, 2, 23], [6, 4, 0, 2], [-1, -1, -1, 2]]  # outputs, their rows, and which are held
     assert [found[7][:2], found[8][:2]] == [[7, runner._changes.third + 2], [70, 9]]
-    assert not runner._changes.pending
+    assert not len(runner._changes.pending)
     each = cuda_runner.kernels.query_tokens(runner._group)
     blocks = [(4 + start, min(each, 20 - start), 2, 10 + start) for start in range(0, 20, each)]
     queries = [*blocks, (24, 2, 3, 0)]
