@@ -33,7 +33,7 @@ _LARGE_GPU = 64 << 30
 REPORTS = {"request_routing_stats_period_s": 1.0, "request_routing_stats_timeout_s": 10.0}
 """How LoraModel's replicas are asked how busy they are (`LoraModel.record_routing_stats`)."""
 _CORES_EACH = {"Router": 2, "QueryEmbedder": 4, "TaskRetriever": 4}
-_MOST_AT_FIRST = {"Router": 8, "QueryEmbedder": 4, "TaskRetriever": 4}
+_MOST_AT_FIRST = {"Router": 8, "QueryEmbedder": 4, "TaskRetriever": 4}  # for a GPU
 _GROWS_TO = 4  # replicas, where one is enough at first
 # Calls in progress for which a replica is added. QueryEmbedder's are of many queries, four of each TaskRetriever.
 _ONGOING = {"Router": 100, "QueryEmbedder": 8, "TaskRetriever": 16}
@@ -173,7 +173,9 @@ def _scaling(overrides: Options, name: str) -> dict[str, Any]:
     """How a deployment of which each replica has one core's worth of Python scales, unless it is said: by the cores."""
     if _said(overrides, name) or _resources(overrides, name).get("num_gpus"):
         return {}
-    least = min(_MOST_AT_FIRST[name], max(1, int(resources().get("CPU", 1)) // _CORES_EACH[name]))
+    there = resources()
+    most = _MOST_AT_FIRST[name] * max(1, int(there.get("GPU", 1)))
+    least = min(most, max(1, int(there.get("CPU", 1)) // _CORES_EACH[name]))
     return {
         "autoscaling_config": {
             "min_replicas": least,

@@ -149,14 +149,24 @@ def test_an_engine_leaves_room_for_encoders_on_its_own_gpu_alone(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("cores", "router", "others"),
-    [(1, (1, 4), (1, 4)), (2, (1, 4), (1, 4)), (8, (4, 8), (2, 4)), (16, (8, 16), (4, 8)), (128, (8, 16), (4, 8))],
+    ("cores", "gpus", "router", "others"),
+    [
+        (1, 0, (1, 4), (1, 4)),
+        (2, 0, (1, 4), (1, 4)),
+        (8, 0, (4, 8), (2, 4)),
+        (16, 1, (8, 16), (4, 8)),
+        (128, 0, (8, 16), (4, 8)),
+        (128, 1, (8, 16), (4, 8)),
+        (32, 2, (16, 32), (8, 16)),
+        (16, 2, (8, 16), (4, 8)),
+    ],
 )
-def test_what_a_core_bounds_has_replicas_by_the_cores(
-    monkeypatch: pytest.MonkeyPatch, cores: int, router: tuple[int, int], others: tuple[int, int]
+def test_what_a_core_bounds_has_replicas_by_the_cores_and_the_gpus_that_they_feed(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, router: tuple[int, int], others: tuple[int, int]
 ) -> None:
-    clustered(monkeypatch, CPU=cores)
-    found = parts(assemble(CONFIG, {}))
+    clustered(monkeypatch, CPU=cores, GPU=gpus)
+    encoders = {"QueryEmbedder": {"ray_actor_options": {"num_gpus": 0}}}  # else there are as many as GPUs have room for
+    found = parts(assemble(CONFIG, encoders))
     for name, expected in (("Router", router), ("QueryEmbedder", others), ("TaskRetriever", others)):
         scaling = found[name]._deployment_config.autoscaling_config
         assert (scaling.min_replicas, scaling.max_replicas) == expected, name
