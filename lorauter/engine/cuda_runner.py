@@ -36,7 +36,7 @@ from lorauter.engine.plan import Choice, Decoding, Piece, StepPlan
 from lorauter.engine.runner import Flight, Runner
 from lorauter.engine.sampling import to_device
 from lorauter.engine.slots import AdapterSlots, Part, Placed
-from lorauter.engine.step import Span, StepBatch
+from lorauter.engine.step import StepBatch
 
 _LEAST_STEP_TOKENS = 64
 _SLOWER = 2.0  # times as long as a step in which all rows decode may one with prompts take
@@ -362,13 +362,13 @@ class CudaRunner(Runner):
 
     def _replay(self, plan: StepPlan, staging: Staging) -> tuple[Tensor, Tensor]:
         """A step by its graph: logits of the pieces that sample, and their likeliest tokens."""
-        pieces = [*plan.decoding.others, *plan.prompts]
         rows = len(plan.decoding.rows)
-        tokens, outputs = (rows + sum(numbers) for numbers in ([p.size for p in pieces], [p.samples for p in pieces]))
+        beside, _, sizes, samples = plan.beside.T
+        tokens, outputs = rows + int(sizes.sum()), rows + int(samples.sum())
         only_decodes = not plan.prompts and outputs == tokens
         size = next(size for size in (self._decode if only_decodes else self._mixed) if size.tokens >= tokens)
         self._write(staging, size, plan)
-        graph = self._graphs[size, self._kind_of(size, plan.decoding.rows.tolist() + [piece.row for piece in pieces])]
+        graph = self._graphs[size, self._kind_of(size, [*plan.decoding.rows.tolist(), *beside.tolist()])]
         graph.graph.replay()
         return graph.logits, graph.chosen[:outputs]
 
@@ -399,13 +399,12 @@ class CudaRunner(Runner):
         at = wanted = len(plan.decoding.rows)
         tokens[:at], rows[:at], positions[:at] = -1, plan.decoding.rows, plan.decoding.starts
         outputs[:at], output_rows[:at] = self._places[:at], plan.decoding.rows
-        if pieces := (*plan.decoding.others, *plan.prompts):
+        if len(plan.beside):
             known = array("i")
-            for piece in pieces:
+            for piece in (*plan.decoding.others, *plan.prompts):
                 known.extend(piece.tokens or (-1,))
             first, at = at, at + len(known)
-            numbers = np.array([(piece.row, piece.start, piece.size, piece.samples) for piece in pieces], np.int32)
-            own, starts, lengths, samples = numbers.T
+            own, starts, lengths, samples = plan.beside.T
             ends = first + lengths.cumsum()
             tokens[first:at], rows[first:at] = known, own.repeat(lengths)
             positions[first:at] = self._places[first:at] + (starts - ends + lengths).repeat(lengths)
@@ -416,8 +415,7 @@ class CudaRunner(Runner):
         outputs[wanted:], output_rows[wanted:], held[:] = 0, self._rows, -1
         if self._masked:
             held[:wanted] = self._boards(output_rows[:wanted].tolist())
-        spans = [Span(piece.row, piece.start, piece.size) for piece in plan.prompts]
-        queries = query_blocks(spans, len(plan.decoding), self._group)
+        queries = query_blocks(plan.beside[len(plan.decoding.others) :, :3], len(plan.decoding), self._group)
         counts[:] = len(plan.decoding), len(queries), self._changes.put(places, values)
         blocks[: queries.size] = queries.reshape(-1)
         staging.send(self._numbers[: size.ends[-2] + queries.size])

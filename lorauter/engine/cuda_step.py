@@ -165,16 +165,19 @@ class CudaStep:
         return out
 
 
-def query_blocks(spans: Sequence[Span], first: int, group: int) -> Ints:
+def query_blocks(spans: Sequence[Span] | Ints, first: int, group: int) -> Ints:
     """The query blocks of prompt pieces whose tokens follow one another from `first` on.
+
+    Args:
+        spans: n of them, or the same as (n, 3).
 
     Returns:
         (n, 4): of each its first token, how many it has, its row, and its first position.
     """
-    if not spans:
+    if not len(spans):
         return _NO_QUERIES
     size = kernels.query_tokens(group)
-    rows, starts, lengths = np.array([(span.row, span.start, span.length) for span in spans], np.int32).T
+    rows, starts, lengths = np.asarray(spans, np.int32).T
     counts = -(-lengths // size)
     span = np.repeat(np.arange(len(spans)), counts)  # of each block
     before = (np.arange(len(span)) - np.repeat(counts.cumsum() - counts, counts)) * size  # tokens of its span

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -117,7 +118,7 @@ class RowStart:
     ends: Collection[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepPlan:
     """One step.
 
@@ -147,25 +148,26 @@ class StepPlan:
         order."""
         return (piece for piece in self.pieces if piece.samples)
 
-    @property
-    def _sampled_beside(self) -> list[Piece]:
-        """Those of the sampled pieces that are not of rows that merely go on."""
-        return [piece for piece in (*self.decoding.others, *self.prompts) if piece.samples]
+    @cached_property
+    def beside(self) -> Ints:
+        """Those that are not of rows that merely go on, as numbers: (n, 4), of each its row, start, size, and whether
+        it samples."""
+        pieces = (*self.decoding.others, *self.prompts)
+        numbers = [(piece.row, piece.start, piece.size, piece.samples) for piece in pieces]
+        return np.array(numbers, np.int32).reshape(-1, 4)
 
     @property
     def ends(self) -> tuple[Ints, Ints]:
-        """Of those pieces the row of each, and the position of the token that is wanted."""
+        """Of the pieces that sample the row of each, and the position of the token that is wanted."""
         rows, starts = self.decoding.rows, self.decoding.starts
-        others = self._sampled_beside
-        if not others:
-            return rows, starts + 1
-        numbers = np.array([(piece.row, piece.start + piece.size) for piece in others], np.int32)
-        return np.concatenate((rows, numbers[:, 0])), np.concatenate((starts + 1, numbers[:, 1]))
+        own = self.beside[self.beside[:, 3] != 0]
+        return np.concatenate((rows, own[:, 0])), np.concatenate((starts + 1, own[:, 1] + own[:, 2]))
 
     @property
     def held(self) -> list[int]:
         """Which of those pieces, by their place, are held."""
-        return [n for n, piece in enumerate(self._sampled_beside, len(self.decoding.rows)) if piece.held]
+        others = [piece for piece in (*self.decoding.others, *self.prompts) if piece.samples]
+        return [n for n, piece in enumerate(others, len(self.decoding.rows)) if piece.held]
 
     @property
     def scored(self) -> list[Piece]:
