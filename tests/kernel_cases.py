@@ -15,6 +15,23 @@ FULL, HALF = torch.float32, torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 16
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    _seen = set()
+
+    def _call(self, *given, **named):
+        """Triton's own puts the interpreter's functions in the language's place whenever one of its functions calls
+        another, for a third of all time. A kernel's start has done so; what is not to be undone at its end needs it
+        once.
+        """
+        if self.fn.__module__ not in _seen:
+            _seen.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*given, **named)
+
+    interpreter.InterpretedFunction.__call__ = _call
+
 
 def assert_near(got, expected, *, steps=2):
     """As near as `steps` roundings to the dtype leave it. The interpreter cuts off where a GPU rounds."""
