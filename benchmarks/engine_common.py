@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorauter.engine import EngineConfig, GenerationRequest, MultiLoraEngine, SamplingParams
-from lorauter.engine.load import warm_up
+from lorauter.engine.engine import warm_up
 from lorauter.engine.model import Decoder
 from lorauter.engine.slots import PackedAdapter, pack
 from lorauter.engine.text import TextCodec

@@ -13,7 +13,8 @@ from engine_common import ROOT, measure, report, run
 
 from lorauter.defaults import resolve_model
 from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams
-from lorauter.engine.load import load_in_process, warm_up
+from lorauter.engine.engine import warm_up
+from lorauter.engine.process import load_in_process
 from lorauter.engine.types import Grammar
 from lorauter.tasks import read_tasks
 

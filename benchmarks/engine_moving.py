@@ -23,10 +23,11 @@ from vllm_peer import Timed, VllmPeer
 
 from lorauter.defaults import BASE_MODEL, resolve_adapters, resolve_model
 from lorauter.engine import EngineConfig, GenerationRequest, MultiLoraEngine, SamplingParams
-from lorauter.engine.engine import Engine
-from lorauter.engine.load import load_decoder, load_in_process, warm_up
+from lorauter.engine.engine import Engine, warm_up
+from lorauter.engine.load import load_decoder
 from lorauter.engine.messages import Adapter
 from lorauter.engine.model import Decoder
+from lorauter.engine.process import load_in_process
 
 NEW_TOKENS = 64
 Mixture = tuple[tuple[Adapter, float], ...]

@@ -23,7 +23,8 @@ from engine_moving import example_prompts
 
 from lorauter.defaults import resolve_adapters, resolve_model
 from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams, load_engine
-from lorauter.engine.load import load_decoder, warm_up
+from lorauter.engine.engine import warm_up
+from lorauter.engine.load import load_decoder
 from lorauter.engine.types import Grammar
 
 Cases = dict[str, list[GenerationRequest]]

@@ -287,7 +287,7 @@ def alone(task: dict[str, Any]) -> None:
     from lorauter.adapters import LoraWeights
     from lorauter.defaults import base_model_aliases, resolve_adapters, resolve_model
     from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams, load_engine
-    from lorauter.engine.load import warm_up
+    from lorauter.engine.engine import warm_up
     from lorauter.engine.slots import PackedAdapter
 
     os.nice(WORKER_NICENESS - os.nice(0))

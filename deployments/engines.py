@@ -14,8 +14,8 @@ from lorauter.adapters import LocalAdapter
 from lorauter.defaults import DEFAULT, base_model_aliases, resolve_model
 from lorauter.engine import EngineConfig
 from lorauter.engine.engine import Engine
-from lorauter.engine.load import load_in_process
 from lorauter.engine.messages import Adapter
+from lorauter.engine.process import load_in_process
 
 logger = logging.getLogger("lorauter.model")
 

@@ -33,7 +33,7 @@ from deployments.tracing import span
 from deployments.warmup import most_wanted, warm_up
 from lorauter.adapters import ModelShape
 from lorauter.engine import Chunk, GenerationRequest, SamplingParams
-from lorauter.engine.load import warm_up as warm_up_engine
+from lorauter.engine.engine import warm_up as warm_up_engine
 from lorauter.engine.messages import Adapter
 from lorauter.errors import AdapterError, AdapterUnavailable, InvalidRequest, Overloaded
 from lorauter.names import AdapterKey

@@ -15,6 +15,8 @@ import pytest
         # Ingress replicas and node caches hold no model: there are many of them, and they start with each node.
         ("deployments.router, deployments.retriever", "torch transformers sentence_transformers scipy"),
         ("deployments.adapter_cache", "torch transformers sentence_transformers pandas"),
+        # Nor do those who have an engine in a process of its own, which loads PyTorch while they wait.
+        ("deployments.app, deployments.batch.job", "torch sentence_transformers scipy"),
     ],
 )
 def test_what_an_import_does_not_load(modules, absent) -> None:

@@ -22,8 +22,8 @@ from lorauter.catalog.alike import Sketch, sketch
 from lorauter.catalog.dialogues import Dialogue, check_length, dialogue_of, prompt_of, target_ids
 from lorauter.catalog.scores import Evaluation, Failed, Outcome, Scorer
 from lorauter.defaults import base_model_aliases, resolve_model
-from lorauter.engine.engine import MultiLoraEngine
 from lorauter.engine.load import load_decoder, load_engine
+from lorauter.engine.local import MultiLoraEngine
 from lorauter.engine.lora_stack import LoraStack, stacked, stacked_bytes
 from lorauter.engine.model import Decoder
 from lorauter.engine.sampling import to_device

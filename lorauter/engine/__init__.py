@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorauter.engine.config import EngineConfig
-    from lorauter.engine.engine import MultiLoraEngine
     from lorauter.engine.load import load_engine
+    from lorauter.engine.local import MultiLoraEngine
     from lorauter.engine.types import Chunk, Completion, GenerationRequest, SamplingParams
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "load_engine",
 ]
 
-_HOMES = {"EngineConfig": "config", "MultiLoraEngine": "engine", "load_engine": "load"}
+_HOMES = {"EngineConfig": "config", "MultiLoraEngine": "local", "load_engine": "load"}
 
 
 def __getattr__(name: str) -> Any:

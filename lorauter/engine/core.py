@@ -18,8 +18,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec
-from weakref import WeakMethod
 
 from lorauter.adapters.weights import LoraWeights
 from lorauter.engine.blocks import BlockPool, blocks_of
@@ -34,8 +32,8 @@ from lorauter.engine.sequences import ActiveSequence
 from lorauter.engine.slots import AdapterSlots, PackedAdapter, default_budget
 from lorauter.engine.text import TextCodec
 from lorauter.errors import InvalidRequest, LorauterError
+from lorauter.weakly import weakly
 
-P = ParamSpec("P")
 _CPU_CACHE_BYTES = 4 << 30  # where no setting says how many, at most
 _TELL_S = 0.5  # between two reports with counters, while steps go on
 _PATIENCE_S = 0.002  # for which it is waited for what may come in an answer, though a step could begin
@@ -402,18 +400,6 @@ class EngineCore:
             with self._wake:
                 self._awaited += 1
         self._told(report)
-
-
-def weakly(method: Callable[P, None]) -> Callable[P, None]:
-    """A method that keeps its object no longer: a closed engine's memory is free once nobody has the engine."""
-    reference = WeakMethod(method)
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*args, **kwargs)
-
-    return call
 
 
 def _not_finite(sequence: ActiveSequence) -> LorauterError:

@@ -1,13 +1,15 @@
 """The engine: continuous batching of requests that each carry their own mixture of adapters.
 
 Its callers' side: it checks requests, refuses what is too much, and has the front make text of the tokens that the
-device's side reports. That one, the core, is in this process or in one of its own (`lorauter.engine.process`). Knows
-nothing of HTTP, Ray, or where adapters come from.
+device's side reports. That one, the core, is in this process (`lorauter.engine.local`) or in one of its own
+(`lorauter.engine.process`), and needs PyTorch, which this side does without: it takes seconds to import. Knows nothing
+of HTTP, Ray, or where adapters come from.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import math
 import queue
@@ -22,23 +24,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
-from weakref import WeakValueDictionary
 
 import numpy as np
 
 from lorauter.adapters.weights import LoraWeights
 from lorauter.engine.config import EngineConfig
-from lorauter.engine.core import EngineCore, weakly
 from lorauter.engine.front import Front, LoopSink, Sink
 from lorauter.engine.messages import Adapter, Begin, Counters, Drop, Facts, Handled, Lockstep, Order, Report
-from lorauter.engine.model import Decoder
 from lorauter.engine.pace import Pace
-from lorauter.engine.plan import AdapterKey
-from lorauter.engine.scheduler import Scheduler
-from lorauter.engine.slots import AdapterSlots, PackedAdapter
 from lorauter.engine.text import TextCodec
-from lorauter.engine.types import Chunk, Completion, GenerationRequest
+from lorauter.engine.types import Chunk, Completion, GenerationRequest, SamplingParams
 from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
+from lorauter.weakly import weakly
 
 _RETRY_AFTER_S = 1.0
 _FAILURES = 5  # steps that fail one after another: the device is beyond use, and not one request at fault
@@ -388,40 +385,18 @@ class Engine:
                 self._order(Handled())
 
 
-class MultiLoraEngine(Engine):
-    """An engine in this process.
+def warm_up(engine: Engine) -> None:
+    """Run batches of several sizes, so that the first requests find kernels and graphs ready, and `engine.pace` known.
 
-    Args:
-        model: the base model.
-        codec: its tokenizer.
-        config: settings.
-
-    Attributes:
-        decoder: the base model. Whoever else runs on it does so while nothing is to be answered here.
-        slots: the adapters on the device.
-        scheduler: for its counters.
+    Takes seconds on a CPU. What is in this process by then is taken out of Python's collection of cycles, which would
+    otherwise go through all of it again and again, for a third of a second each time, while requests wait.
     """
-
-    def __init__(self, model: Decoder, codec: TextCodec, config: EngineConfig | None = None) -> None:
-        config = config or EngineConfig()
-        core: list[EngineCore] = []
-
-        def start(told: Told) -> tuple[Core, TextCodec]:
-            core.append(EngineCore(model, codec, config, told))
-            return core[0], codec
-
-        super().__init__(start, config)
-        self.decoder = model
-        self.slots: AdapterSlots = core[0].slots
-        self.scheduler: Scheduler = core[0].scheduler
-        self._packed: WeakValueDictionary[AdapterKey, PackedAdapter] = WeakValueDictionary()
-
-    def pack(self, weights: LoraWeights) -> PackedAdapter:
-        """Make an adapter ready to be used, once for many requests. Raises AdapterRejected."""
-        packed = self._packed.get(weights.key)
-        if packed is None:
-            packed = self._packed[weights.key] = self.slots.pack(weights)
-        return packed
-
-    def _ready(self, adapter: LoraWeights | Adapter) -> Adapter:
-        return self.pack(adapter) if isinstance(adapter, LoraWeights) else adapter
+    prompt = (0,) * min(16, engine.max_model_len - 1)
+    request = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
+    size = 1
+    while size < engine.config.rows:
+        engine.generate([request] * size)
+        size *= 2
+    engine.generate([request] * engine.config.rows)
+    gc.collect()
+    gc.freeze()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from lorauter.engine.config import DType, EngineConfig
-from lorauter.engine.engine import Engine, MultiLoraEngine
+from lorauter.engine.local import MultiLoraEngine
 from lorauter.engine.model import Decoder
-from lorauter.engine.process import Load, start_process
+from lorauter.engine.process import loading
 from lorauter.engine.text import TextCodec
-from lorauter.engine.types import GenerationRequest, SamplingParams
 from lorauter.engine.weights import read_model
 from lorauter.errors import ConfigError
 from lorauter.precision import native_dtype
@@ -35,57 +33,13 @@ def load_engine(model: str, config: EngineConfig | None = None, *, aliases: Sequ
     """
     config = config or EngineConfig()
     config = replace(config, device=str(_place(config.device)))
-    decoder, codec = _loading(model, config, aliases)()
+    decoder, codec = loading(model, config, aliases)()
     return MultiLoraEngine(decoder, codec, config)
-
-
-def load_in_process(
-    model: str, config: EngineConfig, *, aliases: Sequence[str] = (), ended: Callable[[str], None] | None = None
-) -> Engine:
-    """The same with the model and all that computes in a process of its own.
-
-    Args:
-        ended: is told how that process has ended, unless the engine was closed.
-
-    Raises:
-        ConfigError: as `load_decoder`.
-        MemoryError: the system has ended it as it started.
-    """
-    return start_process(_loading(model, config, aliases), config, ended=ended)
-
-
-def _loading(model: str, config: EngineConfig, aliases: Sequence[str]) -> Load:
-    return partial(
-        load_decoder,
-        model,
-        device=config.device,
-        dtype=config.dtype,
-        threads=config.threads,
-        aliases=tuple(aliases),
-        tool_format=config.tool_format,
-    )
 
 
 def _place(device: str) -> torch.device:
     """What a setting means here."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
-
-def warm_up(engine: Engine) -> None:
-    """Run batches of several sizes, so that the first requests find kernels and graphs ready, and `engine.pace` known.
-
-    Takes seconds on a CPU. What is in this process by then is taken out of Python's collection of cycles, which would
-    otherwise go through all of it again and again, for a third of a second each time, while requests wait.
-    """
-    prompt = (0,) * min(16, engine.max_model_len - 1)
-    request = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
-    size = 1
-    while size < engine.config.rows:
-        engine.generate([request] * size)
-        size *= 2
-    engine.generate([request] * engine.config.rows)
-    gc.collect()
-    gc.freeze()
 
 
 def load_decoder(

@@ -6,45 +6,16 @@ Only rows that ask for them cost anything. Knows nothing of requests or text.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lorauter.engine.messages import Ranked
 from lorauter.engine.plan import StepPlan
 from lorauter.engine.sampling import to_device
 from lorauter.engine.types import SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """Of some tokens each one's logarithm and rank, and those of the likeliest in its place.
-
-    Attributes:
-        most: how many likeliest.
-        ids, values: of each token its own, then theirs.
-        ranks: of each token its own.
-    """
-
-    most: int
-    ids: array[int]
-    values: array[float]
-    ranks: array[int]
-
-    def __len__(self) -> int:
-        return len(self.ranks)
-
-    def after(self, count: int) -> Ranked:
-        """The same without the first tokens."""
-        skipped = count * (1 + self.most)
-        return Ranked(self.most, self.ids[skipped:], self.values[skipped:], self.ranks[count:])
-
-    def __iter__(self) -> Iterator[tuple[Sequence[int], Sequence[float], int]]:
-        """Of each token ids and logarithms, its own first, and its rank."""
-        for i, rank in enumerate(self.ranks):
-            here = slice(i * (1 + self.most), (i + 1) * (1 + self.most))
-            yield self.ids[here], self.values[here], rank
 
 
 @dataclass(frozen=True)

@@ -22,25 +22,28 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorauter.engine.config import EngineConfig
 from lorauter.engine.engine import Engine, Told
 from lorauter.engine.messages import Begin, Counters, Facts, Order, Report
-from lorauter.engine.model import Decoder
 from lorauter.engine.plan import AdapterKey
 from lorauter.engine.text import TextCodec
 from lorauter.errors import AdapterUnavailable, LorauterError, ServiceUnavailable
 from lorauter.pickled import PickledError
+
+if TYPE_CHECKING:
+    from lorauter.engine.model import Decoder
 
 logger = logging.getLogger("lorauter.engine")
 
 _BUFFER = 1 << 20  # bytes on their way; the system may allow fewer
 _END_S = 20.0  # for the last step, before the process is killed
 
-Load = Callable[[], tuple[Decoder, TextCodec]]
+Load = Callable[[], "tuple[Decoder, TextCodec]"]
 """Loads the base model, in the other process: it has to be picklable."""
 Ended = Callable[[str], None]
 
@@ -277,3 +280,39 @@ def start_process(load: Load, config: EngineConfig, *, ended: Ended | None = Non
         return core, core.codec
 
     return Engine(start, config)
+
+
+def load_in_process(
+    model: str, config: EngineConfig, *, aliases: Sequence[str] = (), ended: Ended | None = None
+) -> Engine:
+    """Load a model and its tokenizer in a process of its own, and start an engine on it.
+
+    Args:
+        model, aliases: as for `lorauter.engine.load.load_decoder`.
+        config: settings, those of where and how it runs among them.
+        ended: is told how that process has ended, unless the engine was closed.
+
+    Raises:
+        ConfigError: as `load_decoder`.
+        MemoryError: the system has ended it as it started.
+    """
+    return start_process(loading(model, config, aliases), config, ended=ended)
+
+
+def loading(model: str, config: EngineConfig, aliases: Sequence[str]) -> Load:
+    """What loads the model that is described so."""
+    return partial(
+        _load,
+        model,
+        device=config.device,
+        dtype=config.dtype,
+        threads=config.threads,
+        aliases=tuple(aliases),
+        tool_format=config.tool_format,
+    )
+
+
+def _load(model: str, **how: Any) -> tuple[Decoder, TextCodec]:
+    from lorauter.engine.load import load_decoder  # and with it PyTorch, which the starter does without
+
+    return load_decoder(model, **how)

@@ -108,8 +108,8 @@ class Cases(KernelCases):
 
     @pytest.fixture
     def split(self, monkeypatch):
-        """Sums of more than 64 inputs are cut; in the interpreter by a quarter of the programs, of which it computes one
-        after the other, also those that have nothing to do.
+        """Sums of more than 64 inputs are cut; in the interpreter by a quarter of the programs: it computes all of them
+        one after the other, also those that have nothing to do.
         """
         monkeypatch.setattr("lorauter.engine.cuda_lora._SHRINK_WHOLE", 64)
         if DEVICE == "cpu":  # what a compiled kernel has read may not change

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from lorauter.engine import EngineConfig, GenerationRequest, SamplingParams, load_engine
-from lorauter.engine.load import load_decoder, warm_up
+from lorauter.engine.engine import warm_up
+from lorauter.engine.load import load_decoder
 from lorauter.errors import AdapterRejected, ConfigError
 
 

@@ -18,11 +18,12 @@ from deployments.startup import explained
 from lorauter.adapters.weights import CONFIG_FILE, LoraWeights
 from lorauter.engine import Completion, EngineConfig, GenerationRequest, SamplingParams
 from lorauter.engine.child import Child
-from lorauter.engine.engine import Engine, MultiLoraEngine
+from lorauter.engine.engine import Engine
 from lorauter.engine.feed import feed
-from lorauter.engine.load import load_decoder, load_in_process
+from lorauter.engine.load import load_decoder
+from lorauter.engine.local import MultiLoraEngine
 from lorauter.engine.messages import Begin, Drop
-from lorauter.engine.process import Orders, Read, start_process
+from lorauter.engine.process import Orders, Read, load_in_process, start_process
 from lorauter.errors import (
     AdapterRejected,
     ConfigError,
