@@ -21,7 +21,7 @@ from xdist.scheduler import LoadScopeScheduling
 # among it the files of short tests that another worker has while the first service starts and its tests are alone.
 BESIDE = ("tests/adapters/", "tests/catalog/", "tests/deployments/")
 SERVICES = (
-    "tests/integration/",
+    "tests/integration/service/",
     *BESIDE,
     "tests/integration/faults/",
     "tests/integration/commands/test_batch.py",

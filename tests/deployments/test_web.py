@@ -1,4 +1,4 @@
-"""How the page is served: its files are found, kept and guarded. tests/integration/test_page.py has it in a browser."""
+"""How the page is served: its files are found, kept and guarded. tests/integration has it in a browser."""
 
 from __future__ import annotations
 
