@@ -178,15 +178,14 @@ class Scheduler:
     def _make_room(self, step: _Step) -> Lanes:
         """Give blocks to all who decode and have none for their next position, the oldest first; and the lanes of those
         who merely decode in this step."""
+        if self._lanes is None:  # else those who are due tell
+            self._leave_full(self.running)
         lanes = self._gathered()
         due = lanes.due(self._planned)
-        needy = [lanes.sequences[place] for place in due]
-        if full := [one for one in needy if one.position(self._planned) >= one.limit - 2]:
-            for sequence in full:  # nobody's last token comes in a lane
-                self._leave_lane(sequence)
+        if self._leave_full([lanes.sequences[place] for place in due]):
             lanes = self._gathered()
             due = lanes.due(self._planned)
-            needy = [lanes.sequences[place] for place in due]
+        needy = [lanes.sequences[place] for place in due]
         needy += [one for one in self._beside if not one.undecided and one.left == 1]
         for sequence in sorted(needy, key=lambda one: one.age):
             # An older one may have taken what a younger one had, a row too.
@@ -202,6 +201,14 @@ class Scheduler:
             self._lanes = Lanes([one for one in self.running if one.joined is not None], self._planned)
             self._beside = [one for one in self.running if one.joined is None]
         return self._lanes
+
+    def _leave_full(self, sequences: Sequence[ActiveSequence]) -> bool:
+        """Nobody's last token comes in a lane. Returns whether any of these has left one."""
+        now = self._planned
+        full = [one for one in sequences if one.joined is not None and one.position(now) >= one.limit - 2]
+        for sequence in full:
+            self._leave_lane(sequence)
+        return bool(full)
 
     def _leave_lane(self, sequence: ActiveSequence) -> None:
         """A sequence is looked at one by one again, if it was not."""
