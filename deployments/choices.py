@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
-from deployments.merged import Merged
+from deployments.merged import Merged, Stream
 from lorauter.engine.types import Chunk
 
 
-def side_by_side(streams: Mapping[int, AsyncGenerator[Chunk]]) -> AsyncGenerator[Chunk]:
+def side_by_side(streams: Mapping[int, Stream[Chunk]]) -> Stream[Chunk]:
     """The chunks of all answers as they come, each with its answer's index. The first error ends them all.
 
     All begin before the first chunk comes, and are closed with this one.
@@ -17,7 +17,7 @@ def side_by_side(streams: Mapping[int, AsyncGenerator[Chunk]]) -> AsyncGenerator
     return streams[0] if list(streams) == [0] else _merged(streams)
 
 
-async def _merged(streams: Mapping[int, AsyncGenerator[Chunk]]) -> AsyncGenerator[Chunk]:
+async def _merged(streams: Mapping[int, Stream[Chunk]]) -> AsyncGenerator[Chunk]:
     indices, merged = list(streams), Merged(list(streams.values()))
     try:
         async for place, chunk in merged:

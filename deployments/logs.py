@@ -47,14 +47,15 @@ class _Lines:
         self._lock = Lock()
         self._handler: MemoryHandler | None = None
         self._same: dict[str, Any] = {}  # what all lines say; nothing where they are not to be written
+        self._heads: dict[str, bytes] = {}  # of lines of a message: what all of them say
         self._held: list[bytes] = []
-        self._second = 0, ""
+        self._second = 0, b""
 
     def join(self, handler: MemoryHandler) -> None:
         """Write to where a handler of Serve's does, whose file has a `_Once`."""
         told = logging.makeLogRecord(_AS_IT_GOES)
         plain = vars(logging.makeLogRecord({})).keys() | _AS_IT_GOES.keys() | {*_OF_A_TASK}
-        self._same = {}
+        self._same, self._heads = {}, {}
         if handler.filter(told):
             self._same = {"process": os.getpid()} | {k: v for k, v in vars(told).items() if k not in plain}
         self._handler = handler
@@ -66,12 +67,19 @@ class _Lines:
         if not self._same:
             return True
         now, context = time.time_ns(), _get_serve_request_context()
-        line = {"asctime": self._told(now), "levelname": "INFO", "message": message, **self._same, **facts}
-        of_request = {"route": context.route, "request_id": context.request_id, "application": context.app_name}
-        line |= {name: value for name, value in of_request.items() if value}
-        line["timestamp_ns"] = now
+        if (head := self._heads.get(message)) is None:
+            head = self._heads[message] = encoded({"levelname": "INFO", "message": message, **self._same})[1:-1]
+        own = dict(facts)
+        if context.route:
+            own["route"] = context.route
+        if context.request_id:
+            own["request_id"] = context.request_id
+        if context.app_name:
+            own["application"] = context.app_name
+        own["timestamp_ns"] = now
+        line = b'{"asctime":"%s",%s,%s' % (self._told(now), head, encoded(own)[1:])
         with self._lock:
-            self._held.append(encoded(line))
+            self._held.append(line)
             held = len(self._held)
         if held == 1:
             try:
@@ -82,11 +90,11 @@ class _Lines:
             self.write()
         return True
 
-    def _told(self, now: int) -> str:
+    def _told(self, now: int) -> bytes:
         second, rest = divmod(now, 10**9)
         if second != self._second[0]:
-            self._second = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        return f"{self._second[1]},{rest // 10**6:03d}"
+            self._second = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second)).encode()
+        return b"%s,%03d" % (self._second[1], rest // 10**6)
 
     def write(self) -> None:
         """Write what is held."""

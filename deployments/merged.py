@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Stream(Protocol[T_co]):
+    """What comes as it comes; a generator is one."""
+
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+
+    def __anext__(self) -> Awaitable[T_co]: ...
+
+    def aclose(self) -> Awaitable[None]:
+        """Nothing more is wanted."""
 
 
 class Merged(Generic[T]):
     """What comes of several streams, with the place of its own, as it comes. To be closed, and all of them with it."""
 
-    def __init__(self, streams: Sequence[AsyncGenerator[T]]) -> None:
+    def __init__(self, streams: Sequence[Stream[T]]) -> None:
         self._streams = streams
         self._waiting: dict[asyncio.Future[list[T]], int] = {}
 
@@ -43,7 +55,7 @@ class Merged(Generic[T]):
             await stream.aclose()
 
 
-async def _next(stream: AsyncGenerator[T]) -> list[T]:
+async def _next(stream: Stream[T]) -> list[T]:
     """The next item; nothing once there is none."""
     async for item in stream:
         return [item]

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +23,7 @@ from deployments.devices import own_gpus_only
 from deployments.engines import Reading, start_engine
 from deployments.host_adapters import HostAdapters
 from deployments.logs import join_serve_logs
+from deployments.merged import Stream
 from deployments.metrics import RayRecorder
 from deployments.placement import report
 from deployments.replicas import ReplicaServer, by_name
@@ -115,32 +116,43 @@ class LoraModel:
             InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded: before anything else,
                 unless the engine fails later.
         """
-        answer = self._answer(call)
-        try:
-            async for item in answer:
-                yield item
-        except Overloaded as error:
-            error.replica = serve.get_replica_context().replica_id.unique_id
-            raise
-        finally:
-            await answer.aclose()
-
-    async def tokenizer(self) -> bytes:
-        """The base model's, for those who make tokens of prompts and text of answers (`deployments.tokenizing`)."""
-        return await asyncio.to_thread(packed, self._engine.codec, self._engine.max_model_len)
-
-    async def _answer(self, call: GenerateCall) -> AsyncGenerator[Begun | Chunk]:
         prompt = self._engine.codec.encode(call.prompt)  # the ingress's tokens
         before, started = self._tiers(call), time.monotonic()
         mixture, left_out = await self._mixture(call)
         fetched_s = time.monotonic() - started
+        tokens, begun, streamed = 0, False, not call.whole
+        try:
+            stream = self._begin(call, prompt, mixture)
+            with span("generate", current=False) as traced:
+                self._streams += streamed
+                try:
+                    async for chunk in stream:
+                        tokens += len(chunk.token_ids)
+                        if begun:
+                            yield chunk
+                        else:
+                            begun = True
+                            yield Begun(self._admitted(call, prompt, left_out, before, fetched_s, chunk), chunk)
+                finally:
+                    self._streams -= streamed
+                    if traced is not None:
+                        traced.set_attributes(
+                            {"prompt_tokens": len(prompt), "completion_tokens": tokens, "adapters": len(mixture)}
+                        )
+                    await stream.aclose()
+        except Overloaded as error:
+            error.replica = serve.get_replica_context().replica_id.unique_id
+            raise
+
+    def _begin(self, call: GenerateCall, prompt: tuple[int, ...], mixture: Mixture) -> Stream[Chunk]:
+        """Ask the engine for a call's answers. Raises InvalidRequest, Overloaded."""
         if not call.resumed:  # what has begun elsewhere is to end
             self._check_wait()
         most = self._engine.config.rows + self._engine.config.max_queue
         if len(call.choices) > most:
             raise InvalidRequest(f"got n = {len(call.choices)}; at most {most} answers are made at once", param="n")
         gap = self._whole_gap if call.whole else self._gap
-        stream = side_by_side(
+        return side_by_side(
             {
                 index: self._engine.stream(
                     GenerationRequest(prompt, mixture, call.sampling.of_choice(index), generated, call.tenant), gap=gap
@@ -148,42 +160,33 @@ class LoraModel:
                 for index, generated in call.choices
             }
         )
-        tokens = 0
-        with span("generate", current=False) as traced:
-            try:
-                begun = False
-                self._streams += not call.whole
-                async for chunk in stream:
-                    tokens += len(chunk.token_ids)
-                    if begun:
-                        yield chunk
-                    else:
-                        begun = True
-                        told = (
-                            tuple((token, self._engine.codec.bytes_of(token)) for token in prompt)
-                            if call.tells_prompt
-                            else ()
-                        )
-                        tiers = tuple((key.name, tier or self._adapters.source(key)) for key, tier in before.items())
-                        format = self._engine.codec.tool_format if call.prompt.tools else None
-                        admitted = Admitted(
-                            len(prompt),
-                            left_out,
-                            chunk.cached_tokens,
-                            told,
-                            None if format is None else format.name,
-                            tiers,
-                            fetched_s,
-                            chunk.waited_s,
-                        )
-                        yield Begun(admitted, chunk)
-            finally:
-                self._streams -= not call.whole
-                if traced is not None:
-                    traced.set_attributes(
-                        {"prompt_tokens": len(prompt), "completion_tokens": tokens, "adapters": len(mixture)}
-                    )
-                await stream.aclose()
+
+    def _admitted(
+        self,
+        call: GenerateCall,
+        prompt: tuple[int, ...],
+        left_out: tuple[LeftOut, ...],
+        before: Mapping[AdapterKey, str | None],
+        fetched_s: float,
+        first: Chunk,
+    ) -> Admitted:
+        """What is known with the first of an answer."""
+        codec = self._engine.codec
+        format = codec.tool_format if call.prompt.tools else None
+        return Admitted(
+            len(prompt),
+            left_out,
+            first.cached_tokens,
+            tuple((token, codec.bytes_of(token)) for token in prompt) if call.tells_prompt else (),
+            None if format is None else format.name,
+            tuple([(key.name, tier or self._adapters.source(key)) for key, tier in before.items()]),
+            fetched_s,
+            first.waited_s,
+        )
+
+    async def tokenizer(self) -> bytes:
+        """The base model's, for those who make tokens of prompts and text of answers (`deployments.tokenizing`)."""
+        return await asyncio.to_thread(packed, self._engine.codec, self._engine.max_model_len)
 
     def _gap(self) -> float:
         """Seconds between two items of a stream: none where it is alone."""
@@ -205,7 +208,7 @@ class LoraModel:
         """A call's adapters with their weights, and those left out. Raises AdapterError."""
         ready = self._adapters.ready([adapter.key for adapter in call.adapters])
         if ready is not None:
-            return tuple((packed, a.weight) for packed, a in zip(ready, call.adapters, strict=True)), ()
+            return tuple([(packed, a.weight) for packed, a in zip(ready, call.adapters, strict=True)]), ()
         patient = not call.routed  # who can do without an adapter that is broken need not try it every time
         found = await asyncio.gather(*[self._get(adapter.key, patient=patient) for adapter in call.adapters])
         failed = {a.key: got for a, got in zip(call.adapters, found, strict=True) if isinstance(got, AdapterError)}

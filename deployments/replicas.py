@@ -12,10 +12,11 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import ray
@@ -28,7 +29,8 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments import tracing
 from deployments.logs import as_it_goes
-from deployments.rpc import Address, ConnectionLost, RpcCall, RpcClient, RpcServer
+from deployments.rpc import Address, RpcCall, RpcClient, RpcServer
+from deployments.rpc_connection import ConnectionLost
 from lorauter.errors import Overloaded
 from lorauter.garbage import settle
 
@@ -50,7 +52,7 @@ class ReplicaServer:
     """
 
     def __init__(self, part: str, handlers: Mapping[str, Callable[..., Any]]) -> None:
-        self._server = RpcServer(handlers, partial(_within, part))
+        self._server = RpcServer(handlers, partial(_Within, part))
 
     async def metadata(self) -> dict[str, Any]:
         """Listen, on the node's address in the cluster. To be returned by Serve's hook `record_replica_metadata`, which
@@ -84,18 +86,33 @@ def _node_ip() -> str:
     return ip
 
 
-@contextmanager
-def _within(part: str, method: str, context: Mapping[str, str]) -> Iterator[None]:
-    """What a call's lines in the log and its spans go by."""
-    _set_request_context(request_id=context.get(_REQUEST_ID, ""))
-    started = time.perf_counter()
-    with tracing.continued(context), tracing.span(f"{part}.{method}"):
-        try:
-            yield
-        except RayTaskError as error:  # an actor's, in a class that Ray makes on the spot: no pickle names it
+class _Within:
+    """What a call's lines in the log and its spans go by. No generator, as each call has one."""
+
+    __slots__ = ("_context", "_method", "_part", "_spans", "_started")
+
+    def __init__(self, part: str, method: str, context: Mapping[str, str]) -> None:
+        self._part = part
+        self._method = method
+        self._context = context
+        self._spans: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        _set_request_context(request_id=self._context.get(_REQUEST_ID, ""))
+        self._started = time.perf_counter()
+        if tracing.tracer() is not None:
+            self._spans = ExitStack()
+            self._spans.enter_context(tracing.continued(self._context))
+            self._spans.enter_context(tracing.span(f"{self._part}.{self._method}"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        as_it_goes(logger, f"call {self._method}", {"seconds": round(time.perf_counter() - self._started, 6)})
+        if self._spans is not None:
+            self._spans.__exit__(kind, error, trace)
+        if isinstance(error, RayTaskError):  # an actor's, in a class that Ray makes on the spot: no pickle names it
             raise error.cause if isinstance(error.cause, Exception) else error from None
-        finally:
-            as_it_goes(logger, f"call {method}", {"seconds": round(time.perf_counter() - started, 6)})
 
 
 def _context() -> dict[str, str]:

@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from deployments.calls import Admitted, Begun, Choice, GenerateCall
-from deployments.rpc import ConnectionLost, RpcCall
+from deployments.rpc import RpcCall
+from deployments.rpc_connection import ConnectionLost
 from lorauter.engine.types import Chunk
 from lorauter.errors import Overloaded, ServiceUnavailable
 from lorauter.routing.compose import without

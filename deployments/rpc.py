@@ -1,9 +1,9 @@
 """Calls between processes over a connection of their own: Ray says who is where, and nothing of it is on the way.
 
 A call takes Python values and returns one, or yields several as they come. All calls to a process share one connection;
-what is said in one turn of the event loop goes together. Both ends prove that they know the server's token before
-either reads more than the proof, as what follows are pickles. A connection ends with the process at its other end at
-once, and with a machine that is lost within `_LOST_S`; whoever waits there hears `ConnectionLost`.
+what is said in one turn of the event loop goes together. Both ends prove that they know the server's token
+(`deployments.rpc_connection`), as what follows are pickles. A connection ends with the process at its other end at
+once, and with a machine that is lost within seconds; whoever waits there hears `ConnectionLost`.
 
 Knows nothing of deployments, and no Ray.
 """
@@ -11,39 +11,24 @@ Knows nothing of deployments, and no Ray.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
-import pickle
 import secrets
-import socket
-import struct
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from deployments import rpc_connection
+from deployments.rpc_connection import Connection, ConnectionLost
 from lorauter.errors import LorauterError
 from lorauter.pickled import PickledError
 
 logger = logging.getLogger("lorauter.rpc")
 
-_MAGIC = b"lorauter-rpc-1\n\0"
-_NONCE, _PROOF = 32, hashlib.sha256().digest_size
-_HELLO = len(_MAGIC) + _NONCE
-_LENGTH = struct.Struct("<Q")
-_LONGEST = 1 << 31  # bytes of one lot: more is no message of ours
-_GREETING_S = 5.0
-_LOST_S = 10  # without a sign of life from the other machine's kernel
-_MANY = 32  # messages that are said in one turn of the loop, after which it has to go on
 _CALL, _CANCEL, _ITEM, _RESULT, _END, _ERROR, _NAME = range(7)
 
 Within = Callable[[str, Mapping[str, str]], AbstractContextManager[object]]
-
-
-class ConnectionLost(Exception):
-    """Nobody is at the other end any more, or nobody who knows the token. What became of a call there is not known."""
 
 
 class Address(NamedTuple):
@@ -71,7 +56,7 @@ class RpcServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._callers: dict[_Connection, dict[int, asyncio.Task[None]]] = {}
+        self._callers: dict[Connection, dict[int, asyncio.Task[None]]] = {}
 
     async def start(self, host: str) -> Address:
         """Listen on a free port of a host."""
@@ -104,7 +89,7 @@ class RpcServer:
         for connection in list(self._callers):
             connection.close()
 
-    def _accept(self) -> _Connection:
+    def _accept(self) -> Connection:
         running: dict[int, asyncio.Task[None]] = {}
 
         def received(messages: Sequence[Any]) -> None:
@@ -137,12 +122,12 @@ class RpcServer:
         def unsendable(number: int, error: Exception) -> Any:
             return _ERROR, number, PickledError.of(error)
 
-        connection = _Connection(b"server", self._token, received, unsendable, lost)
+        connection = Connection(b"server", self._token, received, unsendable, lost)
         self._callers[connection] = running
         return connection
 
     async def _answer(
-        self, connection: _Connection, number: int, method: str, args: Sequence[Any], context: Mapping[str, str]
+        self, connection: Connection, number: int, method: str, args: Sequence[Any], context: Mapping[str, str]
     ) -> None:
         try:
             with self._within(method, context):
@@ -188,7 +173,7 @@ class RpcClient:
         self._address = address
         self._ended = ended
         self._told_lost = lost
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._unsent: list[Any] = []
         self._calls: dict[int, RpcCall] = {}
@@ -246,9 +231,9 @@ class RpcClient:
 
     async def _connect(self) -> None:
         host, port, token = self._address
-        connection = _Connection(b"client", token, self._received, self._failed, self._lost)
+        connection = Connection(b"client", token, self._received, self._failed, self._lost)
         try:
-            async with asyncio.timeout(_GREETING_S):
+            async with asyncio.timeout(rpc_connection.GREETING_S):
                 await asyncio.get_running_loop().create_connection(lambda: connection, host, port)
                 await connection.greeted
         except (OSError, ConnectionLost):  # a TimeoutError is the first
@@ -357,144 +342,3 @@ class RpcCall:
         if kind == _ERROR:
             raise value.raised() if isinstance(value, PickledError) else value
         return kind, value
-
-
-class _Connection(asyncio.Protocol):
-    """One end: the proof, then lots of messages, each a pickle with its length before it."""
-
-    def __init__(
-        self,
-        role: bytes,
-        token: bytes,
-        received: Callable[[Sequence[Any]], None],
-        unsendable: Callable[[int, Exception], Any],
-        lost: Callable[[], None],
-    ) -> None:
-        self._role = role
-        self.name = ""  # what the other end of a server's calls itself
-        self._token = token
-        self._received = received
-        self._unsendable = unsendable
-        self._lost = lost
-        self._nonce = secrets.token_bytes(_NONCE)
-        self._theirs: bytes | None = None  # their nonce, once they have said it
-        self._unread = bytearray()
-        self._unsent: list[Any] = []
-        self._transport: asyncio.Transport | None = None
-        self._writable = asyncio.Event()
-        self._writable.set()
-        self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.greeted.add_done_callback(lambda done: done.cancelled() or done.exception())  # not all wait for it
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = made = cast(asyncio.Transport, transport)
-        _tune(transport.get_extra_info("socket"))
-        asyncio.get_running_loop().call_later(_GREETING_S, self._give_up)
-        made.write(_MAGIC + self._nonce)
-
-    def data_received(self, data: bytes) -> None:
-        self._unread += data
-        try:
-            if self.greeted.done() or self._greet():
-                while len(self._unread) >= _LENGTH.size:
-                    (length,) = _LENGTH.unpack_from(self._unread)
-                    if length > _LONGEST:
-                        raise ValueError(f"a lot of {length} bytes")
-                    if len(self._unread) < _LENGTH.size + length:
-                        return
-                    lot = bytes(memoryview(self._unread)[_LENGTH.size : _LENGTH.size + length])
-                    del self._unread[: _LENGTH.size + length]
-                    self._received(pickle.loads(lot))  # noqa: S301 (of who knows the token)
-        except Exception:
-            logger.exception("a connection is given up")
-            self.close()
-
-    def _greet(self) -> bool:
-        """Read their greeting, and prove that the token is known here; whether they have proved it."""
-        if self._theirs is None and len(self._unread) >= _HELLO:
-            if not self._unread.startswith(_MAGIC):
-                self.close()
-                return False
-            self._theirs = bytes(self._unread[len(_MAGIC) : _HELLO])
-            del self._unread[:_HELLO]
-            assert self._transport is not None
-            self._transport.write(self._proof(self._role, self._theirs, self._nonce))
-        if self._theirs is None or len(self._unread) < _PROOF:
-            return False
-        proof = bytes(self._unread[:_PROOF])
-        del self._unread[:_PROOF]
-        other = b"client" if self._role == b"server" else b"server"
-        if not hmac.compare_digest(proof, self._proof(other, self._nonce, self._theirs)):
-            logger.warning("somebody without the token has connected")
-            self.close()
-            return False
-        self.greeted.set_result(None)
-        return True
-
-    def _proof(self, role: bytes, challenge: bytes, own: bytes) -> bytes:
-        return hmac.digest(self._token, role + challenge + own, "sha256")
-
-    def _give_up(self) -> None:
-        if not self.greeted.done():
-            self.close()
-
-    def send(self, message: Any) -> None:
-        """Send with all else that is said in this turn of the loop; nothing, once the connection is lost."""
-        if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._unsent.append(message)
-
-    def _flush(self) -> None:
-        messages, self._unsent = self._unsent, []
-        self._write(messages)
-
-    def _write(self, messages: Sequence[Any]) -> None:
-        if self._transport is None or self._transport.is_closing():
-            return
-        try:
-            lot = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
-        except Exception as error:  # noqa: BLE001 (of one of them, whose own end it is)
-            if len(messages) > 1:
-                for message in messages:
-                    self._write([message])
-            elif (instead := self._unsendable(messages[0][1], error)) is not None:
-                self._write([instead])
-            return
-        self._transport.writelines([_LENGTH.pack(len(lot)), lot])
-
-    @property
-    def behind(self) -> bool:
-        """Whether much is to be written, or the other end does not read it."""
-        return len(self._unsent) >= _MANY or not self._writable.is_set()
-
-    async def writable(self) -> None:
-        """Wait until the other end has read about all that was sent."""
-        await asyncio.sleep(0)  # what was said is written, whoever says it never waits for anything else
-        await self._writable.wait()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self._writable.set()
-        if not self.greeted.done():
-            self.greeted.set_exception(ConnectionLost("the other end has hung up"))
-        self._lost()
-
-
-def _tune(connection: socket.socket) -> None:
-    """No wait for more to send, and a machine that is lost is found out."""
-    with suppress(OSError):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        alive = {"TCP_KEEPIDLE": _LOST_S // 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": _LOST_S // 2}
-        for option, value in {**alive, "TCP_USER_TIMEOUT": _LOST_S * 1000}.items():
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

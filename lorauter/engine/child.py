@@ -13,7 +13,6 @@ import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from logging.handlers import QueueHandler
 from typing import Any
 
@@ -68,7 +67,7 @@ class Child:
         if not isinstance(order, Begin) or not order.adapters:
             return order
         numbers: Any = order.adapters
-        return replace(order, adapters=tuple((self._adapters[number], weight) for number, weight in numbers))
+        return order._replace(adapters=tuple([(self._adapters[number], weight) for number, weight in numbers]))
 
     def _read(self, read: Read) -> None:
         try:

@@ -188,15 +188,15 @@ class EngineCore:
             closed = self._closed
         self._turns += bool(orders)
         for order in orders:
-            if isinstance(order, tuple):
+            if isinstance(order, Begin):
+                self._begin(order)
+            elif isinstance(order, tuple):
                 begin, held = order
                 if isinstance(held, Exception):
                     self._report.failed.append((begin.id, held))
                 else:
                     self._held[begin.id] = held
                     self._begin(begin)
-            elif isinstance(order, Begin):
-                self._begin(order)
             elif isinstance(order, Lockstep):
                 self._lockstep = order.on
                 if order.on:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import math
 import queue
 import random
 import struct
@@ -19,9 +18,10 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -32,12 +32,14 @@ from lorauter.engine.config import EngineConfig
 from lorauter.engine.front import Front, LoopSink, Sink
 from lorauter.engine.messages import Adapter, Begin, Counters, Drop, Facts, Handled, Lockstep, Order, Report
 from lorauter.engine.pace import Pace
+from lorauter.engine.stream import Stream
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Completion, GenerationRequest, SamplingParams
 from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
 from lorauter.weakly import weakly
 
 _RETRY_AFTER_S = 1.0
+_TOGETHER_S = 0.001  # in which what loops ask is one message to the core
 _FAILURES = 5  # steps that fail one after another: the device is beyond use, and not one request at fault
 
 Told = Callable[[Report | Exception], None]
@@ -86,6 +88,8 @@ class Engine:
         self._sending = threading.RLock()
         self._held = 0
         self._outbox: list[Order] = []
+        self._sent = 0.0  # when the core was told something last
+        self._sender: asyncio.AbstractEventLoop | None = None  # who is about to tell it something
         self._heard = time.monotonic()  # when the core said something last, or got something to do
         self._failures = 0  # steps that have failed since the last one that did not
         self._closed = False
@@ -98,9 +102,7 @@ class Engine:
 
     # --- requests
 
-    async def stream(
-        self, request: GenerationRequest, *, gap: Callable[[], float] = lambda: 0.0
-    ) -> AsyncGenerator[Chunk]:
+    def stream(self, request: GenerationRequest, *, gap: Callable[[], float] = lambda: 0.0) -> Stream:
         """The answer as it comes; chunks that are ready together come as one. Closing the iterator cancels the request.
 
         Args:
@@ -112,24 +114,7 @@ class Engine:
             AdapterRejected, AdapterUnavailable: an adapter does not fit the model or the memory.
             LorauterError: no token has come for `token_timeout_s`.
         """
-        sink = LoopSink(asyncio.get_running_loop(), gap)
-        id = self.submit(request, sink)
-        begun = False
-        try:
-            while True:
-                try:
-                    chunk, failure = await sink.take(self.config.token_timeout_s if begun else math.inf)
-                except TimeoutError as error:
-                    raise LorauterError(f"no token for {self.config.token_timeout_s:g} s") from error
-                begun = True
-                if chunk is not None:
-                    yield chunk
-                    if chunk.finish_reason is not None:
-                        return
-                if failure is not None:
-                    raise failure
-        finally:
-            self._cancel(id)
+        return Stream(partial(self.submit, request), self._cancel, gap, self.config.token_timeout_s)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """All answers, in the order of the requests; waits for a place in the queue.
@@ -184,26 +169,29 @@ class Engine:
         if known >= self.max_model_len:
             raise ContextLengthExceeded(known, self.max_model_len)
         tokens = self._ids("prompt", request.prompt)
-        tokens.extend(self._ids("generated", request.generated))
+        if request.generated:
+            tokens.extend(self._ids("generated", request.generated))
         for what, ids in (
             ("logit_bias", [token for token, _ in sampling.logit_bias]),
             ("stop_token_ids", sampling.stop_token_ids),
             ("allowed_token_ids", sampling.allowed_token_ids),
         ):
-            self._ids(what, ids)
+            if ids:
+                self._ids(what, ids)
+        ends = self.codec.eos_ids if not sampling.ignore_eos or sampling.is_held else frozenset()
         order = Begin(
             next(self._numbers),
             tokens,
             prompt,
             limit=min(self.max_model_len, prompt + sampling.max_tokens),
-            adapters=tuple((self._ready(adapter), weight) for adapter, weight in request.adapters),
+            adapters=tuple([(self._ready(adapter), weight) for adapter, weight in request.adapters]),
             sampling=replace(sampling, bad_words=self._tokens_of(sampling.bad_words))
             if sampling.bad_words
             else sampling,
             seed=random.getrandbits(64) if sampling.seed is None else sampling.seed,
             tenant=request.tenant,
-            ends=frozenset(sampling.stop_token_ids)
-            | (frozenset() if sampling.ignore_eos and not sampling.is_held else self.codec.eos_ids),
+            ends=ends.union(sampling.stop_token_ids) if sampling.stop_token_ids else ends,
+            came=time.monotonic(),
         )
         text = self.codec.stream(sampling) if sampling.detokenize else None
         if text is not None:
@@ -224,10 +212,10 @@ class Engine:
                 self._heard = time.monotonic()
             self._front.expect(order.id, sink, text)
             self._unfinished.add(order.id)
-        if isinstance(sink, LoopSink):  # what is asked in one turn of its loop goes together
+        if isinstance(sink, LoopSink):
             with self._sending:
                 self._outbox.append(order)
-            sink.loop.call_soon(self._send)
+                self._send_soon(sink.loop)
         else:
             self._order(order)
         return order.id
@@ -239,7 +227,7 @@ class Engine:
         except struct.error:  # larger than any model's
             packed = None
         # As numbers without a sign, negative ones are the largest.
-        if packed is None or (packed and np.frombuffer(packed, np.uint32).max() >= self.facts.vocabulary):
+        if packed is None or (packed and np.maximum.reduce(np.frombuffer(packed, np.uint32)) >= self.facts.vocabulary):
             raise InvalidRequest(
                 f"the token ids of {what} are from {min(tokens)} to {max(tokens)}, but the model's "
                 f"{self.facts.vocabulary} are from 0 to {self.facts.vocabulary - 1}",
@@ -280,9 +268,7 @@ class Engine:
                 yield
             finally:
                 self._held -= 1
-                if not self._held and self._outbox:
-                    orders, self._outbox = self._outbox, []
-                    self._core.take(orders)
+                self._send()
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
@@ -345,12 +331,24 @@ class Engine:
             self._order(Drop(id))
 
     def _order(self, order: Order) -> None:
-        with self.held():
+        with self._sending:
             self._outbox.append(order)
+            self._send()
 
     def _send(self) -> None:
-        with self.held():
-            pass
+        with self._sending:
+            self._sender = None
+            if not self._held and self._outbox:
+                orders, self._outbox = self._outbox, []
+                self._sent = time.monotonic()
+                self._core.take(orders)
+
+    def _send_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Send in the next turn of a loop, unless something was sent a moment ago: each message has the core's process
+        read it, while its thread is to feed the device."""
+        if self._sender is not loop:
+            self._sender = loop
+            loop.call_later(max(0.0, self._sent + _TOGETHER_S - time.monotonic()), self._send)
 
     def _told(self, report: Report | Exception) -> None:
         """What the core says, on its thread; once it has ended, why that is."""

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 from lorauter.engine.messages import Report
 from lorauter.engine.text import TextStream
@@ -25,8 +26,19 @@ logger = logging.getLogger("lorauter.engine")
 Item = Chunk | BaseException
 Sink = Callable[[Item], object]
 """Who is told what becomes of a request: each chunk, or the error that ended it. A `LoopSink` is told by its loop."""
-_Gathered = Item | int
-"""The same, or a token alone, of an answer without text."""
+
+
+class _Bare(NamedTuple):
+    """The first token of an answer without text, or its last; see `Chunk`."""
+
+    token: int
+    finish_reason: FinishReason | None
+    cached_tokens: int = 0
+    waited_s: float = 0.0
+
+
+_Gathered = Item | _Bare | int
+"""The same, or what an answer without text is told: its first token, its last, and of those between them each alone."""
 
 
 class LoopSink:
@@ -44,6 +56,7 @@ class LoopSink:
         self._items: deque[_Gathered] = deque()
         self._due = 0.0
         self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def __call__(self, item: Item) -> None:
         if self.add(item):
@@ -52,7 +65,7 @@ class LoopSink:
     def add(self, item: _Gathered) -> bool:
         """Something has come; whether the loop is to be told (`wake`)."""
         self._items.append(item)
-        return self._is_due()
+        return (item.__class__ is not int and _ends(item)) or time.monotonic() >= self._due
 
     async def take(self, within: float = math.inf) -> tuple[Chunk | None, BaseException | None]:
         """What has come, once something has and it is time to: as one chunk, and the error that came after it.
@@ -62,20 +75,27 @@ class LoopSink:
         if not self._is_due():
             self._waiter = self.loop.create_future()
             left = self._due - time.monotonic()
-            timers = [self.loop.call_later(left, self._ring)] if 0 < left < math.inf else []
-            if within < math.inf:
-                timers.append(self.loop.call_later(within, self._give_up))
+            if 0 < left < within:
+                self._timer = self.loop.call_later(left, self._ring, within - left)
+            elif within < math.inf:
+                self._timer = self.loop.call_later(within, self._give_up)
             try:
                 if not self._is_due():  # it may have come while nobody waited for it
                     await self._waiter
             finally:
                 self._waiter = None
-                for timer in timers:
-                    timer.cancel()
-        items = [self._items.popleft() for _ in range(len(self._items))]
+                if self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
+        pieces: list[Chunk | _Bare | int] = []
+        failure: BaseException | None = None
+        for _ in range(len(self._items)):
+            item = self._items.popleft()
+            if not isinstance(item, BaseException):
+                pieces.append(item)
+            elif failure is None:
+                failure = item
         self._due = time.monotonic() + self._gap()
-        failure = next((item for item in items if isinstance(item, BaseException)), None)
-        pieces = [item for item in items if not isinstance(item, BaseException)]
         return _joined(pieces) if pieces else None, failure
 
     def wake(self) -> None:
@@ -83,9 +103,10 @@ class LoopSink:
         if self._waiter is not None and not self._waiter.done() and self._is_due():
             self._waiter.set_result(None)
 
-    def _ring(self) -> None:
+    def _ring(self, left: float) -> None:
         self._due = 0.0  # whatever the clock of the loop's timers
         self.wake()
+        self._timer = self.loop.call_later(left, self._give_up) if left < math.inf else None
 
     def _give_up(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -94,28 +115,26 @@ class LoopSink:
     def _is_due(self) -> bool:
         if not self._items:
             return False
-        last = self._items[-1]
-        if last.__class__ is not int:
-            ends = last.finish_reason is not None if isinstance(last, Chunk) else isinstance(last, BaseException)
-            if ends:
-                return True
-        return time.monotonic() >= self._due
+        return _ends(self._items[-1]) or time.monotonic() >= self._due
 
 
-def _joined(pieces: Sequence[Chunk | int]) -> Chunk:
-    """Pieces that follow one another as one; a token alone is none of an answer's first or last."""
+def _ends(item: _Gathered) -> bool:
+    """Whether nothing comes after it."""
+    if isinstance(item, int):
+        return False
+    return isinstance(item, BaseException) or item.finish_reason is not None
+
+
+def _joined(pieces: Sequence[Chunk | _Bare | int]) -> Chunk:
+    """Pieces that follow one another as one; an answer has text in all of its pieces, or in none."""
     chunks = [piece for piece in pieces if isinstance(piece, Chunk)]
-    if len(chunks) == len(pieces):
+    if chunks:
         return Chunk.joined(chunks)
-    tokens: list[int] = []
-    for piece in pieces:
-        if isinstance(piece, Chunk):
-            tokens += piece.token_ids
-        else:
-            tokens.append(piece)
-    if not chunks:
-        return Chunk("", tuple(tokens))
-    return Chunk("", tuple(tokens), chunks[-1].finish_reason, chunks[0].cached_tokens, chunks[0].waited_s)
+    bare = cast(Sequence[_Bare | int], pieces)
+    first, last = bare[0], bare[-1]
+    tokens = tuple([piece.token if isinstance(piece, _Bare) else piece for piece in bare])
+    reason = last.finish_reason if isinstance(last, _Bare) else None
+    return Chunk("", tokens, reason, *(first[2:] if isinstance(first, _Bare) else ()))
 
 
 def wake(loop: asyncio.AbstractEventLoop, sinks: Sequence[LoopSink]) -> None:
@@ -212,8 +231,13 @@ class Front:
             answer = self._answers.get(id)
             if answer is None:
                 continue
-            if answer.text is None and reason is None and id not in report.reused and isinstance(answer.sink, LoopSink):
-                if answer.sink.add(token):
+            if answer.text is None and isinstance(answer.sink, LoopSink):
+                bare: _Bare | int = token
+                if reason is not None or id in report.reused:
+                    bare = _Bare(token, reason, report.reused.get(id, 0), report.waited.get(id, 0.0))
+                if reason is not None:
+                    self.forget(id)
+                if answer.sink.add(bare):
                     woken[answer.sink.loop].append(answer.sink)
                 continue
             item: Item

@@ -7,11 +7,10 @@ known by its number. Knows nothing of how they travel.
 from __future__ import annotations
 
 import struct
-import time
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lorauter.adapters.counters import TierCounters
 from lorauter.adapters.weights import ModelShape
@@ -40,8 +39,7 @@ class Adapter(Protocol):
 # --- orders
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(NamedTuple):
     """A sequence begins: see `lorauter.engine.scheduler.ActiveSequence`.
 
     Attributes:
@@ -57,7 +55,7 @@ class Begin:
     seed: int
     tenant: str | None
     ends: Collection[int]
-    came: float = field(default_factory=time.monotonic)
+    came: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorauter.engine.config import EngineConfig
 from lorauter.engine.engine import Engine, Told
@@ -84,8 +84,7 @@ class ReadDone:
     error: PickledError | None = None
 
 
-@dataclass(frozen=True)
-class Orders:
+class Orders(NamedTuple):
     """Orders, whose adapters are numbers, and the numbers that nobody holds any more once these are obeyed."""
 
     orders: Sequence[Order]
@@ -269,7 +268,7 @@ class EngineProcess:
 
 def _by_number(order: Begin) -> Begin:
     handles: Any = order.adapters
-    return replace(order, adapters=tuple((handle.number, weight) for handle, weight in handles))
+    return order._replace(adapters=tuple([(handle.number, weight) for handle, weight in handles]))
 
 
 def start_process(load: Load, config: EngineConfig, *, ended: Ended | None = None) -> Engine:

@@ -96,29 +96,6 @@ def test_where_nothing_is_left_the_first_error_is_told() -> None:
         mix(CALL, Adapters(**errors))
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_refusal_says_whose_it_is(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r7"))
-    monkeypatch.setattr(deployments.model.serve, "get_replica_context", lambda: here)
-
-    async def answer(_: GenerateCall) -> AsyncGenerator[Any]:
-        if begun:
-            yield Admitted(3)
-        raise Overloaded("full", retry_after_s=2)
-
-    replica: Any = object.__new__(LoraModel.func_or_class)
-    replica._answer = answer
-    heard = []
-
-    async def listen() -> None:
-        async for item in replica.generate(CALL):
-            heard.append(item)  # noqa: PERF401 (what came before the error counts)
-
-    with pytest.raises(Overloaded) as refused:
-        asyncio.run(listen())
-    assert refused.value.replica == "r7" and heard == [Admitted(3)] * begun
-
-
 @dataclass
 class Pace:
     """A request takes `each` seconds beside none, and so much more for each other one."""
@@ -211,6 +188,28 @@ def replica() -> Iterator[Any]:
     made._adapters, made._adapter_wait_s, made._first_token_s, made._streams = Adapters(), 1.0, 60.0, 0
     yield made
     made._engine.close()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_refusal_says_whose_it_is(begun: bool, replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r7"))
+    monkeypatch.setattr(deployments.model.serve, "get_replica_context", lambda: here)
+
+    async def answer(*_: Any, **__: Any) -> AsyncGenerator[Chunk]:
+        if begun:
+            yield Chunk("b", (98,))
+        raise Overloaded("full", retry_after_s=2)
+
+    monkeypatch.setattr(replica._engine, "stream", answer)
+    heard = []
+
+    async def listen() -> None:
+        async for item in replica.generate(replace(CALL, adapters=())):
+            heard.append(item)  # noqa: PERF401 (what came before the error counts)
+
+    with pytest.raises(Overloaded) as refused:
+        asyncio.run(listen())
+    assert refused.value.replica == "r7" and heard == [Begun(Admitted(1), Chunk("b", (98,)))] * begun
 
 
 def said(replica: Any, calls: int, *, whole: bool) -> list[list[Any]]:

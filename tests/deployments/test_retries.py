@@ -12,7 +12,7 @@ import pytest
 import deployments.retries
 from deployments.calls import Admitted, Begun, Choice, GenerateCall, Prompt
 from deployments.retries import answered, generated
-from deployments.rpc import ConnectionLost
+from deployments.rpc_connection import ConnectionLost
 from lorauter.engine import Chunk, SamplingParams
 from lorauter.errors import InvalidRequest, Overloaded, ServiceUnavailable
 from lorauter.routing import AdapterWeight, LeftOut

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import uvloop
 
-import deployments.rpc
-from deployments.rpc import Address, ConnectionLost, RpcClient, RpcServer
+import deployments.rpc_connection
+from deployments.rpc import Address, RpcClient, RpcServer
+from deployments.rpc_connection import ConnectionLost
 from lorauter.errors import InvalidRequest, Overloaded
 
 HOST = "127.0.0.1"
@@ -222,7 +223,7 @@ def test_without_the_token_nothing_is_read(token: bytes, caplog: pytest.LogCaptu
         bomb = pickle.dumps([Bomb()])
         for said in (bomb, len(bomb).to_bytes(8, "little") + bomb, b"x" * 10_000, b"GET / HTTP/1.1\r\n\r\n" * 10):
             reader, writer = await asyncio.open_connection(HOST, client._address.port)
-            writer.write(deployments.rpc._MAGIC + b"n" * 32 + b"p" * 32 + said)
+            writer.write(deployments.rpc_connection._MAGIC + b"n" * 32 + b"p" * 32 + said)
             heard = await reader.read()
             assert len(heard) <= 16 + 32 + 32 + 15, "a greeting, a proof that this token is known, and the end"
             writer.close()
@@ -234,7 +235,7 @@ def test_without_the_token_nothing_is_read(token: bytes, caplog: pytest.LogCaptu
 def test_a_proof_is_of_no_use_to_whoever_gives_it_back(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(target: Target, server: RpcServer, client: RpcClient) -> None:
         reader, writer = await asyncio.open_connection(HOST, client._address.port)
-        greeting = await reader.readexactly(len(deployments.rpc._MAGIC) + 32)
+        greeting = await reader.readexactly(len(deployments.rpc_connection._MAGIC) + 32)
         writer.write(greeting)
         writer.write(await reader.readexactly(32))
         assert await reader.read() == b""
@@ -248,7 +249,7 @@ def test_an_impostor_is_told_nothing() -> None:
         heard = bytearray()
 
         async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(deployments.rpc._MAGIC + b"n" * 32 + b"p" * 32)
+            writer.write(deployments.rpc_connection._MAGIC + b"n" * 32 + b"p" * 32)
             heard.extend(await reader.read())
             writer.close()
 
@@ -265,7 +266,7 @@ def test_an_impostor_is_told_nothing() -> None:
 
 
 def test_who_says_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployments.rpc, "_GREETING_S", 0.1)
+    monkeypatch.setattr(deployments.rpc_connection, "GREETING_S", 0.1)
 
     async def scenario(target: Target, server: RpcServer, client: RpcClient) -> None:
         reader, writer = await asyncio.open_connection(HOST, client._address.port)
