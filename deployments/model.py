@@ -48,6 +48,9 @@ _PATIENT = 2 / 3  # of the time that a request waits for its first token: what t
 # the client.
 _ITEMS_S = min(2000.0, 125.0 * len(os.sched_getaffinity(0)))
 _WHOLE_S = 30.0
+# For which the beginning of an answer that nobody reads as it comes waits for its end, so that a short one is one
+# message. Who has asked moves a call that has not begun after a second.
+_KEPT_S = 0.25
 
 Mixture = tuple[tuple[Adapter, float], ...]
 
@@ -110,7 +113,8 @@ class LoraModel:
         """Answer a call; closing the stream cancels it.
 
         Each item costs Python's time here and wherever it passes: the first token leaves at once, and the end, and what
-        comes between them together, the more the more answers there are.
+        comes between them together, the more the more answers there are. A short answer that is wanted whole is one
+        item, unless its speed is wanted too.
 
         Raises:
             InvalidRequest, AdapterNotFound, AdapterRejected, AdapterUnavailable, Overloaded: before anything else,
@@ -151,11 +155,15 @@ class LoraModel:
         most = self._engine.config.rows + self._engine.config.max_queue
         if len(call.choices) > most:
             raise InvalidRequest(f"got n = {len(call.choices)}; at most {most} answers are made at once", param="n")
-        gap = self._whole_gap if call.whole else self._gap
+        gap, keep_s = (self._whole_gap, self._keep_s) if call.whole else (self._gap, 0.0)
+        if call.tells_tiers:
+            keep_s = 0.0
         return side_by_side(
             {
                 index: self._engine.stream(
-                    GenerationRequest(prompt, mixture, call.sampling.of_choice(index), generated, call.tenant), gap=gap
+                    GenerationRequest(prompt, mixture, call.sampling.of_choice(index), generated, call.tenant),
+                    gap=gap,
+                    keep_s=keep_s,
                 )
                 for index, generated in call.choices
             }
@@ -191,6 +199,11 @@ class LoraModel:
     def _gap(self) -> float:
         """Seconds between two items of a stream: none where it is alone."""
         return (self._streams - 1) / _ITEMS_S
+
+    @property
+    def _keep_s(self) -> float:
+        """Seconds from its call for which the first token of an answer is kept that nobody reads as it comes."""
+        return min(_KEPT_S, self._first_token_s / 4)
 
     def _whole_gap(self) -> float:
         """The same where nobody reads them: now and then, so that it is known to go on."""

@@ -89,11 +89,12 @@ class RequestRecord:
         self.adapters = adapters
         self.confidence = confidence
 
-    def token_arrived(self, count: int, end: str | None = None) -> None:
-        """Note that tokens of an answer are here, and why it ends with them, if it does."""
+    def token_arrived(self, count: int, end: str | None = None, kept_s: float = 0.0) -> None:
+        """Note that tokens of an answer are here, why it ends with them, if it does, and how long before the first of
+        them was there."""
         self.last_token = time.perf_counter()
         if self.first_token is None:
-            self.first_token = self.last_token
+            self.first_token = self.last_token - kept_s
         self.completion_tokens += count
         if end is not None:
             self.ends.append(end)

@@ -203,7 +203,7 @@ class Router:
                     record.cached_tokens += item.cached_tokens
                     self._metrics.left_out(adapter.cause for adapter in item.left_out)
                 else:
-                    record.token_arrived(len(item.token_ids), item.finish_reason)
+                    record.token_arrived(len(item.token_ids), item.finish_reason, item.kept_s)
                 yield words.of(item)
         except AdapterError as error:
             if call.routed:

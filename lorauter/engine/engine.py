@@ -102,11 +102,14 @@ class Engine:
 
     # --- requests
 
-    def stream(self, request: GenerationRequest, *, gap: Callable[[], float] = lambda: 0.0) -> Stream:
+    def stream(
+        self, request: GenerationRequest, *, gap: Callable[[], float] = lambda: 0.0, keep_s: float = 0.0
+    ) -> Stream:
         """The answer as it comes; chunks that are ready together come as one. Closing the iterator cancels the request.
 
         Args:
             gap: seconds between two chunks at least, but for the first and the last one.
+            keep_s: seconds until the first one at least, unless it is the last.
 
         Raises (on the first step):
             Overloaded: the queue is full, or too long for `max_slowdown`.
@@ -114,7 +117,7 @@ class Engine:
             AdapterRejected, AdapterUnavailable: an adapter does not fit the model or the memory.
             LorauterError: no token has come for `token_timeout_s`.
         """
-        return Stream(partial(self.submit, request), self._cancel, gap, self.config.token_timeout_s)
+        return Stream(partial(self.submit, request), self._cancel, gap, keep_s, self.config.token_timeout_s)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """All answers, in the order of the requests; waits for a place in the queue.

@@ -48,13 +48,15 @@ class LoopSink:
 
     Args:
         gap: seconds from one time that things are taken to the next, as of when it is asked.
+        keep_s: seconds from now for which the first waits too, if it is not the last.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, gap: Callable[[], float]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, gap: Callable[[], float], keep_s: float = 0.0) -> None:
         self.loop = loop
         self._gap = gap
         self._items: deque[_Gathered] = deque()
-        self._due = 0.0
+        self._due = time.monotonic() + keep_s if keep_s else 0.0
+        self._came = None if keep_s else math.inf  # when the first did, until it is taken
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -65,7 +67,12 @@ class LoopSink:
     def add(self, item: _Gathered) -> bool:
         """Something has come; whether the loop is to be told (`wake`)."""
         self._items.append(item)
-        return (item.__class__ is not int and _ends(item)) or time.monotonic() >= self._due
+        if item.__class__ is int:
+            return time.monotonic() >= self._due
+        now = time.monotonic()
+        if self._came is None:
+            self._came = now
+        return now >= self._due or _ends(item)
 
     async def take(self, within: float = math.inf) -> tuple[Chunk | None, BaseException | None]:
         """What has come, once something has and it is time to: as one chunk, and the error that came after it.
@@ -95,8 +102,10 @@ class LoopSink:
                 pieces.append(item)
             elif failure is None:
                 failure = item
-        self._due = time.monotonic() + self._gap()
-        return _joined(pieces) if pieces else None, failure
+        now = time.monotonic()
+        kept_s, self._came = max(0.0, now - (self._came or now)), math.inf
+        self._due = now + self._gap()
+        return _joined(pieces, kept_s) if pieces else None, failure
 
     def wake(self) -> None:
         """In the loop: somebody who waits may have something to take."""
@@ -125,16 +134,18 @@ def _ends(item: _Gathered) -> bool:
     return isinstance(item, BaseException) or item.finish_reason is not None
 
 
-def _joined(pieces: Sequence[Chunk | _Bare | int]) -> Chunk:
+def _joined(pieces: Sequence[Chunk | _Bare | int], kept_s: float) -> Chunk:
     """Pieces that follow one another as one; an answer has text in all of its pieces, or in none."""
     chunks = [piece for piece in pieces if isinstance(piece, Chunk)]
     if chunks:
-        return Chunk.joined(chunks)
+        return Chunk.joined(chunks).but(kept_s=kept_s)
     bare = cast(Sequence[_Bare | int], pieces)
     first, last = bare[0], bare[-1]
     tokens = tuple([piece.token if isinstance(piece, _Bare) else piece for piece in bare])
     reason = last.finish_reason if isinstance(last, _Bare) else None
-    return Chunk("", tokens, reason, *(first[2:] if isinstance(first, _Bare) else ()))
+    if not isinstance(first, _Bare):
+        return Chunk("", tokens, reason)
+    return Chunk("", tokens, reason, first.cached_tokens, first.waited_s, kept_s=kept_s)
 
 
 def wake(loop: asyncio.AbstractEventLoop, sinks: Sequence[LoopSink]) -> None:

@@ -18,7 +18,7 @@ class Stream:
     Args:
         submit: has the answer made, once the first chunk is asked for, and returns its number.
         cancel: lets it go, if it has not ended.
-        gap: see `LoopSink`.
+        gap, keep_s: see `LoopSink`.
         timeout_s: seconds after the first chunk without another one, after which it is given up.
     """
 
@@ -27,11 +27,13 @@ class Stream:
         submit: Callable[[LoopSink], int],
         cancel: Callable[[int], None],
         gap: Callable[[], float],
+        keep_s: float,
         timeout_s: float,
     ) -> None:
         self._submit = submit
         self._cancel = cancel
         self._gap = gap
+        self._keep_s = keep_s
         self._timeout_s = timeout_s
         self._sink: LoopSink | None = None
         self._id: int | None = None  # while it is under way
@@ -48,7 +50,7 @@ class Stream:
         chunk = None
         try:
             if self._sink is None:
-                self._sink = LoopSink(asyncio.get_running_loop(), self._gap)
+                self._sink = LoopSink(asyncio.get_running_loop(), self._gap, self._keep_s)
                 self._id = self._submit(self._sink)
             while chunk is None:
                 if self._failure is not None:

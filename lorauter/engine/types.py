@@ -299,6 +299,7 @@ class Chunk(Sparse):
         logprobs: of the tokens, if they are wanted.
         prompt_logprobs: in the first one, of the prompt's tokens, if they are wanted.
         stop_string: in the last one, which of the stop strings ended it, if one did.
+        kept_s: in the first one, the seconds for which it was there before it was told.
     """
 
     text: str
@@ -310,6 +311,7 @@ class Chunk(Sparse):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: PromptLogprobs = ()
     stop_string: str | None = None
+    kept_s: float = field(default=0.0, compare=False)
 
     @classmethod
     def joined(cls, chunks: Sequence[Chunk]) -> Chunk:
@@ -324,6 +326,7 @@ class Chunk(Sparse):
             tuple(logprobs for chunk in chunks for logprobs in chunk.logprobs),
             chunks[0].prompt_logprobs,
             chunks[-1].stop_string,
+            chunks[0].kept_s,
         )
 
 

@@ -226,9 +226,18 @@ def said(replica: Any, calls: int, *, whole: bool) -> list[list[Any]]:
     return asyncio.run(run())
 
 
-def test_a_whole_answer_is_two_messages_and_a_streams_are_fewer_the_more_there_are(replica: Any) -> None:
+def test_a_whole_answer_is_a_message_or_two_and_a_streams_are_fewer_the_more_there_are(
+    replica: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.model, "_KEPT_S", 60.0)
+    replica._first_token_s = 240.0
+    shorts = said(replica, 3, whole=True)
+    assert [(type(item), item.chunk.finish_reason) for [item] in shorts] == [(Begun, "length")] * 3
+    assert shorts[0][0].chunk.kept_s > 0
+    monkeypatch.setattr(deployments.model, "_KEPT_S", 0.0)
     (begun, rest), *_ = wholes = said(replica, 3, whole=True)
     assert [len(items) for items in wholes] == [2] * 3
+    assert shorts[0][0].chunk.text == begun.chunk.text + rest.text and begun.chunk.kept_s == 0
     assert (begun.admitted, begun.chunk.text[0], rest.finish_reason) == (Admitted(1), "b", "length")
     [alone] = said(replica, 1, whole=False)
     assert replica._streams == 0

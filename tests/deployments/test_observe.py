@@ -137,6 +137,14 @@ def decision(task: str, *adapters: str, confidence: float | None = 0.7) -> Routi
     )
 
 
+def test_a_first_token_was_there_before_it_was_told() -> None:
+    record = observe.RequestRecord()
+    record.token_arrived(6, "stop", 0.25)
+    assert record.last_token is not None and record.first_token == record.last_token - 0.25
+    record.token_arrived(1, None, 0.5)
+    assert record.first_token < record.last_token
+
+
 def test_decisions_are_counted() -> None:
     recorder = Recorder()
     measured = RoutingMetrics(recorder)

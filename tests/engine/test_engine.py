@@ -298,6 +298,23 @@ def test_tokens_alone_come_as_they_would_with_text(start, counting):
             SamplingParams(detokenize=False, **asked)
 
 
+def test_what_is_wanted_whole_is_one_chunk_where_it_ends_soon(start, counting):
+    engine = start(counting, max_model_len=1 << 20)
+
+    async def run(keep_s, **sampling):
+        asked = ask("a", **sampling)
+        return [chunk async for chunk in engine.stream(asked, gap=lambda: 60.0, keep_s=keep_s)]
+
+    for bare in ({}, {"detokenize": False}):
+        [short] = asyncio.run(run(60.0, max_tokens=200, ignore_eos=True, **bare))
+        assert (len(short.token_ids), short.finish_reason) == (200, "length")
+        assert short.kept_s > 0
+        first, rest = asyncio.run(run(0.02, max_tokens=3000, ignore_eos=True, **bare))
+        assert first.kept_s > 0 == rest.kept_s
+        assert len(first.token_ids) > 1
+        assert len(first.token_ids + rest.token_ids) == 3000
+
+
 def test_the_end_waits_for_no_gap(start, counting):
     engine = start(counting)
 
