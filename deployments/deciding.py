@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -144,23 +143,24 @@ class Deciding:
     ) -> None:
         if not rows:
             return
+        seconds: dict[str, float] = {}  # of all of them
         with self._metrics.step("compose"), span("compose"):
             composed = [
-                self._composed(retriever, row, one) if isinstance(one, Retrieved) else one
+                self._composed(retriever, row, one, seconds) if isinstance(one, Retrieved) else one
                 for row, one in zip(rows, found, strict=True)
             ]
-        seconds = {"retrieve": time.perf_counter() - started}
+        seconds["retrieve"] = time.perf_counter() - started
         for query, of_one in groupby(range(len(rows)), lambda i: rows[i].query):
             own = [composed[i] for i in of_one]
             wrong = next((one for one in own if isinstance(one, Exception)), None)
             if not told[query].done():  # who asked may have gone
                 told[query].set_result(
-                    [replace(one, seconds=seconds) for one in own if isinstance(one, RoutingDecision)]
-                    if wrong is None
-                    else wrong
+                    [one for one in own if isinstance(one, RoutingDecision)] if wrong is None else wrong
                 )
 
-    def _composed(self, retriever: Retriever, row: _Row, found: Retrieved) -> RoutingDecision | Exception:
+    def _composed(
+        self, retriever: Retriever, row: _Row, found: Retrieved, seconds: Mapping[str, float]
+    ) -> RoutingDecision | Exception:
         catalog = retriever.catalog
         try:
             return compose(
@@ -170,6 +170,7 @@ class Deciding:
                 catalog_version=catalog.version,
                 versions=catalog.adapters,
                 composed=catalog.composed,
+                seconds=seconds,
             )
         except Exception as error:  # noqa: BLE001 (whose it is, is told)
             return error

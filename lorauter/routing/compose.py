@@ -7,9 +7,9 @@ embeddings or catalogs.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lorauter.errors import AdapterError, AdapterNotFound, AdapterRejected
 from lorauter.names import AdapterKey
@@ -22,8 +22,7 @@ from lorauter.turns import ExampleTurns
 _LEAST_WEIGHT = 0.01  # a utility mixture leaves out what weighs less: it would be fetched for nothing
 
 
-@dataclass(frozen=True)
-class TaskScore:
+class TaskScore(NamedTuple):
     """A task, its cosine similarity to the query, and the probability that the query is one of it."""
 
     name: str
@@ -31,8 +30,7 @@ class TaskScore:
     probability: float
 
 
-@dataclass(frozen=True)
-class AdapterWeight:
+class AdapterWeight(NamedTuple):
     """A version of an adapter, its share in the mixture, and whether it was composed from others."""
 
     name: str
@@ -47,7 +45,7 @@ class AdapterWeight:
 
     def to_json(self) -> dict[str, Any]:
         """As it is shown; `composed` where it was."""
-        return {key: value for key, value in vars(self).items() if value or key != "composed"}
+        return {key: value for key, value in self._asdict().items() if value or key != "composed"}
 
 
 Cause = Literal["not_found", "rejected", "unavailable"]
@@ -146,7 +144,7 @@ class RoutingDecision:
         shown = {} if self.shown is None else {"shown": self.shown.to_json(first)}
         return {
             "catalog_version": self.catalog_version,
-            "tasks": [vars(task) for task in self.tasks],
+            "tasks": [task._asdict() for task in self.tasks],
             "adapters": [adapter.to_json() for adapter in self.adapters],
             "confidence": self.confidence,
             **({"by_states": True} if self.by_states else {}),
@@ -164,7 +162,7 @@ def without(adapters: Iterable[AdapterWeight], keys: set[AdapterKey]) -> tuple[A
         return adapters
     left = sum(adapter.weight for adapter in kept)
     scale = sum(adapter.weight for adapter in adapters) / left if left else 1.0
-    return tuple(replace(adapter, weight=adapter.weight * scale) for adapter in kept)
+    return tuple(adapter._replace(weight=adapter.weight * scale) for adapter in kept)
 
 
 def compose(
@@ -175,6 +173,7 @@ def compose(
     catalog_version: str,
     versions: Mapping[str, str],
     composed: Container[str] = (),
+    seconds: Mapping[str, float] | None = None,
 ) -> RoutingDecision:
     """Weigh adapters.
 
@@ -190,6 +189,7 @@ def compose(
     Args:
         catalog_version, versions: of the catalog that it was retrieved from, and of its adapters.
         composed: those of its adapters that were composed from others.
+        seconds: the decision's.
     """
     config = config.asked(options)
     tasks = retrieved.tasks[: config.num_tasks]
@@ -198,7 +198,7 @@ def compose(
     if stranger:
         weights: Mapping[str, float] = {}
     elif config.composition == "utility":
-        mixed = [(adapter.name, adapter.utility) for adapter in retrieved.adapters[:top_k]]
+        mixed = retrieved.adapters[:top_k]
         if mixed and not options.temperature:
             temperature *= config.softening ** (1 - retrieved.familiarity)
         weights = _softmax(mixed, temperature)
@@ -218,7 +218,7 @@ def compose(
     alone = retrieved.shown is not None and bool(retrieved.shown.turns) and retrieved.shown.by == "base"
     return RoutingDecision(
         catalog_version,
-        tuple(TaskScore(task.name, task.score, task.probability) for task in tasks),
+        tuple([TaskScore(name, score, probability) for name, score, _, probability, _ in tasks]),
         () if alone else mixture,
         retrieved.confidence,
         constrain=options.constrain,
@@ -226,14 +226,15 @@ def compose(
         by_states=retrieved.by_states,
         shown=retrieved.shown,
         unshown=mixture if alone else (),
+        seconds={} if seconds is None else seconds,
     )
 
 
-def _softmax(scores: list[tuple[str, float]], temperature: float) -> dict[str, float]:
+def _softmax(scores: Sequence[tuple[str, float]], temperature: float) -> dict[str, float]:
     """The softmax of scores; those of one name are added up."""
     weights: dict[str, float] = {}
     if scores:
-        best = max(score for _, score in scores)
+        best = max([score for _, score in scores])
         shares = [math.exp((score - best) / temperature) for _, score in scores]
         total = sum(shares)
         for (name, _), share in zip(scores, shares, strict=True):

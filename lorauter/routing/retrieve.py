@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,11 @@ class AdapterUtility(NamedTuple):
     utility: float
 
 
+_new_task: Callable[[tuple[Any, ...]], RetrievedTask] = partial(tuple.__new__, RetrievedTask)
+_new_adapter: Callable[[tuple[str, float]], AdapterUtility] = partial(tuple.__new__, AdapterUtility)
+"""In a third of the time: a query has dozens of them."""
+
+
 @dataclass(frozen=True)
 class Retrieved:
     """What was found for one query.
@@ -94,7 +99,7 @@ class Retrieved:
     @property
     def confidence(self) -> float:
         """The probability that the query is one of the first task."""
-        return self.familiarity * max((task.probability for task in self.tasks), default=0.0)
+        return self.familiarity * self.tasks[0].probability if self.tasks else 0.0
 
     @property
     def adapter_names(self) -> set[str]:
@@ -342,18 +347,22 @@ class Retriever:
         self, worths: Worths, asked: Asked, order: Sequence[int], scores: Sequence[float], chances: Sequence[float]
     ) -> tuple[RetrievedTask, ...]:
         """As many of a query's tasks as it asks for, and that lend an adapter."""
+        places, num_tasks, top_k, usable = worths.places, asked.config.num_tasks, asked.top_k, asked.usable
         tasks: list[RetrievedTask] = []
-        lent, num_tasks, top_k, usable = 0, asked.config.num_tasks, asked.top_k, asked.usable
+        lent = count = 0
         for nth, score, chance in zip(order, scores, chances, strict=False):
-            few = len(tasks) < num_tasks
-            if not few and lent >= top_k:
+            if count >= num_tasks and lent >= top_k:
                 break
-            place = worths.places[nth]
-            adapters = usable[place] if place in usable else self._usable(place, asked)
-            if few or adapters:
-                known = worths.tasks[nth]
-                tasks.append(RetrievedTask(known.task, score, adapters, chance, known.answers))
-                lent += bool(adapters)
+            adapters = usable.get(places[nth])
+            if adapters is None:
+                adapters = self._usable(places[nth], asked)
+            if adapters:
+                lent += 1
+            elif count >= num_tasks:
+                continue
+            known = worths.tasks[nth]
+            tasks.append(_new_task((known.task, score, adapters, chance, known.answers)))
+            count += 1
         return tuple(tasks)
 
     def _shown(
@@ -409,9 +418,11 @@ class Retriever:
         values, counts = totals[np.arange(len(totals))[:, None], columns], (totals > 0).sum(axis=1)
         found = []
         for nths, value, count in zip(columns.tolist(), values.tolist(), counts.tolist(), strict=True):
-            useful = dict(zip([worths.names[nth] for nth in nths[:count]], value, strict=False))
-            one_of_each = islice(self._distinct(tuple(useful)), _MAX_ADAPTERS)
-            found.append(tuple(AdapterUtility(name, useful[name]) for name in one_of_each))
+            useful: Iterable[tuple[str, float]] = zip([worths.names[nth] for nth in nths[:count]], value, strict=False)
+            if self.catalog.copies:
+                by_name = dict(useful)
+                useful = ((name, by_name[name]) for name in self._distinct(tuple(by_name)))
+            found.append(tuple(map(_new_adapter, islice(useful, _MAX_ADAPTERS))))
         return found
 
     def _allowed(self, worths: Worths, asked: Asked) -> NDArray[np.bool_]:
