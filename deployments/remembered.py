@@ -36,14 +36,24 @@ class Remembered(Generic[Number]):
         if not texts:
             return await self._ask(texts)
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
-        rows = {key: self._known[key] for key in keys if key in self._known}
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
-        if new:
-            found = await self._ask([*new.values()])
-            rows.update((key, row.copy()) for key, row in zip(new, found, strict=True))  # not the whole lot they are of
-        for key in rows:
+        rows: dict[bytes, NDArray[Number]] = {}
+        new: dict[bytes, str] = {}
+        for key, text in zip(keys, texts, strict=True):
+            row = self._known.get(key)
+            if row is None:
+                new[key] = text
+            else:
+                rows[key] = row
+        found = await self._ask([*new.values()]) if new else None
+        for key in rows:  # by now one of them may have gone
             self._known[key] = rows[key]
             self._known.move_to_end(key)
+        if found is not None:
+            made = {key: row.copy() for key, row in zip(new, found, strict=True)}  # not the whole lot they are of
+            self._known.update(made)
+            rows.update(made)
         while len(self._known) > self._most:
             self._known.popitem(last=False)
-        return np.stack([rows[key] for key in keys])
+        if found is not None and len(found) == len(texts):  # none is known, and none is there twice
+            return found
+        return np.concatenate([rows[key] for key in keys]).reshape(len(keys), *rows[keys[0]].shape)

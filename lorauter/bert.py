@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorauter.bert_parts import BertParts
-from lorauter.cuda_graphs import GraphRecorder, Recorded, landed, uploaded
+from lorauter.cuda_graphs import GraphRecorder, Landing, Recorded
 from lorauter.precision import product
 
 _ROWS = 4, 16, 32, 64  # of the shapes on a GPU: fewer texts take as long
@@ -189,6 +189,9 @@ class GraphedBert:
         self._recorder = GraphRecorder(self._device)
         with self._recorder.alone():  # the largest first: the others use its memory
             self._graphs = {shape: self._record(shape) for shape in reversed(self._shapes)}
+        largest, inputs = self._graphs[self._shapes[-1]]
+        self._here = torch.zeros(inputs.numel(), dtype=inputs.dtype, pin_memory=inputs.is_cuda)
+        self._landing = Landing(largest.found)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -203,14 +206,16 @@ class GraphedBert:
         result[order] = np.concatenate(vectors)
         return result
 
-    def _filled(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        return torch.from_numpy(filled(texts, fitting(self._shapes, len(texts), len(texts[-1]))))
+    def _filled(self, texts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        return filled(texts, fitting(self._shapes, len(texts), len(texts[-1])))
 
-    def _encode(self, texts: Tensor, count: int) -> NDArray[np.float32]:
+    def _encode(self, texts: NDArray[np.int64], count: int) -> NDArray[np.float32]:
         recorded, inputs = self._graphs[texts.shape[1], texts.shape[2]]
-        uploaded(texts, inputs)
+        here = self._here[: texts.size].view(texts.shape)
+        here.numpy()[:] = texts
+        inputs.copy_(here, non_blocking=True)  # and who waits for what is computed of it waits for it too
         recorded.graph.replay()
-        found: NDArray[np.float32] = landed(recorded.found[:count]).numpy()
+        found: NDArray[np.float32] = self._landing.landed(recorded.found[:count]).numpy()
         return found
 
     @torch.inference_mode()

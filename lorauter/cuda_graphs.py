@@ -14,11 +14,6 @@ import torch
 from torch import Tensor
 
 
-def uploaded(values: Tensor, to: Tensor) -> None:
-    """Values into a tensor of a device; nobody waits for it but who computes there afterwards."""
-    to.copy_(values.pin_memory() if to.is_cuda else values, non_blocking=True)
-
-
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in the host's memory, which is there once what is launched so far is computed."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -36,6 +31,28 @@ def landed(found: Tensor) -> Tensor:
     done.record()
     done.synchronize()
     return here
+
+
+class Landing:
+    """A place in the host's memory for what a device computes again and again, one lot at a time: to have one for each
+    lot, and what says that it is there, costs more than to have the numbers come.
+
+    Args:
+        most: of what lands, the most that does at once.
+    """
+
+    def __init__(self, most: Tensor) -> None:
+        self._here = torch.empty(most.shape, dtype=most.dtype, pin_memory=most.is_cuda)
+        self._done: Any = torch.cuda.Event(blocking=True) if most.is_cuda else None  # type: ignore[no-untyped-call]
+
+    def landed(self, found: Tensor) -> Tensor:
+        """What `landed` says, of as many rows as there are at most."""
+        here = self._here[: len(found)]
+        here.copy_(found, non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+            self._done.synchronize()
+        return here.clone()
 
 
 class Recorded(NamedTuple):

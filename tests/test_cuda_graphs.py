@@ -2,52 +2,85 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from lorauter.cuda_graphs import landed, uploaded
+from lorauter.cuda_graphs import Landing, landed
 
 
-def test_on_a_cpu_values_are_copied_as_they_are() -> None:
-    to = torch.zeros(2, dtype=torch.long)
-    uploaded(torch.tensor([1, 2]), to)
-    assert to.tolist() == [1, 2] and landed(to).tolist() == [1, 2]
+def test_on_a_cpu_what_lands_is_a_copy() -> None:
+    found = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    landing = Landing(found)
+    first = landing.landed(found[:2])
+    assert landing.landed(found).tolist() == found.tolist()
+    assert first.tolist() == [[1, 2], [3, 4]] and landed(found) is found
 
 
-def test_who_waits_for_a_gpu_sleeps_until_its_copy_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
+class Event:
+    """One of CUDA's, that notes what is asked of it."""
 
-    class Event:
-        def __init__(self, *, blocking: bool) -> None:
-            assert blocking
+    done: ClassVar[list[str]] = []
 
-        def record(self) -> None:
-            done.append("recorded")
+    def __init__(self, *, blocking: bool) -> None:
+        assert blocking
+        self.done.append("made")
 
-        def synchronize(self) -> None:
-            done.append("waited")
+    def record(self) -> None:
+        self.done.append("recorded")
 
-    class Pinned:
-        def copy_(self, found: Any, *, non_blocking: bool) -> None:
-            assert non_blocking
-            done.append(f"copied {found.shape}")
+    def synchronize(self) -> None:
+        self.done.append("waited")
 
-    pinned = Pinned()
+
+class Pinned:
+    """Memory of the host."""
+
+    def __getitem__(self, _: slice) -> Pinned:
+        return self
+
+    def copy_(self, found: Any, *, non_blocking: bool) -> None:
+        assert non_blocking
+        Event.done.append(f"copied {found.shape}")
+
+    def clone(self) -> str:
+        Event.done.append("cloned")
+        return "a copy"
+
+
+class Found:
+    """What a GPU has computed."""
+
+    is_cuda, shape, dtype = True, (2, 3), torch.float32
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> Pinned:
+    one = Pinned()
 
     def empty(shape: Any, *, dtype: Any, pin_memory: bool) -> Pinned:
         assert (shape, dtype, pin_memory) == ((2, 3), torch.float32, True)
-        return pinned
+        return one
 
+    Event.done.clear()
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", empty)
-    found: Any = SimpleNamespace(is_cuda=True, shape=(2, 3), dtype=torch.float32)
+    return one
+
+
+def test_who_waits_for_a_gpu_sleeps_until_its_copy_is_there(pinned: Pinned) -> None:
+    found: Any = Found()
     came: Any = landed(found)
     assert came is pinned
-    assert done == ["copied (2, 3)", "recorded", "waited"]
-    to: Any = SimpleNamespace(is_cuda=True, copy_=lambda values, non_blocking: done.append(f"{values} {non_blocking}"))
-    values: Any = SimpleNamespace(pin_memory=lambda: "pinned")
-    uploaded(values, to)
-    assert done[3:] == ["pinned True"]
+    assert Event.done == ["copied (2, 3)", "made", "recorded", "waited"]
+
+
+def test_what_lands_again_and_again_has_one_place_and_one_event(pinned: Pinned) -> None:
+    found: Any = Found()
+    landing = Landing(found)
+    assert [landing.landed(found), landing.landed(found)] == ["a copy"] * 2
+    assert Event.done == ["made", *["copied (2, 3)", "recorded", "waited", "cloned"] * 2]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorauter.cuda_graphs import GraphRecorder, Recorded, landed
+from lorauter.cuda_graphs import GraphRecorder, Landing, Recorded
 from lorauter.engine import cuda_kernels as kernels
 from lorauter.engine.cuda_runner import mixed_sizes
 from lorauter.engine.cuda_step import CudaStep, query_blocks
@@ -51,6 +51,7 @@ class PromptGraphs:
         self._recorder = GraphRecorder(decoder.device)
         with self._recorder.alone():  # the largest first: the others use its memory
             self._graphs = {size: self._record(size) for size in sorted(sizes, reverse=True)}
+        self._landing = Landing(self._graphs[max(sizes)].found)
 
     def _lengths(self, size: int) -> list[int]:
         queries = -(-size // kernels.query_tokens(self._group)) + min(size, self._rows)
@@ -85,4 +86,4 @@ class PromptGraphs:
             self._there[:end].copy_(self._here[:end], non_blocking=True)
             recorded = self._graphs[size]
             recorded.graph.replay()
-            return landed(recorded.found[: len(prompts)])
+            return self._landing.landed(recorded.found[: len(prompts)])
