@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -148,7 +148,7 @@ class LoraModel:
             error.replica = serve.get_replica_context().replica_id.unique_id
             raise
 
-    def _begin(self, call: GenerateCall, prompt: tuple[int, ...], mixture: Mixture) -> Stream[Chunk]:
+    def _begin(self, call: GenerateCall, prompt: Sequence[int], mixture: Mixture) -> Stream[Chunk]:
         """Ask the engine for a call's answers. Raises InvalidRequest, Overloaded."""
         if not call.resumed:  # what has begun elsewhere is to end
             self._check_wait()
@@ -172,7 +172,7 @@ class LoraModel:
     def _admitted(
         self,
         call: GenerateCall,
-        prompt: tuple[int, ...],
+        prompt: Sequence[int],
         left_out: tuple[LeftOut, ...],
         before: Mapping[AdapterKey, str | None],
         fetched_s: float,

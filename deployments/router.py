@@ -182,7 +182,7 @@ class Router:
             self._encoder = await self._asked(self._embedder, "name")
         return self._encoder
 
-    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+    async def tokenize(self, prompt: Prompt) -> Sequence[int]:
         """A prompt's tokens. Raises InvalidRequest, Overloaded, ServiceUnavailable."""
         return await self._tokenizing.encode(prompt)
 

@@ -39,7 +39,7 @@ class TextService(Protocol):
     async def encoder(self) -> str:
         """What embeds is called."""
 
-    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+    async def tokenize(self, prompt: Prompt) -> Sequence[int]:
         """A prompt's tokens."""
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -118,7 +118,7 @@ class Texts:
         text = await self._service.detokenize(body.tokens, skip_special_tokens=body.skip_special_tokens)
         return Json({"prompt": text})
 
-    async def _tokenized(self, prompt: Prompt) -> tuple[int, ...]:
+    async def _tokenized(self, prompt: Prompt) -> Sequence[int]:
         check_length(prompt.characters, self._settings, "messages" if prompt.text is None else "prompt")
         return await self._service.tokenize(prompt)
 

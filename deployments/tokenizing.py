@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
@@ -71,14 +72,14 @@ class Tokenizing:
         known = self._known = _Known(*await asyncio.to_thread(pickle.loads, sent))
         return known
 
-    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    async def encode(self, prompt: Prompt) -> Sequence[int]:
         """A prompt's tokens. Raises InvalidRequest."""
         tokens, _ = await self._encoded(prompt)
         return tokens
 
     async def _encoded(
         self, prompt: Prompt, examples: Sequence[ExampleTurns] = (), max_tokens: int = 0
-    ) -> tuple[tuple[int, ...], int]:
+    ) -> tuple[Sequence[int], int]:
         """A prompt's tokens, and how many examples are among them."""
         codec, context = await self._fetched()
         how = partial(encoded, codec.encode, prompt, examples, context=context, max_tokens=max_tokens)
@@ -107,9 +108,17 @@ class Tokenizing:
             codec, _ = await self._fetched()
             texts = {choice.place: codec.stream(sampling) for choice in call.choices}
             sampling = sampling.but(detokenize=False)
-        prompt = Prompt(token_ids=tokens, tools=call.prompt.tools)
+        prompt = Prompt(token_ids=_packed(tokens), tools=call.prompt.tools)
         asked = call.but(prompt=prompt, adapters=adapters, sampling=sampling, examples=(), unshown=())
         return asked, Words(texts, shown)
+
+
+def _packed(tokens: Sequence[int]) -> Sequence[int]:
+    """Token ids as they travel fastest; the engine refuses what are none."""
+    try:
+        return array("i", tokens)
+    except OverflowError:
+        return tokens
 
 
 class Words:

@@ -43,13 +43,13 @@ def question_of(prompt: Prompt) -> str | None:
 
 
 def encoded(
-    encode: Callable[[Prompt], tuple[int, ...]],
+    encode: Callable[[Prompt], Sequence[int]],
     prompt: Prompt,
     examples: Sequence[ExampleTurns],
     *,
     context: int,
     max_tokens: int,
-) -> tuple[tuple[int, ...], int]:
+) -> tuple[Sequence[int], int]:
     """A prompt's tokens after as many of its examples as there is room for, the nearest, and how many these are.
 
     They leave the answer the tokens that it may have, or half of the context.

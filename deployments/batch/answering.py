@@ -33,7 +33,7 @@ _ANSWERED = ("left_out", "answer", "finish_reason", "prompt_tokens", "completion
 T = TypeVar("T")
 Ready = tuple[GenerationRequest, int] | Exception
 Fetched = Adapter | Exception
-Asked = tuple[SamplingParams, tuple[int, ...]] | Exception
+Asked = tuple[SamplingParams, Sequence[int]] | Exception
 
 
 class Answering:

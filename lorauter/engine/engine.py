@@ -173,7 +173,7 @@ class Engine:
             raise ContextLengthExceeded(known, self.max_model_len)
         tokens = self._ids("prompt", request.prompt)
         if request.generated:
-            tokens.extend(self._ids("generated", request.generated))
+            tokens = tokens + self._ids("generated", request.generated)
         for what, ids in (
             ("logit_bias", [token for token, _ in sampling.logit_bias]),
             ("stop_token_ids", sampling.stop_token_ids),
@@ -224,9 +224,9 @@ class Engine:
         return order.id
 
     def _ids(self, what: str, tokens: Sequence[int]) -> array[int]:
-        """Token ids as they travel. Raises InvalidRequest where the model has not all of them."""
+        """Token ids as they travel, in an array. Raises InvalidRequest where the model has not all of them."""
         try:  # `array` itself takes three times as long
-            packed = array("i", struct.pack(f"{len(tokens)}i", *tokens))
+            packed = tokens if isinstance(tokens, array) else array("i", struct.pack(f"{len(tokens)}i", *tokens))
         except struct.error:  # larger than any model's
             packed = None
         # As numbers without a sign, negative ones are the largest.

@@ -76,7 +76,7 @@ class TextCodec:
         format = self.tool_format.name if self.tool_format is not None else "auto"
         return partial(TextCodec, eos_ids=tuple(self.eos_ids), tool_format=format), (self._tokenizer,)
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt) -> Sequence[int]:
         """Ids of a prompt. Raises InvalidRequest: there is no chat template, or it refuses the chat or its tools."""
         if prompt.token_ids is not None:
             return prompt.token_ids

@@ -56,7 +56,7 @@ class Prompt(Sparse):
     Attributes:
         messages: a chat of `{"role", "content", "tool_calls"?, "tool_call_id"?, "name"?}`.
         text: a text that is continued.
-        token_ids: the same as tokens.
+        token_ids: the same as tokens; an `array` of C's ints travels and is checked at once.
         add_generation_prompt: a chat's prompt ends where the assistant's answer begins.
         continue_final_message: it ends with its last message, which the answer goes on with.
         template_kwargs: variables of the chat template.
@@ -67,7 +67,7 @@ class Prompt(Sparse):
 
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
-    token_ids: tuple[int, ...] | None = None
+    token_ids: Sequence[int] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -225,7 +225,7 @@ class GenerationRequest:
     """A prompt to continue under a mixture of adapters.
 
     Attributes:
-        prompt: token ids.
+        prompt: token ids; see `Prompt`.
         adapters: adapters with their weights w_k; empty means the base model. The weights are used as they are:
             every adapted layer computes `y = W x + sum_k w_k s_k B_k A_k x`. An adapter that serves many requests is
             best packed once (`MultiLoraEngine.pack`, `Engine.read`).
@@ -235,7 +235,7 @@ class GenerationRequest:
         tenant: what was computed of a prompt is used again for those of the same tenant alone.
     """
 
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
     adapters: tuple[tuple[LoraWeights | Adapter, float], ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     generated: tuple[int, ...] = ()

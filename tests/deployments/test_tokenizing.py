@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -73,7 +74,7 @@ def test_a_replica_takes_and_gives_tokens_and_each_answer_has_its_text() -> None
     assert [item.token_ids for item in items[1:]] == [item.token_ids for item in replica.items[1:]]  # type: ignore[union-attr]
     assert items[1].cached_tokens == 1
     [call] = replica.calls
-    assert call.prompt == Prompt(token_ids=tuple("hé".encode()))
+    assert call.prompt == Prompt(token_ids=array("i", list("hé".encode())))
     assert not call.sampling.detokenize
     assert replica.closed
 
@@ -117,3 +118,12 @@ def test_the_tokenizer_is_fetched_once_for_all_who_come_and_again_where_that_fai
             await tokenizing.decode([-1], skip_special_tokens=False)
 
     asyncio.run(run())
+
+
+def test_token_ids_that_are_none_travel_as_they_are_to_be_refused() -> None:
+    async def run(tokens: tuple[int, ...]) -> Prompt:
+        asked, _ = await Tokenizing(Replica().fetch).asked(replace(CALL, prompt=Prompt(token_ids=tokens)))
+        return asked.prompt
+
+    for tokens in ((1, 1 << 40), (1, -5)):
+        assert list(asyncio.run(run(tokens)).token_ids or ()) == list(tokens)

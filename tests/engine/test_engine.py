@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -136,6 +137,17 @@ def test_tokens_that_the_model_has_not_are_refused(start, counting, param):
     with pytest.raises(InvalidRequest, match=r"400") as caught:
         start(counting).generate([ask("a", **{param: value})])
     assert caught.value.param == param
+
+
+def test_a_prompt_is_a_tuple_or_an_array_which_stays_as_it_is(start, counting):
+    engine, prompt = start(counting), array("i", b"a\0\0\0")
+    resumed = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=4), generated=(98, 99))
+    [one, other] = engine.generate([replace(resumed, generated=()), resumed])
+    assert (one.text, other.text, list(prompt)) == ("bcde", "de", [97])
+    for odd in (array("i", [97, 400]), array("i", [-1])):
+        with pytest.raises(InvalidRequest, match="token ids of prompt") as caught:
+            engine.generate([GenerationRequest(odd)])
+        assert caught.value.param == "prompt"
 
 
 def test_the_choices_of_a_prompt_differ_and_share_its_blocks(pool, start):
