@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,7 +24,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lorauter.engine")
 
 _BUFFER = 1 << 20  # bytes on their way; the system may allow fewer
+_READ = 1 << 17  # that are read at once
+_LENGTH = struct.Struct("<Q")
 _END_S = 20.0  # for the last step, before the process is killed
 
 Load = Callable[[], "tuple[Decoder, TextCodec]"]
@@ -92,25 +94,37 @@ class Orders(NamedTuple):
 
 
 class Channel:
-    """One end of the connection between the two processes."""
+    """One end of the connection between the two processes: pickles, each with its length before it.
+
+    What is there is read in one go, as each time that a thread has read it waits for the interpreter.
+    """
 
     def __init__(self, descriptor: int) -> None:
-        self._connection = Connection(descriptor)
+        self._socket = socket.socket(fileno=descriptor)
         self._sending = threading.Lock()
+        self._unread = bytearray()
 
     def send(self, message: object) -> None:
         """Send a message. Raises OSError if nobody is there."""
         packed = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         with self._sending:
-            self._connection.send_bytes(packed)
+            self._socket.sendall(_LENGTH.pack(len(packed)) + packed)
 
     def receive(self) -> Any:
         """The next message. Raises EOFError or OSError once nobody is there."""
-        return pickle.loads(self._connection.recv_bytes())  # noqa: S301 (from the other one of these two processes)
+        unread, end = self._unread, _LENGTH.size
+        while len(unread) < end or len(unread) < (end := _LENGTH.size + _LENGTH.unpack_from(unread)[0]):
+            data = self._socket.recv(_READ)
+            if not data:
+                raise EOFError
+            unread += data
+        packed = bytes(memoryview(unread)[_LENGTH.size : end])
+        del unread[:end]
+        return pickle.loads(packed)  # noqa: S301 (from the other one of these two processes)
 
     def close(self) -> None:
         """Let go."""
-        self._connection.close()
+        self._socket.close()
 
 
 @dataclass(eq=False)
