@@ -55,7 +55,7 @@ def cluster() -> Iterator[tuple[subprocess.Popen[str], str]]:
 def test_what_a_job_waits_for_is_told_and_bounded(cluster: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
     process, address = cluster
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Is the sky blue?"}) + "\n")
-    (tmp_path / "job.yaml").write_text("route_workers: {cpus: 1.5}")
+    (tmp_path / "job.yaml").write_text("{route_workers: {cpus: 1.5}, state_model: null}")
     (tmp_path / "large.yaml").write_text("route_workers: {cpus: 4}")
 
     def job(name: str, *options: str, config: str = "job.yaml") -> subprocess.Popen[str]:
