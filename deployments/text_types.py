@@ -42,6 +42,10 @@ class RouteBody(RoutingOptions):
             raise InvalidRequest("input is empty; give a text or a list of texts", param="input")
         return texts
 
+    def options(self) -> RoutingOptions:
+        """The options alone, which are the same for many texts, and known by what they are."""
+        return RoutingOptions(**{name: getattr(self, name) for name in RoutingOptions.model_fields})
+
 
 class EmbeddingsBody(Body):
     """`POST /v1/embeddings`."""

@@ -65,7 +65,7 @@ class Texts:
         body = parse_body(RouteBody, await self._read(request))
         texts = self._checked(body.texts(), self._settings.max_inputs, "routed")
         visit, tokens = request.state.visit, self._tokens(texts)
-        options = scoped(body, visit.caller)
+        options = scoped(body.options(), visit.caller)
         _, decisions = await visit.reserve(tokens, lambda: self._service.route(texts, options), at_least=tokens)
         permitted = visit.caller.permitted
         data = [{"index": i, **visible(decision.to_json(), permitted)} for i, decision in enumerate(decisions)]

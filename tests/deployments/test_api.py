@@ -295,7 +295,10 @@ def test_a_catalog_that_is_refused_is_told_of() -> None:
 
 def test_routing_takes_so_many_texts_at_once() -> None:
     for n, status in ((3, 200), (4, 400)):
-        assert post(FakeService(), "/v1/route", {"input": ["x"] * n}, max_inputs=3).status_code == status
+        service = FakeService()
+        assert post(service, "/v1/route", {"input": ["x"] * n, "top_k": 2}, max_inputs=3).status_code == status
+        if status == 200:  # whoever keeps what options come to keeps no texts with them
+            assert {options: 1 for _, options in service.routed} == {RoutingOptions(top_k=2): 1}
 
 
 @dataclass
