@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -16,6 +17,8 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from deployments.startup import explained
 from lorauter.errors import ConfigError
+
+logger = logging.getLogger("lorauter.cluster")
 
 LOCAL = "local"
 _ANSWER_S = 5.0
@@ -52,7 +55,7 @@ def connect(address: str, **local: Any) -> None:
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
     if address == LOCAL:
         try:
-            ray.init(LOCAL, **quiet, **local)
+            _start(quiet | local)
         except Exception as error:  # Ray raises bare ones, too
             raise ConfigError(f"Ray does not start: {explained(error)}") from error
         return
@@ -70,6 +73,19 @@ def connect(address: str, **local: Any) -> None:
             "address, or leave it out for a Ray of this machine's own",
             setting="address",
         ) from error
+
+
+def _start(how: Mapping[str, Any]) -> None:
+    """Start a Ray, if need be once more: its processes give each other up after 15 seconds, which is little where a
+    machine is busy."""
+    try:
+        ray.init(LOCAL, **how)
+    except Exception as error:
+        if type(error) is not Exception:  # what is wrong stays wrong; a bare one tells of time alone
+            raise
+        logger.warning("Ray did not come up, and is started once more: %s", explained(error))
+        ray.shutdown()
+        ray.init(LOCAL, **how)
 
 
 def _greet(place: str) -> None:
