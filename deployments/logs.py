@@ -69,14 +69,8 @@ class _Lines:
         now, context = time.time_ns(), _get_serve_request_context()
         if (head := self._heads.get(message)) is None:
             head = self._heads[message] = encoded({"levelname": "INFO", "message": message, **self._same})[1:-1]
-        own = dict(facts)
-        if context.route:
-            own["route"] = context.route
-        if context.request_id:
-            own["request_id"] = context.request_id
-        if context.app_name:
-            own["application"] = context.app_name
-        own["timestamp_ns"] = now
+        of_request = {"route": context.route, "request_id": context.request_id, "application": context.app_name}
+        own = {**facts, **{name: value for name, value in of_request.items() if value}, "timestamp_ns": now}
         line = b'{"asctime":"%s",%s,%s' % (self._told(now), head, encoded(own)[1:])
         with self._lock:
             self._held.append(line)

@@ -46,8 +46,7 @@ class ScopedOptions(RoutingOptions):
     @classmethod
     def of(cls, options: RoutingOptions, permitted: tuple[str, ...]) -> ScopedOptions:
         """The same options for a caller."""
-        own = {name: getattr(options, name) for name in RoutingOptions.model_fields}
-        return cls(**own, permitted=permitted)
+        return cls(**options.plain(), permitted=permitted)
 
     def among(self, catalog: Catalog) -> TaskSubset | None:
         """The tasks that the caller may see; None is all of them."""

@@ -44,7 +44,7 @@ class RouteBody(RoutingOptions):
 
     def options(self) -> RoutingOptions:
         """The options alone, which are the same for many texts, and known by what they are."""
-        return RoutingOptions(**{name: getattr(self, name) for name in RoutingOptions.model_fields})
+        return RoutingOptions(**self.plain())
 
 
 class EmbeddingsBody(Body):

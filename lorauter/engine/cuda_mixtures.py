@@ -89,8 +89,7 @@ class CudaMixtures(Mixtures):
         self._in_use: dict[AdapterKey, _InUse] = {}
         self._changed = False
         self._active: frozenset[str] = frozenset()
-        self._lists: list[set[int]] = [set() for _ in range(rows)]  # the groups in which each row has entries
-        self._listed = np.zeros((rows, len(groups)), np.int32)  # how many, by group
+        self._listed = np.zeros((rows, len(groups)), np.int32)  # entries of each row, by group
 
     def assign(self, row: int, mixture: RowMixture) -> None:
         """See `Mixtures.assign`."""
@@ -131,13 +130,9 @@ class CudaMixtures(Mixtures):
 
     def _list(self, row: int, parts: Sequence[tuple[_Entries, int]]) -> None:
         """Let a row's lists say what its mixture is: the entries of adapters and the bits of their weights, shifted."""
-        groups = {g for entries, _ in parts for g in entries}
-        before = self._lists[row]
-        if not groups and not before:
-            return
-        self._lists[row] = groups
         counts = [0] * len(self.groups)
-        for g in groups | before:
+        before = {g for g, count in enumerate(self._listed[row].tolist()) if count}
+        for g in before.union(*[entries for entries, _ in parts]):
             ends, numbers = [0] * OWN_HEAD, list[int]()
             for target in range(len(self.groups[g].targets)):
                 for entries, bits in parts:

@@ -226,7 +226,11 @@ class Engine:
     def _ids(self, what: str, tokens: Sequence[int]) -> array[int]:
         """Token ids as they travel, in an array. Raises InvalidRequest where the model has not all of them."""
         try:  # `array` itself takes three times as long
-            packed = tokens if isinstance(tokens, array) else array("i", struct.pack(f"{len(tokens)}i", *tokens))
+            packed = (
+                tokens
+                if isinstance(tokens, array) and tokens.typecode == "i"
+                else array("i", struct.pack(f"{len(tokens)}i", *tokens))
+            )
         except struct.error:  # larger than any model's
             packed = None
         # As numbers without a sign, negative ones are the largest.

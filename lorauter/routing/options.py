@@ -129,6 +129,10 @@ class RoutingOptions(BaseModel):
     def _null_is_nothing(cls, given: Any) -> Any:
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, Mapping) else given
 
+    def plain(self) -> dict[str, Any]:
+        """What is asked of the router, without what else a request says beside it."""
+        return {name: getattr(self, name) for name in RoutingOptions.model_fields}
+
     def among(self, catalog: Catalog) -> TaskSubset | None:
         """The tasks to search; None is all of them."""
         return None

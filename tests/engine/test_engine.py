@@ -144,7 +144,8 @@ def test_a_prompt_is_a_tuple_or_an_array_which_stays_as_it_is(start, counting):
     resumed = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=4), generated=(98, 99))
     [one, other] = engine.generate([replace(resumed, generated=()), resumed])
     assert (one.text, other.text, list(prompt)) == ("bcde", "de", [97])
-    for odd in (array("i", [97, 400]), array("i", [-1])):
+    assert engine.generate([replace(resumed, prompt=array("q", prompt))]) == [other]
+    for odd in (array("i", [97, 400]), array("i", [-1]), array("q", [97, 1 << 32])):
         with pytest.raises(InvalidRequest, match="token ids of prompt") as caught:
             engine.generate([GenerationRequest(odd)])
         assert caught.value.param == "prompt"
