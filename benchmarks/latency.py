@@ -12,6 +12,7 @@ process, Serve's own work in it included, by request and, with streamed answers,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -43,7 +44,7 @@ from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Prompt
 from lorauter.keys import hash_key, new_key
 
-TEXT = "Short movie review: a joy to watch.\nDid the critic think positively or negatively of the movie?"
+TEXT = "Short movie review: a joy to watch, all {} times.\nDid the critic think positively or negatively of the movie?"
 CPUS = {"num_cpus": 0.1}
 WORDS, STREAMS = 200, 20
 CONTEXT = 8192
@@ -156,11 +157,13 @@ def main() -> None:
     timed = {name: serve.get_deployment_handle("QueryEmbedder", name) for name in ("open", "keyed")}
     paths = {"open": "/open/v1/route", "keyed": "/keyed/v1/route", "bare": "/bare"}
     headers = {"Authorization": f"Bearer {key}"}
+    numbers = itertools.count()  # of a text that comes again the embedding is known
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
 
         def route(path: str) -> float:
+            text = TEXT.format(next(numbers))
             started = time.perf_counter()
-            client.post(path, json={"input": TEXT}).raise_for_status()
+            client.post(path, json={"input": text}).raise_for_status()
             return time.perf_counter() - started
 
         times: dict[str, list[float]] = {name: [] for name in paths}
@@ -179,7 +182,7 @@ def main() -> None:
 
         def streams(model: str, words: int) -> int:
             def stream(_: int) -> None:
-                messages = [{"role": "user", "content": TEXT}]
+                messages = [{"role": "user", "content": TEXT.format(next(numbers))}]
                 body = {"model": model, "messages": messages, "stream": True, "max_tokens": words}
                 text = client.post("/open/v1/chat/completions", json=body).raise_for_status().text
                 assert text.count(" word") == words

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,34 +89,41 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
     return Outcome(response.status_code, seconds, response.headers.get("Retry-After"), error)
 
 
-async def in_turn(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], requests: int) -> list[float]:
+def fresh(bodies: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same, again and again, with a number before each question: of what comes twice much is known."""
+    for n in itertools.count():
+        body = bodies[n % len(bodies)]
+        [message] = body["messages"]
+        yield {**body, "messages": [{**message, "content": f"{n}. {message['content']}"}]}
+
+
+async def in_turn(client: httpx.AsyncClient, bodies: Iterator[dict[str, Any]], requests: int) -> list[float]:
     """Seconds of requests that are alone."""
-    outcomes = [await ask(client, bodies[i % len(bodies)]) for i in range(requests)]
+    outcomes = [await ask(client, next(bodies)) for _ in range(requests)]
     assert {outcome.status for outcome in outcomes} == {200}
     return [outcome.seconds for outcome in outcomes]
 
 
-async def saturated(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> float:
+async def saturated(client: httpx.AsyncClient, bodies: Iterator[dict[str, Any]], clients: int, seconds: float) -> float:
     """Requests completed a second while so many clients ask all the time, those refused again when they were told."""
     end = time.perf_counter() + seconds
     completed = 0
 
-    async def run(i: int) -> None:
+    async def run() -> None:
         nonlocal completed
         while time.perf_counter() < end:
-            outcome = await ask(client, bodies[i % len(bodies)])
+            outcome = await ask(client, next(bodies))
             if outcome.status == 200:
                 completed += time.perf_counter() < end
-                i += clients
             else:
                 await asyncio.sleep(float(outcome.retry_after or 1))
 
-    await asyncio.gather(*(run(i) for i in range(clients)))
+    await asyncio.gather(*(run() for _ in range(clients)))
     return completed / seconds
 
 
 async def arriving(
-    client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], rate: float, seconds: float
+    client: httpx.AsyncClient, bodies: Iterator[dict[str, Any]], rate: float, seconds: float
 ) -> list[Outcome]:
     """Outcomes of requests that arrive at random, so many a second."""
     gaps = random.Random(0)
@@ -123,7 +131,7 @@ async def arriving(
     next_at = started = time.perf_counter()
     while (next_at := next_at + gaps.expovariate(rate)) < started + seconds:
         await asyncio.sleep(max(0.0, next_at - time.perf_counter()))
-        tasks.append(asyncio.create_task(ask(client, bodies[len(tasks) % len(bodies)])))
+        tasks.append(asyncio.create_task(ask(client, next(bodies))))
     return list(await asyncio.gather(*tasks))
 
 
@@ -140,11 +148,12 @@ async def measure(
     """Measure a service that has nothing else to do."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        await in_turn(client, bodies, len(bodies))  # adapters are resident then
-        unloaded = await in_turn(client, bodies, alone)
-        sustainable = await saturated(client, bodies, clients, saturate_s)
+        asked = fresh(bodies)
+        await in_turn(client, asked, len(bodies))  # adapters are resident then
+        unloaded = await in_turn(client, asked, alone)
+        sustainable = await saturated(client, asked, clients, saturate_s)
         offered = factor * sustainable
-        outcomes = await arriving(client, bodies, offered, seconds)
+        outcomes = await arriving(client, asked, offered, seconds)
     refused = [outcome for outcome in outcomes if outcome.status == 429]
     return Report(
         unloaded,

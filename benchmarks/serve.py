@@ -8,16 +8,17 @@ Starts `lorauter serve` with the shipped configuration (a batch of --clients row
 example tasks, each once, by clients that ask one after the other, in several processes (`clients.py`; what they take is
 told): routed and of the base model, streamed and whole. The engine alone, in a process of its own with the niceness of
 Ray's workers, answers the same prompts under the mixtures that the library chooses for them, all at once; it runs
-before and after, and its mean counts (before alone with --shape, whose weights take a while to load). A share may be
-above 1: the library's engine makes text of its tokens in the interpreter that feeds its device, and the service's has
-one for itself. Then what the service says a routed request waits for, and the time to the first token of a lone request
-and beside 31 others. The last lines are one figure each.
+before and after, and its mean counts (before alone with --shape, whose weights take a while to load, and with --quick
+where that took more than a minute). A share may be above 1: the library's engine makes text of its tokens in the
+interpreter that feeds its device, and the service's has one for itself. Then what the service says a routed request
+waits for, and the time to the first token of a lone request and beside 31 others. The last lines are one figure each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -44,10 +46,8 @@ WORKER_NICENESS = 15  # Ray's own setting for its workers
 MAX_TOKENS = 64
 CORES_A_PROCESS = 4  # of the clients
 WARM_S = 4.0
-LOAD_S = 15.0  # that a load takes the engine alone at most
 STARTED = time.monotonic()
 AT_ONCE = 32
-LONE = 12
 PARTS = {
     "engine": "lorauter.engine.child",
     "its replica": "ServeReplica:lorauter:LoraModel",
@@ -58,6 +58,30 @@ PARTS = {
 }
 MODELS = {"routed": "lorauter", "base": "base"}
 CHAT = "/v1/chat/completions"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is asked.
+
+    Attributes:
+        fewest: requests of a load by each client at least.
+        load_s: seconds that a load of more than these takes the engine alone at most.
+        warm: loads before those that count.
+        lone: requests that are asked one after the other.
+        crowd: requests of each of those that ask together.
+        long_s: seconds of the engine alone after which it is not measured a second time.
+    """
+
+    fewest: int = 4
+    load_s: float = 15.0
+    warm: int = 2
+    lone: int = 12
+    crowd: int = 3
+    long_s: float = math.inf
+
+
+QUICK = Extent(fewest=2, load_s=5.0, warm=1, lone=4, crowd=1, long_s=60.0)
 
 
 def main() -> None:
@@ -95,7 +119,10 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
     config = folder / "serve.yaml"
     config.write_text(yaml.safe_dump(configuration(port, clients, settings)))
     task = {"clients": clients, "settings": settings, "loads": loads, "probe": texts(5, 2 * clients)}
+    extent = QUICK if args.quick else Extent()
+    task |= {"fewest": extent.fewest * clients, "load_s": extent.load_s}
     before = measure_alone(task, folder)
+    once = args.shape or time.monotonic() - STARTED > extent.long_s
     if (fewer := before["count"]) < count:
         count, loads = fewer, {name: load[:fewer] for name, load in loads.items()}
         task |= {"loads": loads}
@@ -107,7 +134,7 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
         def ask(model: str, prompts: list[str], at_once: int, *, streamed: bool) -> Cell:
             return asking.ask(f"{url}{CHAT}", [body(model, prompt, streamed) for prompt in prompts], at_once)
 
-        for _ in range(2):  # all adapters come, and what looks twice at some queries
+        for _ in range(extent.warm):  # all adapters come, and what looks twice at some queries
             ask("lorauter", texts(2, 2 * clients), clients, streamed=True)
             time.sleep(WARM_S)
         cells: dict[str, list[Cell]] = {}
@@ -122,9 +149,9 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
                 loads[name] = [f"{text} " for text in load]  # what was computed of the last ones is no help
         timed = asking.ask(f"{url}{CHAT}", [{**body("lorauter", text, False), "lorauter": {"timings": True}}
                                             for text in loads["routed_whole"]], clients)  # fmt: skip
-        lone = ask("base", texts(3, LONE), 1, streamed=True)
-        crowd = ask("base", texts(4, 3 * AT_ONCE), AT_ONCE, streamed=True)
-    after = before if args.shape else measure_alone({**task, "routed": before["routed"]}, folder)
+        lone = ask("base", texts(3, extent.lone), 1, streamed=True)
+        crowd = ask("base", texts(4, extent.crowd * AT_ONCE), AT_ONCE, streamed=True)
+    after = before if once else measure_alone({**task, "routed": before["routed"]}, folder)
     vllm = {}
     if args.vllm_url:
         with urlopen(f"{args.vllm_url}/v1/models") as answer:
@@ -313,7 +340,8 @@ def alone(task: dict[str, Any]) -> None:
     warm_up(engine)
     began = time.perf_counter()
     engine.generate([asked(prompt) for prompt in task["probe"]])
-    count = max(4 * task["clients"], int(LOAD_S * len(task["probe"]) / (time.perf_counter() - began)))
+    rate = len(task["probe"]) / (time.perf_counter() - began)
+    count = max(task["fewest"], int(task["load_s"] * rate))
     found: dict[str, Any] = {"routed": routed, "count": count}
     for load, requests in loads.items():
         requests = requests[:count]

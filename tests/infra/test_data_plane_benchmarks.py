@@ -94,6 +94,13 @@ def test_clusters_choice_of_replicas_is_asked_as_placement_is() -> None:
     assert set(cluster.DEPLOYMENTS) == set(deployments.app.DEPLOYMENTS)
 
 
+def test_neither_asks_anything_twice() -> None:
+    bodies = overload.fresh(overload.questions(1))
+    asked = [next(bodies)["messages"][0]["content"] for _ in range(50)]
+    assert len(set(asked)) == 50
+    assert len({latency.TEXT.format(n) for n in range(50)}) == 50
+
+
 def test_overload_measures_what_answers_over_http() -> None:
     async def run() -> overload.Report:
         app, port = build_api(FakeService(), ApiSettings()), free_port()
