@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -36,10 +37,18 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
+class Stubborn(Exception):
+    """An error that is pickled, and not read again, as an exception's own arguments are all that is kept of it."""
+
+    def __init__(self, what: str, how: str) -> None:
+        super().__init__(f"{what} {how}")
+
+
 class CountingDecoder(Decoder):
     """The fake decoder: after token t comes t + 1, and "a" after "z", so that "x" is continued as "yzabc...".
 
-    After "!" the logits are NaN, "?" makes the step raise, "^" last for ever, and "~" ends the engine's thread.
+    After "!" the logits are NaN, "?" makes the step raise, "%" raise what is no pickle, "^" last for ever, and "~" ends
+    the engine's thread.
     """
 
     def __init__(self) -> None:
@@ -64,6 +73,8 @@ class CountingDecoder(Decoder):
         last = batch.tokens[batch.outputs]
         if (last == ord("?")).any():
             raise RuntimeError("forward failed")
+        if (last == ord("%")).any():
+            raise Stubborn("forward", "failed")
         if (last == ord("^")).any():
             time.sleep(1000)
         if (last == ord("~")).any():
@@ -89,3 +100,13 @@ def load_and_be_killed() -> tuple[Decoder, TextCodec]:
     """As on a machine that is full."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
+
+
+class _Unreadable(TextCodec):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no codec",)
+
+
+def load_unreadable() -> tuple[Decoder, TextCodec]:
+    """What the starter cannot read."""
+    return CountingDecoder(), _Unreadable(byte_tokenizer())

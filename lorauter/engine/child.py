@@ -94,6 +94,7 @@ def main() -> None:
     def told(report: Report | Exception) -> None:
         if isinstance(report, Exception):  # closed, or beyond use
             os._exit(0 if closing.is_set() else 1)
+        report.failed = [(id, PickledError.of(error).raised()) for id, error in report.failed]  # as what can travel
         channel.send(report)
 
     closing = threading.Event()

@@ -157,7 +157,7 @@ class EngineProcess:
     def __init__(self, load: Load, config: EngineConfig, told: Told, ended: Ended | None = None) -> None:
         self._told = told
         self._ended = ended
-        self._reads: dict[int, Future[ReadDone]] = {}
+        self._reads: dict[int, Future[ReadDone | None]] = {}  # None once the process has ended
         self._numbers = iter(range(1 << 62))
         self._released: deque[int] = deque()
         self._closing = False
@@ -189,14 +189,13 @@ class EngineProcess:
         """See `EngineCore.read`; waits."""
         number = next(self._numbers)
         answer = self._reads[number] = Future()
-        try:
+        with suppress(OSError):  # it has ended, or is about to, which the thread finds out
             self._channel.send(Read(number, path, (name, version)))
-        except OSError:
-            self._reads.pop(number, None)
-            answer.set_exception(self._gone(name))
-        if self._end is not None and self._reads.pop(number, None) is not None:  # it ended meanwhile
-            answer.set_exception(self._gone(name))
+        if self._end is not None and self._reads.pop(number, None) is not None:  # it ended before this one was there
+            answer.set_result(None)
         done = answer.result()
+        if done is None:
+            raise AdapterUnavailable("the engine's process has ended", adapter=name)
         if done.error is not None:
             raise done.error.raised()
         handle = AdapterHandle((name, version), done.nbytes, number)
@@ -246,6 +245,11 @@ class EngineProcess:
                     logger.exception("what the engine's process said could not be taken in")
         except (EOFError, OSError):
             pass
+        except Exception as error:  # what it says cannot be read, or it cannot be told what to load
+            logger.exception("the engine's process is given up")
+            self._process.kill()
+            if not ready.done():
+                ready.set_exception(error)
         code = self._process.wait()
         self._channel.close()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
@@ -257,7 +261,7 @@ class EngineProcess:
         self._end = end
         for number in list(self._reads):
             if (answer := self._reads.pop(number, None)) is not None:
-                answer.set_exception(self._gone("?"))
+                answer.set_result(None)
         self._told(ServiceUnavailable(end))
 
     def _obey(self, message: object, ready: Future[Ready]) -> None:
@@ -274,10 +278,6 @@ class EngineProcess:
             ready.set_result(message)
         elif isinstance(message, PickledError):
             ready.set_exception(message.raised())
-
-    @staticmethod
-    def _gone(name: str) -> AdapterUnavailable:
-        return AdapterUnavailable("the engine's process has ended", adapter=name)
 
 
 def _by_number(order: Begin) -> Begin:

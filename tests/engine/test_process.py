@@ -26,6 +26,7 @@ from lorauter.engine.messages import Begin, Drop
 from lorauter.engine.process import Orders, Read, load_in_process, start_process
 from lorauter.errors import (
     AdapterRejected,
+    AdapterUnavailable,
     ConfigError,
     ContextLengthExceeded,
     InvalidRequest,
@@ -107,6 +108,8 @@ def test_answers_and_errors_are_those_of_an_engine_in_this_process(engine) -> No
     assert [answer.text for answer in engine.generate([ask("a", max_tokens=2)] * 20)] == ["bc"] * 20
     with pytest.raises(RuntimeError, match="forward failed"):
         engine.generate([ask("?")])
+    with pytest.raises(RuntimeError, match="Stubborn: forward failed"):
+        engine.generate([ask("%")])
     engine.check_health()
     resumed = replace(ask("a", max_tokens=5), generated=(98, 99))
     assert engine.generate([resumed])[0].text == "def"
@@ -198,15 +201,19 @@ def test_what_is_fed_is_repeatable_and_as_in_this_process(pool, tiny, folder) ->
     assert tiny.load == (0, 0)
 
 
-def test_a_process_speaks_in_this_ones_log_and_ends_what_waits_for_it_when_it_dies(caplog) -> None:
+def test_a_process_speaks_in_this_ones_log_and_ends_what_waits_for_it_when_it_dies(caplog, tmp_path) -> None:
     told = []
+    os.mkfifo(tmp_path / CONFIG_FILE)  # which nobody writes
     engine = start_process(counting.load, EngineConfig(**SETTINGS), ended=told.append)
     assert ("lorauter.engine", "it only counts") in [(r.name, r.getMessage()) for r in caplog.records]
 
     async def run():
         tasks = [asyncio.create_task(collect(engine, ask("a", **ENDLESS))) for _ in range(6)]
-        await until(lambda: engine.load == (4, 2))
+        read = asyncio.create_task(asyncio.to_thread(engine.read, tmp_path, name="slow", version="1"))
+        await until(lambda: engine.load == (4, 2) and engine._core._reads)
         _child(engine).kill()
+        with pytest.raises(AdapterUnavailable, match="'slow': the engine's process has ended"):
+            await read
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     outcomes = asyncio.run(run())
@@ -255,6 +262,15 @@ def test_what_goes_wrong_at_the_start_comes_out_as_what_it_is(tmp_path) -> None:
     with pytest.raises(MemoryError) as killed:
         start_process(counting.load_and_be_killed, EngineConfig(**SETTINGS))
     assert "take a smaller base model" in explained(killed.value)
+
+
+@pytest.mark.parametrize(
+    ("load", "problem"), [(lambda: counting.load(), "pickle"), (counting.load_unreadable, "no codec")]
+)
+def test_what_cannot_be_said_to_a_process_or_read_of_it_ends_its_start(load, problem, caplog) -> None:
+    with pytest.raises(Exception, match=problem):
+        start_process(load, EngineConfig(**SETTINGS))
+    assert "the engine's process is given up" in caplog.text
 
 
 def test_an_error_keeps_its_causes_and_what_cannot_travel_its_words() -> None:
