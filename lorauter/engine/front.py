@@ -119,7 +119,10 @@ class LoopSink:
 
     def _give_up(self) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(TimeoutError())
+            if self._items:  # it was not yet time to take it
+                self._waiter.set_result(None)
+            else:
+                self._waiter.set_exception(TimeoutError())
 
     def _is_due(self) -> bool:
         if not self._items:
@@ -237,7 +240,12 @@ class Front:
         for id, scores in report.scored.items():
             answer = self._answers.get(id)
             if answer is not None and answer.text is not None:
-                answer.prompt += tuple(answer.text.logprobs(scores))
+                try:
+                    answer.prompt += tuple(answer.text.logprobs(scores))
+                except Exception as error:  # this answer's trouble alone
+                    logger.exception("a prompt's text could not be made")
+                    self._abandon(id)
+                    hand_out(id, answer, error)
         for id, token, reason in report.events:
             answer = self._answers.get(id)
             if answer is None:

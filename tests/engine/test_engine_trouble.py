@@ -267,6 +267,16 @@ def test_an_answer_whose_text_cannot_be_made_fails_alone(start, counting, paced,
     assert [answer.text for answer in others] == ["bcdef", "defgh"]
 
 
+def test_a_prompt_whose_text_cannot_be_made_fails_alone(start, counting, paced, monkeypatch):
+    decoder = paced(counting)
+    engine = start(decoder)
+    monkeypatch.setattr(TextStream, "logprobs", lambda self, ranked: ranked.no_text)
+    failed, other = abreast(engine, decoder, ask("qq", max_tokens=5, prompt_logprobs=0), ask("a", max_tokens=5))
+    assert "no_text" in str(failed)
+    assert other.text == "bcdef"
+    asyncio.run(until(lambda: engine.load == (0, 0)))
+
+
 def test_an_engine_whose_steps_all_fail_or_do_not_end_is_unhealthy(start, counting, paced):
     engine = start(counting)
     for _ in range(4):
@@ -292,6 +302,20 @@ def test_a_stream_without_tokens_for_too_long_ends(start, counting, paced):
     decoder.permits.release(1)
     (error,) = together(engine, ask("a", max_tokens=9))
     assert "no token for 0.05 s" in str(error)
+
+
+def test_a_stream_whose_tokens_are_held_longer_than_it_may_be_without_them_goes_on(start, counting, paced):
+    decoder = paced(counting)
+    engine = start(decoder, token_timeout_s=0.1)
+
+    async def run():
+        stream = engine.stream(ask("a", max_tokens=3), gap=lambda: 60.0)
+        decoder.permits.release(2)
+        said = [await anext(stream), await anext(stream)]
+        decoder.permits.release(1)
+        return [chunk.text for chunk in (*said, await anext(stream))]
+
+    assert asyncio.run(run()) == ["b", "c", "d"]
 
 
 def test_a_closed_engine_is_gone_with_its_last_user(pool, codec):
