@@ -241,6 +241,9 @@ class RpcClient:
             self._connecting = None
             self._lost()
             return
+        except asyncio.CancelledError:  # closed while it was made
+            connection.close()
+            raise
         self._connecting, self._connection = None, connection
         unsent, self._unsent = self._unsent, []
         for message in ((_NAME, 0, self._name), *unsent):

@@ -62,6 +62,7 @@ class Connection(asyncio.Protocol):
         self._lost = lost
         self._nonce = secrets.token_bytes(_NONCE)
         self._theirs: bytes | None = None  # their nonce, once they have said it
+        self._proved = False  # whether they have shown that they know the token
         self._unread = bytearray()
         self._unsent: list[Any] = []
         self._transport: asyncio.Transport | None = None
@@ -78,9 +79,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            if self._unread or not self.greeted.done():
+            if self._unread or not self._proved:
                 self._unread += data
-                if self.greeted.done() or self._greet():
+                if self._proved or self._greet():
                     del self._unread[: self._read(self._unread)]
             elif (read := self._read(data)) < len(data):
                 self._unread += data[read:]
@@ -122,14 +123,16 @@ class Connection(asyncio.Protocol):
             logger.warning("somebody without the token has connected")
             self.close()
             return False
-        self.greeted.set_result(None)
+        self._proved = True
+        if not self.greeted.done():  # else nobody waits for it any more
+            self.greeted.set_result(None)
         return True
 
     def _proof(self, role: bytes, challenge: bytes, own: bytes) -> bytes:
         return hmac.digest(self._token, role + challenge + own, "sha256")
 
     def _give_up(self) -> None:
-        if not self.greeted.done():
+        if not self._proved:
             self.close()
 
     def send(self, message: Any) -> None:

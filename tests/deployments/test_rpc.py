@@ -265,6 +265,34 @@ def test_an_impostor_is_told_nothing() -> None:
     asyncio.run(whole())
 
 
+def test_nothing_is_read_by_who_was_closed_while_it_waited_for_the_proof() -> None:
+    async def whole() -> None:
+        came, hung_up = asyncio.Event(), asyncio.Event()
+
+        async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(1)
+            came.set()
+            bomb = pickle.dumps([Bomb()])
+            while not reader.at_eof():
+                writer.write(len(bomb).to_bytes(8, "little") + bomb)
+                await reader.read(1000)
+            hung_up.set()
+            writer.close()
+
+        listening = await asyncio.start_server(impostor, HOST, 0)
+        client = RpcClient(Address(HOST, listening.sockets[0].getsockname()[1], b"t" * 32))
+        call = client.call("echo")
+        await came.wait()
+        client.close()
+        with pytest.raises(ConnectionLost):
+            await call
+        await asyncio.wait_for(hung_up.wait(), 2)
+        assert not Bomb.read
+        listening.close()
+
+    asyncio.run(whole())
+
+
 def test_who_says_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployments.rpc_connection, "GREETING_S", 0.1)
 
