@@ -93,8 +93,8 @@ class RequestRecord:
         """Note that tokens of an answer are here, why it ends with them, if it does, and how long before the first of
         them was there."""
         self.last_token = time.perf_counter()
-        if self.first_token is None:
-            self.first_token = self.last_token - kept_s
+        there = self.last_token - kept_s
+        self.first_token = there if self.first_token is None else min(self.first_token, there)
         self.completion_tokens += count
         if end is not None:
             self.ends.append(end)

@@ -141,8 +141,11 @@ def test_a_first_token_was_there_before_it_was_told() -> None:
     record = observe.RequestRecord()
     record.token_arrived(6, "stop", 0.25)
     assert record.last_token is not None and record.first_token == record.last_token - 0.25
-    record.token_arrived(1, None, 0.5)
+    record.token_arrived(1)
     assert record.first_token < record.last_token
+    first = record.first_token
+    record.token_arrived(1, None, 60.0)  # of another answer, which was told later and was there before
+    assert record.first_token == record.last_token - 60.0 < first
 
 
 def test_decisions_are_counted() -> None:
