@@ -19,11 +19,11 @@ from lorauter.engine.sampling import to_device
 
 
 class Pending:
-    """What is new of tensors, by place: no place twice before it is taken, for what is written at once has no order."""
+    """What is new of tensors, by place: no place twice before it is cleared, for what is written at once has no order.
+    It is cleared once its writing is launched: what a step takes that fails before is not lost."""
 
     def __init__(self) -> None:
-        self.places = array("i")
-        self.values = array("i")
+        self.clear()
 
     def __len__(self) -> int:
         return len(self.places)
@@ -38,12 +38,16 @@ class Pending:
         self.places.extend(range(start, start + len(values)))
         self.values.extend(values)
 
-    def take(self, places: Ints, values: Ints) -> int:
-        """Move all that is new there, and return how many that is."""
+    def copy(self, places: Ints, values: Ints) -> int:
+        """Copy all that is new there, and return how many that is."""
         count = len(self)
         places[:count], values[:count] = self.places, self.values
-        self.places, self.values = array("i"), array("i")
         return count
+
+    def clear(self) -> None:
+        """It is written, or will be before anything that is launched from now on."""
+        self.places = array("i")
+        self.values = array("i")
 
 
 class Changes:
@@ -65,7 +69,7 @@ class Changes:
         if len(self.pending) > len(places):
             self.write()
             return 0
-        return self.pending.take(places, values)
+        return self.pending.copy(places, values)
 
     def write(self) -> None:
         """Write all that is new at once."""
@@ -73,9 +77,10 @@ class Changes:
         if not count:
             return
         pairs = np.empty((2, -(-count // 4) * 4), np.int32)  # both halves begin where the kernel is compiled for
-        self.pending.take(*pairs)
+        self.pending.copy(*pairs)
         where, values = to_device(torch.from_numpy(pairs), self._flats[0].device)
         kernels.write_changes(self._flats, where[:count], values[:count], None)
+        self.pending.clear()
 
     def written(self, where: Tensor, values: Tensor, count: Tensor) -> None:
         """Write the first `count` (1,) of what was put; both (n,) int32 on the device."""

@@ -155,7 +155,8 @@ class CudaMixtures(Mixtures):
         gone = [key for key, in_use in self._in_use.items() if not in_use.rows]
         for key in gone:
             del self._in_use[key]
-        if self._changed or gone:
+            self._changed = True  # until it is written
+        if self._changed:
             self._write_tiles()
             self._changed = False
         return super().of_step(rows)

@@ -370,6 +370,7 @@ class CudaRunner(Runner):
         self._write(staging, size, plan)
         graph = self._graphs[size, self._kind_of(size, [*plan.decoding.rows.tolist(), *beside.tolist()])]
         graph.graph.replay()
+        self._changes.pending.clear()
         return graph.logits, graph.chosen[:outputs]
 
     def _kind_of(self, size: _Size, rows: Collection[int]) -> _Kind:

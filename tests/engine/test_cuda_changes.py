@@ -37,7 +37,8 @@ def test_what_is_new_goes_with_a_step(flats):
     places, values = np.full(5, -1, np.int32), np.full(5, -1, np.int32)
     assert changes.put(places, values) == 4
     assert (places.tolist(), values.tolist()) == ([1, 8, 4, 5, -1], [10, 80, 40, 50, -1])
-    assert not len(changes.pending)
+    assert len(changes.pending) == 4  # until the step is launched
+    changes.pending.clear()
     changes.written(torch.from_numpy(places), torch.from_numpy(values), torch.tensor([4]))
     assert [flat.tolist() for flat in flats] == [[0, 10, 0, 0], [40, 50], [0, 0, 80]]
     assert changes.put(places, values) == 0
@@ -49,6 +50,17 @@ def test_what_it_has_no_room_for_is_written_at_once(flats):
     assert changes.put(places, places.copy()) == 0
     assert not len(changes.pending)
     assert [flat.tolist() for flat in flats] == [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+
+
+def test_what_could_not_be_written_is_still_to_be(flats, monkeypatch):
+    changes = Changes(flats, pending({1: 10}))
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_changes, "to_device", lambda *_: pytest.fail("no memory"))
+        with pytest.raises(pytest.fail.Exception, match="no memory"):
+            changes.write()
+    changes.write()
+    assert flats[0].tolist() == [0, 10, 0, 0]
+    assert not len(changes.pending)
 
 
 def test_where_nothing_is_new_nothing_is_written(flats, monkeypatch):

@@ -24,7 +24,8 @@ class Table(cuda_mixtures.CudaMixtures):
         found = super().of_step(rows)
         weights, own = self.flats
         changes = np.empty((2, len(self.changes)), np.int32)
-        self.changes.take(*changes)
+        self.changes.copy(*changes)
+        self.changes.clear()
         assert len({*changes[0]}) == len(changes[0])  # what is written at once has no order
         for place, value in changes.T.tolist():
             if place < len(weights):
@@ -103,6 +104,19 @@ def test_a_row_goes_to_another_at_once(table):
     table.of_step({0})
     assert table.weights[0, [5, 3]].tolist() == [0.0, 0.5]
     assert tiles(table) == [(1024, 16, 3), (1024 + 16 * 2 * 8, 4, 3)]
+
+
+@pytest.mark.parametrize("mixture", [(), [(placed(B, 3, 1024), 1.0)]])
+def test_tiles_that_could_not_be_written_are_so_before_the_next_step(table, mixture, monkeypatch):
+    table.assign(0, [(placed(A, 5, 0), 1.0)])
+    table.of_step({0})
+    table.assign(0, mixture)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_mixtures, "to_device", lambda *_: pytest.fail("no memory"))
+        with pytest.raises(pytest.fail.Exception, match="no memory"):
+            table.of_step({0})
+    table.of_step({0})
+    assert {slot for _, _, slot in tiles(table)} == {one.slot for one, _ in mixture}
 
 
 def lists(table, row, first="gate_proj"):

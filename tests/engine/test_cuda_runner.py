@@ -2,6 +2,7 @@
 
 from array import array
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -15,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from lorauter.engine import cuda_runner
 from lorauter.engine.cuda_mixtures import CudaMixtures
+from lorauter.engine.cuda_own import OWN_HEAD, OWN_WIDTH
 from lorauter.engine.cuda_runner import CudaRunner
 from lorauter.engine.cuda_step import CudaStep
 from lorauter.engine.plan import Decoding, Piece, RowStart, StepPlan
@@ -139,14 +141,14 @@ def test_what_takes_twice_as_long_as_all_rows_decoding_is_the_most_beside_them(r
 def test_what_blocks_rows_have_is_written_by_the_step(runner_for, monkeypatch):
     runner = runner_for()
     width, first = runner.memory.table.shape[1], runner._changes.third
-    put = MagicMock(return_value=0)
-    monkeypatch.setattr(runner._changes, "put", put)
+    pending, put = runner._changes.pending, []
+    monkeypatch.setattr(
+        runner._changes, "put", lambda *_: put.append((pending.places.tolist(), pending.values.tolist())) or 0
+    )
     pieces = [Piece(2, 0, array("i", [1]), samples=True)]
     runner.launch(StepPlan((), (), [(2, 1, [7, 8]), (3, 0, [9])], Decoding(others=pieces), ()))
-    assert put.called
-    pending = runner._changes.pending
-    assert pending.places.tolist() == [first + 2 * width + 1, first + 2 * width + 2, first + 3 * width]
-    assert pending.values.tolist() == [7, 8, 9]
+    assert put == [([first + 2 * width + 1, first + 2 * width + 2, first + 3 * width], [7, 8, 9])]
+    assert not len(pending)
 
 
 def test_a_step_is_written_as_its_graph_reads_it(runner_for):
@@ -165,9 +167,56 @@ def test_a_step_is_written_as_its_graph_reads_it(runner_for):
     assert found[2] == [17, 33, 5, 7, *range(10, 30), 0, 1, *[0] * missing]
     assert found[3:6] == [[0, 1, 2, 23], [6, 4, 0, 2], [-1, -1, -1, 2]]  # outputs, their rows, and which are held
     assert [found[7][:2], found[8][:2]] == [[7, runner._changes.third + 2], [70, 9]]
-    assert not len(runner._changes.pending)
     each = cuda_runner.kernels.query_tokens(runner._group)
     blocks = [(4 + start, min(each, 20 - start), 2, 10 + start) for start in range(0, 20, each)]
     queries = [*blocks, (24, 2, 3, 0)]
     assert found[6] == [4, len(queries), 2]
     assert found[9][: 4 * len(queries)] == [number for query in queries for number in query]
+
+
+@pytest.mark.parametrize("fails", ["of_step", "replay"])
+def test_what_a_launch_that_fails_was_to_write_is_written_by_the_next(runner_for, pool, hold, monkeypatch, fails):
+    """Else its rows would go on with what they had before, whoever has them."""
+    runner = runner_for()
+    flats, failing = runner._changes._flats, []
+    whole = torch.zeros(sum(map(len, flats)), dtype=torch.int32)
+
+    def fail(name, then):
+        def call(*args):
+            if name in failing:
+                raise RuntimeError(name)
+            return then(*args)
+
+        return call
+
+    def write(_, where, values, count):
+        whole[where.long()[:count]] = values[:count]
+
+    def replayed(size):
+        parts = [runner._numbers[start:end] for start, end in pairwise((0, *size.ends))]
+        write(flats, parts[7], parts[8], int(parts[6][2]))
+
+    monkeypatch.setattr(cuda_runner.kernels, "write_changes", write)
+    monkeypatch.setattr(runner.mixtures, "of_step", fail("of_step", runner.mixtures.of_step))
+    for (size, _), graph in runner._graphs.items():
+        graph.graph.replay.side_effect = fail("replay", partial(replayed, size))
+
+    def launch(left, adapters):
+        sequence = hold(runner._slots, pool.mix(adapters))
+        assert runner._slots.acquire(sequence)
+        starts = [RowStart(0, sequence.mixture, SamplingParams(), 0, 0, ())]
+        runner.launch(StepPlan(left, starts, (), Decoding(others=[Piece(0, 0, [1], samples=True)]), ()))
+
+    def written():
+        """Weights, and how long lists are."""
+        weights, own, _ = whole.split([len(flat) for flat in flats])
+        return bool(weights.any()), bool(own.view(torch.long).view(-1, OWN_WIDTH)[:, :OWN_HEAD].any())
+
+    launch((), [("attention", 1.0)])
+    assert written() == (True, True)
+    failing.append(fails)
+    with pytest.raises(RuntimeError, match=fails):
+        launch([0], [("mlp-rslora", 1.0)])
+    failing.clear()
+    launch(range(ROWS), [])
+    assert written() == (False, False)
