@@ -17,6 +17,8 @@ Temperature = Annotated[FiniteFloat, Field(gt=0, le=100)]
 Examples = Annotated[int, Field(ge=0, le=16)]
 Names = Annotated[frozenset[str], Field(strict=False)]  # any collection of strings will do
 
+_NAME_BYTES = 80  # of a name in a set, beside its characters
+
 Preset = Literal["default", "paper"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -149,6 +151,12 @@ class RoutingOptions(BaseModel):
     def may_show(self, declared: Collection[str]) -> bool:
         """Whether the examples of a task may be shown for which these adapters were made, or which has this name."""
         return True
+
+    @property
+    def nbytes(self) -> int:
+        """What its names take, about: a request may have as many as its body has room for."""
+        names = (*self.exclude_tasks, *self.exclude_adapters, *(self.allow_adapters or ()))
+        return sum(map(len, names)) + _NAME_BYTES * len(names)
 
     @property
     def adapters_key(self) -> Hashable:

@@ -38,6 +38,7 @@ _SELECTED_TASKS = 8  # likeliest tasks whose single examples are looked at
 _MAX_ADAPTERS = 64
 _KNOWN = 10_000  # tasks that are remembered as they were looked up
 _KNOWN_OPTIONS = 256  # options of which it is remembered what they come to
+_KNOWN_BYTES = 1 << 25  # that these may take
 _KNOWN_USABLE = 1000  # tasks of which it is remembered what some options may use
 _KNOWN_LENDERS = 256  # sets of adapters, of which it is remembered whom they serve
 _KNOWN_WHITENINGS = 64  # sets of tasks that were taken out of the whitening
@@ -117,6 +118,7 @@ class Retriever:
         self._reranker = catalog.reranker
         self._norms = catalog.norms
         self._asked: dict[RoutingOptions, Asked] = {}
+        self._asked_bytes = 0
         self._known: dict[int, KnownTask] = {}
         self._free: dict[int, tuple[str, ...]] = {}  # what may be used of a task where any adapter may
         self._scored: dict[int, Scored | None] = {}
@@ -193,10 +195,10 @@ class Retriever:
         if states is not None:
             stateful = [bool(np.isfinite(state).all()) for state in states]
         lots: dict[int | None, tuple[list[int], Whitening | None]] = {}  # by what their states are compared under
-        searched: dict[int, list[int]] = {}  # by the tasks that are searched
+        searched: dict[tuple[int, int], list[int]] = {}  # by the tasks that are searched, and how many are looked for
         for i, (one, has_state) in enumerate(zip(asked, stateful, strict=True)):
             if not one.whole:
-                searched.setdefault(id(one.subset), []).append(i)
+                searched.setdefault((id(one.subset), one.wanted + len(one.excluded)), []).append(i)
             elif one.any:
                 whitening = self._whitening(one) if has_state else None
                 lots.setdefault(id(whitening) if has_state else None, ([], whitening))[0].append(i)
@@ -207,8 +209,7 @@ class Retriever:
             )
             for i, found in zip(lot, judged, strict=True):
                 results[i] = found
-        for together in searched.values():
-            depth = max(asked[i].wanted + len(asked[i].excluded) for i in together)
+        for (_, depth), together in searched.items():  # which of equals are found hangs on the depth
             rows = self._index.search(embeddings[together], depth, asked[together[0]].subset)
             for i, row in zip(together, rows.tolist(), strict=True):
                 # As many whatever is excluded and whoever shares the batch.
@@ -226,14 +227,17 @@ class Retriever:
     def _of(self, options: RoutingOptions) -> Asked:
         """What options come to here."""
 
-        def make() -> Asked:
-            asked = Asked.of(options, self.catalog, self.config)
-            if options.allows_all:
-                asked.usable = self._free
-            return asked
-
         known = self._asked.get(options)
-        return known if known is not None else _remembered(self._asked, _KNOWN_OPTIONS, options, make)
+        if known is None:
+            self._asked_bytes += options.nbytes
+            if len(self._asked) >= _KNOWN_OPTIONS or self._asked_bytes > _KNOWN_BYTES:
+                self._asked.clear()
+                self._lenders.clear()
+                self._asked_bytes = options.nbytes
+            known = self._asked[options] = Asked.of(options, self.catalog, self.config)
+            if options.allows_all:
+                known.usable = self._free
+        return known
 
     def _nearest_lenders(self, embedding: Embeddings, asked: Asked) -> list[int]:
         """The nearest tasks that have an adapter which may be used."""

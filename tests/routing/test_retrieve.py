@@ -15,6 +15,7 @@ from lorauter.catalog.rerank import Reranker, softmax
 from lorauter.encoder import normalised
 from lorauter.errors import InvalidRequest
 from lorauter.routing import Retrieved, Retriever, RoutingConfig, RoutingOptions
+from lorauter.routing import retrieve as retrieve_module
 
 
 @pytest.fixture
@@ -334,6 +335,31 @@ def test_what_is_found_does_not_depend_on_the_batch(make_retriever, config) -> N
     together = retriever.retrieve(np.stack([NEAR] * 5), ["a query"] * 5, options)
     assert together == [retriever.retrieve(NEAR[None], ["a query"], [option])[0] for option in options]
     assert together[4] == together[0]
+
+
+def test_which_of_equal_tasks_are_found_does_not_depend_on_the_batch(make_task) -> None:
+    """Where more are as near as there is room for, which of them a search finds hangs on how many it looks for."""
+    rows = np.stack([NEAR] * 40)
+    tasks = tuple(CatalogTask(make_task(f"t{i}"), (RankedAdapter("a"),)) for i in range(40))
+    catalog = Catalog.of(tasks, [row[None] for row in rows], NEAR, {"a": "0a1b2c3d"})
+    retriever = Retriever(catalog, RoutingConfig(preset="paper", num_tasks=3, top_k=1))
+    options = [RoutingOptions(exclude_tasks=frozenset(f"t{i}" for i in range(n))) for n in (0, 1, 3, 9, 30)]
+    together = retriever.retrieve(rows[:5], ["a query"] * 5, options)
+    assert together == [retriever.retrieve(NEAR[None], ["a query"], [option])[0] for option in options]
+
+
+def test_what_is_remembered_of_options_is_bounded_however_many_names_they_have(make_retriever, monkeypatch) -> None:
+    """A request may exclude as many as its body has room for."""
+    retriever = make_retriever(30, {20: "a", 29: "b"}, num_tasks=1, top_k=2)
+    monkeypatch.setattr(retrieve_module, "_KNOWN_BYTES", 50_000)
+    for i in range(30):
+        names = frozenset(f"{i}-{n}" for n in range(100))
+        options = RoutingOptions(exclude_tasks=names, exclude_adapters=names)
+        assert found(retriever, options) == {"t0": "", "t20": "a", "t29": "b"}
+        assert found(retriever, options) == {"t0": "", "t20": "a", "t29": "b"}
+        assert options in retriever._asked
+        assert len(retriever._asked) <= 2
+        assert len(retriever._lenders) <= 2
 
 
 def test_a_thousand_tasks_answer_in_milliseconds(make_task, alone) -> None:
