@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deployments.access import Access
 from deployments.adapter_cache import cache_folder
@@ -23,6 +21,7 @@ from lorauter.catalog import Catalog
 from lorauter.defaults import describe_model, load_encoder, resolve_catalog, resolve_encoder, resolve_model
 from lorauter.engine.cpu_kernels import load_kernels
 from lorauter.engine.model import ARCHITECTURES
+from lorauter.engine.model_config import read_config
 from lorauter.errors import CatalogError, ConfigError, StoreError
 from lorauter.precision import native_dtype
 
@@ -113,6 +112,11 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_base_model(model: str) -> None:
+    if read_config(model) is not None:  # of one of the served kinds
+        return
+    from transformers import AutoConfig  # seconds to import
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     try:
         kind = AutoConfig.from_pretrained(model).model_type
     except (OSError, ValueError, RuntimeError) as error:

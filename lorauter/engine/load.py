@@ -13,6 +13,7 @@ import torch
 from lorauter.engine.config import DType, EngineConfig
 from lorauter.engine.local import MultiLoraEngine
 from lorauter.engine.model import Decoder
+from lorauter.engine.model_config import known_to_tokenizer
 from lorauter.engine.process import loading
 from lorauter.engine.text import TextCodec
 from lorauter.engine.weights import read_model
@@ -74,7 +75,7 @@ def load_decoder(
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, config=known_to_tokenizer(model))
         source = read_model(model, kind, place)
         if source is None:
             from transformers import AutoModelForCausalLM

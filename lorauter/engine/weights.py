@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorauter.engine.model import ARCHITECTURES
+from lorauter.engine.model_config import read_config
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PEFT = "adapter_config.json"  # transformers would add that adapter
@@ -72,9 +73,11 @@ def read_model(model: str, dtype: torch.dtype, device: torch.device) -> Any | No
 def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> Any | None:
     if not (folder / "config.json").is_file() or (folder / _PEFT).exists():
         return None
-    from transformers import AutoConfig
+    config = read_config(folder)
+    if config is None:
+        from transformers import AutoConfig  # seconds to import
 
-    config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     [architecture] = config.architectures or [""]
     plain = architecture in ARCHITECTURES and architecture.lower() == f"{config.model_type}forcausallm"
     if not plain or getattr(config, "quantization_config", None) is not None:

@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
+from ray.serve._private.application_state import ApplicationStatusInfo, StatusOverview
+from ray.serve._private.common import DeploymentStatusInfo, DeploymentStatusTrigger
+from ray.serve.schema import ApplicationStatus, DeploymentStatus, ServeDeploySchema
 
 from deployments.app import DEPLOYMENTS, build
 from deployments.config import AppConfig
@@ -207,25 +208,28 @@ def test_where_one_cannot_listen_nothing_is_started(host: str, port: int | None)
             serve_forever(file, address=None, phase=phase, notify=print, ready=print)
 
 
-def started(monkeypatch: pytest.MonkeyPatch, *statuses: Any, lines: list[str], is_own: bool = True) -> None:
+def started(monkeypatch: pytest.MonkeyPatch, *statuses: StatusOverview, lines: list[str], is_own: bool = True) -> None:
     """Wait for an app of which Serve says these things, one after the other."""
     said = iter(statuses)
-    monkeypatch.setattr("deployments.launch.serve.status", lambda: SimpleNamespace(applications=next(said)))
+    monkeypatch.setattr("deployments.launch._status", lambda: next(said))
     monkeypatch.setattr("deployments.launch.time.sleep", lambda _: None)
     monkeypatch.setattr("deployments.launch.Watch.check", lambda self: 0.0)
     _wait_until_running(lines.append, is_own=is_own)
 
 
-def app(status: str, message: str = "", **deployments: tuple[str, str]) -> dict[str, Any]:
-    parts = {name: SimpleNamespace(status=state, message=said) for name, (state, said) in deployments.items()}
-    return {"lorauter": SimpleNamespace(status=status, message=message, deployments=parts)}
+def app(status: str, message: str = "", **deployments: tuple[str, str]) -> StatusOverview:
+    parts = [
+        DeploymentStatusInfo(name, DeploymentStatus(state), DeploymentStatusTrigger.UNSPECIFIED, said)
+        for name, (state, said) in deployments.items()
+    ]
+    return StatusOverview(ApplicationStatusInfo(ApplicationStatus(status), message), "lorauter", parts)
 
 
 def test_what_may_pass_is_told_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     down = "A replica failed to start. Error:\nx.CannotStart: TaskRetriever cannot start now: the store is down"
     lines: list[str] = []
     trying = app("DEPLOYING", TaskRetriever=("UPDATING", down), LoraModel=("UPDATING", ""))
-    started(monkeypatch, {}, app("DEPLOYING"), trying, trying, app("RUNNING"), lines=lines)
+    started(monkeypatch, app("NOT_STARTED"), app("DEPLOYING"), trying, trying, app("RUNNING"), lines=lines)
     assert lines == ["TaskRetriever cannot start: the store is down; trying again"]
 
 
@@ -248,7 +252,7 @@ def test_what_may_pass_is_told_once_and_waited_for(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_what_will_not_pass_ends_the_start_with_the_cause(
-    monkeypatch: pytest.MonkeyPatch, status: Any, said: str
+    monkeypatch: pytest.MonkeyPatch, status: StatusOverview, said: str
 ) -> None:
     with pytest.raises(CannotStart) as caught:
         started(monkeypatch, status, lines=[])

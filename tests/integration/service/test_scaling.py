@@ -69,7 +69,7 @@ async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 400
     deadline = time.monotonic() + timeout_s
     while not await condition():
         assert time.monotonic() < deadline, serve.status().applications[APP]
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)  # Serve's status takes two tenths of a second of CPU time
 
 
 async def until_running(number: int) -> None:
