@@ -22,7 +22,8 @@ class Asked:
         top_k: adapters, or tasks that lend one.
         wanted: tasks that are judged.
         subset: of the tasks that are searched; None are all.
-        excluded: where the tasks are that are as if they were not there.
+        excluded: of the tasks that are searched, those that are as if they were not there. That others are named, which
+            a caller may not see, changes nothing: it would tell that they are there.
         whole: whether all tasks are judged that there are, but for these.
         among: then, (tasks,) which; None are all.
         usable: of tasks, as they are looked up, the adapters that may be used.
@@ -47,7 +48,8 @@ class Asked:
         top_k = options.top_k or config.top_k
         wanted = max(config.num_tasks, config.candidates * config.rerank, top_k)
         subset = options.among(catalog)
-        excluded = frozenset(place for name in options.exclude_tasks if (place := catalog.place(name)) is not None)
+        named = (place for name in options.exclude_tasks if (place := catalog.place(name)) is not None)
+        excluded = frozenset(named if subset is None else filter(subset.mask.__getitem__, named))
         whole, among = wanted >= len(catalog), None
         if whole and (subset is not None or excluded):
             among = np.ones(len(catalog), np.bool_) if subset is None else subset.mask.copy()

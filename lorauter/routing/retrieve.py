@@ -243,7 +243,7 @@ class Retriever:
         """The nearest tasks that have an adapter which may be used."""
         options = asked.options
         lenders = _remembered(self._lenders, _KNOWN_LENDERS, options.adapters_key, lambda: self._serving(asked))
-        depth = asked.wanted + asked.top_k + len(options.exclude_tasks)
+        depth = asked.wanted + asked.top_k + len(asked.excluded)
         row: list[int] = self._index.search(embedding, depth, lenders)[0].tolist()
         return [place for place in row if place >= 0]
 
@@ -275,7 +275,7 @@ class Retriever:
     def _whitening(self, asked: Asked) -> Whitening | None:
         """The states' without tasks that are not to be known; None where that is the catalog's own."""
         whitening = self._reranker.by_states.whitening if self._reranker.by_states is not None else None
-        seen = self.catalog.sampled.intersection(asked.options.exclude_tasks)
+        seen = self.catalog.sampled.intersection([self.catalog.names[place] for place in asked.excluded])
         if whitening is None or not seen:
             return None
 

@@ -34,6 +34,7 @@ def test_of_them_those_that_the_caller_may_see_and_has_not_excluded(catalog) -> 
     both = Asked.of(OfTwo(exclude_tasks={first}), catalog, RoutingConfig())
     assert both.among.tolist() == [False, True, False]
     assert not Asked.of(OfTwo(exclude_tasks={first, others[0]}), catalog, RoutingConfig()).any
+    assert Asked.of(OfTwo(exclude_tasks={others[1]}), catalog, RoutingConfig()).excluded == frozenset()
 
 
 def test_which_adapters_may_be_used(catalog) -> None:

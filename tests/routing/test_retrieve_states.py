@@ -10,6 +10,7 @@ from three_tasks import ANY, ENCODER, TEXTS, WORTHS, retrieve, utilities
 
 from lorauter.catalog import Catalog
 from lorauter.catalog.build import probed
+from lorauter.catalog.index import TaskSubset
 from lorauter.catalog.lexicon import grams_of, similarities
 from lorauter.catalog.rerank import Reranker, softmax
 from lorauter.catalog.segments import Segment, TaskRow
@@ -123,6 +124,17 @@ def test_the_whitening_has_never_seen_a_task_that_is_excluded(read, monkeypatch,
     assert np.isneginf(np.delete(rankings[-1].logits[0], left)).all()
     if gone:
         assert abs(similar - whitening.similarities(HashingStates().states([text]), means)[0]).max() > 0.01
+
+
+def test_who_excludes_what_it_may_not_see_does_not_learn_that_it_is_there(read) -> None:
+    class OfTwo(RoutingOptions):
+        def among(self, catalog: Catalog) -> TaskSubset | None:
+            return TaskSubset(np.array([name != "law" for name in catalog.names]))
+
+    text = "is the film worth a contract"
+    told = [look(read, text, OfTwo(exclude_tasks=names), sure=1.0)[0] for names in ({"unheard-of"}, {"law"})]
+    assert told[0] == told[1]
+    assert told[0].by_states
 
 
 def test_what_is_taken_out_of_the_whitening_is_read_once(read, monkeypatch) -> None:
