@@ -1,5 +1,6 @@
 """What a GPU's runner captures and which of it a step takes, with stand-ins for graphs, streams and kernels."""
 
+import random
 from array import array
 from contextlib import nullcontext
 from functools import partial
@@ -15,12 +16,15 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from lorauter.engine import cuda_runner
+from lorauter.engine.blocks import BLOCK, BlockPool
 from lorauter.engine.cuda_mixtures import CudaMixtures
-from lorauter.engine.cuda_own import OWN_HEAD, OWN_WIDTH
+from lorauter.engine.cuda_own import OWN_GROUPS, OWN_HEAD, OWN_WIDTH
 from lorauter.engine.cuda_runner import CudaRunner
 from lorauter.engine.cuda_step import CudaStep
 from lorauter.engine.plan import Decoding, Piece, RowStart, StepPlan
-from lorauter.engine.slots import AdapterSlots
+from lorauter.engine.scheduler import Scheduler
+from lorauter.engine.sequences import ActiveSequence
+from lorauter.engine.slots import AdapterSlots, pack
 from lorauter.engine.types import SamplingParams
 
 ROWS = 4
@@ -220,3 +224,129 @@ def test_what_a_launch_that_fails_was_to_write_is_written_by_the_next(runner_for
     failing.clear()
     launch(range(ROWS), [])
     assert written() == (False, False)
+
+
+# --- what steps read, whatever came before
+
+
+def as_columns(target, group, layers, a, b, count, weight):
+    return [
+        (target, a + i * layers * group.inputs, b + i * layers * group.widths[target], weight) for i in range(count)
+    ]
+
+
+def columns_read(mixtures, row, kind):
+    """The columns that a step of a kind multiplies for a row, by group: target, places of A and B, and weight."""
+    found = {}
+    for first, group in mixtures.of_group.items():
+        found[first] = own = []
+        for target in range(len(group.group.targets)):
+            if kind.own and first in OWN_GROUPS:
+                numbers = group.own[row].tolist()
+                for entry in range(*numbers[target : target + 2]):
+                    a, b, meta = numbers[OWN_HEAD + 3 * entry :][:3]
+                    weight = torch.tensor(meta >> 32, dtype=torch.int32).view(torch.float32).item()
+                    own += as_columns(target, group.group, mixtures.layers, a, b, meta & 0xFF, weight)
+            elif first in kind.adapted:
+                for tile in range(*group.starts[target : target + 2].tolist()):
+                    a, b, count, slot = group.tiles[:, tile].tolist()
+                    if weight := mixtures.weights[row, slot].item():
+                        own += as_columns(target, group.group, mixtures.layers, a, b, count, weight)
+    return found
+
+
+def columns_meant(mixtures, mixture):
+    """The same as an admitted mixture says it."""
+    return {
+        first: [
+            column
+            for t, target in enumerate(of.group.targets)
+            for placed, weight in mixture
+            if target in placed.parts
+            for part in [placed.parts[target]]
+            for column in as_columns(t, of.group, mixtures.layers, part.a, part.b, part.rank, weight)
+        ]
+        for first, of in mixtures.of_group.items()
+    }
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_step_reads_what_its_rows_have_whatever_they_had_before(runner_for, monkeypatch, seed, own):
+    """Random requests, cancellations, preemptions, adapters that leave and come back elsewhere, steps that fail."""
+    draw, seen, running = random.Random(seed), set(), {}
+    runner = runner_for(lambda size, kind, entries: 2.0 if kind.own == own else 3.0)
+    shape = runner.decoder.shape
+    slots = AdapterSlots(
+        shape, budget_bytes=200_000, max_rank=512, dtype=torch.float32, device=torch.device("cpu"), ahead=True
+    )
+    runner._slots, runner.mixtures.arena = slots, slots.arena
+    adapters = []
+    for number in range(1, 7):
+        pairs = {}
+        for target in draw.sample(sorted(shape.linears), 3):
+            rank, sides = draw.choice([1, 8, 9, 17]), shape.linears[target]
+            pairs[target] = tuple(torch.full((rank, shape.layers, width), float(number)) for width in sides)
+        adapters.append(pack((f"a{number}", "1"), pairs, torch.float32, pin=False))
+    scheduler = Scheduler(ROWS, BlockPool(7), slots, runner.budget, failed=lambda *_: pytest.fail("cannot be"))
+
+    def write(flats, where, values, count):
+        places = where[:count].tolist()
+        assert len({*places}) == len(places)  # what is written at once has no order
+        first, second = len(flats[0]), len(flats[0]) + len(flats[1])
+        for place, value in zip(places, values[:count].tolist(), strict=True):
+            at = [place, place - first, place - second]
+            which = (place >= first) + (place >= second)
+            flats[which][at[which]] = value
+
+    def replayed(size, kind):
+        parts = [runner._numbers[start:end] for start, end in pairwise((0, *size.ends))]
+        write(runner._changes._flats, parts[7], parts[8], int(parts[6][2]))
+        for row in {*parts[1].tolist()} - {ROWS}:
+            sequence, last = running[row], int(parts[2][parts[1] == row].max())
+            blocks = sequence.blocks[: last // BLOCK + 1]
+            assert runner.memory.table[row, : len(blocks)].tolist() == blocks
+            assert runner._sampler._starts[row].seed == sequence.seed
+            mixture = slots.placed(sequence.mixture)
+            assert columns_read(runner.mixtures, row, kind) == columns_meant(runner.mixtures, mixture)
+            for placed, _ in mixture:
+                assert {slots.arena[part.b].item() for part in placed.parts.values()} == {float(placed.key[0][1:])}
+        seen.add(kind)
+        fail()
+
+    def fail():
+        if step < 150 and draw.random() < 0.06:
+            raise RuntimeError("a step that fails")
+
+    of_step = runner.mixtures.of_step
+    monkeypatch.setattr(cuda_runner.kernels, "write_changes", write)
+    monkeypatch.setattr(runner.mixtures, "of_step", lambda rows: fail() or of_step(rows))
+    for key, graph in runner._graphs.items():
+        graph.graph.replay.side_effect = partial(replayed, *key)
+    flights = step = 0
+    for step in range(250):
+        if draw.random() < 0.5:
+            some = draw.sample(adapters, draw.choice([0, 1, 1, 2]))
+            tokens = array("i", [draw.randrange(3) for _ in range(draw.choice([1, 3, 17, 40]))])
+            limit = len(tokens) + draw.choice([1, 9, 50, 50])
+            mixture = tuple(sorted((one.key, draw.choice([1.0, -0.5])) for one in some))
+            scheduler.waiting.append(ActiveSequence(tokens, len(tokens), limit, mixture, seed=step, adapters=some))
+        if draw.random() < 0.1 and scheduler.running:
+            scheduler.drop(draw.choice(scheduler.running))
+        slots.begin_step()
+        plan = scheduler.plan()
+        running = {sequence.row: sequence for sequence in scheduler.running}
+        try:
+            if plan is not None:
+                runner.launch(plan)
+        except RuntimeError:
+            scheduler.abandon()
+            flights = 0
+            continue
+        flights += plan is not None
+        while flights > (plan is not None):
+            scheduler.take([draw.randrange(3) for _ in scheduler.decided])
+            flights -= 1
+    assert own in {kind.own for kind in seen if kind.adapted}
+    assert scheduler.preemptions
+    assert slots.counters.evictions
