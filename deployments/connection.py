@@ -186,7 +186,7 @@ class _Gathered:
 
     def _flush(self) -> None:
         pieces, self._unsent = self._unsent, []
-        if pieces:
+        if pieces and not self._transport.is_closing():
             self._transport.write(b"".join(pieces))
 
     def write_eof(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import uvloop
 from local_s3 import free_port
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, StreamingResponse
@@ -280,12 +281,41 @@ def test_what_is_said_in_one_turn_of_the_loop_is_written_together() -> None:
         gathered.write(b"body")
         assert not wire.written
         await asyncio.sleep(0)
-        gathered.write(b"end")
-        gathered.close()
-        await asyncio.sleep(0)
-        assert wire.written == [b"head body", b"end", b"closed"] and gathered.is_closing()
         for _ in range(_PIECES):  # nobody who never waits is to fill the memory
             gathered.write(b"x")
-        assert wire.written[3:] == [b"x" * _PIECES]
+        gathered.write(b"end")
+        gathered.close()
+        gathered.write(b"more")
+        await asyncio.sleep(0)
+        assert wire.written == [b"head body", b"x" * _PIECES, b"end", b"closed"] and gathered.is_closing()
 
     asyncio.run(whole())
+
+
+def test_what_is_said_to_a_client_that_has_left_is_lost_without_a_word() -> None:
+    """On the loop that Serve's replicas run on, whose transports refuse what comes after their end."""
+
+    async def whole() -> None:
+        wrong: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
+
+        class Server(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                self.gathered = _Gathered(transport, asyncio.get_running_loop(), lambda: False)  # type: ignore[arg-type]
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                for _ in range(_PIECES + 1):
+                    self.gathered.write(b"x")
+                ended.set()
+
+        ended, port = asyncio.Event(), free_port()
+        server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", port)
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.transport.abort()
+        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.sleep(0)
+        assert not wrong
+        server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(whole())
