@@ -220,8 +220,8 @@ class Generation:
                 chunks = sorted(chunks, key=likelihood, reverse=True)[:n]
             for chunk in chunks:
                 pieces.append(tellings[len(pieces)].tell(chunk, of_prompt))
-        tokens = sum(len(chunk.token_ids) for chunks in answers for chunk in chunks)
-        return Json(writer.whole(pieces, 0 if body.max_tokens == 0 else tokens), headers=headers)
+        tokens = sum(tellings[0].counted(chunk) for chunks in answers for chunk in chunks)
+        return Json(writer.whole(pieces, tokens), headers=headers)
 
     async def _routed_text(self, prompt: Prompt) -> str:
         """The text that a prompt is routed by. Raises InvalidRequest: there is none."""
@@ -403,10 +403,10 @@ async def _events(
     try:
         async for place, item in streams:
             if isinstance(item, Chunk):
-                tokens += len(item.token_ids)
                 timing = begun[place].timing
                 timing.note(item)
                 choice = place * n + item.index
+                tokens += tellings[choice].counted(item)
                 piece = tellings[choice].tell(item)
                 if timed is not None and piece.finish_reason:
                     timed[place]["timings"] = timing.told()

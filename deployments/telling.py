@@ -46,6 +46,10 @@ class Telling:
         """Whether the prompt's tokens are needed."""
         return bool(body.echo or body.return_token_ids)
 
+    def counted(self, chunk: Chunk) -> int:
+        """How many tokens of a chunk are the answer's: none where nothing but the prompt is wanted."""
+        return 0 if self._body.max_tokens == 0 else len(chunk.token_ids)
+
     def tell(self, chunk: Chunk, prompt: PromptLogprobs = ()) -> Piece:
         """What there is to say of a chunk.
 

@@ -157,9 +157,12 @@ def test_a_prompt_is_told_as_evaluations_ask_for_it(service: EngineService, prom
 
 
 def test_echo_alone_and_no_tokens_alone(service: EngineService) -> None:
-    answer = answered(service, COMPLETIONS, text("base", "ab", max_tokens=0, echo=True))
+    asked = text("base", "ab", max_tokens=0, echo=True)
+    answer = answered(service, COMPLETIONS, asked)
     assert answer["choices"][0]["text"] == "ab"
     assert answer["usage"]["completion_tokens"] == 0
+    streamed = {**asked, "stream": True, "stream_options": {"include_usage": True}}
+    assert events(post(service, COMPLETIONS, streamed))[-2]["usage"] == answer["usage"]
     [one, two] = answered(service, COMPLETIONS, text("base", "ab", max_tokens=1, echo=True, n=2, logprobs=0))["choices"]
     assert one["logprobs"] == two["logprobs"]
     assert refused(post(service, COMPLETIONS, text("base", "ab", max_tokens=0)), 400)["param"] == "max_tokens"
