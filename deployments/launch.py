@@ -24,12 +24,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve._private.application_state import StatusOverview
+from ray.serve._private.common import DeploymentStatus
 from ray.serve.config import AutoscalingConfig
 from ray.serve.context import _get_global_client
 from ray.serve.schema import (
     ApplicationStatus,
     DeploymentSchema,
-    DeploymentStatus,
     HTTPOptionsSchema,
     ServeApplicationSchema,
     ServeDeploySchema,
@@ -303,7 +303,8 @@ def _wait_until_running(notify: Callable[[str], None], *, is_own: bool) -> None:
 def _status() -> StatusOverview:
     """The app's. Not by `serve.status`, for which each deployment's request router is pickled, here and in Serve's
     controller: a tenth of a second of CPU time."""
-    said: StatusOverview = _get_global_client().get_serve_status(APP_NAME)
+    client: Any = _get_global_client()
+    said: StatusOverview = client.get_serve_status(APP_NAME)
     return said
 
 
