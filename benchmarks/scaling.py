@@ -30,7 +30,7 @@ import torch
 import yaml
 from clients import Cell, Clients
 from local_s3 import free_port
-from serve import CHAT, CORES_A_PROCESS, MODELS, WARM_S, Service, body, configuration, texts, told
+from serve import CHAT, CORES_A_PROCESS, MODELS, WARM_S, Prompts, Service, body, configuration, told
 
 GROWN_S = 240.0  # until all replicas have to be there
 
@@ -71,10 +71,10 @@ def fixed(
     rates = {}
     with served(rows, {"num_replicas": replicas}, on_gpu) as (service, url):
         told(f"{replicas} of LoraModel")
-        warm(asking, url, clients)
-        for part, (name, model) in enumerate(MODELS.items()):
+        prompts = warmed(asking, url, clients)
+        for name, model in MODELS.items():
             before = service.cpu()
-            cell = asked(asking, url, model, texts(part, count), clients, errors)
+            cell = asked(asking, url, model, prompts.take(count), clients, errors)
             rates[name] = count / cell.seconds
             spent = ", ".join(f"{of} {1000 * s / count:.2f}" for of, s in (service.cpu() - before).most_common())
             told(f"{name}: {rates[name]:.1f} requests/s; CPU ms a request: {spent}")
@@ -89,17 +89,17 @@ def grown(
     scaling = {"min_replicas": 1, "max_replicas": replicas, "target_ongoing_requests": max(1, rows * 3 // 4)}
     with served(rows, {"autoscaling_config": scaling}, on_gpu) as (_, url):
         told("one of LoraModel, which may have others beside it")
-        warm(asking, url, clients)
-        began, part, there, latest = time.monotonic(), 3, 1, 0.0
+        prompts = warmed(asking, url, clients)
+        began, there, latest = time.monotonic(), 1, 0.0
         while there < replicas:
             if time.monotonic() - began > GROWN_S:
                 sys.exit(f"{there} of {replicas} replicas after {GROWN_S:.0f} s of load")
-            cell = asked(asking, url, MODELS["routed"], texts(part, count), clients, errors)
-            there, part, latest = running(url), part + 1, max(latest, *cell.firsts)
+            cell = asked(asking, url, MODELS["routed"], prompts.take(count), clients, errors)
+            there, latest = running(url), max(latest, *cell.firsts)
         told(
             f"all are there after {time.monotonic() - began:.0f} s of load, and no first token took over {latest:.2f} s"
         )
-        firsts = sorted(asked(asking, url, MODELS["routed"], texts(part, count), clients, errors).firsts)
+        firsts = sorted(asked(asking, url, MODELS["routed"], prompts.take(count), clients, errors).firsts)
     median, p99 = statistics.median(firsts), firsts[int(0.99 * (len(firsts) - 1))]
     told(f"from then on it comes after {1000 * median:.0f} ms, p99 {1000 * p99:.0f} ms")
     return {"grown_first_p99_of_median": p99 / median}
@@ -123,11 +123,13 @@ def served(rows: int, scaling: dict[str, Any], on_gpu: bool) -> Iterator[tuple[S
             yield service, f"http://127.0.0.1:{port}"
 
 
-def warm(asking: Clients, url: str, clients: int) -> None:
-    """Have all adapters come, and what looks twice at some queries."""
+def warmed(asking: Clients, url: str, clients: int) -> Prompts:
+    """Have all adapters come, and what looks twice at some queries; what may be asked then."""
+    prompts = Prompts()
     for _ in range(2):
-        asked(asking, url, MODELS["routed"], texts(2, 2 * clients), clients, Counter())
+        asked(asking, url, MODELS["routed"], prompts.take(2 * clients), clients, Counter())
         time.sleep(WARM_S)
+    return prompts
 
 
 def asked(asking: Clients, url: str, model: str, prompts: list[str], clients: int, errors: Counter[str]) -> Cell:

@@ -17,6 +17,7 @@ waits for, and the time to the first token of a lone request and beside 31 other
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -67,6 +68,7 @@ class Extent:
     Attributes:
         fewest: requests of a load by each client at least.
         load_s: seconds that a load of more than these takes the engine alone at most.
+        probe: the same of what tells the engine's speed, and of what warms the service.
         warm: loads before those that count.
         lone: requests that are asked one after the other.
         crowd: requests of each of those that ask together.
@@ -75,13 +77,14 @@ class Extent:
 
     fewest: int = 4
     load_s: float = 15.0
+    probe: int = 2
     warm: int = 2
     lone: int = 12
     crowd: int = 3
     long_s: float = math.inf
 
 
-QUICK = Extent(fewest=2, load_s=5.0, warm=1, lone=4, crowd=1, long_s=60.0)
+QUICK = Extent(fewest=2, load_s=5.0, probe=1, warm=1, lone=4, crowd=1, long_s=60.0)
 
 
 def main() -> None:
@@ -114,12 +117,14 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
         f"{count} requests a load, {clients} at once, {torch.cuda.get_device_name() if on_gpu else 'CPU'}", flush=True
     )
     settings = random_pool(args.shape, folder) if args.shape else {}
-    loads = {f"{model}_{way}": texts(i, count) for model in MODELS for i, way in enumerate(("streamed", "whole"))}
+    prompts = Prompts()
+    of_way = {way: prompts.take(count) for way in ("streamed", "whole")}
+    loads = {f"{model}_{way}": load for model in MODELS for way, load in of_way.items()}
     port = free_port()
     config = folder / "serve.yaml"
     config.write_text(yaml.safe_dump(configuration(port, clients, settings)))
-    task = {"clients": clients, "settings": settings, "loads": loads, "probe": texts(5, 2 * clients)}
     extent = QUICK if args.quick else Extent()
+    task = {"clients": clients, "settings": settings, "loads": loads, "probe": prompts.take(extent.probe * clients)}
     task |= {"fewest": extent.fewest * clients, "load_s": extent.load_s}
     before = measure_alone(task, folder)
     once = args.shape or time.monotonic() - STARTED > extent.long_s
@@ -131,11 +136,11 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
         told("the service is there")
         url = f"http://127.0.0.1:{port}"
 
-        def ask(model: str, prompts: list[str], at_once: int, *, streamed: bool) -> Cell:
-            return asking.ask(f"{url}{CHAT}", [body(model, prompt, streamed) for prompt in prompts], at_once)
+        def ask(model: str, load: list[str], at_once: int, *, streamed: bool) -> Cell:
+            return asking.ask(f"{url}{CHAT}", [body(model, prompt, streamed) for prompt in load], at_once)
 
         for _ in range(extent.warm):  # all adapters come, and what looks twice at some queries
-            ask("lorauter", texts(2, 2 * clients), clients, streamed=True)
+            ask("lorauter", prompts.take(extent.probe * clients), clients, streamed=True)
             time.sleep(WARM_S)
         cells: dict[str, list[Cell]] = {}
         for _ in range(args.repeats):
@@ -149,8 +154,8 @@ def run(args: argparse.Namespace, folder: Path, asking: Clients, clients: int, c
                 loads[name] = [f"{text} " for text in load]  # what was computed of the last ones is no help
         timed = asking.ask(f"{url}{CHAT}", [{**body("lorauter", text, False), "lorauter": {"timings": True}}
                                             for text in loads["routed_whole"]], clients)  # fmt: skip
-        lone = ask("base", texts(3, extent.lone), 1, streamed=True)
-        crowd = ask("base", texts(4, extent.crowd * AT_ONCE), AT_ONCE, streamed=True)
+        lone = ask("base", prompts.take(extent.lone), 1, streamed=True)
+        crowd = ask("base", prompts.take(extent.crowd * AT_ONCE), AT_ONCE, streamed=True)
     after = before if once else measure_alone({**task, "routed": before["routed"]}, folder)
     vllm = {}
     if args.vllm_url:
@@ -232,14 +237,20 @@ def cpu_alone(runs: tuple[dict[str, Any], dict[str, Any]], name: str) -> float:
     return statistics.fmean(found[name]["cpu"] for found in runs)
 
 
-def texts(part: int, count: int) -> list[str]:
-    """Prompts of the example tasks, the tasks taking turns, with a number before those that come again: others for each
-    part, so that of none anything was computed before."""
-    tasks = read_tasks(ROOT / "examples" / "tasks")
-    rows = [[example.input for example in (*task.test, *task.validation)] for task in tasks]
-    every = [row[i] for i in range(max(map(len, rows))) for row in rows if i < len(row)]
-    turns = [divmod(i, len(every)) for i in range(part * count, (part + 1) * count)]
-    return [f"{turn}. {every[i]}" if turn else every[i] for turn, i in turns]
+class Prompts:
+    """Prompts of the example tasks, the tasks taking turns, with a number before those that come again: none is the
+    same twice, so that of none anything was computed before."""
+
+    def __init__(self) -> None:
+        tasks = read_tasks(ROOT / "examples" / "tasks")
+        rows = [[example.input for example in (*task.test, *task.validation)] for task in tasks]
+        self._every = [row[i] for i in range(max(map(len, rows))) for row in rows if i < len(row)]
+        self._numbers = itertools.count()
+
+    def take(self, count: int) -> list[str]:
+        """The next ones."""
+        turns = [divmod(n, len(self._every)) for n in itertools.islice(self._numbers, count)]
+        return [f"{turn}. {self._every[i]}" if turn else self._every[i] for turn, i in turns]
 
 
 # --- the service

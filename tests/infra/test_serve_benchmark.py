@@ -29,9 +29,10 @@ def test_it_serves_what_is_shipped_with_as_many_rows_as_there_are_clients(tmp_pa
 
 
 def test_no_prompt_is_asked_twice() -> None:
-    parts = [serve.texts(part, 200) for part in range(4)]
-    assert len({text for part in parts for text in part}) == 800
-    assert all(text.strip() for part in parts for text in part)
+    prompts = serve.Prompts()
+    taken = [text for count in (32, 400, 5, 363) for text in prompts.take(count)]
+    assert len(set(taken)) == len(taken) == 800
+    assert all(map(str.strip, taken))
 
 
 def test_answers_first_tokens_and_errors_are_noted() -> None:
