@@ -47,8 +47,8 @@ class Stubborn(Exception):
 class CountingDecoder(Decoder):
     """The fake decoder: after token t comes t + 1, and "a" after "z", so that "x" is continued as "yzabc...".
 
-    After "!" the logits are NaN, "?" makes the step raise, "%" raise what is no pickle, "^" last for ever, and "~" ends
-    the engine's thread.
+    After "!" the logits are NaN, "?" makes the step raise, NUL raise what is not read again, "^" last for ever, and "~"
+    ends the engine's thread.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class CountingDecoder(Decoder):
         last = batch.tokens[batch.outputs]
         if (last == ord("?")).any():
             raise RuntimeError("forward failed")
-        if (last == ord("%")).any():
+        if (last == 0).any():
             raise Stubborn("forward", "failed")
         if (last == ord("^")).any():
             time.sleep(1000)

@@ -109,7 +109,7 @@ def test_answers_and_errors_are_those_of_an_engine_in_this_process(engine) -> No
     with pytest.raises(RuntimeError, match="forward failed"):
         engine.generate([ask("?")])
     with pytest.raises(RuntimeError, match="Stubborn: forward failed"):
-        engine.generate([ask("%")])
+        engine.generate([ask("\0")])
     engine.check_health()
     resumed = replace(ask("a", max_tokens=5), generated=(98, 99))
     assert engine.generate([resumed])[0].text == "def"
