@@ -24,6 +24,7 @@ Parsed = tuple[dict[str, Any], str | None]
 """A row's columns, and why it could not be read."""
 
 _FIELD_LIMIT = 1 << 27  # characters of a CSV field
+_DEEPEST = 100  # levels of a row: what pickles, or writes, it goes no deeper than Python does
 _INT64 = range(-(1 << 63), 1 << 63)
 _KINDS: Mapping[type, pa.DataType] = {
     bool: pa.bool_(),
@@ -152,7 +153,19 @@ def _json_row(line: bytes) -> Parsed:
         return {}, f"the line is no JSON object: {line[:80].decode(errors='replace').strip()!r}"
     if not is_encodable("".join(values)):  # no output could name such a column
         return {}, f"a column's name holds half a character: {line[:80].decode(errors='replace').strip()!r}"
+    if line.count(b"[") + line.count(b"{") > _DEEPEST and _is_deep(values):
+        shallow = {name: value for name, value in values.items() if not isinstance(value, dict | list)}
+        head = line[:80].decode(errors="replace").strip()
+        return shallow, f"the line is nested over {_DEEPEST} levels deep: {head!r}"
     return values, None
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        nested = [of.values() if isinstance(of, dict) else of for of in level if isinstance(of, dict | list)]
+        level = [item for of in nested for item in of]
+    return bool(level)
 
 
 def csv_header(file: BinaryIO) -> list[str]:
@@ -199,16 +212,20 @@ def _records(file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
     """CSV records with where they begin; one may run over several lines."""
     csv.field_size_limit(_FIELD_LIMIT)
     begin = place = file.tell()
+    ended = False
 
     def lines() -> Iterator[str]:
-        nonlocal place
+        nonlocal place, ended
         for line in file:
             encoding = "utf-8-sig" if place == 0 else "utf-8"
             place += len(line)
             yield line.decode(encoding, errors="surrogateescape")
+        ended = True
 
     try:
         for record in csv.reader(lines()):
+            if ended:  # within a record: whatever followed its open quote would be one field of it
+                raise InvalidRequest(f"it is no CSV: the row at byte {begin} opens a quote that nothing closes")
             if record:
                 yield begin, record
             begin = place
@@ -284,9 +301,9 @@ def encode(rows: Iterable[Mapping[str, Any]], kind: OutputFormat, schema: pa.Sch
     assert schema is not None
     if kind == "csv":
         text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(schema.names)
-        writer.writerows([_csv_field(row.get(name)) for name in schema.names] for row in rows)
+        _write_csv(text, schema.names)
+        for row in rows:
+            _write_csv(text, [_csv_field(row.get(name)) for name in schema.names])
         return text.getvalue().encode(errors="replace")
     rows = list(rows)
     columns = [pa.array([_arrow_value(row.get(f.name), f.type) for row in rows], f.type) for f in schema]
@@ -321,6 +338,12 @@ def _finite(value: Any) -> Any:
 def _plain(value: Any) -> str:
     """What Parquet holds and JSON does not."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _write_csv(text: io.StringIO, fields: Sequence[Any]) -> None:
+    """A line. Quotes are also put around a lone carriage return, which Python before 3.13 leaves bare."""
+    bare = any(isinstance(field, str) and "\r" in field for field in fields)
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL).writerow(fields)
 
 
 def _csv_field(value: Any) -> Any:

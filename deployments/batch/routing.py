@@ -19,8 +19,8 @@ def route_rows(router: Router, rows: Sequence[SourceRow], config: BatchConfig) -
     for place, row in enumerate(rows):
         try:
             request = read_request(row, config)
-        except LorauterError as error:
-            decisions[place] = error
+        except Exception as error:  # noqa: BLE001 (this row's trouble alone)
+            decisions[place] = error.with_traceback(None)
             continue
         if request.chosen is None:
             texts.append((place, request))

@@ -245,7 +245,7 @@ def _by_hand(given: Any) -> _Weighted | None:
             weighted = [(name, _weight(weight)) for name, weight in given.items() if weight is not None]
         else:
             weighted = [(item["name"], _weight(item["weight"])) for item in given]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(
             f"adapters: got {str(given)[:80]!r}, needed a name, {{name: weight}} or [{{'name', 'weight'}}, ...]",
             param="adapters",
@@ -311,7 +311,7 @@ def order_by_adapters(decisions: Sequence[RoutingDecision | Exception]) -> list[
 def described(error: Exception) -> str:
     """An error as the `error` column has it: its kind and what it says."""
     kind = type(error).__name__ if isinstance(error, LorauterError) else f"internal {type(error).__name__}"
-    return f"{kind}: {' '.join(str(error).split())}"
+    return f"{kind}: {' '.join(str(error).split())}".encode(errors="replace").decode()  # it may quote the row
 
 
 def decision_columns(decision: RoutingDecision | Exception) -> dict[str, Any]:

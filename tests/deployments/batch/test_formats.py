@@ -59,6 +59,23 @@ def test_lines_that_are_no_rows_are_faults_and_blank_ones_nothing() -> None:
     assert [fault is None for _, fault in shard] == [True, False, False, False, False, True]
 
 
+def test_a_line_that_is_nested_deeper_than_can_be_written_is_a_fault() -> None:
+    def nested(levels: int) -> bytes:
+        return b'{"id": 1, "a": ' + b"[" * levels + b"NaN" + b"]" * levels + b"}\n"
+
+    [shard], _ = every_row(nested(98) + nested(150) + nested(400) + b'{"a": "' + b"[" * 200 + b'"}\n', "jsonl", 10)
+    assert ["nested" in (fault or "") for _, fault in shard] == [False, True, True, False]
+    assert shard[2][0] == {"id": 1}
+    encode([values for values, _ in shard], "jsonl", None)
+
+
+def test_a_lone_carriage_return_of_csv_comes_back() -> None:
+    rows = [{"a": "one\rtwo", "b": ""}, {"a": "\r", "b": "x"}, {"a": "y", "b": "z"}]
+    content = encode(rows, "csv", pa.schema([("a", pa.string()), ("b", pa.string())]))
+    [shard], _ = every_row(content, "csv", 10)
+    assert [values for values, _ in shard] == rows == list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+
+
 def test_csv_rows_of_another_length_are_faults() -> None:
     [shard], _ = every_row(b"\xef\xbb\xbfa,b\r\n1,2\r\n3\r\n4,5,6\r\n\r\n7,8\r\n", "csv", 10)
     assert [fault is None for _, fault in shard] == [True, False, False, True]
@@ -78,7 +95,15 @@ def test_rows_of_arrow_that_python_cannot_hold_are_faults() -> None:
     assert "cannot be read" in str(shard[1][1])
 
 
-@pytest.mark.parametrize(("content", "kind"), [(b"a,a\n1,2\n", "csv"), (b"", "csv"), (b"PAR1 no", "parquet")])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"a,a\n1,2\n", "csv"),
+        (b"", "csv"),
+        (b'a,b\n1,2\n3,"the rest\n5,6\n7,8\n', "csv"),  # two rows would be lost in the last field
+        (b"PAR1 no", "parquet"),
+    ],
+)
 def test_what_is_no_file_of_its_kind_is_refused(content, kind) -> None:
     with pytest.raises(InvalidRequest):
         scan(io.BytesIO(content), kind, lambda before: 10)

@@ -1,6 +1,6 @@
 from deployments.batch.config import BatchConfig
 from deployments.batch.routing import route_rows
-from deployments.batch.rows import SourceRow
+from deployments.batch.rows import SourceRow, read_request
 from lorauter.errors import AdapterNotFound, InvalidRequest
 
 TEXTS = ["add numbers three", "rhyme verses of three", "add numbers " * 9, "rhyme lines"] * 12
@@ -30,6 +30,17 @@ def test_a_bad_row_is_an_error_in_its_place_and_a_chosen_mixture_stays(router) -
         None,
     )
     assert isinstance(unknown, AdapterNotFound)
+
+
+def test_whatever_a_row_does_to_its_reader_is_its_own_trouble(router, monkeypatch) -> None:
+    def read(row, config):
+        if row.number == 1:
+            raise RecursionError("too deep")
+        return read_request(row, config)
+
+    monkeypatch.setattr("deployments.batch.routing.read_request", read)
+    decisions = route_rows(router, rows(*({"prompt": text} for text in TEXTS[:3])), BatchConfig())
+    assert [isinstance(decision, RecursionError) for decision in decisions] == [False, True, False]
 
 
 def test_one_row_that_the_router_refuses_spoils_no_other(router, monkeypatch) -> None:

@@ -212,6 +212,7 @@ def test_a_column_that_is_not_to_be_read_is_not() -> None:
         ({"prompt": "x", "adapters": 3}, "adapters"),
         ({"prompt": "x", "adapters": {"sst2": "much"}}, "adapters"),
         ({"prompt": "x", "adapters": {"sst2": float("nan")}}, "adapters"),
+        ({"prompt": "x", "adapters": {"sst2": 10**400}}, "adapters"),
         ({"prompt": "x", "adapters": {"../secrets": 1}}, "no adapter's name"),
         ({"prompt": "x", "adapters": {f"a{i}": 1 for i in range(65)}}, "at most 64"),
         ({"prompt": "x", "lorauter": {"top_kk": 1}}, "top_kk"),
@@ -236,6 +237,7 @@ def test_an_error_says_its_kind_and_leaves_the_other_columns_empty() -> None:
     error = AdapterNotFound("not\nfound", adapter="x")
     assert described(error) == "AdapterNotFound: adapter 'x': not found"
     assert described(KeyError("x")).startswith("internal KeyError")
+    assert described(InvalidRequest("half \ud800")) == "InvalidRequest: half ?"
     columns = decision_columns(error)
     assert columns.pop("error") == described(error)
     assert columns == dict.fromkeys(["tasks", "adapters", "confidence", "constrained", "shown"])
