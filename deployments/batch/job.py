@@ -131,6 +131,8 @@ def run_job(
         notify(f"reading through {input}")
         clashing = [] if config.format == "openai" else added.names
         plan = make_plan(store, kind, files, config.shard_rows, config.format or kind, clashing)
+        if read_manifest(output) is not None:  # reading takes minutes
+            raise ConfigError(f"another job has begun to write to {output} meanwhile", setting="output")
     else:
         check_same(output, {name: before.get(name) for name in identity}, identity)
         plan = plan_in(output, before)
@@ -150,6 +152,7 @@ def run_job(
     if tallies:
         notify(f"{len(tallies)} of {len(plan.shards)} shards are done already")
     try:
+        job.check_errors()  # nor does a job that was stopped by them end well when it is started again
         if len(tallies) < len(plan.shards):
             check_pins(catalog)
             with _ray(config, address, notify):
@@ -193,6 +196,14 @@ class _Job:
         self._manifest |= {"state": state, "updated": time.time(), "counts": counts}
         write_manifest(self._output.uri, self._manifest)
 
+    def check_errors(self) -> None:
+        """Raise BatchError where more rows have failed than may."""
+        if self._config.max_errors is not None and self.status.errors > self._config.max_errors:
+            raise BatchError(
+                f"{self.status.errors} rows failed, and max_errors is {self._config.max_errors}; the shards in "
+                f"{self._output.uri} say why; start the job again with a larger one to go on"
+            )
+
     def run(self, version: str) -> None:
         """Do what is not done. Raises BatchError."""
         pending = [shard for shard in self._plan.shards if shard.number not in self._tallies]
@@ -230,11 +241,7 @@ class _Job:
             self._update(reports.running(self._tallies), started, time.time())
             if room.check() > (limit_s or math.inf):
                 raise BatchError(f"gave up after {limit_s:g} s (worker_wait_s) of {room.line}")
-            if self._config.max_errors is not None and self.status.errors > self._config.max_errors:
-                raise BatchError(
-                    f"{self.status.errors} rows failed, and max_errors is {self._config.max_errors}; the shards in "
-                    f"{self._output.uri} say why; start the job again with a larger one to go on"
-                )
+            self.check_errors()
             if done is not None and time.time() - noted > _MANIFEST_S:
                 noted = time.time()
                 self.note("running")
@@ -314,7 +321,10 @@ def _ray(config: BatchConfig, address: str | None, notify: Callable[[str], None]
 
 
 def _absolute(uri: str) -> str:
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().resolve())
+    if "://" in uri:
+        return uri.rstrip("/")
+    path = Path(uri).expanduser()  # of a file that is a link, which may lead to a blob, the name says what it is
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
 
 
 def _check_places(input: str, output: str) -> None:

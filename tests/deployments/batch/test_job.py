@@ -8,9 +8,10 @@ import pytest
 from deployments.batch import job
 from deployments.batch.config import BatchConfig
 from deployments.batch.job import run_job
+from deployments.batch.tally import Tally
 from lorauter.catalog import prune_versions, with_tasks
 from lorauter.encoder import HashingEncoder
-from lorauter.errors import ConfigError
+from lorauter.errors import BatchError, ConfigError
 
 
 @pytest.fixture
@@ -131,6 +132,39 @@ def test_a_job_that_is_complete_needs_its_catalog_no_more(run, router, tmp_path,
     with_tasks(router.catalog, [make_task("weather")], HashingEncoder()).save(tmp_path / "catalog")
     prune_versions(tmp_path / "catalog", keep=0, older_than_s=-1)
     assert run().total == 0
+
+
+def test_a_job_that_errors_have_stopped_does_not_end_well_when_it_is_started_again(run, cut_off, tmp_path) -> None:
+    (tmp_path / "in" / "rows.jsonl").write_text('{"prompt": ""}\n')
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    (tmp_path / "out" / "_shards").mkdir()
+    (tmp_path / "out" / "part-00000.jsonl").write_text("{}\n")
+    (tmp_path / "out" / "_shards" / "part-00000.json").write_text(json.dumps(Tally(rows=1, errors=1).to_json()))
+    with pytest.raises(BatchError, match="1 rows failed, and max_errors is 0"):
+        run(max_errors=0)
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["state"] == "stopped"
+    assert run(max_errors=1).errors == 1
+
+
+def test_a_job_that_began_while_another_read_its_input_keeps_the_output(run, tmp_path, monkeypatch) -> None:
+    plan = job.make_plan
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(job, "make_plan", plan)
+        run(shard_rows=7)
+        return plan(*arguments)
+
+    monkeypatch.setattr(job, "make_plan", meanwhile)
+    with pytest.raises(ConfigError, match="another job has begun"):
+        run()
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["settings"]["shard_rows"] == 7
+
+
+def test_a_file_that_is_a_link_is_what_its_own_name_says(run, tmp_path) -> None:
+    (tmp_path / "blob").write_text("\n")  # as caches of data sets have them
+    (tmp_path / "rows.jsonl").symlink_to("blob")
+    assert run(input="rows.jsonl").total == 0
 
 
 @pytest.mark.parametrize("change", [{"plan": None}, {"plan": {}}, {"catalog": None}, {"catalog": {"version": "x"}}])
