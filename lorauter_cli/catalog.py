@@ -285,12 +285,12 @@ def _matched(
     from lorauter.catalog.screen import LARGE, screen
     from lorauter.evaluation.answering import adapters_in
 
-    if not catalog.adapters:
-        raise ConfigError(f"there is no adapter in {repository.store.uri}", setting="adapters")
     table = ScoreTable(file)
     with_scores(catalog, _worth(table, by))  # scores of other tasks are refused before, not after, hours of work
     # What was composed of a task's examples is told nothing by its answers to them.
     adapters = {name: version for name, version in catalog.adapters.items() if name not in catalog.composed}
+    if not adapters:
+        raise ConfigError(f"there is no adapter to try in {repository.store.uri}", setting="adapters")
     favoured = {e.name: [a.name for a in e.adapters if a.name in adapters] for e in catalog.entries}
     load = adapters_in(repository, adapters)
     failures: dict[str, str] = {}

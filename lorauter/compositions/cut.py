@@ -56,7 +56,8 @@ class Cutter:
             self._b[target] = torch.linalg.qr(b.float().cpu().mT)
 
     def cut(self, columns: Tensor) -> Cut:
-        """The adapter of weights (layers, all columns). Targets of which nothing is left are not in it."""
+        """The adapter of weights (layers, all columns). Targets of which nothing is left are not in it; where that is
+        all of them, it is one that changes nothing."""
         pairs: dict[Where, Pair] = {}
         total = left = 0.0
         for target, of in self._stack.by_target(columns.float().cpu()).items():
@@ -72,6 +73,10 @@ class Cutter:
                 of_a = root[..., None] * (v[:, :, :rank].mT @ q_a.mT)
                 of_b = q_b @ u[:, :, :rank] * root[:, None]
                 pairs |= {(layer, target): pair for layer, pair in enumerate(zip(of_a, of_b, strict=True))}
+        if not pairs:
+            target, a, b = next(self._stack.pairs())
+            nothing = torch.zeros(1, a.shape[2]), torch.zeros(b.shape[2], 1)
+            pairs = {(layer, target): nothing for layer in range(len(a))}
         return Cut(pairs, min(1.0, left / total) if total else 1.0)
 
     def _rank(self, energy: Tensor, total: float) -> int:

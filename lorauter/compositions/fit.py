@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import isnan, sqrt
+from math import isfinite, isnan, nan, sqrt
 from statistics import fmean, stdev
 
 import torch
@@ -89,8 +89,9 @@ class Fit:
 
     @property
     def error(self) -> float:
-        """The gain's standard error."""
-        return stdev(b - a for b, a in zip(self.before, self.after, strict=True)) / sqrt(len(self.before))
+        """The gain's standard error; no number where a loss is none."""
+        gains = [b - a for b, a in zip(self.before, self.after, strict=True)]
+        return stdev(gains) / sqrt(len(gains)) if all(map(isfinite, gains)) else nan
 
 
 class Fitter:
@@ -154,7 +155,7 @@ class Fitter:
         optimizer = torch.optim.Adam([weights], lr=config.learning_rate, betas=(0.9, 0.95))
         of_a_source = origin[0].numel() / len(self.stack.sources)
         running = list(range(len(problems)))
-        fits, looks = self._passes(training, first[-1]), self._passes(left_out, first[-1])
+        fits, looks = self._passes(training), self._passes(left_out)
         best = [(0.0, 0)] * len(problems)
         kept: list[tuple[Tensor, list[Outcome]]] = [(torch.empty(0), [])] * len(problems)
         history: list[list[float]] = [[] for _ in problems]
@@ -174,7 +175,7 @@ class Fitter:
                     training, left_out = (
                         [row for row in rows if owner[row[1]] in further] for rows in (training, left_out)
                     )
-                    fits, looks = self._passes(training, first[-1]), self._passes(left_out, first[-1])
+                    fits, looks = self._passes(training), self._passes(left_out)
             progress(step, loss)
             if step == config.steps or not running:
                 break
@@ -258,7 +259,7 @@ class Fitter:
         for start in range(0, len(dialogues), _AT_ONCE):
             rows = [(dialogue, i, 1.0) for i, dialogue in enumerate(dialogues[start : start + _AT_ONCE])]
             columns = self._wide(self._of_names(all_mixtures[start : start + _AT_ONCE]))
-            found += self._outcomes(columns, self._passes(rows, len(rows)), len(rows))
+            found += self._outcomes(columns, self._passes(rows), len(rows))
         each = iter(found)
         return [[next(each) for _ in problem.dialogues] for problem in problems]
 

@@ -26,7 +26,7 @@ class Rows:
     """Rows of one pass, on the device.
 
     Attributes:
-        members: (rows, members) float32, 1 where a row takes a member's weights.
+        members: (rows,) which member's weights each row takes.
         share: (rows,) float32, of each row's loss in what is summed up.
         length: positions of a row.
         tokens: (rows * length,).
@@ -52,12 +52,8 @@ Example = tuple[Dialogue, int, float]
 """A dialogue, the member whose weights it takes, and its share of the sum."""
 
 
-def passes(rows: Sequence[Example], members: int, *, tokens: int, outputs: int, device: torch.device) -> list[Rows]:
-    """Share out rows into passes of at most so many positions and outputs; a longer row goes alone.
-
-    Args:
-        members: how many have weights.
-    """
+def passes(rows: Sequence[Example], *, tokens: int, outputs: int, device: torch.device) -> list[Rows]:
+    """Share out rows into passes of at most so many positions and outputs; a longer row goes alone."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0].tokens), i))
     found: list[Rows] = []
     batch: list[int] = []
@@ -65,29 +61,28 @@ def passes(rows: Sequence[Example], members: int, *, tokens: int, outputs: int, 
         length = _padded(len(rows[i][0].tokens))  # the longest so far
         full = sum(rows[j][0].outputs for j in (*batch, i)) > outputs or (len(batch) + 1) * length > tokens
         if batch and full:
-            found.append(_rows(rows, batch, members, device))
+            found.append(_rows(rows, batch, device))
             batch = []
         batch.append(i)
-    return [*found, _rows(rows, batch, members, device)] if batch else found
+    return [*found, _rows(rows, batch, device)] if batch else found
 
 
-def _rows(rows: Sequence[Example], batch: Sequence[int], members: int, device: torch.device) -> Rows:
+def _rows(rows: Sequence[Example], batch: Sequence[int], device: torch.device) -> Rows:
     chosen = [rows[i] for i in batch]
     length = _padded(max(len(dialogue.tokens) for dialogue, _, _ in chosen))
-    tokens, one = torch.zeros(len(chosen), length, dtype=torch.long), torch.zeros(len(chosen), members)
+    tokens = torch.zeros(len(chosen), length, dtype=torch.long)
     outputs: list[int] = []
     wanted: list[int] = []
     ends: list[bool] = []
     means = torch.zeros(len(chosen), sum(dialogue.outputs for dialogue, _, _ in chosen))
-    for row, (dialogue, member, _) in enumerate(chosen):
+    for row, (dialogue, _, _) in enumerate(chosen):
         tokens[row, : len(dialogue.tokens)] = torch.tensor(dialogue.tokens)
-        one[row, member] = 1
         means[row, len(outputs) : len(outputs) + dialogue.outputs] = 1 / dialogue.outputs
         outputs += range(row * length + dialogue.prompt - 1, row * length + len(dialogue.tokens))
         wanted += [*dialogue.tokens[dialogue.prompt :], 0]
         ends += [False] * (dialogue.outputs - 1) + [True]
     return Rows(
-        one.to(device),
+        torch.tensor([member for _, member, _ in chosen], device=device),
         torch.tensor([share for _, _, share in chosen], device=device),
         length,
         tokens.view(-1).to(device),
@@ -103,25 +98,30 @@ def row_losses(
     decoder: Decoder, end_ids: Tensor, stack: AdapterStack, columns: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor]:
     """The mean negative log-probability of each row's target and its end, and the share of its tokens that would be
-    chosen if all before them had been: (rows,) float32 each, gradients to the first alone.
+    chosen if all before them had been: (rows,) float32 each, gradients to the first alone. What is no number in a row,
+    as its weights make nonsense, is so in no other.
 
     Args:
         decoder: a plain one.
         end_ids: tokens that end an answer, whose probabilities are added up.
         columns: of every member, as `AdapterStack.columns` gives them: (members, layers, all columns).
     """
-    count = rows.members.shape[0]
-    weights = stack.by_group((rows.members @ columns.flatten(1)).view(count, *columns.shape[1:]).to(decoder.dtype))
-    positions = torch.arange(rows.length, device=decoder.device).repeat(count)
+    weights = stack.by_group(columns[rows.members].to(decoder.dtype))
+    positions = torch.arange(rows.length, device=decoder.device).repeat(len(rows.places))
     batch = StepBatch(rows.tokens, positions, positions, 0, (), rows.outputs)
     logits = decoder.run(GradientStep(decoder, stack, weights, rows.length), batch).float()
     whole = logits.logsumexp(-1)
     ending = logits[:, end_ids].logsumexp(-1)
     chosen = logits.gather(1, rows.wanted[:, None])[:, 0]
-    losses = rows.means @ (whole - torch.where(rows.ends, ending, chosen))
+    losses = _means(rows, whole - torch.where(rows.ends, ending, chosen))
     likeliest = logits.detach().argmax(-1)
     right = torch.where(rows.ends, torch.isin(likeliest, end_ids), likeliest == rows.wanted)
-    return losses, rows.means @ right.float()
+    return losses, _means(rows, right.float())
+
+
+def _means(rows: Rows, values: Tensor) -> Tensor:
+    """Of each row the mean of its outputs' values."""
+    return torch.where(rows.means > 0, rows.means * values, 0.0).sum(1)
 
 
 def _padded(length: int) -> int:

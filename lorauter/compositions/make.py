@@ -227,7 +227,11 @@ class Composer:
             base_model = next((a.base_model for a in self._adapters if a.base_model), "")
             write_adapter(folder / one.name, cut, provenance, base_model=base_model, dtype=torch.bfloat16)
             (folder / _FILE).write_text(json.dumps(provenance.to_json()), encoding="utf-8")
-            folder.rename(self._folder(one))
+            try:
+                folder.rename(self._folder(one))
+            except OSError:
+                if not self.has(one):  # somebody else has made the same meanwhile
+                    raise
 
     def _read(self, one: Wanted) -> Made:
         folder = self._folder(one)

@@ -39,7 +39,8 @@ def starts_of(
     mixtures: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> dict[str, list[dict[str, float]]]:
     """Where the fit of each task may begin: with the mean of what its examples are answered with, with that of what
-    tasks that are worded alike would lend it, or with an adapter that was made for it alone.
+    tasks that are worded alike would lend it, or with an adapter that was made for it alone; where there is none of
+    these, with the base model.
 
     Args:
         mixtures: as `example_mixtures` gives them.
@@ -49,7 +50,8 @@ def starts_of(
     for name in barred:
         own = [{adapter: 1.0} for adapter in made_for(catalog, name, barred[name])]
         means = [mean_mixture(of) for of in (mixtures[name], unknown[name])]
-        found[name] = [start for i, start in enumerate([*means, *own]) if start and start not in [*means, *own][:i]]
+        starts = [start for i, start in enumerate([*means, *own]) if start and start not in [*means, *own][:i]]
+        found[name] = starts or [{}]
     return found
 
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 from command_line import Cli, Ran
 from fake_states import HashingStates
+from safetensors.torch import load_file, save_file
 from tiny_model import write_model
 
 from lorauter.adapters import AdapterRepository, open_store
+from lorauter.adapters.provenance import PROVENANCE
+from lorauter.adapters.weights import WEIGHTS_FILE
 from lorauter.catalog import Catalog, build_catalog, catalog_versions, current_version, with_tasks
 from lorauter.catalog.match import MatchConfig
 from lorauter.catalog.parts import key_of
@@ -196,6 +199,16 @@ def test_matching_needs_adapters_and_a_place_for_scores(cli: Cli, match: Cli, ta
     cli("build", *where, "--match").refused("--adapters")
     cli("build", *where, "--scores", tmp_path / "s.jsonl").refused("only with --match")
     match("--scores", tmp_path / "nowhere" / "s.jsonl").refused("is not there")
+
+
+def test_compositions_alone_are_nothing_to_try(
+    cli: Cli, scorer: Scorer, tasks: Path, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    file = make_adapter(tmp_path / "made", "sums.composed") / WEIGHTS_FILE
+    provenance = {PROVENANCE: json.dumps({"task": "sums", "sources": []})}
+    save_file(load_file(file), file, metadata=provenance)
+    where = ("--tasks", tasks, "--adapters", tmp_path / "made", "--out", tmp_path / "out")
+    cli("build", *where, "--match").refused("no adapter to try")
 
 
 # a real, tiny engine

@@ -96,6 +96,17 @@ def test_a_catalog_is_built_with_compositions_for_tasks_without_adapters(
     assert Catalog.load(tmp_path / "out").stale == {}
 
 
+def test_a_pool_that_serves_no_task_is_composed_from(
+    cli: Cli, tasks: Path, model: Path, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    for name in ("one", "two"):
+        make_adapter(tmp_path / "others", name)
+    given = ("--tasks", tasks, "--adapters", tmp_path / "others", "--out", tmp_path / "out", "--model", model)
+    ran = cli("catalog", "build", *given, "--compose")
+    assert ran.code == 0, ran
+    assert "of 3 compositions beat the router's mixtures" in ran.err
+
+
 def test_compositions_are_evaluated_beside_the_default(
     cli: Cli, tasks: Path, pool: Path, model: Path, tmp_path: Path
 ) -> None:

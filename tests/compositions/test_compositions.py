@@ -5,6 +5,7 @@ import json
 import warnings
 from concurrent.futures import Future
 from dataclasses import replace
+from math import isnan
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_gradients_are_the_slopes_of_the_loss(base, pool, dialogues):
     precise = Decoder(copy.deepcopy(base).double(), names=("tiny-base",), plain=True)
     stack = AdapterStack(pool, precise.shape, dtype=torch.float64, device=precise.device)
     [rows] = passes(
-        [(one, i % 2, 1.0) for i, one in enumerate(dialogues)], 2, tokens=9999, outputs=999, device=precise.device
+        [(one, i % 2, 1.0) for i, one in enumerate(dialogues)], tokens=9999, outputs=999, device=precise.device
     )
 
     def loss(weights):
@@ -322,8 +323,31 @@ def test_a_start_that_makes_nonsense_is_no_gain(decoder, codec, stack, dialogues
     [fit] = fitter(decoder, codec, stack).fit([Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [nonsense])])
     assert fit.step == 0
     assert not fit.gain > 0
+    assert isnan(fit.error)
     problem = Problem("upper", dialogues, [{"some": 1.0}] * len(WORDS), [nonsense, {"some": 1.0}])
     assert fitter(decoder, codec, stack).fit([problem])[0].gain > 0  # it begins elsewhere
+
+
+def test_what_makes_nonsense_of_one_task_spoils_no_other(decoder, codec, stack, dialogues):
+    nonsense = {"all": float("nan")}
+    sound = Problem("few", dialogues[:3], [{"all": 0.5}] * 3, [{"all": 0.5}])
+    [alone] = fitter(decoder, codec, stack).fit([sound])
+    broken, beside = fitter(decoder, codec, stack).fit(
+        [Problem("upper", dialogues, [nonsense] * len(WORDS), [nonsense]), sound]
+    )
+    assert not broken.gain > 0
+    assert beside.before == pytest.approx(alone.before, abs=1e-4)
+    assert beside.step == alone.step
+    torch.testing.assert_close(beside.weights, alone.weights, atol=1e-4, rtol=1e-3)
+
+
+def test_a_composition_of_nothing_is_an_adapter_that_changes_nothing(decoder, stack, tmp_path):
+    cut = Cutter(stack, energy=0.99, max_rank=64).cut(stack.columns(torch.zeros(2, len(stack.targets), 3)))
+    write_adapter(tmp_path, cut, None, base_model="tiny-base", dtype=torch.bfloat16)
+    weights = LoraWeights.load(tmp_path, name="nothing", version="1")
+    weights.check_fits(decoder.shape, max_rank=1)
+    assert cut.kept == 1
+    assert not any(b.any() for _, b in weights.tensors.values())
 
 
 def composer(decoder, codec, pool, work, config=FEW):
@@ -392,6 +416,14 @@ def test_what_is_made_is_not_made_again(decoder, codec, pool, tmp_path):
     barred = [*pool[:2], replace(pool[2], version="f" * 16)]
     composer(decoder, codec, barred, tmp_path).make([WANTED])
     assert len(list(tmp_path.iterdir())) == 2  # this one it may not use
+
+
+def test_what_another_process_makes_meanwhile_is_taken(decoder, codec, pool, tmp_path, monkeypatch):
+    [before] = composer(decoder, codec, pool, tmp_path).make([WANTED])
+    has, asked = Composer.has, []
+    monkeypatch.setattr(Composer, "has", lambda self, one: bool(asked.append(one) or len(asked) > 1) and has(self, one))
+    assert composer(decoder, codec, pool, tmp_path).make([WANTED]) == [before]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_one_example_is_too_few(decoder, codec, pool, tmp_path):

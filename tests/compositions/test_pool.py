@@ -49,6 +49,15 @@ def test_a_fit_may_begin_with_the_tasks_own_adapter_unless_that_is_barred(catalo
     assert not any("sums" in start for start in starts["sums"])
 
 
+def test_where_nothing_serves_any_task_fits_begin_with_the_base_model(tasks, make_adapter, tmp_path) -> None:
+    repository = AdapterRepository(MemoryStore())
+    repository.push(make_adapter(tmp_path, "nobodys"))
+    catalog = build_catalog(tasks, HashingEncoder(), repository=repository)
+    mixtures = example_mixtures(catalog, RoutingConfig(), {"rain": []})
+    assert mixtures == {"rain": [{}] * 4}
+    assert starts_of(catalog, RoutingConfig(), {"rain": []}, mixtures) == {"rain": [{}]}
+
+
 def test_what_was_made_for_a_task_is_what_is_not_barred(catalog) -> None:
     assert made_for(catalog, "rain", ()) == ["rain"]
     assert made_for(catalog, "rain", ["rain"]) == made_for(catalog, "cats", ()) == []
