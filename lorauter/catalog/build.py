@@ -221,5 +221,8 @@ def _assign(tasks: Sequence[Task], pool: Pool, mapping: Mapping[str, Sequence[st
                     f"the mapping gives task {task!r} the adapter {adapter!r}, which is not in the store",
                     setting="mapping",
                 )
-    given = {task: [name for name in wanted if name in pool.versions] for task, wanted in mapping.items()}
+    given = {
+        task: [name for name in dict.fromkeys(wanted) if name in pool.versions]  # twice is no more
+        for task, wanted in mapping.items()
+    }
     return {name: given.get(name, of_own_name(name, pool.versions)) for name in names}

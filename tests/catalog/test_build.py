@@ -61,6 +61,8 @@ def test_a_mapping_assigns_otherwise_the_best_first(tasks, repository) -> None:
         "sst2": ["sst2"],
         "wic": [],
     }
+    twice = {**mapping, "agnews": ["spare", "sst2", "spare"]}
+    assert build_catalog(tasks, ENCODER, repository=repository, mapping=twice).version == catalog.version
 
 
 @pytest.mark.parametrize("empty", [False, True])
