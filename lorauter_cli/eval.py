@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,6 +18,7 @@ import typer
 from lorauter.defaults import DEFAULT, resolve_tasks
 from lorauter.errors import ConfigError
 from lorauter_cli.console import App, counting, notify, phase, warn
+from lorauter_cli.files import written
 from lorauter_cli.stores import States, adapters_to_read, adapters_to_use, catalog_to_read, state_model
 
 if TYPE_CHECKING:
@@ -327,16 +328,12 @@ def _names(given: str | None, default: Collection[str]) -> list[str]:
 
 def _write(path: Path, text: str) -> None:
     """Write a file whole, or not at all. Raises ConfigError."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with written(path) as file:
+            file.write(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _decide(

@@ -10,7 +10,6 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from lorauter_cli.compose import compose
 from lorauter_cli.console import App, console, counting, notify, phase, show_error, warn
 from lorauter_cli.doctor import doctor
 from lorauter_cli.eval import eval_app
+from lorauter_cli.files import written
 from lorauter_cli.keys import keys_app
 from lorauter_cli.service import CONFIG_HELP, make_importable, shipped_config
 from lorauter_cli.stores import (
@@ -200,13 +200,12 @@ def route(
     with phase("loading the encoder and the catalog"):
         asked = None if states == "none" else states
         router = Router.load(catalog_to_read(catalog), encoder=encoder, states=asked, config=config)
-    partial = output.with_name(f".{output.name}.partial")
     count = 0
     try:
         with (
             counting(f"routing {input}", "rows are routed") as progress,
             input.open("rb") as source,
-            partial.open("w", encoding="utf-8") as out,
+            written(output) as out,
         ):
             total = None  # of what can be read once only
             if source.seekable():
@@ -221,12 +220,8 @@ def route(
                     out.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 count += len(batch)
                 progress(count, total)
-        partial.replace(output)
     except OSError as error:
         raise ConfigError(f"cannot route {input} to {output}: {error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
     notify(f"routed {count} rows to {output}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -393,6 +394,20 @@ def test_a_file_may_be_routed_onto_itself(cli: Cli, catalog: Path, tmp_path: Pat
     path.write_text('{"input": "add numbers"}\n' * 300)
     assert cli("route", "--catalog", catalog, "--input", path, "--output", path).code == 0
     assert len(rows(path)) == 300
+
+
+def test_what_is_no_file_stays_and_so_does_a_link(cli: Cli, catalog: Path, tmp_path: Path) -> None:
+    """As root a file would have taken the place of /dev/null."""
+    (tmp_path / "in.jsonl").write_text('{"input": "add numbers"}\n')
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.jsonl").symlink_to("real.jsonl")
+    given = ("route", "--catalog", catalog, "--input", tmp_path / "in.jsonl", "--output")
+    cli(*given, tmp_path / "pipe").refused("no file that could be replaced")
+    assert (tmp_path / "pipe").is_fifo()
+    for _ in range(2):
+        assert cli(*given, tmp_path / "link.jsonl").code == 0
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert len(rows(tmp_path / "real.jsonl")) == 1
 
 
 # keys, serve, and the whole
