@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
+import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -201,21 +200,22 @@ class DirectoryStore:
 
     def write(self, key: str, content: bytes | Path) -> None:
         with self._at(key) as path:
+            partial = path.with_name(f".writing-{secrets.token_hex(8)}")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+                out = partial.open("xb")  # for all who may read files here; what `tempfile` makes is one user's alone
             except OSError as error:  # a file where a folder has to be is no missing object
                 raise StoreUnavailable(str(error), uri=str(path)) from error
             try:
-                with os.fdopen(handle, "wb") as out:
+                with out:
                     if isinstance(content, bytes):
                         out.write(content)
                     else:
                         with content.open("rb") as source:
                             shutil.copyfileobj(source, out)
-                Path(name).replace(path)
+                partial.replace(path)
             except BaseException:
-                Path(name).unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
                 raise
 
     def delete(self, key: str) -> None:

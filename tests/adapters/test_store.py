@@ -1,3 +1,4 @@
+import os
 import shutil
 import threading
 import time
@@ -111,6 +112,16 @@ def test_a_directory_that_fails_to_write_keeps_the_old_object_whole(tmp_path) ->
         store.write("a/b", tmp_path / "no such source")
     assert store.read("a/b") == b"old"
     assert [p.name for p in (tmp_path / "root" / "a").iterdir()] == ["b"]
+
+
+def test_a_directorys_files_are_for_all_who_may_read_files_there(tmp_path) -> None:
+    """A service is often another user than who pushes."""
+    before = os.umask(0o027)
+    try:
+        DirectoryStore(tmp_path).write("a/b", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_reader_of_a_directory_sees_one_content_or_the_other(tmp_path) -> None:
