@@ -40,12 +40,16 @@ def read_config(model: str | Path) -> Any | None:
         rope = {"rope_type": "default", "rope_theta": said.get("rope_theta")}
     if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), float | int):
         return None
-    windows: dict[str, Any] = {"sliding_window": None} if kind == "llama" else {}
-    if kind.startswith("qwen"):
-        windows = {"use_sliding_window": False}
-        if said.get("use_sliding_window") and "layer_types" not in said:
-            return None
-    return SimpleNamespace(**{**_UNSAID, **windows, **said, "rope_parameters": rope})
+    windows: dict[str, Any] = {"use_sliding_window": False} if kind.startswith("qwen") else {}
+    layers = said.get("layer_types")
+    if layers is None and windows and said.get("use_sliding_window"):
+        return None
+    if not (layers is None or (isinstance(layers, list) and len(layers) == said["num_hidden_layers"])):
+        return None
+    window = None if kind == "llama" else said.get("sliding_window")
+    if not (window is None or type(window) is int) or not isinstance(said["architectures"], list):
+        return None
+    return SimpleNamespace(**{**_UNSAID, **windows, **said, "sliding_window": window, "rope_parameters": rope})
 
 
 def known_to_tokenizer(model: str) -> Any | None:
