@@ -36,6 +36,7 @@ from lorauter.engine.stream import Stream
 from lorauter.engine.text import TextCodec
 from lorauter.engine.types import Chunk, Completion, GenerationRequest, SamplingParams
 from lorauter.errors import ContextLengthExceeded, InvalidRequest, LorauterError, Overloaded
+from lorauter.tasks import is_encodable
 from lorauter.weakly import weakly
 
 _RETRY_AFTER_S = 1.0
@@ -244,6 +245,8 @@ class Engine:
 
     def _tokens_of(self, words: Sequence[str | tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
         """Every form of words that may not come. Raises InvalidRequest."""
+        if not all(isinstance(word, tuple) or is_encodable(word) for word in words):
+            raise InvalidRequest("bad_words holds half a character (a lone surrogate)", param="bad_words")
         forms = [form for word in words for form in ([word] if isinstance(word, tuple) else self.codec.forms(word))]
         for form in forms:
             if not 0 <= min(form) <= max(form) < self.facts.vocabulary:

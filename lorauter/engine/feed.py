@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from lorauter.engine.engine import Engine
 from lorauter.engine.types import Chunk, Completion, GenerationRequest
-from lorauter.errors import LorauterError
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class _Feed:
             if isinstance(request, GenerationRequest):
                 try:
                     self.engine.submit(request, self._sink(place))
-                except LorauterError as error:
-                    request = error
+                except Exception as error:  # noqa: BLE001 (its own trouble; where the engine has ended, that is told)
+                    request = error.with_traceback(None)
                 else:
                     self.running += 1
                     return

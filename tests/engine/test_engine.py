@@ -139,6 +139,11 @@ def test_tokens_that_the_model_has_not_are_refused(start, counting, param):
     assert caught.value.param == param
 
 
+def test_half_a_character_is_no_bad_word(start, counting):
+    with pytest.raises(InvalidRequest, match="half a character"):
+        start(counting).generate([ask("a", bad_words=("\ud800",))])
+
+
 def test_a_prompt_is_a_tuple_or_an_array_which_stays_as_it_is(start, counting):
     engine, prompt = start(counting), array("i", b"a\0\0\0")
     resumed = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=4), generated=(98, 99))

@@ -86,6 +86,19 @@ def test_a_request_that_fails_is_an_outcome_among_the_others(engine) -> None:
     assert len(feed(engine, asked[1:3])) == 2
 
 
+def test_whatever_a_request_does_as_it_is_submitted_is_an_outcome_too(engine, monkeypatch) -> None:
+    asked, submit = requests(8), engine.submit
+
+    def submitted(request, sink):
+        if request is asked[3]:
+            raise TypeError("odd")
+        return submit(request, sink)
+
+    monkeypatch.setattr(engine, "submit", submitted)
+    ended = [type(outcome.result) for outcome in feed(engine, asked)]
+    assert ended == [*[Completion] * 3, TypeError, *[Completion] * 4]
+
+
 def test_what_the_requests_raise_comes_out_once_all_that_ran_has_ended(engine) -> None:
     def breaking():
         yield from requests(6)
