@@ -53,8 +53,16 @@ class Composition:
                 return None
             sources = {str(row["name"]): str(row["version"]) for row in provenance["sources"]}
             return cls(provenance["task"], sources, score)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
+
+    @classmethod
+    def of_adapter(cls, name: str, provenance: Mapping[str, Any] | None) -> Composition | None:
+        """The same of an adapter that is called as its task's compositions are: `TASK.composed`, and what may follow
+        after a dot. Keys, and stores, give leave by names: who may write an adapter of another one cannot have it serve
+        that task by saying so."""
+        found = cls.of(provenance)
+        return found if found is not None and f"{name}.".startswith(f"{found.task}{_SUFFIX}.") else None
 
     def changed(self, versions: Mapping[str, str]) -> list[str]:
         """The sources that are gone, or have another version by now."""

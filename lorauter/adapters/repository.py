@@ -139,6 +139,9 @@ class AdapterManifest:
             version = data["version"]
             if data["name"] != name or not (_VERSION.fullmatch(version) or _COMMIT.fullmatch(version)):
                 raise ValueError("name or version is not as expected")
+            for file, stored in files.items():  # who may write one adapter's folder has no say over another's
+                if stored.key not in (f"{name}/{file}", f"{name}/{version}/{file}"):
+                    raise ValueError(f"{file} is not in the adapter's own folder")
             provenance = data.get("provenance")
             if provenance is not None and not isinstance(provenance, dict):
                 raise ValueError("the provenance is no object")

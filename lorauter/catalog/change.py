@@ -110,7 +110,7 @@ def with_adapter(catalog: Catalog, *adapters: AdapterManifest) -> Catalog:
     bases = {*catalog.base_model.split(", "), *(adapter.base_model for adapter in adapters)} - {""}
     versions = {adapter.name: adapter.version for adapter in adapters}
     composed = {name: of for name, of in catalog.composed.items() if name not in versions}
-    composed |= {a.name: of for a in adapters if (of := Composition.of(a.provenance)) is not None}
+    composed |= {a.name: of for a in adapters if (of := Composition.of_adapter(a.name, a.provenance)) is not None}
     pool = Pool({**catalog.adapters, **versions}, ", ".join(sorted(bases)), composed=composed)
     return _changed(catalog, pool=pool)
 

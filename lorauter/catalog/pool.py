@@ -91,6 +91,6 @@ def _composed(manifests: Iterable[AdapterManifest], known: Pool) -> dict[str, Co
     found = {}
     for manifest in manifests:
         before = known.composed.get(manifest.name) if known.versions.get(manifest.name) == manifest.version else None
-        if composition := Composition.of(manifest.provenance) or before:
+        if composition := Composition.of_adapter(manifest.name, manifest.provenance) or before:
             found[manifest.name] = composition
     return found

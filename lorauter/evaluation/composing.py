@@ -120,7 +120,7 @@ def with_composed(
             beaten = {name: catalog.adapters[name] for name in own.get(one.task, ()) if name in catalog.adapters}
             of = {**beaten, **one.sources}
             provenance = {"task": one.task, "sources": [{"name": n, "version": v} for n, v in of.items()]}
-            assert Composition.of(provenance) is not None
+            assert Composition.of_adapter(one.name, provenance) is not None
             manifests.append(AdapterManifest(one.name, "0" * 16, {}, provenance=provenance))
         found[regime] = with_adapter(catalog, *manifests) if manifests else catalog
     return found

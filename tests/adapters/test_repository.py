@@ -1,9 +1,10 @@
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 
-from lorauter.adapters.repository import MANIFEST_FILE, AdapterRepository, adapter_folders
+from lorauter.adapters.repository import MANIFEST_FILE, AdapterRepository, StoredFile, adapter_folders
 from lorauter.adapters.store import DirectoryStore, MemoryStore
 from lorauter.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, LoraWeights
 from lorauter.errors import AdapterNotFound, AdapterRejected, AdapterUnavailable, StoreUnavailable
@@ -253,18 +254,26 @@ def test_a_manifest_that_is_no_json_object_is_rejected(memory, pushed, content) 
         pushed.manifest("sst2")
 
 
-def test_a_manifest_cannot_reach_out_of_the_store(tmp_path, make_adapter) -> None:
-    repository = AdapterRepository(DirectoryStore(tmp_path / "root"))
+@pytest.mark.parametrize("key", ["../secret", f"wic/{CONFIG_FILE}", f"sst2/../wic/{CONFIG_FILE}", "sst2/else.json"])
+def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path, make_adapter, key) -> None:
+    root = tmp_path / "root"
+    repository = AdapterRepository(DirectoryStore(root))
     repository.push(make_adapter(tmp_path, "sst2"))
+    make_adapter(root, "wic")
     (tmp_path / "secret").write_bytes(b"secret")
-    path = tmp_path / "root" / "sst2" / MANIFEST_FILE
-    data = json.loads(path.read_bytes())
-    data["files"][CONFIG_FILE] = {"key": "../secret", "size": 6, "sha256": None}
+    path = root / "sst2" / MANIFEST_FILE
+    before, data = repository.manifest("sst2"), json.loads(path.read_bytes())
+    data["files"][CONFIG_FILE] = {"key": key, "size": 6, "sha256": None}
     path.write_text(json.dumps(data))
-    (tmp_path / "target").mkdir()
-    with pytest.raises(AdapterUnavailable):
-        repository.download(repository.manifest("sst2"), tmp_path / "target")
-    assert list((tmp_path / "target").iterdir()) == []
+    with pytest.raises(AdapterRejected, match=rf"malformed: .*{CONFIG_FILE} is not in the adapter's own folder"):
+        repository.manifest("sst2")
+    assert repository.newest() == {"wic": repository.manifest("wic").version}
+    if key == "../secret":  # nor does the store reach out of itself
+        (tmp_path / "target").mkdir()
+        files = {**before.files, CONFIG_FILE: StoredFile(key, 6, None)}
+        with pytest.raises(AdapterUnavailable):
+            repository.download(replace(before, files=files), tmp_path / "target")
+        assert list((tmp_path / "target").iterdir()) == []
 
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])

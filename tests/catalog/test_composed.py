@@ -163,6 +163,21 @@ def test_it_is_of_no_use_to_unseen_tasks_and_takes_nothing_from_others(composed)
     assert worth == pytest.approx({adapter.name: adapter.utility for adapter in before.adapters})
 
 
+def test_only_what_is_called_as_a_tasks_compositions_serves_it_by_saying_so(
+    composed, repository, make_composed, tasks
+) -> None:
+    for name in ("mine", "a-verses.composed", "verses.composedly"):
+        repository.push(make_composed(name, "verses", {"verses": composed.adapters["verses"]}))
+        claimed = with_adapter(composed, repository.manifest(name))
+        assert served(claimed, "verses") == ["verses"], name
+        assert claimed.composed.keys() == composed.composed.keys()
+    assert served(build_catalog(tasks, ENCODER, repository=repository), "verses") == ["verses"]
+    assert served(with_adapters(composed, repository), "verses") == ["verses"]
+    for name in ("verses.composed", "verses.composed.semi-OOD"):
+        repository.push(make_composed(name, "verses", {"verses": composed.adapters["verses"]}))
+        assert served(with_adapter(composed, repository.manifest(name)), "verses") == [name, "verses"]
+
+
 def test_nonsense_for_a_provenance_is_none() -> None:
     for nonsense in (
         None,
@@ -170,6 +185,7 @@ def test_nonsense_for_a_provenance_is_none() -> None:
         {"task": 3, "sources": []},
         {"task": "a", "sources": [1]},
         {"task": "a/b", "sources": []},
+        {"task": "a", "sources": [], "exact": True, "right_after": 10**400},
     ):
         assert Composition.of(nonsense) is None
 
