@@ -116,6 +116,8 @@ class CompositionJob:
             shown["ahead"] = ahead
         if self.error is not None:
             shown["error"] = self.error[audience]
+        if audience == "limited" and "catalog_version" in shown:  # it changes with what is not theirs, too
+            shown["catalog_version"] = None
         return shown
 
     def ending(self, status: Status, **beside: Any) -> CompositionJob:

@@ -39,8 +39,10 @@ class Listed(Protocol):
     async def versions(self, names: Sequence[str]) -> Mapping[str, str]:
         """Which versions of adapters are served; without those that are not."""
 
-    async def examples(self, names: Sequence[str], most: int) -> Mapping[str, list[dict[str, str]]]:
-        """The first validation examples of tasks; without those that are not there."""
+    async def examples(
+        self, names: Sequence[str], most: int, permitted: Permitted
+    ) -> Mapping[str, list[dict[str, str]]]:
+        """The first validation examples of tasks; without those that are not there, or not to be told a caller."""
 
     async def layout(self, permitted: Permitted, named: Sequence[str]) -> dict[str, Any]:
         """The tasks in two dimensions, of those that a caller may see."""
@@ -109,7 +111,7 @@ class Listings:
             refused = {"refused": {"version": version, "reason": reason}}
         page = _page(visible_tasks(catalog.tasks, caller.permitted), request)
         if wanted := _number(request, "examples", _EXAMPLES, 0):
-            page["data"] = await self._with_examples(page["data"], wanted)
+            page["data"] = await self._with_examples(page["data"], wanted, caller)
         return Json(visible({"catalog_version": catalog.version, **refused, **page}, caller.permitted))
 
     async def task(self, request: Request) -> Response:
@@ -119,10 +121,10 @@ class Listings:
         found = [task for task in visible_tasks(catalog.tasks, caller.permitted) if task["id"] == name]
         if not found:
             raise TaskNotFound(short(name))
-        return Json((await self._with_examples(found, _EXAMPLES))[0])
+        return Json((await self._with_examples(found, _EXAMPLES, caller))[0])
 
-    async def _with_examples(self, rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-        examples = await self._service.examples([row["id"] for row in rows], most)
+    async def _with_examples(self, rows: Sequence[dict[str, Any]], most: int, caller: Caller) -> list[dict[str, Any]]:
+        examples = await self._service.examples([row["id"] for row in rows], most, caller.permitted)
         return [{**row, "examples": examples.get(row["id"], [])} for row in rows]
 
     async def adapters(self, request: Request) -> Response:

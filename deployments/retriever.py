@@ -30,7 +30,7 @@ from deployments.metrics import RayRecorder
 from deployments.replicas import Replica, Replicas, ReplicaServer, by_name
 from deployments.retries import answered
 from deployments.routing_metrics import RoutingMetrics
-from deployments.scope import Permitted, visible_places
+from deployments.scope import Permitted, is_hidden, visible_places
 from deployments.startup import tells_why
 from deployments.together import Together, shared_out
 from lorauter.adapters import open_store
@@ -181,16 +181,18 @@ class TaskRetriever:
         ]
         return CatalogDescription(catalog.version, tasks, sorted(catalog.adapters), self._live.refused)
 
-    async def examples(self, names: list[str], most: int) -> dict[str, list[dict[str, str]]]:
-        """The first validation examples of tasks; without those that the catalog does not know."""
-        return await asyncio.to_thread(self._examples, names, most)
+    async def examples(self, names: list[str], most: int, permitted: Permitted) -> dict[str, list[dict[str, str]]]:
+        """The first validation examples of tasks; without those that the catalog does not know, or that a caller has
+        no adapter for that was made for it: one that was merely tried on it tells nothing of what is in them."""
+        return await asyncio.to_thread(self._examples, names, most, permitted)
 
-    def _examples(self, names: list[str], most: int) -> dict[str, list[dict[str, str]]]:
+    def _examples(self, names: list[str], most: int, permitted: Permitted) -> dict[str, list[dict[str, str]]]:
         catalog = self._live.retriever.catalog
         places = {name: place for name in names if (place := catalog.place(name)) is not None}
         return {
             name: [vars(example) for example in catalog.tasks[place].task.validation[:most]]
             for name, place in places.items()
+            if not is_hidden(catalog.entries[place].declared or (name,), permitted)
         }
 
     async def layout(self, permitted: Permitted, named: list[str]) -> dict[str, Any]:

@@ -221,9 +221,10 @@ class Router:
         catalog: CatalogDescription = await self._asked(self._retriever, "describe")
         return catalog
 
-    async def examples(self, names: Sequence[str], most: int) -> dict[str, list[dict[str, str]]]:
-        """The first validation examples of tasks."""
-        examples: dict[str, list[dict[str, str]]] = await self._asked(self._retriever, "examples", list(names), most)
+    async def examples(self, names: Sequence[str], most: int, permitted: Permitted) -> dict[str, list[dict[str, str]]]:
+        """The first validation examples of tasks, of those that a caller may be told."""
+        args = list(names), most, permitted
+        examples: dict[str, list[dict[str, str]]] = await self._asked(self._retriever, "examples", *args)
         return examples
 
     async def layout(self, permitted: Permitted, named: Sequence[str]) -> dict[str, Any]:

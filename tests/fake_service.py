@@ -117,7 +117,7 @@ class FakeService:
         await self.check_ready()
         return CatalogDescription("v1", [{"id": "sums", "object": "task"}], list(VERSIONS))
 
-    async def examples(self, names: Sequence[str], most: int) -> dict[str, list[dict[str, str]]]:
+    async def examples(self, names: Sequence[str], most: int, permitted: Permitted) -> dict[str, list[dict[str, str]]]:
         return {name: [{"input": "1 + 1", "target": "2"}, {"input": "2 + 2", "target": "4"}][:most] for name in names}
 
     async def layout(self, permitted: Permitted, named: Sequence[str]) -> dict[str, Any]:

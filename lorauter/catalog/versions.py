@@ -239,7 +239,7 @@ def _check_untouched(first: Catalog, now: Catalog, tasks: Collection[str], adapt
     changed += [f"adapter {name!r}" for name in adapters if first.adapters.get(name) != now.adapters.get(name)]
     if changed:
         raise Conflict(
-            f"somebody else changed {', '.join(changed)} meanwhile (catalog version {now.version}); theirs stays: "
+            f"somebody else changed {', '.join(changed)} meanwhile; theirs stays: "
             "look at it, and make your change again if it is still wanted"
         )
 

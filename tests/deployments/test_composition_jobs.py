@@ -98,6 +98,12 @@ def test_an_error_is_told_to_each_in_its_words() -> None:
         assert failed.shown(who, SETUP, 0)["error"] == texts[who]
 
 
+def test_the_catalogs_version_is_not_told_to_who_is_limited() -> None:
+    done = job().ending("done", result={"kept": True, "catalog_version": "0a1b2c3d"})
+    for who, told in (("operator", "0a1b2c3d"), ("unlimited", "0a1b2c3d"), ("limited", None)):
+        assert done.shown(who, SETUP, 0)["catalog_version"] == told  # type: ignore[arg-type]
+
+
 def test_the_oldest_of_many_that_ended_are_forgotten(jobs: CompositionJobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.composition_jobs._KEPT", 2)
     waits = job("waits")

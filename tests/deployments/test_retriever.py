@@ -103,7 +103,7 @@ def test_a_replica_tells_of_the_tasks_that_a_caller_may_see(
     replica._live = SimpleNamespace(retriever=Retriever(catalog, RoutingConfig()), close=lambda: None)
     replica._layouts = WeakKeyDictionary()
 
-    examples = asyncio.run(replica.examples(["films", "nobody"], 1))
+    examples = asyncio.run(replica.examples(["films", "nobody"], 1, None))
     assert {name: [row["input"] for row in rows] for name, rows in examples.items()} == {
         "films": ["was this film good"]
     }
@@ -111,6 +111,28 @@ def test_a_replica_tells_of_the_tasks_that_a_caller_may_see(
         shown = asyncio.run(replica.layout(permitted, ["news"]))
         assert [row["id"] for row in shown["data"]] == seen
         assert shown["total"] == len(seen)
+
+
+def test_examples_are_told_to_those_alone_who_may_use_what_was_made_for_their_task(
+    tmp_path: Path, make_adapter: Callable[..., Any], make_task: Callable[..., Any]
+) -> None:
+    repository = AdapterRepository(MemoryStore())
+    for name in ("films", "law-1"):
+        repository.push(make_adapter(tmp_path, name))
+    tasks, tried = [make_task(name, name) for name in ("films", "news", "law")], {"films": {0: 0.5}, "law-1": {0: 0.4}}
+    scores = {task.name: tried for task in tasks}
+    catalog = build_catalog(tasks, HashingEncoder(), repository=repository, mapping={"law": ["law-1"]}, scores=scores)
+    replica: Any = object.__new__(TaskRetriever.func_or_class)
+    replica._live = SimpleNamespace(retriever=Retriever(catalog, RoutingConfig()), close=lambda: None)
+    for permitted, told in (
+        (None, {"films", "law", "news"}),
+        (("*",), {"films", "law", "news"}),
+        (("films",), {"films"}),
+        (("law-*",), {"law"}),
+        (("law-1", "ne*"), {"law", "news"}),
+        ((), set()),
+    ):
+        assert asyncio.run(replica.examples(["films", "news", "law"], 9, permitted)).keys() == told
 
 
 def test_a_replica_has_read_what_it_is_not_sure_of_and_goes_on_where_nobody_reads(
