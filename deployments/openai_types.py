@@ -117,7 +117,9 @@ class TokenOptions(Body):
     allowed_token_ids: Annotated[
         Annotated[list[TokenId], Field(min_length=1)] | None, Option("the only tokens that may come", "sampling")
     ] = None
-    bad_words: Annotated[list[str] | None, Option("texts that may not come", "sampling", ([],))] = None
+    bad_words: Annotated[
+        list[str] | None, Option("texts that may not come, at most 1024 of 16384 characters", "sampling", ([],))
+    ] = None
     structured_outputs: Annotated[
         StructuredOutputs | None, Option("what the answer has to be, in vLLM's words", "sampling", ({},))
     ] = None

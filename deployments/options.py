@@ -198,7 +198,8 @@ def build_body(kind: type[B], options: Mapping[str, Any]) -> B:
 def reword(error: InvalidRequest, named: Callable[[str], str]) -> None:
     """Have an error call options as another API does: its own where its message begins with it, too, and others whose
     names are no words."""
-    told = re.sub(r"\w+(?:[._]\w+)+", lambda match: named(match[0]), str(error))
+    # Without its beginning, a long word would be looked at from each of its letters.
+    told = re.sub(r"\b\w+(?:[._]\w+)+", lambda match: named(match[0]), str(error))
     own = error.param
     if own and (name := named(own)) != own:
         error.param = name

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from lorauter.tools.types import Tool, ToolUse
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
 _MOST = 128
+_LONGEST = 300  # characters of where something is, as it is told
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 _SEVERAL = ("anyOf", "allOf", "oneOf", "prefixItems")
@@ -172,23 +173,39 @@ def shown(tools: Sequence[FunctionTool | FunctionDefinition]) -> tuple[Mapping[s
     )
 
 
+class _Place(NamedTuple):
+    """Where a part of a schema is. It is put in words where something is to be told of it alone: a name may be as long
+    as a body, and stand before as many parts as there is room for."""
+
+    name: str
+    within: _Place | None = None
+
+    def __str__(self) -> str:
+        names, place = [self.name], self.within
+        while place is not None:
+            names.append(place.name)
+            place = place.within
+        told = ".".join(reversed(names))
+        return told if len(told) <= _LONGEST else f"{told[: _LONGEST - 3]}..."
+
+
 def check_schema(schema: Any, where: str) -> None:
     """Raise InvalidRequest, with the place, for what no JSON schema has; not for all that cannot be compiled."""
-    unchecked = [(schema, where)]
+    unchecked = [(schema, _Place(where))]
     while unchecked:
-        schema, where = unchecked.pop()
+        schema, place = unchecked.pop()
         if isinstance(schema, bool):
             continue
         if not isinstance(schema, dict):
-            raise InvalidRequest(f"{where}: got {_kind(schema)}, needed a JSON schema", param=where)
+            raise InvalidRequest(f"{place}: got {_kind(schema)}, needed a JSON schema", param=str(place))
         for name in schema.keys() & _KINDS.keys():
             problem = _KINDS[name](schema[name])
             if problem:
-                raise InvalidRequest(f"{where}.{name}: {problem}", param=f"{where}.{name}")
+                raise InvalidRequest(f"{place}.{name}: {problem}", param=f"{place}.{name}")
         parts = [(name, schema[name]) for name in _ONE if name in schema and not isinstance(schema[name], list)]
         parts += [(f"{name}.{key}", part) for name in _NAMED for key, part in schema.get(name, {}).items()]
-        parts += [(f"{name}.{place}", part) for name in _SEVERAL for place, part in enumerate(schema.get(name, []))]
-        unchecked += [(part, f"{where}.{name}") for name, part in parts]
+        parts += [(f"{name}.{nth}", part) for name in _SEVERAL for nth, part in enumerate(schema.get(name, []))]
+        unchecked += [(part, _Place(name, place)) for name, part in parts]
 
 
 def _kind(value: Any) -> str:

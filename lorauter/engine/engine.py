@@ -41,6 +41,7 @@ from lorauter.weakly import weakly
 
 _RETRY_AFTER_S = 1.0
 _TOGETHER_S = 0.001  # in which what loops ask is one message to the core
+_FORBIDDEN = 1 << 18  # token ids of bad words, were they all as long as the longest: 2 MiB on the device
 _FAILURES = 5  # steps that fail one after another: the device is beyond use, and not one request at fault
 
 Told = Callable[[Report | Exception], None]
@@ -248,6 +249,11 @@ class Engine:
         if not all(isinstance(word, tuple) or is_encodable(word) for word in words):
             raise InvalidRequest("bad_words holds half a character (a lone surrogate)", param="bad_words")
         forms = [form for word in words for form in ([word] if isinstance(word, tuple) else self.codec.forms(word))]
+        if (longest := max(map(len, forms), default=0)) * len(forms) > _FORBIDDEN:
+            raise InvalidRequest(
+                f"bad_words come to {len(forms)} of up to {longest} tokens; give fewer, or shorter ones",
+                param="bad_words",
+            )
         for form in forms:
             if not 0 <= min(form) <= max(form) < self.facts.vocabulary:
                 raise InvalidRequest(f"bad_words holds token ids that the model has not: {form}", param="bad_words")

@@ -37,7 +37,7 @@ from lorauter.tools.types import ToolUse
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KEPT = 256  # compiled grammars
+_KEPT, _KEPT_CHARACTERS = 256, 1 << 20  # compiled grammars, and what they are made of: they take a hundred times that
 _MOST_THREADS = 4  # masks of a step are so short that more would wait for one another
 _DEAR_S = 0.05  # to compile a grammar
 _SLOW_S = 0.003  # to tell of a token whether it may come: nobody else is to wait for that
@@ -390,9 +390,14 @@ class Grammars:
         with self._lock:
             form = self._compiled.setdefault(named, form or _Form(matchers[1], [], is_dear, self._ends))
             form.lanes.append(lane)
-            while len(self._compiled) > _KEPT:
+            while len(self._compiled) > _KEPT or self._is_too_much():
                 self._compiled.popitem(last=False)
         return form, lane
+
+    def _is_too_much(self) -> bool:
+        """Whether more is kept than may be, beside what was compiled last."""
+        sizes = [_characters(*named) for named in self._compiled]
+        return len(sizes) > 1 and sum(sizes) > _KEPT_CHARACTERS
 
     def _compile(self, grammar: Grammar | None, calls: ToolUse | None, copies: int) -> list[LLMatcher]:
         """Matchers that share nothing."""
@@ -425,6 +430,12 @@ class Grammars:
         added = self._source.get_added_tokens_decoder().items()
         beside = [id for id, token in added if not token.special and id not in ids.values() and id not in self._ends]
         return calls_grammar(format, calls, ids, beside=beside, answer=answer)
+
+
+def _characters(grammar: Grammar | None, calls: ToolUse | None) -> int:
+    texts = [tool.schema for tool in calls.tools] if calls is not None else []
+    texts += [grammar.text, grammar.whitespace or ""] if grammar is not None else []
+    return sum(map(len, texts))
 
 
 def _consume(executor: LLExecutor, idle: LLMatcher, answers: Sequence[Held]) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 GrammarKind = Literal["json", "regex", "choice", "grammar"]
 MOST_LOGPROBS = 20
+MOST_BAD_WORDS, MOST_BAD = 1024, 1 << 14  # texts that may not come, and their characters
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,10 @@ class SamplingParams(Sparse):
                 raise InvalidRequest(problem, param=name)
         if not all(self.bad_words):
             raise InvalidRequest("bad_words holds an empty string", param="bad_words")
+        texts = [word for word in self.bad_words if isinstance(word, str)]  # which take time to be made tokens
+        if len(texts) > MOST_BAD_WORDS or sum(map(len, texts)) > MOST_BAD:
+            problem = f"got {len(texts)} bad_words of {sum(map(len, texts))} characters; at most {MOST_BAD_WORDS}"
+            raise InvalidRequest(f"{problem} of {MOST_BAD} are taken", param="bad_words")
         if not self.detokenize and self.needs_text:
             raise InvalidRequest("stop, logprobs and prompt_logprobs need detokenize", param="detokenize")
 

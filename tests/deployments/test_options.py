@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from openai.types.responses import response_create_params
 
 from deployments.openai_types import ChatBody, CompletionBody
 from deployments.openapi import DOCS, ENDPOINTS, with_table
-from deployments.options import Row, parse_body, rows_of
+from deployments.options import Row, parse_body, reword, rows_of
 from lorauter.errors import InvalidRequest
 
 LEAST: dict[str, dict[str, Any]] = {
@@ -124,3 +125,12 @@ def test_a_bias_is_of_a_tokens_id(bias: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         asked("/v1/completions", logit_bias=bias)
     assert (caught.value.param or "").startswith("logit_bias")
+
+
+def test_an_error_of_long_words_is_reworded_in_no_time() -> None:
+    word, used = "a" * 100_000, time.process_time()
+    error = InvalidRequest(f"got -{word}-, needed what lorauter.adapters has, {word}_{word}", param="max_tokens")
+    reword(error, str.upper)
+    assert str(error) == f"got -{word}-, needed what LORAUTER.ADAPTERS has, {word.upper()}_{word.upper()}"
+    assert error.param == "MAX_TOKENS"
+    assert time.process_time() - used < 1

@@ -7,6 +7,7 @@ are OpenAI's own.
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -227,6 +228,19 @@ def test_what_cannot_be_asked_is_refused_by_name(options: Any, param: str, needl
     assert error["param"] == param
     assert needle in error["message"]
     assert not service.calls
+
+
+def test_long_names_in_a_schema_take_no_room() -> None:
+    tools = with_schema({"properties": {f"-{'a' * 60_000}-": {"anyOf": [{}] * 5_000 + [3]}}})
+    tracemalloc.start()
+    try:
+        error = refused(post(FakeService(), CHAT, chat(tools=tools)), 400)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+    assert error["param"].startswith("tools.0.function.parameters.properties.-aaa")
+    assert len(error["param"]) <= 300
+    assert "got a number, needed a JSON schema" in error["message"]
 
 
 @pytest.fixture(scope="module")

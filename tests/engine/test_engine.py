@@ -144,6 +144,14 @@ def test_half_a_character_is_no_bad_word(start, counting):
         start(counting).generate([ask("a", bad_words=("\ud800",))])
 
 
+def test_bad_words_that_would_take_much_room_are_refused(start, counting):
+    for words in ([(97,)] * 4 + [(97,) * 70_000], ["a b"] * 1000 + ["a" * 200]):
+        with pytest.raises(InvalidRequest, match=r"bad_words come to \d+ of up to \d+ tokens; give fewer") as caught:
+            start(counting).generate([ask("a", bad_words=tuple(words))])
+        assert caught.value.param == "bad_words"
+    assert start(counting).generate([ask("a", max_tokens=2, bad_words=("xy",) * 1000)])[0].text == "bc"
+
+
 def test_a_prompt_is_a_tuple_or_an_array_which_stays_as_it_is(start, counting):
     engine, prompt = start(counting), array("i", b"a\0\0\0")
     resumed = GenerationRequest(prompt, sampling=SamplingParams(max_tokens=4), generated=(98, 99))

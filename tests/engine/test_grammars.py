@@ -157,6 +157,21 @@ def test_what_is_compiled_is_kept_within_bounds(grammars, monkeypatch):
     assert compiled == ["a", "b", "c", "d", "b"]
 
 
+def test_what_is_compiled_is_kept_within_bounds_of_its_size_too(grammars, monkeypatch):
+    monkeypatch.setattr(grammars_module, "_KEPT_CHARACTERS", 10)
+    compiled = []
+    compile_one = grammars._compile
+
+    def compiling(grammar, *others):
+        compiled.append(grammar.text[0])
+        return compile_one(grammar, *others)
+
+    monkeypatch.setattr(grammars, "_compile", compiling)
+    for text in ("aaaa", "bbbb", "aaaa", "cccc", "aaaa", "bbbb", "d" * 20, "d" * 20, "aaaa", "bbbb", "aaaa"):
+        grammars.begin(Grammar("regex", text))
+    assert "".join(compiled) == "abcbdab"
+
+
 def test_answers_side_by_side_share_no_matcher_as_far_as_there_are_threads(codec, monkeypatch):
     """Copies of one have a lock in common: their masks would be found one after the other."""
     grammars = Grammars(codec.backend, codec.eos_ids, 259)

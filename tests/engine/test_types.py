@@ -26,6 +26,8 @@ from lorauter.errors import ConfigError, InvalidRequest
         ("min_tokens", -1),
         ("min_tokens", 257),
         ("bad_words", ("a", "")),
+        ("bad_words", ("a",) * 1025),
+        ("bad_words", ("a" * 5000,) * 4),
     ],
 )
 def test_sampling_params_out_of_range_are_refused(param, value):
