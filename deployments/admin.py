@@ -129,7 +129,7 @@ class _Admin:
         editor = self._open()
         raw = await read_json(request, self._settings.max_body_bytes)
         try:
-            task = _task(json.loads(raw))
+            task = await asyncio.to_thread(lambda: _task(json.loads(raw)))  # a schema may take seconds
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"the body is no JSON: {error}") from error
         yield Change(lambda caller: editor.put_task(caller, task), tasks=(task.name,))
@@ -221,7 +221,7 @@ class _Admin:
     async def change(self, request: Request) -> AsyncIterator[Change]:
         editor = self._open()
         raw = await read_json(request, max(_MAX_CHANGES_BYTES, self._settings.max_body_bytes))
-        wanted = changes.parse_changes(raw, task=_task, adapter=_name)
+        wanted = await asyncio.to_thread(changes.parse_changes, raw, task=_task, adapter=_name)
         tasks, adapters = (tuple(of.name for of in wanted if of.kind == kind) for kind in ("task", "adapter"))
         yield Change(lambda caller: editor.change(caller, wanted), adapters=adapters, tasks=tasks)
 

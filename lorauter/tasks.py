@@ -8,12 +8,14 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorauter.errors import InvalidRequest, TaskError
+from lorauter.json_schema import first_misfit
 from lorauter.names import RULE, is_valid_name
 
 METRICS = ("em", "rouge", "bleu")
@@ -129,11 +131,11 @@ def _answers(given: object, validation: Sequence[Example], *, source: str) -> An
     for i, text in enumerate(given):
         if not isinstance(text, str) or not text.strip() or not is_encodable(text):
             raise TaskError(f"answers[{i}] must be a text that is not empty, got {text!r}", source=source)
-    if len(set(given)) < len(given):
-        twice = next(text for i, text in enumerate(given) if text in given[:i])
+    known = Counter(given)
+    if twice := next((text for text, count in known.items() if count > 1), None):
         raise TaskError(f"answers has {twice!r} twice", source=source)
     for i, example in enumerate(validation):
-        if example.target not in given:
+        if example.target not in known:
             raise TaskError(
                 f"validation[{i}].target is {example.target[:80]!r}, which is none of the answers; add it to them, "
                 "mend the target, or leave answers out",
@@ -145,29 +147,16 @@ def _answers(given: object, validation: Sequence[Example], *, source: str) -> An
 def _schema(schema: Mapping[str, Any], validation: Sequence[Example], *, source: str) -> Mapping[str, Any]:
     """A schema that answers can be held to, and that the targets fit. Raises TaskError."""
     # Few tasks have one, and what reads tasks starts often.
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-    from referencing import Registry
-
     from lorauter.engine.grammar_sources import check_grammar
     from lorauter.engine.types import Grammar
 
     try:
         check_grammar(Grammar.of_answers(schema, param="answers"))
-        Draft202012Validator.check_schema(schema)
-    except (InvalidRequest, ValueError, RecursionError) as error:
+        misfit = first_misfit(schema, [example.target for example in validation])
+    except (InvalidRequest, ValueError, RecursionError, OSError) as error:
         raise TaskError(str(error), source=source) from error
-    except SchemaError as error:
-        raise TaskError(f"answers is no JSON schema: {error.message[:200]}", source=source) from error
-    validator = Draft202012Validator(schema, registry=Registry())  # which fetches nothing
-    for i, example in enumerate(validation):
-        try:
-            wrong = next(validator.iter_errors(json.loads(example.target)), None)
-            problem = None if wrong is None else f"is not of the schema in answers: {wrong.message[:200]}"
-        except (ValueError, RecursionError) as error:
-            problem = f"is no JSON, and answers is a schema: {error}"
-        if problem is not None:
-            raise TaskError(f"validation[{i}].target {problem}", source=source)
+    if misfit is not None:
+        raise TaskError(f"validation[{misfit[0]}].target {misfit[1]}", source=source)
     return schema
 
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import time
 
 import pytest
 
@@ -49,6 +50,16 @@ def test_a_target_that_is_not_of_the_schema_is_told() -> None:
         TaskError, match=r"validation\[0\]\.target is not of the schema in answers: 'sum' is a required"
     ):
         Task.from_json(given, source="x")
+
+
+def test_many_answers_take_no_time() -> None:
+    answers = [str(i) for i in range(100_000)]
+    used = time.process_time()
+    with pytest.raises(TaskError, match="answers has '99999' twice"):
+        Task.from_json({**TASK, "answers": [*answers, answers[-1]]}, source="x")
+    rows = [{"input": "which?", "target": answers[-1]}] * 10_000
+    assert Task.from_json({**TASK, "validation": rows, "answers": answers}, source="x").answers == tuple(answers)
+    assert time.process_time() - used < 3
 
 
 @pytest.mark.parametrize("key", ["name", "domain", "metric", "validation"])

@@ -150,8 +150,9 @@ class PeftConfig:
         found = _matching("target_modules", self.targets, modules)
         if self.layers is not None and found:
             # PEFT looks at the layer of those alone that it does not find by their whole path.
-            within = {module for module, layer in self._layers_of(modules).items() if layer in self.layers}
-            found = {module for module in found if module in within or module in self.targets}
+            layers, named = frozenset(self.layers), frozenset(self.targets)
+            within = {module for module, layer in self._layers_of(modules).items() if layer in layers}
+            found = {module for module in found if module in within or module in named}
         found -= _matching("exclude_modules", self.excluded, modules)
         # PEFT reads the names of modules that are saved whole as expressions, but here alone.
         saved = _first("modules_to_save", self.whole, modules, template=r"(^|.*\.){}($|\..*)")
@@ -281,8 +282,13 @@ def _is_number(value: object) -> bool:
 def _matching(setting: str, names: tuple[str, ...] | str, modules: Sequence[str]) -> set[str]:
     if isinstance(names, str):
         return set(_first(setting, [names] if names else [], modules, whole=True))
-    ends = tuple(f".{name}" for name in names)
-    return {module for module in modules if module in names or module.endswith(ends)}
+    known, lengths = frozenset(names), {len(name) for name in names}  # a file may name as many as it has room for
+
+    def is_named(module: str) -> bool:
+        starts = (len(module) - length for length in lengths)
+        return module in known or any(i > 0 and module[i - 1] == "." and module[i:] in known for i in starts)
+
+    return set(filter(is_named, modules))
 
 
 def _first(setting: str, patterns: Iterable[str], modules: Sequence[str], **how: Any) -> dict[str, Any]:

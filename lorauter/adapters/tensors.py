@@ -181,7 +181,7 @@ def _warnings(
     own: Collection[str],
 ) -> tuple[str, ...]:
     left_out = [key for key in keys if key not in used and places.get(key) is not None]
-    unknown = [key for key in keys if key not in used and key not in left_out]
+    unknown = [key for key in keys if key not in used and places.get(key) is None]
     warnings = []
     if left_out:
         modules = dict.fromkeys(lora[key]["module"] for key in left_out)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, NamedTuple, TypeVar, overload
@@ -237,8 +237,9 @@ class Segment:
     def task(self, i: int) -> CatalogTask:
         """A task with its examples. Raises CatalogError, StoreError: they cannot be read."""
         entry, kept, told = self.entry(i), text_in(self._examples(), i), text_in(self._routing, i + 2)
+        task = Task.from_json({**told, **kept, "name": entry.name, "answers": None}, source=self._source)
         return CatalogTask(
-            Task.from_json({**told, **kept, "name": entry.name}, source=self._source),
+            replace(task, answers=entry.answers),  # which were held against its examples when it came
             entry.adapters,
             {name: {int(example): s for example, s in of.items()} for name, of in kept["scores"].items()},
             entry.declared,

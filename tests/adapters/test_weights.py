@@ -370,3 +370,20 @@ def test_a_long_configuration_takes_no_time(tmp_path, make_adapter) -> None:
     with pytest.raises(AdapterRejected, match=r"bytes; at most 1048576 are taken"):
         load(folder)
     assert time.process_time() - used < 2
+
+
+def test_nor_does_one_of_many_names_and_layers_or_a_file_of_many_tensors(tmp_path, make_adapter) -> None:
+    names = [f"m{i}" for i in range(30_000)]
+    left_out = {f"base_model.model.model.layers.{i}.mlp.up_proj.lora_A.weight": torch.zeros(1) for i in range(8_000)}
+    folder = make_adapter(
+        tmp_path,
+        "x",
+        layers=100,
+        change=lambda tensors: tensors.update(left_out),
+        target_modules=[*names, "q_proj", "self_attn.v_proj"],
+        exclude_modules=[*names, "layers.1.self_attn.q_proj"],
+        layers_to_transform=list(range(8_000)),
+    )
+    used = time.process_time()
+    assert len(load(folder).tensors) == 2 * 100 - 1
+    assert time.process_time() - used < 5
