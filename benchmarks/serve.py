@@ -89,7 +89,7 @@ QUICK = Extent(fewest=2, load_s=5.0, probe=1, warm=1, lone=4, crowd=1, long_s=60
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer requests: under four minutes on two CPU cores")
+    parser.add_argument("--quick", action="store_true", help="fewer requests: some four minutes on two CPU cores")
     parser.add_argument("--clients", type=int, help="clients, and rows of the batch (16; on a GPU 128)")
     parser.add_argument("--requests", type=int, help="of each load (192; on a GPU 4096, with --shape 8B 1024)")
     parser.add_argument("--repeats", type=int, default=1, help="of each load; the median counts")
