@@ -143,7 +143,7 @@ def test_a_long_name_of_a_tensor_takes_no_time(tmp_path, make_adapter) -> None:
 
 def test_a_machine_that_is_busy_or_broken_is_no_fault_of_the_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lorauter.adapters.patterns._WALL_S", 0.001)
+        patch.setattr("lorauter.apart._WALL_S", 0.001)
         with pytest.raises(TimeoutError, match="were not matched"):
             first_matches(["(zz)+busy"], ["a"])
     with monkeypatch.context() as patch:
